@@ -1,0 +1,81 @@
+"""Checkpoints: trainable weights and optimiser state as safetensors, the rest as JSON. A folder bears its name only when it is complete."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowgrove.errors import UserError
+from flowgrove.models.policy import Policy
+from flowgrove.update import Updater
+
+_FORMAT = 1
+
+
+def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int, fingerprint: str, keep_last: int, line: dict[str, Any]) -> Path:
+    """Writes checkpoints/step_NNNNNN (NNNNNN: completed iterations), moves `latest`, removes all but the newest `keep_last`."""
+    folder = run / "checkpoints" / f"step_{completed:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: p.detach().contiguous() for name, p in policy.trainable().items()}, partial / "weights.safetensors")
+    save_file(_optimizer_tensors(policy, updater), partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"format": _FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line}))
+    for file in partial.iterdir():
+        _sync(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _point_latest(run, folder.name)
+    for old in valid_checkpoints(run)[:-keep_last]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None, fingerprint: str | None = None) -> tuple[int, dict[str, Any]]:
+    """Puts weights (and, with `updater`, the optimiser state) in place; returns the completed iterations and the metrics line of the last.
+
+    Raises UserError if it does not fit.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        weights = load_file(folder / "weights.safetensors")
+        moments = load_file(folder / "optimizer.safetensors") if updater else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a complete checkpoint ({error}): give a folder checkpoints/step_NNNNNN of a run") from None
+    if fingerprint is not None and state["recipe"] != fingerprint:
+        raise UserError(f"{folder} was written by another recipe: resume with the recipe.yaml of its run, or train into another --out")
+    parameters = policy.trainable()
+    if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):
+        raise UserError(f"{folder} holds other weights than this recipe trains: resume with the recipe.yaml of its run")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+            if updater is not None and f"{name}/step" in moments:
+                updater.optimizer.state[parameter] = {key: moments[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    return int(state["completed_iterations"]), state["line"]
+
+
+def valid_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, the oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit() and (p / "state.json").is_file())
+
+
+def _optimizer_tensors(policy: Policy, updater: Updater) -> dict[str, torch.Tensor]:
+    state = updater.optimizer.state
+    return {f"{name}/{key}": value.contiguous() for name, p in policy.trainable().items() if p in state for key, value in state[p].items()}
+
+
+def _point_latest(run: Path, name: str) -> None:
+    temporary = run / "latest.partial"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path("checkpoints") / name)
+    temporary.replace(run / "latest")
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

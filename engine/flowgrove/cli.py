@@ -1,0 +1,127 @@
+"""The `flowgrove` command."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flowgrove.errors import UserError
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on optional packages and its loading bars are not about the user's run
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Online reinforcement learning of flow-matching models.")
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a recipe key; may be given several times")]
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command whose user errors are one line and exit code 2, and whose interruption is exit code 130."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            _console.print(f"[bold red]error:[/] {_escaped(str(error))}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _console.print("interrupted: the last checkpoint is kept; the same command goes on from it")
+            raise typer.Exit(130) from None
+
+    return app.command()(run)
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("[", r"\[")
+
+
+@_command
+def train(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default: the recipe's run.out")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder")] = "auto",
+) -> None:
+    """Train a model as a recipe says."""
+    from flowgrove.progress import TrainingDisplay
+    from flowgrove.recipe import load_recipe
+    from flowgrove.report import write_report
+    from flowgrove.trainer import Trainer
+
+    settings = load_recipe(recipe, tuple(set_ or ()))
+    trainer = Trainer(settings, out or Path(settings.run.out), resume)
+    if trainer.is_complete:
+        _console.print(f"{trainer.out} is finished: {trainer.completed} iterations; see {trainer.out / 'report.html'}")
+        return
+    with TrainingDisplay(_console, settings, trainer.completed) as display:
+        trainer.run(display.update)
+    _console.print(f"report: {write_report(settings, trainer.out)}")
+
+
+@_command
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    iteration: Annotated[int, typer.Option(min=0, help="which iteration, counted from 0")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Show steps, tree, counts and cost of an iteration; loads no model."""
+    from flowgrove.plan import make_plan
+    from flowgrove.plan_view import draw_plan, plan_json
+    from flowgrove.recipe import load_recipe
+    from flowgrove.sigmas import recipe_sigmas
+
+    settings = load_recipe(recipe, tuple(set_ or ()))
+    made = make_plan(settings, iteration, recipe_sigmas(settings))
+    if as_json:
+        sys.stdout.write(json.dumps(plan_json(made)) + "\n")
+    else:
+        draw_plan(made, settings, Console(highlight=False))
+
+
+@_command
+def sample(
+    source: Annotated[Path, typer.Argument(help="a run folder, or a recipe for its base model", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="text file, one prompt per line")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures")],
+    set_: Overrides = None,
+) -> None:
+    """Draw pictures with a trained or a base model: NNNN_K.png for sample K of prompt N, and prompts.jsonl."""
+    from flowgrove.data import read_prompts
+    from flowgrove.runs import open_policy, write_samples
+
+    texts = read_prompts(prompts, "--prompts")
+    settings, policy, table = open_policy(source, tuple(set_ or ()))
+    count = write_samples(settings, policy, texts, out, table)
+    _console.print(f"wrote {count} pictures to {out}")
+
+
+@_command
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder to write to")],
+) -> None:
+    """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for `from_pretrained`."""
+    from flowgrove.runs import export_run
+
+    _console.print(export_run(run, out))
+
+
+@_command
+def doctor() -> None:
+    """Say what this installation has: versions, devices, backends, and what is missing."""
+    from flowgrove.doctor import findings
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in findings():
+        console.print(f"[dim]{name:<22}[/]{_escaped(value)}")

@@ -1,0 +1,47 @@
+"""What an installation has, and what it lacks."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from flowgrove.models.folders import TINY
+from flowgrove_kernels import available_backends
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "tensorboard", "triton", "nvtx", "flash-attn", "xformers", "apex")
+
+
+def findings() -> list[tuple[str, str]]:
+    """(name, finding) pairs."""
+    rows = [("python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(name, _version(name)) for name in _PACKAGES]
+    rows.append(("cpu threads", str(torch.get_num_threads())))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            rows.append((f"gpu {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"))
+    else:
+        rows.append(("gpu", "none that torch sees: training runs on the CPU"))
+    rows.append(("kernel backends", ", ".join(available_backends())))
+    rows.append(("embedded pipeline", "present" if (TINY / "model_index.json").is_file() else "missing: python -m flowgrove.tiny.build --out " + str(TINY)))
+    return rows
+
+
+def _version(name: str) -> str:
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return "not installed"
+    if name == "apex" and _is_unrelated_apex():
+        return f"{found}, the unrelated package of that name on PyPI: NVIDIA's apex is built from its source"
+    return found
+
+
+def _is_unrelated_apex() -> bool:
+    """NVIDIA's apex has apex.optimizers; the PyPI package of that name is a web toolkit."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec("apex.optimizers") is None
+    except ModuleNotFoundError:
+        return True

@@ -1,0 +1,50 @@
+"""Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowgrove.models.policy import Policy
+from flowgrove.plan import make_plan
+from flowgrove.recipe import Recipe, Rollout, Window
+from flowgrove.rewards.registry import Rewards
+from flowgrove.rollout import rollout
+from flowgrove.rows import plan_rows
+from flowgrove.sigmas import SigmaTable
+
+EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Pictures [prompts · samples, 3, H, W] on the CPU, their prompts, and scores float64 [prompts · samples, rewards]."""
+
+    pictures: Tensor
+    prompts: list[str]
+    scores: Tensor
+
+    def weighted(self, weights: list[float]) -> float:
+        """Mean over pictures of the weighted sum of rewards."""
+        return float((self.scores @ torch.tensor(weights, dtype=torch.float64)).mean())
+
+
+def sample(recipe: Recipe, policy: Policy, prompts: list[str], table: SigmaTable | None = None, first_prompt: int = 0) -> Tensor:
+    """Pictures fp32 [len(prompts) · run.eval.samples, 3, H, W] on the device, samples of a prompt together; the same call gives the same pictures."""
+    settings = recipe.run.eval
+    steps = settings.steps or recipe.rollout.steps
+    plain = Rollout(steps=steps, shift=recipe.rollout.shift, group_size=settings.samples, shared_initial_noise=False, window=Window(strategy="none"))
+    update = recipe.update.model_copy(update={"updates_per_iteration": 1, "step_fraction": 1.0})
+    credit = recipe.credit.model_copy(update={"prune": None})
+    plan = make_plan(recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit}), 0, table)
+    rows = plan_rows(plan).to(policy.device)
+    with policy.guided_by(settings.guidance_scale):
+        forest = rollout(plan, rows, policy, policy.encode(prompts), seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt)
+        return policy.decode(forest.leaves)
+
+
+def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str], table: SigmaTable | None = None) -> Evaluated:
+    """Samples the held-out prompts and scores them."""
+    pictures = sample(recipe, policy, prompts, table)
+    repeated = [prompt for prompt in prompts for _ in range(recipe.run.eval.samples)]
+    return Evaluated(pictures.cpu(), repeated, rewards(pictures, repeated))

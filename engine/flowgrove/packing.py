@@ -1,0 +1,108 @@
+"""Which rows an optimiser update runs through the model: every distinct trained (state, step) once, with all its children that the update trains."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowgrove.credit import EdgeCredit
+from flowgrove.forest import Forest
+from flowgrove.plan import RolloutPlan, Step
+from flowgrove_kernels import StepCoefficients
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Host arrays of one update. Rows: state (row of the forest), step, prompt, children; edges, in the order of their rows: child (row of the forest),
+    node (in its level), advantage, weight."""
+
+    state: Ints
+    step: Ints
+    prompt: Ints
+    children: Ints
+    child: Ints
+    node: Ints
+    advantage: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    selected: int  # edges that plan and pruning train, those without advantage included: N_u
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Device tensors of one pass: B rows with E children between them."""
+
+    state: Tensor
+    prompt: Tensor
+    child: Tensor
+    node: Tensor
+    child_prompt: Tensor
+    child_step: Tensor
+    offsets: Tensor  # int64 [B + 1]
+    advantage: Tensor
+    weight: Tensor
+    sigma: Tensor
+    coef: StepCoefficients
+
+
+def edges_of_update(forest: Forest, credit: dict[int, EdgeCredit], update: int, step_weight: dict[int, float], keep_zero_advantage: bool) -> Edges:
+    """The edges that `update` trains, weighted ω(step)/N_u. Edges without advantage are left out unless a KL term needs them."""
+    plan, parts, selected = forest.plan, [], 0
+    for step in plan.trained_steps:
+        mine = credit[step.index].trains & _edges_in_update(plan, step, update)
+        selected += int(mine.sum())
+        advantage = credit[step.index].advantage
+        parts.append(_rows_of_step(forest, step, mine if keep_zero_advantage else mine & (advantage != 0), advantage, step_weight[step.index]))
+    state, index, prompt, children, child, node, advantages, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Edges(state, index, prompt, children, child, node, advantages, weights / max(selected, 1), selected)
+
+
+def _edges_in_update(plan: RolloutPlan, step: Step, update: int) -> NDArray[np.bool_]:
+    return np.array([plan.update_of_edge(step, child) == update for child in range(step.nodes_out)])
+
+
+def _rows_of_step(forest: Forest, step: Step, mask: NDArray[np.bool_], advantage: NDArray[np.float64], weight: float) -> tuple[NDArray, ...]:
+    prompt, node = np.nonzero(mask)  # edges in (prompt, node) order: siblings contiguous
+    parent = forest.first_row[step.index] + prompt * step.nodes_in + node // step.fanout
+    state, first, children = np.unique(parent, return_index=True, return_counts=True)
+    child = forest.first_row[step.index + 1] + prompt * step.nodes_out + node
+    return state, np.full(len(state), step.index), prompt[first], children, child, node, advantage[prompt, node], np.full(len(child), weight)
+
+
+def micro_batches(edges: Edges, plan: RolloutPlan, rows: StepCoefficients, bounds: list[slice], dtype: torch.dtype) -> list[MicroBatch]:
+    """The rows cut at `bounds` into passes; one copy to the device serves them all."""
+    device = rows.x_coef.device
+    offsets = np.concatenate([[0], np.cumsum(edges.children)]).astype(np.int64)
+    sigmas = np.array([step.sigma for step in plan.steps])
+
+    def put(values: NDArray, kind: torch.dtype) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(values)).to(kind)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+    whole = {name: put(getattr(edges, name), torch.int64) for name in ("state", "step", "prompt", "child", "node")}
+    child_prompt, child_step = (put(np.repeat(column, edges.children), torch.int64) for column in (edges.prompt, edges.step))
+    advantage, weight = put(edges.advantage, dtype), put(edges.weight, dtype)
+    sigma, starts = put(sigmas[edges.step], torch.float32), put(offsets, torch.int64)
+    return [
+        MicroBatch(
+            state=whole["state"][row],
+            prompt=whole["prompt"][row],
+            child=whole["child"][edge],
+            node=whole["node"][edge],
+            child_prompt=child_prompt[edge],
+            child_step=child_step[edge],
+            offsets=starts[row.start : row.stop + 1] - int(offsets[row.start]),
+            advantage=advantage[edge],
+            weight=weight[edge],
+            sigma=sigma[row],
+            coef=rows[whole["step"][row]],
+        )
+        for row in bounds
+        for edge in [slice(int(offsets[row.start]), int(offsets[row.stop]))]
+    ]

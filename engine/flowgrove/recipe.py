@@ -1,0 +1,261 @@
+"""Recipes: what a run does, as YAML, validated. Unknown keys are errors that name the nearest key; `extends:` builds on another file."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flowgrove.errors import UserError
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Lora(Section):
+    rank: Count
+    alpha: Positive
+    targets: list[str] | None = None  # null: the adapter's published ones
+
+
+class Model(Section):
+    adapter: Literal["sd3"]
+    path: str
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
+    lora: Lora | None = None
+    guidance_scale: NotNegative = 1.0
+    height: Count | None = None
+    width: Count | None = None
+    gradient_checkpointing: bool = True
+    vae_tiling: bool = False
+
+
+class Data(Section):
+    prompts: str
+    eval_prompts: str | None = None
+    prompts_per_iteration: Count = 8
+
+
+class Window(Section):
+    strategy: Literal["all", "progressive", "random", "decay", "exp_decay", "frozen", "none"] = "all"
+    size: Count = 4
+    every: Count = 25
+    stride: Count = 1
+    start: Annotated[int, Field(ge=0)] = 0
+    range: tuple[int, int] | None = None
+    wrap: bool = True
+    min_every: Count = 1
+    decay_rate: NotNegative = 0.1
+    decay_after: int = 13
+
+
+class Tree(Section):
+    splits: list[int] = [0, 3, 6, 9]
+    fanout: Annotated[int, Field(ge=2)] = 2
+    sibling_correlation: Annotated[float, Field(ge=0, le=1)] = 0.0588
+    split_noise_scale: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _splits_rise(self) -> "Tree":
+        if not self.splits or self.splits != sorted(set(self.splits)) or self.splits[0] < 0:
+            raise ValueError("splits must be steps in rising order, like [0, 3, 6, 9]")
+        return self
+
+
+class Tail(Section):
+    solver: Literal["dpmpp_2m"] = "dpmpp_2m"
+    compress: Share = 0.4
+
+
+class Rollout(Section):
+    steps: Annotated[int, Field(ge=2)] = 25
+    shift: Positive | None = 3.0
+    dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
+    noise_level: NotNegative = 0.7
+    group_size: Count = 12
+    shared_initial_noise: bool = True
+    window: Window = Window()
+    tree: Tree | None = None
+    tail: Tail | None = None
+
+
+class Reward(BaseModel):
+    """name, weight, and what the reward of that name takes besides."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    weight: float = 1.0
+
+
+class Prune(Section):
+    """`depth` takes depths, first, stop, every, direction; `extreme` takes keep; `parent_top1` nothing."""
+
+    kind: Literal["depth", "parent_top1", "extreme"]
+    depths: Count = 4
+    first: Annotated[int, Field(ge=0)] = 10
+    stop: Annotated[int, Field(ge=0)] = 19
+    every: Count = 30
+    direction: Literal["later", "earlier"] = "later"
+    keep: Count = 4
+
+
+class Credit(Section):
+    normalise: Literal["per_reward", "weighted_sum"] = "per_reward"
+    std: Literal["group", "global"] = "group"
+    fusion_beta: float = 0.0
+    adv_clip: Positive = 5.0
+    prune: Prune | None = None
+
+
+class Update(Section):
+    optimizer: Literal["adamw"] = "adamw"
+    lr: Positive = 1.0e-5
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NotNegative = 1.0e-4
+    clip_range: Share | tuple[Share, Positive] = 1.0e-4
+    kl_weight: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    updates_per_iteration: Count = 4
+    partition: Literal["trajectories", "parents"] = "trajectories"
+    step_fraction: Share = 1.0
+    step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
+
+
+class Engine(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    token_budget: Literal["auto"] | Count = "auto"
+
+
+class Evaluation(Section):
+    steps: Annotated[int, Field(ge=2)] | None = None  # null: rollout.steps
+    guidance_scale: NotNegative | None = None  # null: model.guidance_scale
+    samples: Count = 1  # pictures per held-out prompt
+
+
+class Run(Section):
+    iterations: Count = 300
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    out: str = "runs/NAME"
+    checkpoint_every: Annotated[int, Field(ge=0)] = 50
+    keep_last: Count = 3
+    eval_every: Annotated[int, Field(ge=0)] = 25
+    eval: Evaluation = Evaluation()
+    log: list[Literal["jsonl", "tensorboard"]] = ["jsonl", "tensorboard"]
+
+
+class Recipe(Section):
+    """One run."""
+
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Annotated[list[Reward], Field(min_length=1)]
+    credit: Credit = Credit()
+    update: Update = Update()
+    engine: Engine = Engine()
+    run: Run = Run()
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe in `path`, with `extends:` followed, `key=value` overrides applied and run.out named. Raises UserError."""
+    content = _read_tree(path.resolve(), ())
+    for override in overrides:
+        _apply(content, override)
+    recipe = parse_recipe(content)
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": recipe.run.out.replace("NAME", path.stem)})})
+
+
+def parse_recipe(content: dict[str, Any]) -> Recipe:
+    """Validates a mapping. Raises UserError with the first mistake: its key, what is wrong, what to write."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe with every key written out, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save the recipe as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a recipe: write a mapping with model, data and reward")
+    data = content.get("data")
+    for key in ("prompts", "eval_prompts"):  # beside this file, else in the working folder
+        if isinstance(data, dict) and isinstance(data.get(key), str) and (beside := path.parent / data[key]).exists():
+            data[key] = str(beside.resolve())
+    base = content.pop("extends", None)
+    return content if base is None else _merge(_read_tree((path.parent / base).resolve(), (*seen, path)), content)
+
+
+def _merge(base: Any, change: Any) -> Any:
+    if isinstance(base, dict) and isinstance(change, dict):
+        return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
+    return change
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write --set section.key=value")
+    *sections, last = key.strip().split(".")
+    place = content
+    for section in sections:
+        if not isinstance(place.get(section), dict):
+            place[section] = {}
+        place = place[section]
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {value!r} is not YAML") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    # union members and validators appear in the location: keep what the user wrote
+    place = [
+        str(part)
+        for part in first["loc"]
+        if not (isinstance(part, str) and (part.startswith(("function-", "tuple[", "literal[", "constrained-")) or part in ("int", "float")))
+    ]
+    key = ".".join(place) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing: every recipe needs it"
+    shown, message = repr(first["input"]), first["msg"].removeprefix("Value error, ")
+    return f"{key} is {shown if len(shown) < 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(place: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in place:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(model.model_fields) if model else []

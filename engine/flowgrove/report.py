@@ -1,0 +1,127 @@
+"""The report of a run: reward curve, ratios, and the same prompts and seeds before and after, as PNGs and one HTML page."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from flowgrove.grids import Grid, load_grid
+from flowgrove.metrics import read_metrics
+from flowgrove.recipe import Recipe
+
+_TRAIN, _HELD_OUT, _MUTED = "#8fa8c8", "#1f4e8c", "#666666"
+
+
+def write_report(recipe: Recipe, out: Path) -> Path:
+    """Writes reward.png, ratio.png, before_after.png (with held-out prompts) and report.html into the run folder; returns the page."""
+    lines = read_metrics(out)
+    plots = {"Reward": "reward.png", "Policy ratio": "ratio.png"}
+    _reward_curve(lines, recipe, out / "reward.png")
+    _ratio_plot(lines, recipe, out / "ratio.png")
+    grids = sorted((out / "samples").glob("iteration_*.png"))
+    if len(grids) > 1:
+        before, after = load_grid(grids[0]), load_grid(grids[-1])
+        iterations = [int(path.stem.removeprefix("iteration_")) for path in (grids[0], grids[-1])]
+        _before_after(before, after, iterations, out / "before_after.png")
+    page = Environment(loader=PackageLoader("flowgrove"), autoescape=True).get_template("report.html.j2")
+    text = page.render(
+        name=out.name, facts=_facts(recipe, lines), plots=plots, before_after=len(grids) > 1,
+        recipe=(out / "recipe.yaml").read_text(encoding="utf-8"),
+    )  # fmt: skip
+    (out / "report.html").write_text(text, encoding="utf-8")
+    return out / "report.html"
+
+
+def evaluations(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(completed iterations, held-out reward): a line's evaluation comes before its update, the last line's after it."""
+    found = [(line["iteration"], line["eval_reward"]) for line in lines if "eval_reward" in line]
+    if len(found) > 1 and "eval_reward" in lines[-1]:
+        found[-1] = (found[-1][0] + 1, found[-1][1])
+    return found
+
+
+def _facts(recipe: Recipe, lines: list[dict[str, Any]]) -> dict[str, str]:
+    held_out = evaluations(lines)
+    last = lines[-1]
+    return {
+        "iterations": f"{len(lines)}",
+        "held-out reward": f"{held_out[0][1]:.3f} → {held_out[-1][1]:.3f}" if held_out else "not evaluated",
+        "training reward": f"{_total(recipe, lines[0]):.3f} → {_total(recipe, last):.3f}",
+        "seconds per iteration": f"{sum(sum(line['seconds'].values()) for line in lines) / len(lines):.2f}",
+        "rollout forwards, train passes": f"{last['rollout_forwards']:,}, {last['train_passes']:,} per iteration",
+        "peak memory": f"{max(line['peak_memory_bytes'] for line in lines) / 2**30:.2f} GiB",
+    }
+
+
+def _total(recipe: Recipe, line: dict[str, Any]) -> float:
+    return sum(reward.weight * line["reward"][reward.name]["mean"] for reward in recipe.reward)
+
+
+def _reward_curve(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([line["iteration"] for line in lines], [_total(recipe, line) for line in lines], color=_TRAIN, label="training prompts, with exploration noise")
+    held_out = evaluations(lines)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=_HELD_OUT, marker="o", label="held-out prompts, fixed seeds")
+        for place in {0, len(held_out) - 1}:
+            above = place > 0
+            axes.annotate(f"{held_out[place][1]:.3f}", held_out[place], (0, 8 if above else -14), textcoords="offset points", ha="center", color=_HELD_OUT)
+    axes.set(xlabel="iteration", ylabel=" + ".join(reward.name for reward in recipe.reward))
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, loc="lower right")
+    _finish(figure, axes, path)
+
+
+def _ratio_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
+    lines = [line for line in lines if line["ratio_mean"] is not None]
+    clip = recipe.update.clip_range
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    x = [line["iteration"] for line in lines]
+    axes.fill_between(x, [line["ratio_min"] - 1 for line in lines], [line["ratio_max"] - 1 for line in lines], color=_TRAIN, alpha=0.4, lw=0, label="min … max")
+    axes.plot(x, [line["ratio_mean"] - 1 for line in lines], color=_HELD_OUT, label="mean")
+    for bound in (-low, high):
+        axes.axhline(bound, color=_MUTED, lw=0.8, ls="--", label="clip range" if bound > 0 else None)
+    axes.set(xlabel="iteration", ylabel="ratio − 1")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes.legend(frameon=False, loc="upper left")
+    _finish(figure, axes, path)
+
+
+def _finish(figure: Any, axes: Axes, path: Path) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", lw=0.8)
+    axes.set_axisbelow(True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _before_after(before: Grid, after: Grid, iterations: list[int], path: Path) -> None:
+    """Rows: prompts; left block: base model, right block: trained, same seeds."""
+    rows, columns = before.tiles.shape[:2]
+    names = (f"base model · {before.scores.mean():.2f}", f"after {iterations[1]} iterations · {after.scores.mean():.2f}")
+    figure, axes = pyplot.subplots(
+        rows, 2 * columns + 1, figsize=(2 * columns * 1.05 + 0.4, rows * 1.3 + 0.4), width_ratios=[1] * columns + [0.35] + [1] * columns, squeeze=False
+    )
+    for row in range(rows):
+        for column in range(2 * columns + 1):
+            cell = axes[row][column]
+            cell.axis("off")
+            if column == columns:
+                continue
+            grid, sample = (before, column) if column < columns else (after, column - columns - 1)
+            cell.imshow(grid.tiles[row, sample], interpolation="nearest")
+            cell.set_title(f"{grid.scores[row, sample]:.2f}", fontsize=7, color=_MUTED, pad=2)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.925, bottom=0.01, wspace=0.06, hspace=0.42)
+    for row, prompt in enumerate(before.prompts):
+        top = axes[row][0].get_position().y1
+        figure.text(0.012, top + 0.02, prompt if len(prompt) < 90 else prompt[:87] + "…", fontsize=8, va="bottom")
+    for name, cell in ((names[0], axes[0][0]), (names[1], axes[0][columns + 1])):
+        figure.text(cell.get_position().x0, 0.975, name, fontsize=10, weight="bold", va="center")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

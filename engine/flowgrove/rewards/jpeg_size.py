@@ -1,0 +1,28 @@
+"""How well a picture compresses: a reward without weights, for smoke tests of any model."""
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class JpegSizeReward:
+    """Minus the size of the picture as a JPEG file of `quality`, in kilobytes; `bigger: true` rewards size instead (DDPO 2305.13301)."""
+
+    def __init__(self, quality: int = 95, bigger: bool = False) -> None:
+        self.quality, self.sign = quality, 1.0 if bigger else -1.0
+
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        """`pictures` [B, 3, H, W] in [0, 1] → scores fp32 [B] on the CPU."""
+        return torch.tensor([self.sign * self._kilobytes(picture) for picture in to_bytes(pictures)])
+
+    def _kilobytes(self, picture: Tensor) -> float:
+        file = io.BytesIO()
+        Image.fromarray(picture.numpy()).save(file, "JPEG", quality=self.quality)
+        return file.tell() / 1000
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] → uint8 [B, H, W, 3] on the CPU, rounded."""
+    return (pictures.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

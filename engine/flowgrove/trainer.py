@@ -1,0 +1,165 @@
+"""The training loop: plan → rollout → reward → credit → update, and what is kept of each iteration."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowgrove import metrics
+from flowgrove.allocator import keep_freed_memory
+from flowgrove.checkpoint import load_checkpoint, save_checkpoint, valid_checkpoints
+from flowgrove.credit import assign_credit
+from flowgrove.data import prompts_of_iteration, read_prompts
+from flowgrove.device import pick_device
+from flowgrove.errors import UserError
+from flowgrove.evaluation import Evaluated, evaluate
+from flowgrove.forest import leaf_path_logp
+from flowgrove.grids import save_grid
+from flowgrove.models.policy import Policy
+from flowgrove.plan import make_plan
+from flowgrove.recipe import Recipe, dump_recipe
+from flowgrove.rewards.registry import Rewards
+from flowgrove.rollout import rollout
+from flowgrove.rows import plan_rows
+from flowgrove.sigmas import recipe_sigmas
+from flowgrove.update import Updater
+from flowgrove_kernels import use_backend
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """One run in one folder. `resume`: "auto", "never" or a checkpoint folder."""
+
+    def __init__(self, recipe: Recipe, out: Path, resume: str = "auto") -> None:
+        keep_freed_memory()
+        self.recipe, self.out = recipe, out
+        self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts")
+        self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts") if recipe.data.eval_prompts else []
+        self.rewards = Rewards(recipe)
+        self.table = recipe_sigmas(recipe)
+        plan = make_plan(recipe, 0, self.table)  # a plan that cannot be made is an error before a model is loaded
+        if not any(step.stochastic for step in plan.steps):
+            raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
+        checkpoint = choose_checkpoint(recipe, out, resume)
+        self.policy = Policy(recipe, pick_device(recipe))
+        self.updater = Updater(recipe, self.policy)
+        self.completed, self.last_line = 0, None
+        if checkpoint is not None:
+            self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater, fingerprint(recipe))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has all its iterations, their lines and its report."""
+        return self.completed >= self.recipe.run.iterations and len(metrics.read_metrics(self.out)) >= self.completed and (self.out / "report.html").exists()
+
+    def run(self, report: Report = lambda line: None) -> None:
+        """Trains to `run.iterations`; `report` gets the metrics line of every iteration."""
+        run = self.recipe.run
+        log = metrics.MetricsLog(self.out, list(run.log), self.completed)
+        if self.last_line is not None and log.lines < self.completed:  # the run stopped between a checkpoint and its line
+            self._finish(self.last_line, log, report)
+        backend = use_backend(self.recipe.engine.backend) if self.recipe.engine.backend != "auto" else nullcontext()
+        with backend:
+            for iteration in range(self.completed, run.iterations):
+                evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
+                line = self.iterate(iteration)
+                if evaluated is not None:
+                    line["eval_reward"] = evaluated.weighted(self.rewards.weights)
+                if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
+                    save_checkpoint(self.out, self.policy, self.updater, iteration + 1, fingerprint(self.recipe), run.keep_last, line)
+                self._finish(line, log, report)
+        log.close()
+
+    def _finish(self, line: dict[str, Any], log: metrics.MetricsLog, report: Report) -> None:
+        """Writes an iteration's line; the last one carries the final model's evaluation."""
+        run = self.recipe.run
+        if line["iteration"] + 1 == run.iterations and run.eval_every and (evaluated := self.evaluate(run.iterations)) is not None:
+            line["eval_reward"] = evaluated.weighted(self.rewards.weights)
+        log.write(line)
+        report(line)
+
+    def iterate(self, iteration: int) -> dict[str, Any]:
+        """One iteration; returns its metrics line."""
+        recipe, policy, clock = self.recipe, self.policy, Clock(self.policy.device)
+        with clock("plan"):
+            plan = make_plan(recipe, iteration, self.table)
+            rows = plan_rows(plan).to(policy.device)
+            prompts = policy.encode(prompts_of_iteration(self.train_prompts, iteration, recipe.data.prompts_per_iteration, recipe.run.seed))
+        with clock("rollout"):
+            forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration)
+        with clock("reward"):
+            pictures = policy.decode(forest.leaves)
+            scores = self.rewards(pictures, [text for text in prompts.texts for _ in range(plan.leaves)])
+        with clock("credit"):
+            grouped = scores.view(len(prompts.texts), plan.leaves, -1).numpy()
+            path_logp = leaf_path_logp(forest).double().cpu().numpy() if recipe.credit.fusion_beta else None
+            credit = assign_credit(plan, recipe.credit, grouped, self.rewards.weights, path_logp)
+        with clock("update"):
+            stats = self.updater.run(forest, prompts, credit, rows)
+        return {
+            "iteration": iteration,
+            "reward": metrics.reward_summary(list(self.rewards.scorers), scores),
+            **metrics.update_summary(stats),
+            "rollout_forwards": plan.counts.rollout_forwards * len(prompts.texts),
+            "train_passes": stats.train_passes,
+            "seconds": clock.seconds,
+            "samples_per_second": len(scores) / sum(clock.seconds.values()),
+            "peak_memory_bytes": metrics.peak_memory(policy.device),
+        }
+
+    def evaluate(self, iteration: int) -> Evaluated | None:
+        """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts."""
+        if not self.eval_prompts:
+            return None
+        evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.table)
+        save_grid(self.out / "samples" / f"iteration_{iteration:06d}.png", evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+        return evaluated
+
+
+class Clock:
+    """Seconds per stage. On a GPU each stage ends with its queue empty, so that a stage is charged for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation."""
+    content = recipe.model_dump(mode="json")
+    content["run"] = {"seed": recipe.run.seed}
+    if recipe.update.lr_schedule == "cosine":
+        content["run"]["iterations"] = recipe.run.iterations
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:
+    """The checkpoint to start from. Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint."""
+    if resume not in ("auto", "never"):
+        return Path(resume)
+    if resume == "never":
+        if (out / "metrics.jsonl").exists() or valid_checkpoints(out):
+            raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
+        return None
+    for folder in reversed(valid_checkpoints(out)):
+        state = json.loads((folder / "state.json").read_text())
+        if state["recipe"] != fingerprint(recipe):
+            raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
+        return folder
+    return None

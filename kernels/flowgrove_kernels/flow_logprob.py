@@ -1,0 +1,124 @@
+"""The log-probability of given steps, differentiable in the velocity.
+
+r = x' − μ        logp = log_norm − κ·mean_D r²        ∂logp/∂v = (2κb/D)·r, summed over the children of a state
+"""
+
+import torch
+from torch import Tensor
+
+from flowgrove_kernels.affine import children_of, guided, log_probability, step_mean, working_dtype
+from flowgrove_kernels.backends import implementation, implements
+from flowgrove_kernels.checks import check_coefficients, check_edges, check_state, check_velocity
+from flowgrove_kernels.coefficients import StepCoefficients
+
+
+def residual_of(x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, v_uncond: Tensor | None, guidance_scale: float, parent: Tensor) -> Tensor:
+    """x' − μ of every edge, [E, D]; trained rows have no history term."""
+    flat = x.reshape(x.shape[0], -1)
+    uncond = None if v_uncond is None else v_uncond.reshape(flat.shape)
+    velocity = guided(v.reshape(flat.shape), uncond, guidance_scale, working_dtype(x))
+    mean = step_mean(flat, velocity, x_coef, v_coef, torch.zeros_like(x_coef), None)
+    return x_next.reshape(x_next.shape[0], flat.shape[1]) - mean[parent]
+
+
+def sum_children(values: Tensor, child_offsets: Tensor) -> Tensor:
+    """[E, D] → [B, D]: children of a state added in order."""
+    if values.shape[0] == 0 or values.shape[1] == 0:
+        return values.new_zeros(child_offsets.shape[0] - 1, values.shape[1])
+    return torch.segment_reduce(values, "sum", offsets=child_offsets, unsafe=True, initial=0.0)
+
+
+def split_guidance(grad: Tensor, v: Tensor, v_uncond: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor]:
+    """Gradient of the guided velocity [B, D] → those of v and v_uncond (empty without guidance), in their shape and dtype."""
+    grad = grad.view(v.shape)
+    if v_uncond is None:
+        return grad.to(v.dtype), v.new_empty(0)
+    return (guidance_scale * grad).to(v.dtype), ((1 - guidance_scale) * grad).to(v.dtype)
+
+
+@implements("flow_logprob", "reference")
+def _reference(
+    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor, log_norm: Tensor,
+    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+) -> Tensor:  # fmt: skip
+    parent, _ = children_of(child_offsets, x.shape[0], fanout, x_next.shape[0], x.device)
+    residual = residual_of(x, v, x_next, x_coef, v_coef, v_uncond, guidance_scale, parent)
+    return log_probability(residual, precision[parent], log_norm[parent])
+
+
+@implements("flow_logprob_backward", "reference")
+def _reference_backward(
+    grad: Tensor, x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor,
+    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    parent, offsets = children_of(child_offsets, x.shape[0], fanout, x_next.shape[0], x.device)
+    residual = residual_of(x, v, x_next, x_coef, v_coef, v_uncond, guidance_scale, parent)
+    slope = (2 * precision.to(grad.dtype) * v_coef.to(grad.dtype))[parent] / max(residual.shape[1], 1)
+    grad_v = sum_children((grad * slope).unsqueeze(1) * residual, offsets)
+    return split_guidance(grad_v, v, v_uncond, guidance_scale)
+
+
+@torch.library.custom_op("flowgrove::flow_logprob", mutates_args=())
+def _op(
+    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor, log_norm: Tensor,
+    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+) -> Tensor:  # fmt: skip
+    run = implementation("flow_logprob", x)
+    return run(x, v, x_next, x_coef, v_coef, precision, log_norm, child_offsets, v_uncond, fanout, guidance_scale)
+
+
+@_op.register_fake
+def _(x, v, x_next, x_coef, v_coef, precision, log_norm, child_offsets, v_uncond, fanout, guidance_scale):
+    return x.new_empty((x_next.shape[0],))
+
+
+@torch.library.custom_op("flowgrove::flow_logprob_backward", mutates_args=())
+def _op_backward(
+    grad: Tensor, x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor,
+    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run = implementation("flow_logprob_backward", x)
+    return run(grad, x, v, x_next, x_coef, v_coef, precision, child_offsets, v_uncond, fanout, guidance_scale)
+
+
+@_op_backward.register_fake
+def _(grad, x, v, x_next, x_coef, v_coef, precision, child_offsets, v_uncond, fanout, guidance_scale):
+    return v.new_empty(v.shape), v.new_empty((0,) if v_uncond is None else v.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, v, x_next, x_coef, v_coef, precision, _, child_offsets, v_uncond, ctx.fanout, ctx.guidance_scale = inputs
+    ctx.save_for_backward(x, v, x_next, x_coef, v_coef, precision, child_offsets, v_uncond)
+
+
+def _backward(ctx, grad: Tensor):
+    grad_v, grad_uncond = torch.ops.flowgrove.flow_logprob_backward(grad, *ctx.saved_tensors, ctx.fanout, ctx.guidance_scale)
+    return None, grad_v, None, None, None, None, None, None, None if ctx.saved_tensors[-1] is None else grad_uncond, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def flow_logprob(
+    x: Tensor,
+    v: Tensor,
+    x_next: Tensor,
+    coef: StepCoefficients,
+    *,
+    fanout: int = 1,
+    child_offsets: Tensor | None = None,
+    v_uncond: Tensor | None = None,
+    guidance_scale: float | None = None,
+) -> Tensor:
+    """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond.
+
+    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; x_next [E, ...] in the dtype of x, children of a row contiguous: `fanout`
+    each, or as many as `child_offsets` (int64 [B + 1], CSR) says. coef: B one-step rows. Raises ValueError for other shapes, dtypes or devices.
+    """
+    check_state(x)
+    scale = check_velocity(x, v, v_uncond, guidance_scale)
+    check_coefficients(coef, x)
+    check_edges(x, x_next, fanout, child_offsets)
+    return torch.ops.flowgrove.flow_logprob(
+        x.detach(), v, x_next.detach(), coef.x_coef, coef.v_coef, coef.precision, coef.log_norm, child_offsets, v_uncond, fanout, scale
+    )

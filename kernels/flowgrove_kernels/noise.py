@@ -1,0 +1,122 @@
+"""Noise as a function: Philox4x32-10 counters turned into normals, the same on every device, for every batch, order and rank.
+
+    counter = (block, node, step, prompt), key = (seed, iteration), block = ⌊i/4⌋ for element i of a contiguous sample
+    u = ((r >> 9) + ½)·2⁻²³;   (z0, z1) = √(−2 ln u0)·(cos, sin)(2π·u1), (z2, z3) the same of (u2, u3)
+
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box and Muller (1958).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INITIAL_STEP = 2**32 - 1  # the step word of x_T
+SHARED_STEP = 2**31  # added to the step word for the component that siblings share
+_WORD = 2**32 - 1
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_TWO_PI = torch.tensor(2 * math.pi, dtype=torch.float32).item()
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names the noise of each row. Fields are ints (the same for all rows) or int64 tensors [rows], every value in [0, 2³²).
+
+    prompt: global index in the iteration; step: step of the schedule, `INITIAL_STEP` for x_T; node: index of the child in the full forest of its prompt,
+    at the level after the step; parent: index of the child's parent in the level before, needed only for correlated siblings.
+    """
+
+    seed: int | Tensor
+    iteration: int | Tensor
+    step: int | Tensor
+    prompt: int | Tensor
+    node: int | Tensor
+    parent: int | Tensor | None = None
+
+    def pack(self, rows: int, device: torch.device | str | None = None) -> Tensor:
+        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if none). Raises ValueError for a value or length out of range."""
+        names = ("seed", "iteration", "step", "prompt", "node", "parent")
+        values = (self.seed, self.iteration, self.step, self.prompt, self.node, 0 if self.parent is None else self.parent)
+        return torch.stack([_column(name, value, rows, device) for name, value in zip(names, values, strict=True)])
+
+
+def _column(name: str, value: int | Tensor, rows: int, device: torch.device | str | None) -> Tensor:
+    if not isinstance(value, Tensor):
+        if not 0 <= value <= _WORD:
+            raise ValueError(f"NoiseKey.{name} is {value}: write an integer in [0, 2**32)")
+        return torch.full((rows,), value, dtype=torch.int64, device=device)
+    if value.dtype != torch.int64 or value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, rows)):
+        raise ValueError(f"NoiseKey.{name} is {value.dtype} {list(value.shape)}: pass an int or an int64 tensor [{rows}]")
+    column = value.to(device).expand(rows)
+    torch._assert_async(((column >= 0) & (column <= _WORD)).all(), f"NoiseKey.{name} holds a value outside [0, 2**32)")
+    return column
+
+
+def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four counter words and two key words, int64 tensors with values in [0, 2³²) that broadcast → four words, likewise."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 64-bit products; int64 wraps to the right bits
+        c0, c1, c2, c3 = ((second >> 32) & _WORD) ^ c1 ^ k0, second & _WORD, ((first >> 32) & _WORD) ^ c3 ^ k1, first & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def normals(packed: Tensor, elements: int, *, shared: bool = False) -> Tensor:
+    """fp32 [rows, elements] of standard normals for `NoiseKey.pack`'s int64 [6, rows]; `shared`: the component that siblings have in common."""
+    seed, iteration, step, prompt, node, parent = packed.unsqueeze(-1)  # each [rows, 1]
+    blocks = torch.arange((elements + 3) // 4, device=packed.device)  # [blocks]
+    if shared:
+        step, node = step + SHARED_STEP, parent
+    words = philox_words((blocks, node, step, prompt), (seed, iteration))
+    u0, u1, u2, u3 = (((word >> 9).to(torch.float32) + 0.5) * 2.0**-23 for word in words)
+    pairs = []
+    for radius_word, angle_word in ((u0, u1), (u2, u3)):
+        radius, angle = torch.sqrt(-2 * torch.log(radius_word)), _TWO_PI * angle_word
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :elements]
+
+
+def sibling_normals(packed: Tensor, elements: int, correlation: float) -> Tensor:
+    """fp32 [rows, elements]: √ρ·ξ_shared + √(1−ρ)·ξ_own, standard normal in every row, correlated ρ between rows of one parent (BranchGRPO 2509.06040)."""
+    own = normals(packed, elements)
+    if correlation == 0.0:
+        return own
+    return math.sqrt(correlation) * normals(packed, elements, shared=True) + math.sqrt(1 - correlation) * own
+
+
+def given_or_drawn(noise: Tensor | None, packed: Tensor | None, shape: torch.Size, correlation: float) -> Tensor:
+    """z as [rows, elements] `shape`: the noise that the caller gave, else what the key names."""
+    if noise is not None:
+        return noise.reshape(shape)
+    if packed is None:
+        raise ValueError("a noise key or the noise itself is needed")
+    return sibling_normals(packed, shape[1], correlation)
+
+
+@torch.library.custom_op("flowgrove::philox_normal", mutates_args=())
+def _philox_normal(key: Tensor, elements: int) -> Tensor:
+    return normals(key, elements).contiguous()
+
+
+@_philox_normal.register_fake
+def _(key: Tensor, elements: int) -> Tensor:
+    return key.new_empty((key.shape[1], elements), dtype=torch.float32)
+
+
+def philox_normal(shape: tuple[int, ...] | torch.Size, key: NoiseKey, *, device: torch.device | str | None = None) -> Tensor:
+    """fp32 `shape` of standard normals; shape[0] is the number of rows, `key` names each (scalars or [rows]).
+
+    `device`: default the key's tensors' device, else the CPU. Raises ValueError for a key out of range or with another number of rows.
+    """
+    if len(shape) == 0:
+        raise ValueError("philox_normal needs a shape with at least one dimension: (rows, ...)")
+    if device is None:
+        tensors = [v for v in (key.seed, key.iteration, key.step, key.prompt, key.node) if isinstance(v, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+    elements = math.prod(shape[1:])
+    return torch.ops.flowgrove.philox_normal(key.pack(shape[0], device), elements).view(shape)
