@@ -12,6 +12,7 @@ from flowgrove.models.policy import Policy, Prompts
 from flowgrove.packing import MicroBatch, edges_of_update, micro_batches
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
+from flowgrove.rows import plan_rows
 from flowgrove_kernels import NoiseKey, StepCoefficients, flow_logprob, grpo_loss_and_grad
 from flowgrove_kernels.affine import guided
 
@@ -41,7 +42,7 @@ class Updater:
     def run(self, forest: Forest, prompts: Prompts, credit: dict[int, EdgeCredit], rows: StepCoefficients, first_prompt: int = 0) -> UpdateStats:
         """All updates of the iteration. `rows`: the plan's rows on the device."""
         update, plan, stats = self.recipe.update, forest.plan, UpdateStats()
-        weights = step_weights(plan, rows.to("cpu"), update.step_weight)
+        weights = step_weights(plan, update.step_weight)
         if not plan.trained_steps:  # pruning may leave an iteration without any
             return stats
         batches = []
@@ -67,7 +68,7 @@ class Updater:
         reference = None
         if update.kl_weight > 0:
             v_ref, uncond_ref = policy.reference_velocity(x, batch.sigma, prompts, batch.prompt)
-            reference = guided(v_ref.float(), uncond_ref, policy.guidance_scale or 1.0, policy.state_dtype)
+            reference = guided(v_ref, uncond_ref, policy.guidance_scale or 1.0, policy.state_dtype)
         v, v_uncond = policy.velocity(x, batch.sigma, prompts, batch.prompt)
         result, grad_v, grad_uncond = grpo_loss_and_grad(
             x, v, forest.states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
@@ -118,12 +119,13 @@ def learning_rate(recipe: Recipe, number: int) -> float:
     return update.lr * decay * min(1.0, (number + 1) / (update.warmup + 1))
 
 
-def step_weights(plan: RolloutPlan, rows: StepCoefficients, kind: str) -> dict[int, float]:
-    """ω of every trained step: 1; TempFlow-GRPO (2508.04324) ∝ s with mean 1; GRPO-Guard (2510.22319) 1/Δ. `rows` on the CPU."""
+def step_weights(plan: RolloutPlan, kind: str) -> dict[int, float]:
+    """ω of every trained step: 1; TempFlow-GRPO (2508.04324) ∝ s with mean 1; GRPO-Guard (2510.22319) 1/Δ."""
     if kind == "guard":
         return {step.index: 1.0 / (step.sigma - step.sigma_next) for step in plan.trained_steps}
     if kind == "tempflow":
-        stds = {step.index: float(rows.std[step.index]) for step in plan.trained_steps}
+        table = plan_rows(plan).std.tolist()
+        stds = {step.index: table[step.index] for step in plan.trained_steps}
         mean = sum(stds.values()) / max(len(stds), 1)
         return {index: std / mean for index, std in stds.items()}
     return {step.index: 1.0 for step in plan.trained_steps}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, Conditioning
+from flowgrove.models.float64 import keep_float64
 from flowgrove.models.folders import model_folder
 from flowgrove.models.sd3 import SD3
 from flowgrove.recipe import Recipe
@@ -64,6 +65,8 @@ class Policy:
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
+        if self.state_dtype == torch.float64:
+            keep_float64(self.transformer)
         if recipe.update.kl_weight > 0 and lora is None:
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
         if lora is None:

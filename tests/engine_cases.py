@@ -1,0 +1,51 @@
+"""A float64 policy on the embedded pipeline and small plans, shared by the engine's tests."""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from flowgrove.models.policy import Policy, Prompts
+from flowgrove.plan import RolloutPlan, make_plan
+from flowgrove.recipe import Recipe, parse_recipe
+from flowgrove.rows import plan_rows
+from flowgrove_kernels import StepCoefficients
+
+CPU = torch.device("cpu")
+TEXTS = ["a red circle at the top left", "a blue square at the centre", "a green cross left of a black circle"]
+
+
+def small_recipe(**sections: dict[str, Any]) -> Recipe:
+    """A window of 2 in 5 steps, 4 leaves, 2 updates, float64; sections are merged key by key."""
+    content: dict[str, Any] = {
+        "model": {"adapter": "sd3", "path": "tiny", "dtype": "fp64", "gradient_checkpointing": False},
+        "data": {"prompts": "unused.txt", "prompts_per_iteration": len(TEXTS)},
+        "rollout": {"steps": 5, "shift": 1.5, "group_size": 4, "window": {"strategy": "frozen", "size": 2, "start": 1}},
+        "reward": [{"name": "shapes"}],
+        "update": {"updates_per_iteration": 2, "clip_range": 1e-3, "lr": 1e-4},
+        "engine": {"device": "cpu"},
+    }
+    for name, keys in sections.items():
+        content[name] = {**content[name], **keys} if isinstance(keys, dict) and name in content else keys
+    return parse_recipe(content)
+
+
+@cache
+def policy_of(dtype: str = "fp64", guidance: float = 1.0, tokens: int | str = "auto") -> Policy:
+    """Loaded once per setting; tests restore what they change."""
+    return Policy(
+        small_recipe(
+            model={"adapter": "sd3", "path": "tiny", "dtype": dtype, "gradient_checkpointing": False, "guidance_scale": guidance},
+            engine={"device": "cpu", "token_budget": tokens},
+        ),
+        CPU,
+    )
+
+
+def plan_and_rows(recipe: Recipe, iteration: int = 0) -> tuple[RolloutPlan, StepCoefficients]:
+    plan = make_plan(recipe, iteration)
+    return plan, plan_rows(plan)
+
+
+def encoded(policy: Policy, texts: list[str] | None = None) -> Prompts:
+    return policy.encode(texts or TEXTS)

@@ -1,0 +1,252 @@
+"""The updates: merged and packed passes give the losses and gradients of the naive loop, one edge at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from engine_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from host_reads import count_host_reads
+
+from flowgrove.credit import assign_credit
+from flowgrove.rollout import rollout
+from flowgrove.update import Updater, learning_rate, step_weights
+from flowgrove_kernels import NoiseKey, philox_normal
+
+TREE = {"steps": 6, "tree": {"splits": [0, 2], "fanout": 2}, "window": {"strategy": "frozen", "size": 3}}
+CASES = {
+    "flat": {},
+    "one_update": {"update": {"updates_per_iteration": 1}},
+    "unshared_noise": {"rollout": {"shared_initial_noise": False}},
+    "parents": {"update": {"partition": "parents"}},
+    "tree": {"rollout": TREE},
+    "tree_tempflow": {"rollout": TREE, "update": {"step_weight": "tempflow"}},
+    "tree_guard": {"rollout": TREE, "update": {"step_weight": "guard", "clip_range": 2e-6}},
+    "pruned": {"rollout": TREE, "credit": {"prune": {"kind": "extreme", "keep": 1}}},
+    "step_fraction": {"update": {"step_fraction": 0.5}},
+    "cps": {"rollout": {"dynamics": "cps"}},
+    "asymmetric_clip": {"update": {"clip_range": [1e-4, 3e-3]}},
+    "kl": {"update": {"kl_weight": 0.5}},
+}
+
+
+def rolled_out(recipe, policy, seed=0):
+    """A forest whose stored logp is a little off, as after an earlier update, and random credit with one prompt without signal."""
+    prompts = encoded(policy)
+    plan, rows = plan_and_rows(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0)
+    generator = np.random.default_rng(seed)
+    forest.logp += torch.from_numpy(1e-3 * generator.standard_normal(len(forest.logp)))
+    scores = generator.random((len(TEXTS), plan.leaves, 1))
+    scores[1] = 0.5
+    return forest, prompts, assign_credit(plan, recipe.credit, scores, [1.0]), rows
+
+
+class Recorder(Updater):
+    """Keeps the gradient of every update instead of stepping."""
+
+    def __init__(self, recipe, policy):
+        super().__init__(recipe, policy)
+        self.gradients, self.trained = [], []
+
+    def _step(self, stats, trained, number):
+        self.trained.append(trained)
+        self.gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters])
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def naive_update(recipe, policy, forest, prompts, credit, rows, number):
+    """Loss and gradient of one update, every edge a batch of one, written from MATH §3 with plain autograd."""
+    plan, update = forest.plan, recipe.update
+    weights = step_weights(plan, update.step_weight)
+    low, high = update.clip_range if isinstance(update.clip_range, tuple) else (update.clip_range,) * 2
+    edges = []
+    for step in plan.trained_steps:
+        trains, advantage = credit[step.index].trains, credit[step.index].advantage
+        for prompt in range(forest.prompts):
+            for child in range(step.nodes_out):
+                leader = child - child % step.fanout if update.partition == "parents" else child
+                if trains[prompt, child] and (leader * plan.leaves // step.nodes_out) * plan.updates // plan.leaves == number:
+                    edges.append((step, prompt, child, advantage[prompt, child]))
+    total = 0.0
+    for step, prompt, child, advantage in edges:
+        x = forest.states[forest.first_row[step.index] + prompt * step.nodes_in + child // step.fanout][None]
+        edge = forest.first_row[step.index + 1] + prompt * step.nodes_out + child
+        x_next, sigma, prompt_of = forest.states[edge][None], torch.tensor([step.sigma], dtype=torch.float32), torch.tensor([prompt])
+        a, b, s, kappa, log_norm = (t[step.index].double() for t in (rows.x_coef, rows.v_coef, rows.std, rows.precision, rows.log_norm))
+
+        def guided(velocity):
+            v, uncond = velocity
+            return v if uncond is None else uncond + policy.guidance_scale * (v - uncond)
+
+        v = guided(policy.velocity(x, sigma, prompts, prompt_of))
+        residual = x_next - (a * x + b * v)
+        logp = log_norm - kappa * (residual**2).mean()
+        if number == 0:
+            ratio = torch.exp(logp - logp.detach())
+            if update.step_weight == "guard":
+                z = noise_of(recipe, plan, step, prompt, child, x.shape)
+                ratio = torch.exp((b * z * (v - v.detach())).mean())  # mean z⊙Δμ with Δμ = 0 in value
+        elif update.step_weight == "guard":
+            z = noise_of(recipe, plan, step, prompt, child, x.shape)
+            ratio = torch.exp(s * (z * z).mean() - (z * residual).mean())
+        else:
+            ratio = torch.exp(logp - forest.logp[edge])
+        surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+        kl = 0.0
+        if update.kl_weight:
+            reference = guided(policy.reference_velocity(x, sigma, prompts, prompt_of))
+            kl = b**2 * ((v - reference) ** 2).mean() / (2 * s**2)
+        loss = weights[step.index] / len(edges) * (surrogate + update.kl_weight * kl)
+        loss.backward()
+        total += loss.item()
+    return total, len(edges)
+
+
+def noise_of(recipe, plan, step, prompt, child, shape):
+    rho, parent = plan.sibling_correlation, child // step.fanout
+    own = philox_normal(shape, NoiseKey(recipe.run.seed, 0, step.index, prompt, child)).double()
+    shared = philox_normal(shape, NoiseKey(recipe.run.seed, 0, step.index + 2**31, prompt, parent)).double()
+    return (math.sqrt(rho) * shared.float() + math.sqrt(1 - rho) * own.float()).double() if rho else own
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
+    if guidance != 1.0 and case not in ("flat", "tree", "kl"):
+        pytest.skip("guidance is combined with three cases")
+    recipe, policy = small_recipe(**CASES[case]), policy_of(guidance=guidance)
+    if recipe.update.kl_weight:
+        policy = policy_with_reference(recipe, guidance)
+    forest, prompts, credit, rows = rolled_out(recipe, policy)
+    recorder = Recorder(recipe, policy)
+    stats = recorder.run(forest, prompts, credit, rows)
+    losses = iter(stats.loss)
+    edges = 0
+    for number, packed in enumerate(recorder.gradients):
+        naive_loss, count = naive_update(recipe, policy, forest, prompts, credit, rows, number)
+        edges += count
+        naive = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in recorder.parameters]
+        recorder.optimizer.zero_grad(set_to_none=True)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in naive))
+        difference = math.sqrt(sum(float(((g - h) ** 2).sum()) for g, h in zip(naive, packed, strict=True)))
+        assert norm > 1e-6, "an update without gradient proves nothing"
+        assert difference <= 1e-10 * norm
+        packed_loss = float(next(losses))
+        assert packed_loss == pytest.approx(naive_loss, rel=1e-10, abs=1e-12)
+    assert edges == sum(int(c.trains.sum()) for c in credit.values()), "every edge trains exactly once"
+
+
+def policy_with_reference(recipe, guidance):
+    """The reference is a copy of the model as it was; the trained one has moved since."""
+    from engine_cases import CPU
+
+    from flowgrove.models.policy import Policy
+
+    moved = Policy(recipe.model_copy(update={"model": recipe.model.model_copy(update={"guidance_scale": guidance})}), CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.trainable().values():
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return moved
+
+
+@pytest.mark.parametrize("tokens", [40, 200, 4096])
+def test_gradients_do_not_depend_on_the_number_of_micro_batches(tokens):
+    recipe = small_recipe()
+    reference = None
+    for policy in (policy_of(), policy_of(tokens=tokens)):
+        recorder = Recorder(recipe, policy)
+        recorder.run(*rolled_out(recipe, policy))
+        flat = torch.cat([g.flatten() for update in recorder.gradients for g in update])
+        reference = flat if reference is None else reference
+        assert float((flat - reference).norm()) <= 1e-10 * float(reference.norm())
+
+
+@pytest.mark.parametrize("case", ["flat", "one_update", "unshared_noise", "parents", "tree", "step_fraction"])
+def test_rows_that_train_equal_the_planned_passes(case):
+    """With an advantage on every edge, the rows whose backward runs are those that the plan counts."""
+    recipe, policy = small_recipe(**CASES[case]), policy_of()
+    forest, prompts, credit, rows = rolled_out(recipe, policy)
+    for edge in credit.values():
+        edge.advantage[:] = 1.0
+    seen = []
+    hook = policy.transformer.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(len(grad_output[0])))
+    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    hook.remove()
+    assert sum(seen) == stats.train_passes
+    if case != "step_fraction":  # there prompts draw their own steps; the plan counts prompt 0
+        assert stats.train_passes == forest.plan.counts.train_passes * len(TEXTS)
+
+
+def test_edges_without_advantage_cost_no_pass_but_count_in_the_mean():
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of()
+    forest, prompts, credit, rows = rolled_out(recipe, policy)
+    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    assert stats.train_passes == forest.plan.counts.train_passes * (len(TEXTS) - 1), "prompt 1 has no signal"
+    only = {index: type(edge)(edge.advantage[[0, 2]], edge.trains[[0, 2]]) for index, edge in credit.items()}
+    assert all((edge.advantage != 0).all() for edge in only.values())
+
+
+def test_first_update_has_ratio_exactly_one_and_later_ones_do_not():
+    recipe, policy = small_recipe(), policy_of()
+    stats = Recorder(recipe, policy).run(*rolled_out(recipe, policy))
+    assert torch.equal(stats.ratio[0], torch.ones_like(stats.ratio[0]))
+    assert not torch.equal(stats.ratio[-1], torch.ones_like(stats.ratio[-1]))
+
+
+def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
+    recipe, policy = small_recipe(rollout={"steps": 8, "group_size": 16, "window": {"strategy": "frozen", "size": 3}}), policy_of(dtype="fp32", tokens=100)
+    prompts = encoded(policy)
+    plan, rows = plan_and_rows(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+    wide = policy_of(dtype="fp32")  # other micro-batches than the rollout's
+    stats = Recorder(recipe, wide).run(forest, prompts, credit, rows)
+    assert wide.rows_per_pass > policy.rows_per_pass
+    assert float(torch.cat(stats.drift).abs().max()) <= 5e-7
+
+
+def test_no_host_read_in_update():
+    recipe, policy = small_recipe(), policy_of(dtype="fp32")
+    prompts = encoded(policy)
+    plan, rows = plan_and_rows(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+    updater = Updater(recipe, policy)
+    kept = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    updater.run(forest, prompts, credit, rows)  # the optimiser's state exists from here on
+    assert count_host_reads(lambda: updater.run(forest, prompts, credit, rows)) == 0
+    assert any(not torch.equal(p, kept[name]) for name, p in policy.trainable().items())
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.copy_(kept[name])
+
+
+def test_gradient_that_is_not_finite_skips_the_step_and_nothing_else():
+    recipe, policy = small_recipe(), policy_of()
+    updater = Updater(recipe, policy)
+    kept = [p.detach().clone() for p in updater.parameters]
+    forest, prompts, credit, rows = rolled_out(recipe, policy)
+    forest.states[forest.first_row[1]] = float("nan")
+    updater.run(forest, prompts, credit, rows)
+    assert all(torch.equal(p, before) for p, before in zip(updater.parameters, kept, strict=True))
+    assert all(torch.isfinite(p).all() for p in updater.parameters)
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    constant = small_recipe(update={"warmup": 3, "lr": 1.0}, run={"iterations": 5})
+    assert [learning_rate(constant, n) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = small_recipe(update={"lr_schedule": "cosine", "lr": 1.0}, run={"iterations": 5})
+    assert learning_rate(cosine, 0) == 1.0
+    assert learning_rate(cosine, 5) == pytest.approx(0.5)
+    assert learning_rate(cosine, 9) < 0.03
+
+
+def test_step_weights_have_mean_one_for_tempflow_and_inverse_dt_for_guard():
+    plan, rows = plan_and_rows(small_recipe(rollout=TREE))
+    tempflow = step_weights(plan, "tempflow")
+    assert sum(tempflow.values()) / len(tempflow) == pytest.approx(1.0)
+    assert tempflow[1] / tempflow[0] == pytest.approx(float(rows.std[1] / rows.std[0]))
+    assert step_weights(plan, "guard")[2] == pytest.approx(1 / (plan.steps[2].sigma - plan.steps[2].sigma_next))
+    assert set(step_weights(plan, "uniform").values()) == {1.0}
