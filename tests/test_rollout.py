@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 from host_reads import count_host_reads
 
 from flowgrove.forest import leaf_path_logp

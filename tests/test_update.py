@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 from host_reads import count_host_reads
 
 from flowgrove.credit import assign_credit
@@ -139,7 +139,7 @@ def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
 
 def policy_with_reference(recipe, guidance):
     """The reference is a copy of the model as it was; the trained one has moved since."""
-    from engine_cases import CPU
+    from policy_cases import CPU
 
     from flowgrove.models.policy import Policy
 
@@ -147,7 +147,7 @@ def policy_with_reference(recipe, guidance):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.trainable().values():
-            parameter += 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=1e-3)
     return moved
 
 
@@ -171,7 +171,11 @@ def test_rows_that_train_equal_the_planned_passes(case):
     for edge in credit.values():
         edge.advantage[:] = 1.0
     seen = []
-    hook = policy.transformer.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(len(grad_output[0])))
+
+    def watch(module, arguments, output):
+        output[0].register_hook(lambda gradient: seen.append(len(gradient)))
+
+    hook = policy.transformer.register_forward_hook(watch)
     stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
     hook.remove()
     assert sum(seen) == stats.train_passes

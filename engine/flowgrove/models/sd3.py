@@ -63,4 +63,6 @@ class SD3(Adapter):
         self.pipe.save_pretrained(folder)
 
     def save_lora(self, folder: Path) -> None:
-        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(self.transformer))
+        layers = get_peft_model_state_dict(self.transformer)
+        settings = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them a loader assumes alpha = rank
+        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
