@@ -254,3 +254,54 @@ def test_step_weights_have_mean_one_for_tempflow_and_inverse_dt_for_guard():
     assert tempflow[1] / tempflow[0] == pytest.approx(float(rows.std[1] / rows.std[0]))
     assert step_weights(plan, "guard")[2] == pytest.approx(1 / (plan.steps[2].sigma - plan.steps[2].sigma_next))
     assert set(step_weights(plan, "uniform").values()) == {1.0}
+
+
+@pytest.mark.parametrize("case", ["flat", "tree", "pruned", "tree_guard"])
+@pytest.mark.parametrize("engine", [{"share": False}, {"exact_replay": True}], ids=["unshared", "exact_replay"])
+def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, engine):
+    shared, other = small_recipe(**CASES[case]), small_recipe(**CASES[case], engine={"device": "cpu", **engine})
+    policy, found = policy_of(), []
+    for recipe in (shared, other):
+        prompts = encoded(policy)
+        plan, rows = plan_and_rows(recipe)
+        forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, share=recipe.engine.share)
+        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        recorder = Recorder(recipe, policy)
+        stats = recorder.run(forest, prompts, credit, rows)
+        loss = float(torch.stack(stats.loss).sum())
+        found.append((forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), loss, stats.train_passes))
+    (leaves, gradient, loss, passes), (other_leaves, other_gradient, other_loss, other_passes) = found
+    assert torch.allclose(leaves, other_leaves, rtol=0, atol=1e-11)
+    assert float((gradient - other_gradient).norm()) <= 1e-10 * float(gradient.norm())
+    assert loss == pytest.approx(other_loss, rel=1e-10)
+    assert other_passes > passes
+
+
+@pytest.mark.parametrize("case", ["flat", "tree"])
+def test_unshared_rows_equal_the_planned_counts_of_the_published_loop(case):
+    recipe, policy = small_recipe(**CASES[case], engine={"device": "cpu", "share": False}), policy_of()
+    plan, rows = plan_and_rows(recipe)
+    prompts = encoded(policy)
+    seen = []
+    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, share=False)
+    forwards = list(seen)
+    credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    hook.remove()
+    assert set(seen) == {1}, "the published loop runs batches of one"
+    assert sum(forwards) == plan.counts.unshared_rollout_forwards * len(TEXTS)
+    assert stats.train_passes == plan.counts.unshared_train_passes * len(TEXTS)
+
+
+@pytest.mark.parametrize("case", ["flat", "tree"])
+def test_exact_replay_has_no_drift_at_all(case):
+    recipe = small_recipe(**CASES[case], engine={"device": "cpu", "exact_replay": True})
+    policy = policy_of(dtype="fp32", tokens=200)
+    prompts = encoded(policy)
+    plan, rows = plan_and_rows(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    assert sum(map(len, stats.drift)) > 0
+    assert float(torch.cat(stats.drift).abs().max()) == 0.0

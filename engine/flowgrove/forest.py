@@ -34,12 +34,13 @@ class Forest:
         return cls(plan, prompts, states, logp, first_row, torch.empty(0, device=device))
 
     def keep(self, level: int, x: Tensor, logp: Tensor | None) -> None:
-        """Stores a level if training needs it."""
+        """Stores the distinct states of a level if training needs it; a state that several rows hold is taken from the first of them."""
         if level in self.first_row:
-            rows = slice(self.first_row[level], self.first_row[level] + len(x))
-            self.states[rows] = x
+            count = self.prompts * nodes_at(self.plan, level)
+            rows, copies = slice(self.first_row[level], self.first_row[level] + count), len(x) // count
+            self.states[rows] = x[::copies]
             if logp is not None:
-                self.logp[rows] = logp
+                self.logp[rows] = logp[::copies]
 
 
 def nodes_at(plan: RolloutPlan, level: int) -> int:

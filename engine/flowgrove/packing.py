@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowgrove.credit import EdgeCredit
 from flowgrove.forest import Forest
+from flowgrove.models.policy import Policy
 from flowgrove.plan import RolloutPlan, Step
 from flowgrove_kernels import StepCoefficients
 
@@ -51,14 +52,19 @@ class MicroBatch:
     coef: StepCoefficients
 
 
-def edges_of_update(forest: Forest, credit: dict[int, EdgeCredit], update: int, step_weight: dict[int, float], keep_zero_advantage: bool) -> Edges:
-    """The edges that `update` trains, weighted ω(step)/N_u. Edges without advantage are left out unless a KL term needs them."""
+def edges_of_update(
+    forest: Forest, credit: dict[int, EdgeCredit], update: int, step_weight: dict[int, float], keep_zero_advantage: bool, packing: str = "states"
+) -> Edges:
+    """The edges that `update` trains, weighted ω(step)/N_u. Edges without advantage are left out unless a KL term needs them.
+
+    packing: "states" runs each state once for all its children; "levels" runs whole levels, as the rollout did; "edges" each edge alone.
+    """
     plan, parts, selected = forest.plan, [], 0
     for step in plan.trained_steps:
         mine = credit[step.index].trains & _edges_in_update(plan, step, update)
         selected += int(mine.sum())
         advantage = credit[step.index].advantage
-        parts.append(_rows_of_step(forest, step, mine if keep_zero_advantage else mine & (advantage != 0), advantage, step_weight[step.index]))
+        parts.append(_rows_of_step(forest, step, mine if keep_zero_advantage else mine & (advantage != 0), advantage, step_weight[step.index], packing))
     state, index, prompt, children, child, node, advantages, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Edges(state, index, prompt, children, child, node, advantages, weights / max(selected, 1), selected)
 
@@ -67,12 +73,33 @@ def _edges_in_update(plan: RolloutPlan, step: Step, update: int) -> NDArray[np.b
     return np.array([plan.update_of_edge(step, child) == update for child in range(step.nodes_out)])
 
 
-def _rows_of_step(forest: Forest, step: Step, mask: NDArray[np.bool_], advantage: NDArray[np.float64], weight: float) -> tuple[NDArray, ...]:
+def _rows_of_step(forest: Forest, step: Step, mask: NDArray[np.bool_], advantage: NDArray[np.float64], weight: float, packing: str) -> tuple[NDArray, ...]:
     prompt, node = np.nonzero(mask)  # edges in (prompt, node) order: siblings contiguous
-    parent = forest.first_row[step.index] + prompt * step.nodes_in + node // step.fanout
-    state, first, children = np.unique(parent, return_index=True, return_counts=True)
+    parent = prompt * step.nodes_in + node // step.fanout  # row in the level
+    if packing == "edges":
+        state, children = parent, np.ones_like(parent)
+    else:
+        children = np.bincount(parent, minlength=forest.prompts * step.nodes_in)
+        state = np.arange(len(children)) if packing == "levels" else np.flatnonzero(children)
+        children = children[state]
     child = forest.first_row[step.index + 1] + prompt * step.nodes_out + node
-    return state, np.full(len(state), step.index), prompt[first], children, child, node, advantage[prompt, node], np.full(len(child), weight)
+    return (
+        forest.first_row[step.index] + state, np.full(len(state), step.index), state // step.nodes_in, children,
+        child, node, advantage[prompt, node], np.full(len(child), weight),
+    )  # fmt: skip
+
+
+def pass_bounds(edges: Edges, policy: Policy, packing: str) -> list[slice]:
+    """Where passes begin and end: full passes over all rows; for "levels" the rollout's own passes, those without an edge left out; for "edges" each row."""
+    if packing == "states":
+        return list(policy.passes(len(edges)))
+    if packing == "edges":
+        return list(policy.passes(len(edges), 1))
+    bounds, start = [], 0
+    for _, count in zip(*np.unique(edges.step, return_counts=True), strict=True):
+        bounds += [slice(start + rows.start, start + rows.stop) for rows in policy.passes(int(count))]
+        start += int(count)
+    return [rows for rows in bounds if edges.children[rows].any()]
 
 
 def micro_batches(edges: Edges, plan: RolloutPlan, rows: StepCoefficients, bounds: list[slice], dtype: torch.dtype) -> list[MicroBatch]:

@@ -133,6 +133,8 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     token_budget: Literal["auto"] | Count = "auto"
+    share: bool = True
+    exact_replay: bool = False
 
 
 class Evaluation(Section):

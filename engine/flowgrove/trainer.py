@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
@@ -27,6 +24,7 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
+from flowgrove.spans import Clock, span
 from flowgrove.update import Updater
 from flowgrove_kernels import use_backend
 
@@ -70,7 +68,8 @@ class Trainer:
         with backend:
             for iteration in range(self.completed, run.iterations):
                 evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
-                line = self.iterate(iteration)
+                with span("iteration"):
+                    line = self.iterate(iteration)
                 if evaluated is not None:
                     line["eval_reward"] = evaluated.weighted(self.rewards.weights)
                 if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
@@ -94,7 +93,7 @@ class Trainer:
             rows = plan_rows(plan).to(policy.device)
             prompts = policy.encode(prompts_of_iteration(self.train_prompts, iteration, recipe.data.prompts_per_iteration, recipe.run.seed))
         with clock("rollout"):
-            forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration)
+            forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration, share=recipe.engine.share)
         with clock("reward"):
             pictures = policy.decode(forest.leaves)
             scores = self.rewards(pictures, [text for text in prompts.texts for _ in range(plan.leaves)])
@@ -122,22 +121,6 @@ class Trainer:
         evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.table)
         save_grid(self.out / "samples" / f"iteration_{iteration:06d}.png", evaluated, self.recipe.run.eval.samples, self.rewards.weights)
         return evaluated
-
-
-class Clock:
-    """Seconds per stage. On a GPU each stage ends with its queue empty, so that a stage is charged for its own work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] = time.perf_counter() - start
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowgrove.credit import EdgeCredit
 from flowgrove.forest import Forest
 from flowgrove.models.policy import Policy, Prompts
-from flowgrove.packing import MicroBatch, edges_of_update, micro_batches
+from flowgrove.packing import MicroBatch, edges_of_update, micro_batches, pass_bounds
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
 from flowgrove.rows import plan_rows
@@ -45,10 +45,12 @@ class Updater:
         weights = step_weights(plan, update.step_weight)
         if not plan.trained_steps:  # pruning may leave an iteration without any
             return stats
+        engine = self.recipe.engine
+        packing = "edges" if not engine.share else "levels" if engine.exact_replay else "states"
         batches = []
         for number in range(update.updates_per_iteration):
-            edges = edges_of_update(forest, credit, number, weights, keep_zero_advantage=update.kl_weight > 0)
-            batches.append(micro_batches(edges, plan, rows, list(self.policy.passes(len(edges))), self.policy.state_dtype))
+            edges = edges_of_update(forest, credit, number, weights, update.kl_weight > 0, packing)
+            batches.append(micro_batches(edges, plan, rows, pass_bounds(edges, self.policy, packing), self.policy.state_dtype))
         if self.policy.compute_dtype == torch.bfloat16:
             self._replay_old_logp(forest, prompts, batches[1:])
         for number, passes in enumerate(batches):

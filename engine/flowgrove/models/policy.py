@@ -109,9 +109,9 @@ class Policy:
             v, uncond = self.adapter.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
             return Velocity(v, uncond)
 
-    def velocity_in_passes(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
-        """`velocity` of any number of rows, in as few passes as the token budget allows."""
-        parts = [self.velocity(x[rows], sigma[rows], prompts, prompt_of[rows]) for rows in self.passes(len(x))]
+    def velocity_in_passes(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, most: int | None = None) -> Velocity:
+        """`velocity` of any number of rows, in as few passes as the token budget (or `most` rows a pass) allows."""
+        parts = [self.velocity(x[rows], sigma[rows], prompts, prompt_of[rows]) for rows in self.passes(len(x), most)]
         return Velocity(torch.cat([p.v for p in parts]), None if parts[0].uncond is None else torch.cat([p.uncond for p in parts if p.uncond is not None]))
 
     @torch.no_grad()
@@ -134,9 +134,9 @@ class Policy:
         with self._precision():
             return torch.cat([self.adapter.decode(x[rows]) for rows in self.passes(len(x))])
 
-    def passes(self, rows: int) -> Iterator[slice]:
-        """Slices of at most `rows_per_pass` rows that differ by one in length."""
-        count = -(-rows // self.rows_per_pass)
+    def passes(self, rows: int, most: int | None = None) -> Iterator[slice]:
+        """Slices of at most `rows_per_pass` (or `most`) rows that differ by one in length."""
+        count = -(-rows // (most or self.rows_per_pass))
         return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
 
     @contextmanager
