@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
-from host_reads import count_host_reads
 
 from flowgrove.forest import leaf_path_logp
 from flowgrove.rollout import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, clean_estimate, flow_step, philox_normal
+from host_reads import count_host_reads
+from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 
 FLAT = {}
 UNSHARED_NOISE = {"rollout": {"shared_initial_noise": False}}

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from policy_cases import CPU, TEXTS, encoded, policy_of, small_recipe
 
 from flowgrove.errors import UserError
 from flowgrove.evaluation import EVAL_ITERATION, sample
@@ -14,6 +13,7 @@ from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
+from policy_cases import CPU, TEXTS, encoded, policy_of, small_recipe
 
 MODEL = {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False}
 LORA = {**MODEL, "lora": {"rank": 4, "alpha": 8}}

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
-from host_reads import count_host_reads
 
 from flowgrove.credit import assign_credit
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater, learning_rate, step_weights
 from flowgrove_kernels import NoiseKey, philox_normal
+from host_reads import count_host_reads
+from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 
 TREE = {"steps": 6, "tree": {"splits": [0, 2], "fanout": 2}, "window": {"strategy": "frozen", "size": 3}}
 CASES = {
@@ -139,9 +139,8 @@ def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
 
 def policy_with_reference(recipe, guidance):
     """The reference is a copy of the model as it was; the trained one has moved since."""
-    from policy_cases import CPU
-
     from flowgrove.models.policy import Policy
+    from policy_cases import CPU
 
     moved = Policy(recipe.model_copy(update={"model": recipe.model.model_copy(update={"guidance_scale": guidance})}), CPU)
     generator = torch.Generator().manual_seed(0)
@@ -274,7 +273,7 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
     assert torch.allclose(leaves, other_leaves, rtol=0, atol=1e-11)
     assert float((gradient - other_gradient).norm()) <= 1e-10 * float(gradient.norm())
     assert loss == pytest.approx(other_loss, rel=1e-10)
-    assert other_passes > passes
+    assert other_passes > passes or case == "pruned"  # there no two kept edges have a state in common
 
 
 @pytest.mark.parametrize("case", ["flat", "tree"])

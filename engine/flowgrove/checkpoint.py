@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from flowgrove.errors import UserError
@@ -24,6 +25,8 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
     partial.mkdir(parents=True)
     save_file({name: p.detach().contiguous() for name, p in policy.trainable().items()}, partial / "weights.safetensors")
     save_file(_optimizer_tensors(policy, updater), partial / "optimizer.safetensors")
+    if updater.ema is not None:
+        save_file({name: average.contiguous() for name, average in updater.ema.average.items()}, partial / "ema.safetensors")
     (partial / "state.json").write_text(json.dumps({"format": _FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line}))
     for file in partial.iterdir():
         _sync(file)
@@ -36,32 +39,78 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
 
 
 def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None, fingerprint: str | None = None) -> tuple[int, dict[str, Any]]:
-    """Puts weights (and, with `updater`, the optimiser state) in place; returns the completed iterations and the metrics line of the last.
+    """Puts weights in place (with `updater` its state too; without, the averaged weights if there are any); returns the completed iterations and
+    the metrics line of the last one.
 
     Raises UserError if it does not fit.
     """
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors") if updater else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a complete checkpoint ({error}): give a folder checkpoints/step_NNNNNN of a run") from None
+    state = read_state(folder)
+    averages = folder / "ema.safetensors"
+    # without an updater the model is wanted for evaluation, sampling or export: there the averaged weights serve, if there are any
+    weights = _tensors(averages if updater is None and averages.is_file() else folder / "weights.safetensors")
+    moments = _tensors(folder / "optimizer.safetensors") if updater else {}
     if fingerprint is not None and state["recipe"] != fingerprint:
         raise UserError(f"{folder} was written by another recipe: resume with the recipe.yaml of its run, or train into another --out")
     parameters = policy.trainable()
     if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):
         raise UserError(f"{folder} holds other weights than this recipe trains: resume with the recipe.yaml of its run")
+    if any(not name.endswith(("/step", "/exp_avg", "/exp_avg_sq")) for name in moments):
+        raise UserError(f"{folder / 'optimizer.safetensors'} holds no optimiser state: resume from another checkpoint")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
             if updater is not None and f"{name}/step" in moments:
                 updater.optimizer.state[parameter] = {key: moments[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    if updater is not None and updater.ema is not None:
+        updater.ema.average = {name: tensor.to(policy.device) for name, tensor in _tensors(averages).items()}
     return int(state["completed_iterations"]), state["line"]
 
 
 def valid_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, the oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit() and (p / "state.json").is_file())
+    """Checkpoints of a run that bear their name, the oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit())
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that can be read; None if there is none at all. Raises UserError if there are some and each is damaged."""
+    damage: UserError | None = None
+    for folder in reversed(valid_checkpoints(run)):
+        try:
+            read_state(folder)
+            for file in folder.glob("*.safetensors"):
+                with safe_open(file, "pt"):
+                    pass
+        except UserError as error:
+            damage = damage or error
+        except (OSError, SafetensorError):
+            damage = damage or _damaged(folder)
+        else:
+            return folder
+    if damage is not None:
+        raise damage
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: completed_iterations, recipe, line. Raises UserError if it does not."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not {"completed_iterations", "recipe", "line"} <= set(state):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise _damaged(folder) from None
+    return state
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError):
+        raise _damaged(file.parent) from None
+
+
+def _damaged(folder: Path) -> UserError:
+    return UserError(f"{folder} is not a complete checkpoint: remove it to go on from the one before, or give a folder checkpoints/step_NNNNNN of a run")
 
 
 def _optimizer_tensors(policy: Policy, updater: Updater) -> dict[str, torch.Tensor]:

@@ -1,15 +1,17 @@
 """The `flowgrove` command."""
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from flowgrove.errors import UserError
 
@@ -32,17 +34,25 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            _console.print(f"[bold red]error:[/] {_escaped(str(error))}")
-            raise typer.Exit(2) from None
+            _fail(str(error))
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            hint = "; free some space and give the same command again" if error.errno == errno.ENOSPC else ""
+            _fail(f"{place}{error.strerror}{hint}")
         except KeyboardInterrupt:
-            _console.print("interrupted: the last checkpoint is kept; the same command goes on from it")
+            _say("interrupted: the last checkpoint is kept; the same command goes on from it")
             raise typer.Exit(130) from None
 
     return app.command()(run)
 
 
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("[", r"\[")
+def _fail(text: str) -> NoReturn:
+    _console.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}")
+    raise typer.Exit(2) from None
+
+
+def _say(text: str) -> None:
+    _console.print(text, markup=False)
 
 
 @_command
@@ -61,11 +71,11 @@ def train(
     settings = load_recipe(recipe, tuple(set_ or ()))
     trainer = Trainer(settings, out or Path(settings.run.out), resume)
     if trainer.is_complete:
-        _console.print(f"{trainer.out} is finished: {trainer.completed} iterations; see {trainer.out / 'report.html'}")
+        _say(f"{trainer.out} is finished: {trainer.completed} iterations; see {trainer.out / 'report.html'}")
         return
     with TrainingDisplay(_console, settings, trainer.completed) as display:
         trainer.run(display.update)
-    _console.print(f"report: {write_report(settings, trainer.out)}")
+    _say(f"report: {write_report(settings, trainer.out)}")
 
 
 @_command
@@ -103,7 +113,7 @@ def sample(
     texts = read_prompts(prompts, "--prompts")
     settings, policy, table = open_policy(source, tuple(set_ or ()))
     count = write_samples(settings, policy, texts, out, table)
-    _console.print(f"wrote {count} pictures to {out}")
+    _say(f"wrote {count} pictures to {out}")
 
 
 @_command
@@ -114,7 +124,7 @@ def export(
     """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for `from_pretrained`."""
     from flowgrove.runs import export_run
 
-    _console.print(export_run(run, out))
+    _say(export_run(run, out))
 
 
 @_command
@@ -124,4 +134,4 @@ def doctor() -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for name, value in findings():
-        console.print(f"[dim]{name:<22}[/]{_escaped(value)}")
+        console.print(f"[dim]{name:<22}[/]{escape(value)}")

@@ -13,7 +13,8 @@ from flowgrove.plan import RolloutPlan
 
 @dataclass
 class Forest:
-    """`states` [S, ...] and `logp` [S] on the device; `first_row[t]`: where level t begins; `leaves` [prompts · leaves, ...]: clean latents."""
+    """`states` [S, ...] and `logp` [S] on the device; `first_row[t]`: where level t begins; `leaves` [prompts · leaves, ...]: clean latents;
+    `path_logp` [prompts, nodes]: of the newest level's nodes, the logp of their whole path."""
 
     plan: RolloutPlan
     prompts: int
@@ -21,6 +22,7 @@ class Forest:
     logp: Tensor
     first_row: dict[int, int]
     leaves: Tensor
+    path_logp: Tensor
 
     @classmethod
     def allocate(cls, plan: RolloutPlan, prompts: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Forest":
@@ -31,16 +33,25 @@ class Forest:
             rows += prompts * nodes_at(plan, level)
         states = torch.empty((rows, *shape), dtype=dtype, device=device)
         logp = torch.zeros(rows, dtype=dtype, device=device)
-        return cls(plan, prompts, states, logp, first_row, torch.empty(0, device=device))
+        path_logp = torch.zeros((prompts, plan.roots), dtype=dtype, device=device)
+        return cls(plan, prompts, states, logp, first_row, torch.empty(0, device=device), path_logp)
 
     def keep(self, level: int, x: Tensor, logp: Tensor | None) -> None:
-        """Stores the distinct states of a level if training needs it; a state that several rows hold is taken from the first of them."""
+        """Takes in a level: its distinct states, if training needs them, and the logp of the edges into them (None for the roots).
+
+        A state that several rows hold is taken from the first of them.
+        """
+        count = self.prompts * nodes_at(self.plan, level)
+        copies = len(x) // count
+        if logp is not None:
+            logp = logp[::copies]
+            nodes = logp.view(self.prompts, -1)
+            self.path_logp = self.path_logp.repeat_interleave(nodes.shape[1] // self.path_logp.shape[1], dim=1) + nodes
         if level in self.first_row:
-            count = self.prompts * nodes_at(self.plan, level)
-            rows, copies = slice(self.first_row[level], self.first_row[level] + count), len(x) // count
+            rows = slice(self.first_row[level], self.first_row[level] + count)
             self.states[rows] = x[::copies]
             if logp is not None:
-                self.logp[rows] = logp[::copies]
+                self.logp[rows] = logp
 
 
 def nodes_at(plan: RolloutPlan, level: int) -> int:
@@ -49,10 +60,5 @@ def nodes_at(plan: RolloutPlan, level: int) -> int:
 
 
 def leaf_path_logp(forest: Forest) -> Tensor:
-    """Sum of the trained edges' logp along the path of every leaf, [prompts, leaves]."""
-    total = forest.logp.new_zeros(forest.prompts, forest.plan.leaves)
-    for step in forest.plan.trained_steps:
-        first = forest.first_row[step.index + 1]
-        edges = forest.logp[first : first + forest.prompts * step.nodes_out].view(forest.prompts, step.nodes_out)
-        total += edges.repeat_interleave(forest.plan.leaves // step.nodes_out, dim=1)
-    return total
+    """Sum of the edges' logp along the path of every leaf, trained or not, [prompts, leaves]; steps without noise add 0."""
+    return forest.path_logp

@@ -90,7 +90,7 @@ class RolloutPlan:
         trained = [step.index for step in self.trained_steps]
         if self.step_fraction == 1.0:
             return [frozenset(trained)] * self.leaves
-        share = max(1, math.floor(len(trained) * self.step_fraction + 0.5))
+        share = max(1, round_half_up(len(trained) * self.step_fraction))
         draw = random.Random(f"steps/{self.seed}/{self.iteration}/{prompt}")
         return [frozenset(draw.sample(trained, min(share, len(trained)))) for _ in range(self.leaves)]
 
@@ -104,7 +104,7 @@ class RolloutPlan:
 
     @cached_property
     def counts(self) -> Counts:
-        """Exact, but for `extreme` pruning, which depends on the rewards: there the most it can keep."""
+        """Exact, but for `extreme` pruning, which depends on the rewards: there as many leaves as it keeps, spread over the tree."""
         kept_leaf = self._countable_leaves()
         trained_edges, passes = 0, 0
         for step in self.trained_steps:
@@ -188,6 +188,11 @@ def pruned_depths(prune: Prune | None, iteration: int) -> range:
     return range(start, start + prune.depths)
 
 
+def round_half_up(value: float) -> int:
+    """The nearest whole number, halves upwards; a product that misses a half by a float's rounding counts as one."""
+    return math.floor(round(value, 9) + 0.5)
+
+
 def _fanouts(rollout: Rollout, stochastic: set[int]) -> dict[int, int]:
     if rollout.tree is not None:
         if rollout.tree.splits[-1] > rollout.steps - 2:
@@ -217,7 +222,7 @@ def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[t
     head = total if rollout.tail is None else max(stochastic, default=-1) + 1
     positions = [float(i) for i in range(head + 1)]
     if rollout.tail is not None:
-        count = max(1, math.floor((total - head) * rollout.tail.compress + 0.5))
+        count = max(1, round_half_up((total - head) * rollout.tail.compress))
         positions += [head + j * (total - head) / count for j in range(1, count)] + [float(total)]
     sigmas = [table(position) for position in positions]
     solvers = [rollout.dynamics if i in stochastic else "ode" if i < head else rollout.tail.solver if rollout.tail else "ode" for i in range(len(sigmas) - 1)]

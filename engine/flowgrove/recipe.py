@@ -1,6 +1,7 @@
 """Recipes: what a run does, as YAML, validated. Unknown keys are errors that name the nearest key; `extends:` builds on another file."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,13 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-5 for a word; recipes mean the number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 class Section(BaseModel):
@@ -127,6 +135,7 @@ class Update(Section):
     partition: Literal["trajectories", "parents"] = "trajectories"
     step_fraction: Share = 1.0
     step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Engine(Section):
@@ -172,6 +181,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     content = _read_tree(path.resolve(), ())
     for override in overrides:
         _apply(content, override)
+    _find_prompts(content, path.resolve())
     recipe = parse_recipe(content)
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": recipe.run.out.replace("NAME", path.stem)})})
 
@@ -193,21 +203,28 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: save the recipe as UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a recipe: write a mapping with model, data and reward")
-    data = content.get("data")
-    for key in ("prompts", "eval_prompts"):  # beside this file, else in the working folder
-        if isinstance(data, dict) and isinstance(data.get(key), str) and (beside := path.parent / data[key]).exists():
-            data[key] = str(beside.resolve())
+    _find_prompts(content, path)
     base = content.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: extends is {base!r}: write the path of one recipe")
     return content if base is None else _merge(_read_tree((path.parent / base).resolve(), (*seen, path)), content)
+
+
+def _find_prompts(content: dict[str, Any], recipe: Path) -> None:
+    """Prompt files are sought beside the recipe that names them; one that is not there stays relative to the working folder."""
+    data = content.get("data")
+    for key in ("prompts", "eval_prompts"):
+        if isinstance(data, dict) and isinstance(data.get(key), str) and (beside := recipe.parent / data[key]).exists():
+            data[key] = str(beside.resolve())
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -218,38 +235,41 @@ def _merge(base: Any, change: Any) -> Any:
 
 def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: write --set section.key=value")
     *sections, last = key.strip().split(".")
+    if not equals or not all((*sections, last)):
+        raise UserError(f"--set {override}: write --set section.key=value, like --set run.seed=3")
     place = content
     for section in sections:
         if not isinstance(place.get(section), dict):
             place[section] = {}
         place = place[section]
     try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        place[last] = yaml.load(value, Loader=_Loader)
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override}: {value!r} is not YAML") from None
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    # union members and validators appear in the location: keep what the user wrote
-    place = [
-        str(part)
-        for part in first["loc"]
-        if not (isinstance(part, str) and (part.startswith(("function-", "tuple[", "literal[", "constrained-")) or part in ("int", "float")))
-    ]
+    """The first mistake in one line; a misspelt key comes before the missing one that it was meant to be."""
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first, place = errors[0], _place(errors[0]["loc"])
     key = ".".join(place) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _keys_at(place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key}: {hint}"
-    if first["type"] == "missing":
+    if first["type"] == "missing" and not place[-1].isdigit():
         return f"{key} is missing: every recipe needs it"
-    shown, message = repr(first["input"]), first["msg"].removeprefix("Value error, ")
-    return f"{key} is {shown if len(shown) < 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+    messages = [e["msg"].removeprefix("Value error, ") for e in errors if _place(e["loc"]) == place]  # of a union, what each member asks for
+    shown = repr(first["input"])
+    return f"{key} is {shown if len(shown) < 80 else shown[:77] + '...'}: {' or '.join(m[0].lower() + m[1:] for m in messages)}"
+
+
+def _place(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the user wrote, without the union members and validators that pydantic adds."""
+    added = ("function-", "tuple[", "literal[", "constrained-")
+    return [str(part) for part in location if not (isinstance(part, str) and (part.startswith(added) or part in ("int", "float")))]
 
 
 def _keys_at(place: list[str]) -> list[str]:

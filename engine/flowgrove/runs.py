@@ -20,12 +20,13 @@ _PROMPTS_AT_ONCE = 16
 def open_policy(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Policy, SigmaTable]:
     """A run folder with its newest checkpoint, or a recipe with its base model. Raises UserError."""
     is_run = source.is_dir()
-    if is_run and not valid_checkpoints(source):
+    checkpoints = valid_checkpoints(source) if is_run else []
+    if is_run and not checkpoints:
         raise UserError(f"{source} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
     recipe = load_recipe(source / "recipe.yaml" if is_run else source, overrides)
     policy = Policy(recipe, pick_device(recipe))
     if is_run:
-        load_checkpoint(valid_checkpoints(source)[-1], policy, None)
+        load_checkpoint(checkpoints[-1], policy, None)
     return recipe, policy, recipe_sigmas(recipe)
 
 

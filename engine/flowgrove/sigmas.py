@@ -28,7 +28,7 @@ def shifted_sigmas(steps: int, shift: float) -> SigmaTable:
 
 def listed_sigmas(values: Sequence[float]) -> SigmaTable:
     """A foreign table of T + 1 values, linear between its entries. Raises UserError unless it falls strictly from at most 1 to exactly 0."""
-    if len(values) < 2 or values[-1] != 0.0 or values[0] > 1.0 or any(b >= a for a, b in pairwise(values)):
+    if len(values) < 2 or values[-1] != 0.0 or not values[0] <= 1.0 or not all(b < a for a, b in pairwise(values)):
         raise UserError("the pipeline's sigma table does not fall from 1 to 0: set rollout.shift to a number (3.0) instead of null")
 
     def sigma(position: float) -> float:
@@ -43,13 +43,19 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int) -> SigmaTable:
     """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads no model."""
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
-        config: dict[str, Any] = json.loads(config_file.read_text())
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        name = config["_class_name"]
     except OSError as error:
         raise UserError(f"rollout.shift is null, but {config_file} cannot be read ({error.strerror}): set rollout.shift to a number") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"rollout.shift is null, but {config_file} is no scheduler configuration: download the file anew, or set rollout.shift") from None
     import diffusers
     import numpy as np
 
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    kind = getattr(diffusers, name, None)
+    if kind is None or not name.startswith("FlowMatch"):
+        raise UserError(f"rollout.shift is null, but {config_file} names {name}, which is no flow-matching scheduler: set rollout.shift to a number")
+    scheduler = kind.from_config(config)
     keywords = {}
     if config.get("use_dynamic_shifting"):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
-from flowgrove.checkpoint import load_checkpoint, save_checkpoint, valid_checkpoints
+from flowgrove.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint, valid_checkpoints
 from flowgrove.credit import assign_credit
 from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_device
@@ -26,7 +26,7 @@ from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import Clock, span
 from flowgrove.update import Updater
-from flowgrove_kernels import use_backend
+from flowgrove_kernels import available_backends, use_backend
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -40,10 +40,13 @@ class Trainer:
         self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts")
         self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts") if recipe.data.eval_prompts else []
         self.rewards = Rewards(recipe)
+        self.rewards.check(self.train_prompts + self.eval_prompts)
         self.table = recipe_sigmas(recipe)
         plan = make_plan(recipe, 0, self.table)  # a plan that cannot be made is an error before a model is loaded
         if not any(step.stochastic for step in plan.steps):
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
+        if recipe.engine.backend not in ("auto", *available_backends()):
+            raise UserError(f"engine.backend is {recipe.engine.backend}: here are auto, {', '.join(available_backends())}")
         checkpoint = choose_checkpoint(recipe, out, resume)
         self.policy = Policy(recipe, pick_device(recipe))
         self.updater = Updater(recipe, self.policy)
@@ -118,7 +121,8 @@ class Trainer:
         """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts."""
         if not self.eval_prompts:
             return None
-        evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.table)
+        with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
+            evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.table)
         save_grid(self.out / "samples" / f"iteration_{iteration:06d}.png", evaluated, self.recipe.run.eval.samples, self.rewards.weights)
         return evaluated
 
@@ -140,9 +144,7 @@ def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:
         if (out / "metrics.jsonl").exists() or valid_checkpoints(out):
             raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
         return None
-    for folder in reversed(valid_checkpoints(out)):
-        state = json.loads((folder / "state.json").read_text())
-        if state["recipe"] != fingerprint(recipe):
-            raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
-        return folder
-    return None
+    folder = newest_checkpoint(out)
+    if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
+        raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
+    return folder

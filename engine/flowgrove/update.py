@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.credit import EdgeCredit
+from flowgrove.ema import Ema
 from flowgrove.forest import Forest
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.packing import MicroBatch, edges_of_update, micro_batches, pass_bounds
@@ -38,6 +39,7 @@ class Updater:
         update = recipe.update
         self.parameters = list(policy.trainable().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=update.lr, weight_decay=update.weight_decay, fused=True)
+        self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay)
 
     def run(self, forest: Forest, prompts: Prompts, credit: dict[int, EdgeCredit], rows: StepCoefficients, first_prompt: int = 0) -> UpdateStats:
         """All updates of the iteration. `rows`: the plan's rows on the device."""
@@ -100,6 +102,8 @@ class Updater:
         setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010 (read by the fused kernels, in no annotation)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
         stats.grad_norm.append(norm)
 
     @torch.no_grad()

@@ -43,14 +43,14 @@ def _position(window: Window, positions: int, iteration: int, seed: int) -> int:
         case "decay":
             return _timed(after, iteration, lambda place: _linear_stay(window, place, positions - 1))
         case "exp_decay":
-            return _timed(after, iteration, lambda place: math.ceil(window.every * math.exp(-window.decay_rate * max(0, place - window.decay_after))))
+            return _timed(after, iteration, lambda place: max(1, math.ceil(window.every * math.exp(-window.decay_rate * max(0, place - window.decay_after)))))
         case _:
             return after(iteration // window.every)
 
 
 def _linear_stay(window: Window, place: int, last: int) -> int:
-    share = place / last if last else 0.0
-    return max(window.min_every, int(window.every * (1 - share) + window.min_every * share))
+    """int(every·(1 − p/L) + min_every·p/L) in whole numbers, which floats would round below some of them."""
+    return max(window.min_every, (window.every * (last - place) + window.min_every * place) // last if last else window.every)
 
 
 def _timed(after: Callable[[int], int], iteration: int, stay: Callable[[int], int]) -> int:

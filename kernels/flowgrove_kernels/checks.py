@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowgrove_kernels.coefficients import StepCoefficients
+from flowgrove_kernels.noise import SHARED_STEP, NoiseKey
 
 _VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,10 +60,17 @@ def check_edges(x: Tensor, x_next: Tensor, fanout: int, child_offsets: Tensor | 
     return edges
 
 
-def check_correlation(sibling_correlation: float, has_key_with_parent: bool) -> float:
-    """ρ in [0, 1]; a positive one needs a key that names the parents."""
+def check_correlation(sibling_correlation: float, key: NoiseKey | None) -> float:
+    """ρ in [0, 1]; a positive one needs a key that names the parents, and a step below the words that shared components use."""
     if not 0.0 <= sibling_correlation <= 1.0:
         raise ValueError(f"sibling_correlation is {sibling_correlation}: write a number in [0, 1]")
-    if sibling_correlation > 0 and not has_key_with_parent:
+    if sibling_correlation == 0:
+        return 0.0
+    if key is None or key.parent is None:
         raise ValueError("sibling_correlation needs key=NoiseKey(..., parent=...): siblings share the noise that their parent names")
+    last = SHARED_STEP - 1
+    if isinstance(key.step, Tensor):
+        torch._assert_async((key.step < last).all(), "NoiseKey.step must be below 2**31 - 1 for correlated siblings")
+    elif key.step >= last:
+        raise ValueError(f"NoiseKey.step is {key.step}: write a step below 2**31 - 1 for correlated siblings")
     return float(sibling_correlation)

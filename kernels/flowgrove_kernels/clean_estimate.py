@@ -13,7 +13,7 @@ from flowgrove_kernels.checks import check_state, check_velocity
 
 @implements("clean_estimate", "reference")
 def _reference(x: Tensor, v: Tensor, sigma: Tensor, v_uncond: Tensor | None, guidance_scale: float) -> Tensor:
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.flatten(1)
     uncond = None if v_uncond is None else v_uncond.reshape(flat.shape)
     estimate = flat - column(sigma, x) * guided(v.reshape(flat.shape), uncond, guidance_scale, working_dtype(x))
     return estimate.view(x.shape)

@@ -14,7 +14,7 @@ from flowgrove_kernels.coefficients import StepCoefficients
 
 def residual_of(x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, v_uncond: Tensor | None, guidance_scale: float, parent: Tensor) -> Tensor:
     """x' − μ of every edge, [E, D]; trained rows have no history term."""
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.flatten(1)
     uncond = None if v_uncond is None else v_uncond.reshape(flat.shape)
     velocity = guided(v.reshape(flat.shape), uncond, guidance_scale, working_dtype(x))
     mean = step_mean(flat, velocity, x_coef, v_coef, torch.zeros_like(x_coef), None)

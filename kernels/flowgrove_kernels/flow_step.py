@@ -22,7 +22,7 @@ def _reference(
     fanout: int, sibling_correlation: float, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, dtype = x.shape[0], working_dtype(x)
-    flat = x.reshape(batch, -1)  # [B, D]
+    flat = x.flatten(1)  # [B, D]
     uncond = None if v_uncond is None else v_uncond.reshape(flat.shape)
     velocity = guided(v.reshape(flat.shape), uncond, guidance_scale, dtype)
     if history is not None:
@@ -86,7 +86,7 @@ def flow_step(
     if key is not None and noise is not None:
         raise ValueError("key and noise are two ways to say the same: pass one")
     check_like(noise, "noise", (edges, *x.shape[1:]), x)
-    correlation = check_correlation(sibling_correlation, key is not None and key.parent is not None)
+    correlation = check_correlation(sibling_correlation, key)
     packed = None if key is None else key.pack(edges, x.device)
     return torch.ops.flowgrove.flow_step(
         x.detach(), v.detach(), *coef.tensors(), packed, noise, history, None if v_uncond is None else v_uncond.detach(), fanout, correlation, scale

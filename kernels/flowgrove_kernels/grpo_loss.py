@@ -231,7 +231,7 @@ def _arguments(
     if (ratio == "guard") != (key is not None or noise is not None) or (key is not None and noise is not None):
         raise ValueError("ratio='guard' needs key= or noise= (one of them), and only 'guard' takes them")
     check_like(noise, "noise", x_next.shape, x)
-    correlation = check_correlation(sibling_correlation, key is not None and key.parent is not None)
+    correlation = check_correlation(sibling_correlation, key)
     check_like(v_ref, "v_ref", x.shape, x, (v.dtype, x.dtype, torch.float32))
     if kl_weight < 0 or (kl_weight > 0 and v_ref is None):
         raise ValueError(f"kl_weight is {kl_weight}: write a number >= 0, and pass v_ref= where it is positive")

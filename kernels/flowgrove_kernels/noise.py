@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowgrove_kernels.backends import implementation, implements
+
 INITIAL_STEP = 2**32 - 1  # the step word of x_T
 SHARED_STEP = 2**31  # added to the step word for the component that siblings share
 _WORD = 2**32 - 1
@@ -98,9 +100,14 @@ def given_or_drawn(noise: Tensor | None, packed: Tensor | None, shape: torch.Siz
     return sibling_normals(packed, shape[1], correlation)
 
 
+@implements("philox_normal", "reference")
+def _reference(key: Tensor, elements: int) -> Tensor:
+    return normals(key, elements).contiguous()
+
+
 @torch.library.custom_op("flowgrove::philox_normal", mutates_args=())
 def _philox_normal(key: Tensor, elements: int) -> Tensor:
-    return normals(key, elements).contiguous()
+    return implementation("philox_normal", key)(key, elements)
 
 
 @_philox_normal.register_fake

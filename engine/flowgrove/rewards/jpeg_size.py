@@ -6,11 +6,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgrove.errors import UserError
+
 
 class JpegSizeReward:
     """Minus the size of the picture as a JPEG file of `quality`, in kilobytes; `bigger: true` rewards size instead (DDPO 2305.13301)."""
 
     def __init__(self, quality: int = 95, bigger: bool = False) -> None:
+        if not isinstance(quality, int) or not 1 <= quality <= 100:
+            raise UserError(f"reward jpeg_size: quality is {quality!r}: write a whole number from 1 to 100")
         self.quality, self.sign = quality, 1.0 if bigger else -1.0
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:

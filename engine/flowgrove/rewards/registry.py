@@ -31,9 +31,17 @@ class Rewards:
         self.weights = [reward.weight for reward in recipe.reward]
         self.scorers = {reward.name: _build(reward) for reward in recipe.reward}
 
+    def check(self, prompts: list[str]) -> None:
+        """Raises UserError for a prompt that a reward cannot judge, before anything is trained on it."""
+        for scorer in self.scorers.values():
+            if isinstance(scorer, ShapesReward):
+                scorer.check(prompts)
+
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
-        """Scores float64 [B, rewards] on the CPU. Raises UserError, naming the reward, for a score that is not finite: never a silent 0."""
+        """Scores float64 [B, rewards] on the CPU. Raises UserError for pictures or scores that are not finite: never a silent 0."""
+        if not bool(torch.isfinite(pictures).all()):
+            raise UserError("the model drew pictures that are not numbers: resume from an earlier checkpoint with a lower update.lr")
         columns = []
         for name, scorer in self.scorers.items():
             scores = scorer(pictures, prompts).to("cpu", torch.float64)

@@ -18,6 +18,7 @@ from flowgrove.tiny.pictures import BACKGROUND, COLOURS, PLACES, RELATIONS, SHAP
 PASS = 0.9
 _PALETTE = np.array([BACKGROUND, *COLOURS.values()], dtype=np.float32)
 _FEWEST_PIXELS = 8  # smaller specks are not things
+_LARGEST_SHARE = 0.5  # nor is what covers half of the picture
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,13 @@ def judge(picture: Tensor, scene: Scene) -> Credits:
     if not blobs:
         return Credits(0.0, 0.0, 0.0, 0.0)
     count = min(len(blobs), len(scene.things)) / max(len(blobs), len(scene.things))
-    best = Credits(0.0, 0.0, 0.0, count)
-    largest = blobs[: len(scene.things)]
-    for chosen in permutations(largest):
+    found = []
+    for chosen in permutations(blobs[: len(scene.things)]):
         pairs = list(zip(scene.things, chosen, strict=False))
         colour = sum(_colour(labels, thing, blob) for thing, blob in pairs) / len(scene.things)
         shape = sum(_shape(thing, blob) for thing, blob in pairs) / len(scene.things)
-        credits = Credits(colour, shape, _place(scene, chosen, pixels.shape[0] / 32), count)
-        best = max(best, credits, key=lambda c: c.score)
-    return best
+        found.append(Credits(colour, shape, _place(scene, chosen, pixels.shape[0] / 32), count))
+    return max(found, key=lambda credits: credits.score)
 
 
 def _blobs(foreground: NDArray[np.bool_]) -> list[_Blob]:
@@ -82,7 +81,10 @@ def _colour(labels: NDArray[np.int64], thing: Thing, blob: _Blob) -> float:
 
 
 def _shape(thing: Thing, blob: _Blob) -> float:
-    """How much better the blob fits the asked outline of its own area and centre than the other outlines, times how well it fits at all."""
+    """How much better the blob fits the asked outline of its own area and centre than the other outlines, times how well it fits at all.
+
+    A blob that fills the picture is no thing in it: the credit fades from half of `_LARGEST_SHARE` of the picture on.
+    """
     height, width = blob.mask.shape
     ys, xs = torch.meshgrid(torch.arange(height) + 0.5 - blob.y, torch.arange(width) + 0.5 - blob.x, indexing="ij")
     overlaps = []
@@ -91,8 +93,10 @@ def _shape(thing: Thing, blob: _Blob) -> float:
         overlaps.append((ideal & blob.mask).sum() / (ideal | blob.mask).sum())
     overlap = np.array(overlaps)
     asked = SHAPES.index(thing.shape)
-    weight = np.exp(25 * (overlap - overlap.max()))
-    return float(weight[asked] / weight.sum() * min(1.0, overlap[asked] / 0.75))
+    weight = np.exp(35 * (overlap - overlap.max()))
+    share = blob.area / (height * width)
+    size = np.clip((_LARGEST_SHARE - share) / (_LARGEST_SHARE / 2), 0, 1)
+    return float(weight[asked] / weight.sum() * min(1.0, overlap[asked] / 0.75) * size)
 
 
 def _place(scene: Scene, chosen: tuple[_Blob, ...], scale: float) -> float:
@@ -111,6 +115,11 @@ def _place(scene: Scene, chosen: tuple[_Blob, ...], scale: float) -> float:
 
 class ShapesReward:
     """Scores decoded pictures for sentences about shapes (`flowgrove.tiny.pictures.parse` gives the accepted form)."""
+
+    def check(self, prompts: list[str]) -> None:
+        """Raises UserError for the first prompt that is not such a sentence."""
+        for prompt in prompts:
+            parse(prompt)
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """`pictures` [B, 3, H, W] in [0, 1] on any device, one prompt each → scores fp32 [B] on the CPU."""

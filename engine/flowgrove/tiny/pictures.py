@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowgrove.errors import UserError
+
 SIZE = 32
 BACKGROUND = (0.90, 0.90, 0.88)
 COLOURS = {
@@ -57,7 +59,7 @@ class Scene:
 
 
 def parse(prompt: str) -> Scene:
-    """The scene that `prompt` describes. Raises ValueError, with the accepted form, for any other sentence."""
+    """The scene that `prompt` describes. Raises UserError, with the accepted form, for any other sentence."""
     text = " ".join(prompt.lower().split()).rstrip(".")
     try:
         for place in PLACES:
@@ -69,7 +71,7 @@ def parse(prompt: str) -> Scene:
                 return Scene((_thing(first), _thing(second)), relation=relation)
     except KeyError:
         pass
-    raise ValueError(
+    raise UserError(
         f"prompt {prompt!r} is not a sentence about shapes: write 'a COLOUR SHAPE PLACE' or 'a COLOUR SHAPE RELATION a COLOUR SHAPE' "
         f"with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; places {', '.join(PLACES)}; relations {', '.join(RELATIONS)}"
     )

@@ -1,0 +1,88 @@
+"""The choice of a backend: use_backend, FLOWGROVE_BACKEND, and the reference for float64."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+from flowgrove_kernels import available_backends, backends, clean_estimate, use_backend
+from kernel_cases import randn
+
+X, V, SIGMA = randn(3, 5, seed=1), randn(3, 5, seed=2), torch.tensor([0.9, 0.7, 0.3])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names the backend of every clean_estimate; a stand-in computes it on "cpu", whether or not that is built here."""
+    names, reference = [], backends._implementations["clean_estimate", "reference"]
+
+    def spy(name, *args):
+        names.append(name)
+        return reference(*args)
+
+    for name in ("reference", "cpu"):
+        monkeypatch.setitem(backends._implementations, ("clean_estimate", name), partial(spy, name))
+    monkeypatch.delenv("FLOWGROVE_BACKEND", raising=False)
+    return names
+
+
+def test_available_backends_are_known_names_in_order():
+    assert "reference" in available_backends()
+    assert list(available_backends()) == [name for name in ("reference", "cpu", "triton", "cuda") if name in available_backends()]
+
+
+def test_unknown_backends_are_errors_that_list_the_choices():
+    with pytest.raises(ValueError, match="tpu") as error, use_backend("tpu"):
+        pass
+    assert all(name in str(error.value) for name in available_backends())
+
+
+def test_use_backend_chooses_inside_the_block_only(monkeypatch, calls):
+    monkeypatch.setenv("FLOWGROVE_BACKEND", "cpu")
+    with use_backend("reference"):
+        clean_estimate(X, V, SIGMA)
+        with use_backend("cpu"):
+            clean_estimate(X, V, SIGMA)
+        clean_estimate(X, V, SIGMA)
+    clean_estimate(X, V, SIGMA)
+    assert calls == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_a_refused_name_and_an_exception_leave_the_choice_as_it_was(monkeypatch, calls):
+    monkeypatch.setenv("FLOWGROVE_BACKEND", "cpu")
+    with use_backend("reference"):
+        with pytest.raises(ValueError, match="tpu"), use_backend("tpu"):
+            pass
+        clean_estimate(X, V, SIGMA)
+    with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
+        raise RuntimeError("inside")
+    clean_estimate(X, V, SIGMA)
+    assert calls == ["reference", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_the_environment_chooses_a_backend(name, monkeypatch, calls):
+    monkeypatch.setenv("FLOWGROVE_BACKEND", name)
+    clean_estimate(X, V, SIGMA)
+    assert calls == [name]
+
+
+def test_an_unknown_name_in_the_environment_is_an_error_that_names_the_variable(monkeypatch):
+    monkeypatch.setenv("FLOWGROVE_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"FLOWGROVE_BACKEND.*tpu") as error:
+        clean_estimate(X, V, SIGMA)
+    assert "reference" in str(error.value)
+
+
+def test_the_choice_holds_for_other_threads(calls):
+    with use_backend("cpu"), ThreadPoolExecutor(1) as pool:
+        pool.submit(clean_estimate, X, V, SIGMA).result()
+    assert calls == ["cpu"]
+
+
+def test_float64_takes_the_reference_on_every_backend(calls):
+    with use_backend("cpu"):
+        clean_estimate(X.double(), V.double(), SIGMA.double())
+        clean_estimate(X, V, SIGMA)
+    assert calls == ["reference", "cpu"]

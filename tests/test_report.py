@@ -1,0 +1,201 @@
+"""The report of a run: pictures that show something, a page that names them, and sample grids that can be read back (issue 2, DESIGN §3.3)."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from engine_cases import EVAL_PROMPTS, metrics_of, succeed, tiny_recipe
+from flowgrove.evaluation import Evaluated
+from flowgrove.grids import load_grid, save_grid
+from flowgrove.recipe import dump_recipe, load_recipe
+from flowgrove.report import evaluations, write_report
+
+LINE = {
+    "iteration": 0, "reward": {"shapes": {"mean": 0.5, "std": 0.1}}, "ratio_mean": 1.0, "ratio_min": 0.9, "ratio_max": 1.1, "clipped_low": 0.1,
+    "clipped_high": 0.1, "approx_kl": 1e-6, "grad_norm": 0.3, "logp_drift": 0.0, "rollout_forwards": 20, "train_passes": 10,
+    "seconds": {"rollout": 0.5, "update": 1.0}, "samples_per_second": 5.0, "peak_memory_bytes": 2**30,
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its tags, its pictures, all its links, its text, and the text of <pre>."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.pictures, self.links, self.text, self.recipe, self.inside = [], [], [], "", "", None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href")]
+        self.pictures += [value for key, value in attrs if (tag, key) == ("img", "src")]
+
+    def handle_data(self, data):
+        self.text += data
+        self.recipe += data if self.inside == "pre" else ""
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def shows_something(path):
+    """Large enough to look at, many shades, and not all but white."""
+    picture = Image.open(path).convert("RGB")
+    shades = picture.getcolors(picture.width * picture.height)
+    return min(picture.size) >= 100 and len(shades) > 20 and max(shades)[0] < 0.995 * picture.width * picture.height
+
+
+NASTY = "a<b>&\"'<script>{{7*7}}"  # the name of a folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / NASTY
+    recipe = tiny_recipe(folder, run={"iterations": 3, "eval_every": 2, "eval": {"samples": 2}, "checkpoint_every": 0})
+    succeed("train", recipe, "--out", folder / f"run {NASTY}")
+    return folder / f"run {NASTY}"
+
+
+def synthetic_run(folder, lines, **changes):
+    """A run folder as training leaves it, with metrics of our choice and no grids; and its recipe."""
+    recipe = load_recipe(tiny_recipe(folder.parent, **changes))
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return recipe
+
+
+# The page
+
+
+def test_plots_and_grids_are_there_and_not_blank(run):
+    pictures = {path.name for path in run.glob("*.png")}
+    assert {"reward.png", "before_after.png"} <= pictures
+    for name in pictures:
+        assert shows_something(run / name), name
+    assert len({(run / name).read_bytes() for name in pictures}) == len(pictures)
+
+
+def test_the_page_names_every_picture_and_nothing_outside_the_folder(run):
+    page = Page(run / "report.html")
+    assert sorted(page.pictures) == sorted(path.name for path in run.glob("*.png"))
+    assert len(page.pictures) >= 2
+    assert page.links == page.pictures
+
+
+def test_text_of_the_recipe_is_text_and_not_markup(run):
+    page = Page(run / "report.html")
+    assert not {"script", "b"} & set(page.tags)
+    assert page.recipe == (run / "recipe.yaml").read_text(encoding="utf-8")
+    assert NASTY in yaml.safe_load(page.recipe)["data"]["prompts"]
+    assert page.text.count(f"run {NASTY}") >= 2  # title and heading
+
+
+def test_the_page_tells_the_held_out_reward_before_and_after(run):
+    lines, text = metrics_of(run), Page(run / "report.html").text
+    assert f"{lines[0]['eval_reward']:.3f}" in text
+    assert f"{lines[-1]['eval_reward']:.3f}" in text
+
+
+def test_a_run_that_never_evaluated_has_a_report_without_a_before_and_after(tmp_path):
+    recipe = synthetic_run(tmp_path / "run", [LINE | {"iteration": n} for n in range(3)])
+    assert write_report(recipe, tmp_path / "run") == tmp_path / "run" / "report.html"
+    page = Page(tmp_path / "run" / "report.html")
+    assert "reward.png" in page.pictures
+    assert "before_after.png" not in page.pictures
+    assert all(shows_something(tmp_path / "run" / name) for name in page.pictures)
+
+
+@pytest.mark.parametrize("clip", [1e-3, [1e-4, 5e-4]])
+def test_a_run_that_never_trained_still_has_a_report(tmp_path, clip):
+    """Every group without an advantage: no ratio, no gradient."""
+    nothing = dict.fromkeys(("ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high", "approx_kl", "grad_norm", "logp_drift"))
+    recipe = synthetic_run(tmp_path / "run", [LINE | nothing | {"train_passes": 0, "eval_reward": 0.5}], update={"clip_range": clip})
+    write_report(recipe, tmp_path / "run")
+    assert shows_something(tmp_path / "run" / "reward.png")
+
+
+def test_the_reward_curve_shows_the_rewards(tmp_path):
+    """Runs with other rewards have other curves; the same run has the same."""
+    curves = []
+    for name, last in (("a", 0.9), ("b", 0.2), ("c", 0.9)):
+        lines = [LINE | {"iteration": n, "reward": {"shapes": {"mean": mean, "std": 0.1}}} for n, mean in enumerate((0.5, 0.6, last))]
+        recipe = synthetic_run(tmp_path / name, lines)
+        write_report(recipe, tmp_path / name)
+        curves.append((tmp_path / name / "reward.png").read_bytes())
+    assert curves[0] == curves[2]
+    assert curves[0] != curves[1]
+
+
+def test_evaluations_stand_where_their_model_stood():
+    """An evaluation comes before its line's update, the last one after it."""
+    lines = [LINE | {"iteration": n} | ({"eval_reward": n / 10} if n in (0, 2, 4) else {}) for n in range(5)]
+    assert evaluations(lines) == [(0, 0.0), (2, 0.2), (5, 0.4)]
+    assert evaluations(lines[:4]) == [(0, 0.0), (2, 0.2)]  # a run that was cut off
+    assert evaluations([LINE]) == []
+
+
+# Grids
+
+
+def evaluated(prompts, samples, rewards=1, size=(8, 12)):
+    count = prompts * samples
+    pictures = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(prompts))
+    scores = torch.rand(count, rewards, dtype=torch.float64, generator=torch.Generator().manual_seed(samples))
+    return Evaluated(pictures, [f"prompt {n // samples} ○<&" for n in range(count)], scores)
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(1, 1), (2, 1), (1, 3), (8, 4), (5, 2)])
+def test_a_grid_comes_back_as_it_was_saved(tmp_path, prompts, samples):
+    given, weights = evaluated(prompts, samples, rewards=2), [0.5, 2.0]
+    save_grid(tmp_path / "deep" / "grid.png", given, samples, weights)
+    grid = load_grid(tmp_path / "deep" / "grid.png")
+    assert grid.tiles.shape == (prompts, samples, 8, 12, 3)
+    assert grid.tiles.dtype == np.uint8
+    assert grid.prompts == [f"prompt {n} ○<&" for n in range(prompts)]
+    for row in range(prompts):
+        for column in range(samples):
+            index = row * samples + column
+            expected = given.pictures[index].permute(1, 2, 0).numpy() * 255
+            assert np.abs(grid.tiles[row, column] - expected).max() <= 0.5 + 1e-4
+            assert grid.scores[row, column] == pytest.approx(0.5 * given.scores[index, 0].item() + 2.0 * given.scores[index, 1].item())
+
+
+def test_a_grid_is_a_picture_of_its_tiles(tmp_path):
+    save_grid(tmp_path / "grid.png", evaluated(3, 2), 2, [1.0])
+    grid, pixels = load_grid(tmp_path / "grid.png"), np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == (3 * 8, 2 * 12, 3)
+    assert np.array_equal(pixels[8:16, 12:24], grid.tiles[1, 1])
+    assert len({tile.tobytes() for row in grid.tiles for tile in row}) == 6
+
+
+def test_of_a_long_evaluation_some_rows_are_kept_whole(tmp_path):
+    """Whatever is kept, a row's prompt, pictures and scores belong together, and two grids of one length keep the same rows."""
+    kept = []
+    for name in ("before.png", "after.png"):
+        given = evaluated(40, 6)
+        save_grid(tmp_path / name, given, 6, [1.0])
+        grid = load_grid(tmp_path / name)
+        assert 2 <= len(grid.prompts) <= 40
+        for row, prompt in enumerate(grid.prompts):
+            first = given.prompts.index(prompt)
+            for column in range(grid.tiles.shape[1]):
+                assert grid.scores[row, column] == given.scores[first + column, 0].item()
+                assert np.abs(grid.tiles[row, column] - given.pictures[first + column].permute(1, 2, 0).numpy() * 255).max() <= 0.5 + 1e-4
+        kept.append(grid.prompts)
+    assert kept[0] == kept[1]
+    assert len(set(kept[0])) == len(kept[0])
+
+
+def test_the_grids_of_a_run_hold_the_same_prompts_before_and_after(run):
+    grids = [load_grid(path) for path in sorted((run / "samples").glob("*.png"))]
+    assert len(grids) == 3
+    assert all(grid.prompts == list(EVAL_PROMPTS) for grid in grids)
+    assert all(grid.tiles.shape == (2, 2, 32, 32, 3) for grid in grids)
+    assert not np.array_equal(grids[0].tiles, grids[-1].tiles)

@@ -1,0 +1,284 @@
+"""Kill and resume: the same weights to the last bit, the same metrics, no line twice and none missing (issue 2, DESIGN §3.3)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_cases import checkpoints, contents, error_line, flowgrove, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
+from flowgrove.recipe import load_recipe
+
+ITERATIONS = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    """Checkpoints after 2, 4 and 5 iterations; evaluation before iterations 0, 2, 4 and at the end; a window that moves."""
+    return tiny_recipe(folder, run={"iterations": ITERATIONS, "checkpoint_every": 2, "eval_every": 2})
+
+
+@pytest.fixture(scope="module")
+def whole(folder, recipe):
+    """The run in one go."""
+    succeed("train", recipe, "--out", folder / "whole")
+    assert checkpoints(folder / "whole") == ["step_000002", "step_000004", "step_000005"]
+    return folder / "whole"
+
+
+@pytest.fixture
+def cut(whole, tmp_path):
+    """A function: a copy of the whole run, cut back to what a kill leaves: `lines` metrics lines, checkpoints up to `newest`, no report."""
+
+    def cut_back(lines, newest):
+        run = tmp_path / "run"
+        shutil.copytree(whole, run, symlinks=True, ignore=shutil.ignore_patterns("*.html", "reward.png", "ratio.png", "before_after.png", "latest"))
+        told = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        assert len(told) == ITERATIONS
+        (run / "metrics.jsonl").write_text("".join(told[:lines]), encoding="utf-8")
+        for name in checkpoints(run):
+            if int(name.removeprefix("step_")) > newest:
+                shutil.rmtree(run / "checkpoints" / name)
+        if newest:
+            (run / "latest").symlink_to(Path("checkpoints") / f"step_{newest:06d}")
+        return run
+
+    return cut_back
+
+
+def assert_same_run(run, whole):
+    assert timeless(metrics_of(run)) == timeless(metrics_of(whole))
+    assert checkpoints(run)[-1] == checkpoints(whole)[-1] == f"step_{ITERATIONS:06d}"
+    found, expected = weights_of(run, ITERATIONS), weights_of(whole, ITERATIONS)
+    assert list(found) == list(expected)
+    assert found
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    moments = "checkpoints/step_000005/optimizer.safetensors"
+    assert (run / moments).read_bytes() == (whole / moments).read_bytes()
+    assert (run / "latest").resolve() == (run / "checkpoints" / "step_000005").resolve()
+    assert (run / "report.html").is_file()
+    assert {path.name: path.read_bytes() for path in (run / "samples").iterdir()} == {p.name: p.read_bytes() for p in (whole / "samples").iterdir()}
+
+
+def test_the_reference_changes_weights_in_every_part_of_the_run(whole):
+    """Else equal weights would prove nothing."""
+    after = [weights_of(whole, step) for step in (2, 4, 5)]
+    for early, late in ((0, 1), (1, 2)):
+        assert sum(not torch.equal(after[early][name], after[late][name]) for name in after[0]) > len(after[0]) / 2
+    lines = metrics_of(whole)
+    assert [line["iteration"] for line in lines] == list(range(ITERATIONS))
+    assert len({line["reward"]["shapes"]["mean"] for line in lines}) == ITERATIONS
+
+
+def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(whole, recipe, tmp_path):
+    succeed("train", recipe, "--out", tmp_path / "again")
+    assert_same_run(tmp_path / "again", whole)
+    succeed("train", recipe, "--out", tmp_path / "other", "--set", "run.seed=7", "--set", "run.iterations=1", "--set", "run.eval_every=0")
+    assert metrics_of(tmp_path / "other")[0]["reward"] != metrics_of(whole)[0]["reward"]
+
+
+# A real kill
+
+
+def test_a_process_killed_in_the_middle_is_resumed_to_the_last_bit(whole, recipe, tmp_path):
+    run, command = tmp_path / "run", Path(sys.executable).with_name("flowgrove")
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen([command, "train", recipe, "--out", run], stdout=subprocess.PIPE, stderr=stderr, env=dict(os.environ))
+    lines = 0
+    try:
+        while lines < 3 and process.poll() is None:
+            time.sleep(0.005)
+            lines = (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    finally:
+        process.send_signal(signal.SIGKILL)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+    assert 3 <= (run / "metrics.jsonl").read_bytes().count(b"\n") < ITERATIONS
+    assert "step_000002" in checkpoints(run)
+    assert "step_000005" not in checkpoints(run)
+    assert not (run / "report.html").exists()
+    assert printed == b""
+    shown = [line for line in (tmp_path / "stderr").read_text().splitlines() if line.strip()]
+    assert [line.split()[0] for line in shown] == [str(number) for number in range(len(shown))]  # nothing but its lines: libraries are quiet
+    succeed("train", recipe, "--out", run, "--resume", "auto")
+    assert_same_run(run, whole)
+
+
+# What kills leave behind
+
+
+MOMENTS = [(3, 2), (1, 2), (4, 5), (1, 0)]
+MORE_MOMENTS = [pytest.param(*moment, marks=pytest.mark.long) for moment in ((0, 0), (2, 2), (4, 2), (3, 4), (4, 4), (5, 4))]
+
+
+@pytest.mark.parametrize(("lines", "newest"), [*MOMENTS, *MORE_MOMENTS])
+def test_any_moment_is_one_to_resume_from(whole, recipe, cut, lines, newest):
+    """`lines` metrics lines beside a checkpoint of `newest` iterations: one line less if the kill came between the two."""
+    run = cut(lines, newest)
+    succeed("train", recipe, "--out", run)
+    assert_same_run(run, whole)
+
+
+HALF = '{"iteration": 2, "reward": {"sha'
+MORE_HALVES = [pytest.param(half, marks=pytest.mark.long) for half in ("{", '{"iteration": 2', "\x00\x00\x00")]
+
+
+@pytest.mark.parametrize("half", [HALF, *MORE_HALVES])
+def test_a_half_written_line_does_no_harm(whole, recipe, cut, half):
+    run = cut(2, 2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(half)
+    succeed("train", recipe, "--out", run)
+    assert_same_run(run, whole)
+
+
+def test_leftovers_of_a_checkpoint_in_the_making_do_no_harm(whole, recipe, cut):
+    run = cut(3, 2)
+    partial = run / "checkpoints" / "step_000004.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
+    (partial / "state.json").write_text("{")
+    (run / "latest.partial").symlink_to("checkpoints/step_000004.partial")
+    succeed("train", recipe, "--out", run)
+    assert_same_run(run, whole)
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name == partial.name]
+
+
+def test_a_report_that_was_not_written_is_written(whole, recipe, cut):
+    run = cut(5, 5)
+    succeed("train", recipe, "--out", run)
+    assert_same_run(run, whole)
+
+
+def test_resume_takes_a_checkpoint_by_its_path(whole, recipe, cut):
+    run = cut(5, 4)
+    succeed("train", recipe, "--out", run, "--resume", run / "checkpoints" / "step_000002")
+    assert_same_run(run, whole)
+
+
+def test_a_finished_run_can_be_made_longer(whole, recipe, tmp_path):
+    """What decides the weights is the recipe without run.*: only the length differs here."""
+    run = tmp_path / "run"
+    succeed("train", recipe, "--out", run, "--set", "run.iterations=2")
+    assert checkpoints(run) == ["step_000002"]
+    succeed("train", recipe, "--out", run)
+    found, expected = timeless(metrics_of(run)), timeless(metrics_of(whole))
+    assert found[1].pop("eval_reward") == expected[2]["eval_reward"]  # after two iterations the run was over
+    assert found == expected
+    assert all(torch.equal(weight, weights_of(whole, ITERATIONS)[name]) for name, weight in weights_of(run, ITERATIONS).items())
+    assert load_recipe(run / "recipe.yaml").run.iterations == ITERATIONS
+
+
+def test_averages_of_lora_weights_are_resumed_too(tmp_path):
+    recipe = tiny_recipe(tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    succeed("train", recipe, "--out", whole)
+    succeed("train", recipe, "--out", run, "--set", "run.iterations=1", "--set", "run.eval_every=0")
+    succeed("train", recipe, "--out", run)
+    assert timeless(metrics_of(run))[1:] == timeless(metrics_of(whole))[1:]
+    files = {path.name: path.read_bytes() for path in (whole / "checkpoints" / "step_000003").iterdir() if path.suffix == ".safetensors"}
+    assert len(files) >= 3  # weights, moments, averages
+    assert len({*files.values()}) == len(files)
+    assert {name: (run / "checkpoints" / "step_000003" / name).read_bytes() for name in files} == files
+
+
+# Finished, other and damaged runs
+
+
+def test_a_finished_run_is_one_line_and_no_change(whole, recipe):
+    before = contents(whole)
+    result = succeed("train", recipe, "--out", whole)
+    (line,) = result.stderr.splitlines()
+    assert "finished" in line
+    assert str(whole) in line
+    assert result.stdout == ""
+    assert contents(whole) == before
+
+
+OTHERS = ["update.lr=2e-4", "rollout.noise_level=0.5", "data.prompts_per_iteration=1", "run.seed=3", "reward=[{name: shapes, weight: 2}]"]
+
+
+@pytest.mark.parametrize("override", OTHERS)
+def test_another_recipe_does_not_go_into_the_same_folder(whole, recipe, override):
+    before = contents(whole)
+    assert str(whole) in refuse("train", recipe, "--out", whole, "--set", override)
+    assert str(whole) in refuse("train", recipe, "--out", whole, "--set", override, "--resume", whole / "checkpoints" / "step_000002")
+    assert contents(whole) == before
+
+
+def halved(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "weights cut": lambda folder: halved(folder / "weights.safetensors"),
+    "weights empty": lambda folder: (folder / "weights.safetensors").write_bytes(b""),
+    "weights missing": lambda folder: (folder / "weights.safetensors").unlink(),
+    "weights of another model": lambda folder: shutil.copy(folder / "optimizer.safetensors", folder / "weights.safetensors"),
+    "optimiser cut": lambda folder: halved(folder / "optimizer.safetensors"),
+    "optimiser missing": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "optimiser of nothing": lambda folder: shutil.copy(folder / "weights.safetensors", folder / "optimizer.safetensors"),
+    "state cut": lambda folder: halved(folder / "state.json"),
+    "state empty": lambda folder: (folder / "state.json").write_text(""),
+    "state of nothing": lambda folder: (folder / "state.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_one_line(recipe, cut, damage):
+    run = cut(2, 2)
+    checkpoint = run / "checkpoints" / "step_000002"
+    DAMAGE[damage](checkpoint)
+    before = contents(run)
+    assert str(checkpoint) in refuse("train", recipe, "--out", run)
+    assert str(checkpoint) in refuse("train", recipe, "--out", run, "--resume", checkpoint)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "state cut"])
+def test_a_damaged_newest_checkpoint_does_not_spoil_the_run(whole, recipe, cut, damage):
+    """An error line, or on from the newest valid one; never a traceback, never other weights."""
+    run = cut(4, 4)
+    DAMAGE[damage](run / "checkpoints" / "step_000004")
+    result = flowgrove("train", recipe, "--out", run)
+    if result.exit_code == 0:
+        assert_same_run(run, whole)
+    else:
+        assert result.exit_code == 2
+        assert "step_000004" in error_line(result.stdout, result.stderr)
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "state cut"])
+def test_a_damaged_checkpoint_cannot_be_drawn_with(recipe, cut, tmp_path, damage):
+    run = cut(5, 5)
+    DAMAGE[damage](run / "checkpoints" / "step_000005")
+    assert "step_000005" in refuse("sample", run, "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / "out")
+
+
+# Which checkpoints stay
+
+
+@pytest.mark.parametrize(("keep", "stay"), [pytest.param(1, ["step_000004"], marks=pytest.mark.long), (2, ["step_000003", "step_000004"])])
+def test_only_the_newest_checkpoints_stay(recipe, tmp_path, keep, stay):
+    options = ["--set", f"run.keep_last={keep}", "--set", "run.checkpoint_every=1", "--set", "run.iterations=4", "--set", "run.eval_every=0"]
+    succeed("train", recipe, "--out", tmp_path / "run", *options)
+    assert checkpoints(tmp_path / "run") == stay
+    assert (tmp_path / "run" / "latest").resolve().name == "step_000004"
+
+
+def test_the_folder_of_a_run_can_be_moved(whole, recipe, tmp_path):
+    run = tmp_path / "elsewhere" / "moved"
+    shutil.copytree(whole, run, symlinks=True)
+    assert not (run / "latest").readlink().is_absolute()
+    assert (run / "latest" / "weights.safetensors").read_bytes() == (whole / "latest" / "weights.safetensors").read_bytes()
+    assert "finished" in succeed("train", recipe, "--out", run).stderr
