@@ -196,6 +196,7 @@ def test_first_update_has_ratio_exactly_one_and_later_ones_do_not():
     stats = Recorder(recipe, policy).run(*rolled_out(recipe, policy))
     assert torch.equal(stats.ratio[0], torch.ones_like(stats.ratio[0]))
     assert not torch.equal(stats.ratio[-1], torch.ones_like(stats.ratio[-1]))
+    assert float(torch.cat(stats.drift).abs().max()) > 1e-4, "the planted offset of the stored logp must show as drift"
 
 
 def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():

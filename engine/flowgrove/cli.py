@@ -43,7 +43,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _say("interrupted: the last checkpoint is kept; the same command goes on from it")
             raise typer.Exit(130) from None
 
-    return app.command()(run)
+    return app.command(function.__name__.rstrip("_"))(run)
 
 
 def _fail(text: str) -> NoReturn:
@@ -114,6 +114,15 @@ def sample(
     settings, policy, table = open_policy(source, tuple(set_ or ()))
     count = write_samples(settings, policy, texts, out, table)
     _say(f"wrote {count} pictures to {out}")
+
+
+@_command
+def eval_(run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)]) -> None:
+    """Score the newest checkpoint on the held-out prompts: mean and 95 % interval of every reward; also written to eval.json."""
+    from flowgrove.runs import evaluate_run
+
+    for name, found in evaluate_run(run).items():
+        typer.echo(f"{name:<16}{found['mean']:.4f} ± {found['confidence']:.4f}")
 
 
 @_command

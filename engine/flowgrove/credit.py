@@ -44,6 +44,11 @@ def assign_credit(
     return result
 
 
+def advantage_by_step(credit: dict[int, EdgeCredit]) -> dict[str, float]:
+    """Mean |advantage| of the edges that train, for every trained step (its index as JSON keys are) that has some."""
+    return {str(index): float(np.abs(edges.advantage[edges.trains]).mean()) for index, edges in credit.items() if edges.trains.any()}
+
+
 def fused(reward: Array, nodes: int, path_logp: Array | None, beta: float) -> Array:
     """r̄ of every node of a level: leaf rewards [prompts, leaves] → [prompts, nodes]."""
     below = reward.reshape(len(reward), nodes, -1)

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flowgrove.evaluation import Evaluated
+from flowgrove.files import write_file
 from flowgrove.rewards.jpeg_size import to_bytes
 
 _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
@@ -36,7 +37,8 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     info = PngInfo()
     info.add_itxt("flowgrove", json.dumps({"rows": rows, "columns": columns, "prompts": prompts, "scores": scores.tolist()}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)).save(path, pnginfo=info)
+    mosaic = Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+    write_file(path, lambda partial: mosaic.save(partial, pnginfo=info))
 
 
 def load_grid(path: Path) -> Grid:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrove.files import write_text
 from flowgrove.update import UpdateStats
 
 
@@ -60,10 +61,15 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one iteration; the line is on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        whole = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self.path, whole)  # a full disk leaves no half of a line
+            raise
         self.lines += 1
         if self.board is not None:
             for name, value in _flat(line):
@@ -89,9 +95,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _cut_back(path: Path, iterations: int) -> int:
     """Keeps the lines before `iterations` (what came after the checkpoint will be run again) and returns their number."""
     kept = [line for line in read_metrics(path.parent) if line["iteration"] < iterations]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return len(kept)
 
 

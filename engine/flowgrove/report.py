@@ -9,7 +9,9 @@ from jinja2 import Environment, PackageLoader
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
+from flowgrove.files import write_file, write_text
 from flowgrove.grids import Grid, load_grid
 from flowgrove.metrics import read_metrics
 from flowgrove.recipe import Recipe
@@ -20,9 +22,12 @@ _TRAIN, _HELD_OUT, _MUTED = "#8fa8c8", "#1f4e8c", "#666666"
 def write_report(recipe: Recipe, out: Path) -> Path:
     """Writes reward.png, ratio.png, before_after.png (with held-out prompts) and report.html into the run folder; returns the page."""
     lines = read_metrics(out)
-    plots = {"Reward": "reward.png", "Policy ratio": "ratio.png"}
+    plots = {"Reward": "reward.png", "Policy ratio": "ratio.png", "Clipped edges": "clipped.png", "Advantage by step": "advantage.png"}
     _reward_curve(lines, recipe, out / "reward.png")
-    _ratio_plot(lines, recipe, out / "ratio.png")
+    trained = [line for line in lines if line["ratio_mean"] is not None]
+    _ratio_plot(trained, recipe, out / "ratio.png")
+    _clip_plot(trained, out / "clipped.png")
+    _advantage_plot(trained, recipe, out / "advantage.png")
     grids = sorted((out / "samples").glob("iteration_*.png"))
     if len(grids) > 1:
         before, after = load_grid(grids[0]), load_grid(grids[-1])
@@ -33,7 +38,7 @@ def write_report(recipe: Recipe, out: Path) -> Path:
         name=out.name, facts=_facts(recipe, lines), plots=plots, before_after=len(grids) > 1,
         recipe=(out / "recipe.yaml").read_text(encoding="utf-8"),
     )  # fmt: skip
-    (out / "report.html").write_text(text, encoding="utf-8")
+    write_text(out / "report.html", text)
     return out / "report.html"
 
 
@@ -78,7 +83,6 @@ def _reward_curve(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> No
 
 
 def _ratio_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
-    lines = [line for line in lines if line["ratio_mean"] is not None]
     clip = recipe.update.clip_range
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -93,11 +97,35 @@ def _ratio_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None
     _finish(figure, axes, path)
 
 
+def _clip_plot(lines: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    x = [line["iteration"] for line in lines]
+    axes.plot(x, [100 * line["clipped_high"] for line in lines], color=_HELD_OUT, label="ratio above the range")
+    axes.plot(x, [100 * line["clipped_low"] for line in lines], color=_TRAIN, label="ratio below the range")
+    axes.set(xlabel="iteration", ylabel="% of trained edges")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper left")
+    _finish(figure, axes, path)
+
+
+def _advantage_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
+    """How strong the signal is at each depth of the forest, over all iterations that trained there."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        for step, value in line["advantage_by_step"].items():
+            found.setdefault(int(step), []).append(value)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.bar(list(found), [sum(values) / len(values) for values in found.values()], color=_TRAIN, width=0.7)
+    axes.set(xlabel="step of the schedule", ylabel="mean |advantage| of trained edges", xlim=(-0.6, recipe.rollout.steps - 0.4))
+    _finish(figure, axes, path)
+
+
 def _finish(figure: Any, axes: Axes, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
     pyplot.close(figure)
 
 
@@ -106,7 +134,7 @@ def _before_after(before: Grid, after: Grid, iterations: list[int], path: Path) 
     rows, columns = before.tiles.shape[:2]
     names = (f"base model · {before.scores.mean():.2f}", f"after {iterations[1]} iterations · {after.scores.mean():.2f}")
     figure, axes = pyplot.subplots(
-        rows, 2 * columns + 1, figsize=(2 * columns * 1.05 + 0.4, rows * 1.3 + 0.4), width_ratios=[1] * columns + [0.35] + [1] * columns, squeeze=False
+        rows, 2 * columns + 1, figsize=(2 * columns * 1.05 + 0.4, rows * 1.45 + 0.4), width_ratios=[1] * columns + [0.35] + [1] * columns, squeeze=False
     )
     for row in range(rows):
         for column in range(2 * columns + 1):
@@ -117,11 +145,11 @@ def _before_after(before: Grid, after: Grid, iterations: list[int], path: Path) 
             grid, sample = (before, column) if column < columns else (after, column - columns - 1)
             cell.imshow(grid.tiles[row, sample], interpolation="nearest")
             cell.set_title(f"{grid.scores[row, sample]:.2f}", fontsize=7, color=_MUTED, pad=2)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.925, bottom=0.01, wspace=0.06, hspace=0.42)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.925, bottom=0.01, wspace=0.06, hspace=0.55)
     for row, prompt in enumerate(before.prompts):
         top = axes[row][0].get_position().y1
         figure.text(0.012, top + 0.02, prompt if len(prompt) < 90 else prompt[:87] + "…", fontsize=8, va="bottom")
     for name, cell in ((names[0], axes[0][0]), (names[1], axes[0][columns + 1])):
         figure.text(cell.get_position().x0, 0.975, name, fontsize=10, weight="bold", va="center")
-    figure.savefig(path, dpi=150)
+    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
     pyplot.close(figure)

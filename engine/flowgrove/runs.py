@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from flowgrove.checkpoint import load_checkpoint, valid_checkpoints
+from flowgrove.data import read_prompts
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
-from flowgrove.evaluation import sample
+from flowgrove.evaluation import evaluate, sample
+from flowgrove.files import write_text
 from flowgrove.models.policy import Policy
 from flowgrove.recipe import Recipe, load_recipe
 from flowgrove.rewards.jpeg_size import to_bytes
+from flowgrove.rewards.registry import Rewards
 from flowgrove.sigmas import SigmaTable, recipe_sigmas
 
 _PROMPTS_AT_ONCE = 16
@@ -41,8 +45,30 @@ def write_samples(recipe: Recipe, policy: Policy, prompts: list[str], out: Path,
             name = f"{first + index // samples:04d}_{index % samples}.png"
             Image.fromarray(pixels).save(out / name)
             lines.append(json.dumps({"file": name, "prompt": chunk[index // samples]}, ensure_ascii=False) + "\n")
-    (out / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_text(out / "prompts.jsonl", "".join(lines))
     return len(lines)
+
+
+def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
+    """Rewards of the newest checkpoint on the held-out prompts: {name: {mean, confidence}} (half of the 95 % interval), and "weighted_sum".
+
+    Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
+    """
+    recipe, policy, table = open_policy(run)
+    if recipe.data.eval_prompts is None:
+        raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
+    rewards = Rewards(recipe)
+    evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts"), table)
+    columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
+    columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
+    samples = recipe.run.eval.samples
+    result = {}
+    for name, scores in columns.items():
+        per_prompt = scores.view(-1, samples).mean(1)  # pictures of one prompt are not independent
+        spread = per_prompt.std().item() if len(per_prompt) > 1 else 0.0
+        result[name] = {"mean": per_prompt.mean().item(), "confidence": 1.96 * spread / len(per_prompt) ** 0.5}
+    write_text(run / "eval.json", json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def export_run(run: Path, out: Path) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
 from flowgrove.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint, valid_checkpoints
-from flowgrove.credit import assign_credit
+from flowgrove.credit import advantage_by_step, assign_credit
 from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
+from flowgrove.files import write_text
 from flowgrove.forest import leaf_path_logp
 from flowgrove.grids import save_grid
 from flowgrove.models.policy import Policy
@@ -54,7 +55,7 @@ class Trainer:
         if checkpoint is not None:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater, fingerprint(recipe))
         out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_text(out / "recipe.yaml", dump_recipe(recipe))
 
     @property
     def is_complete(self) -> bool:
@@ -106,11 +107,13 @@ class Trainer:
             credit = assign_credit(plan, recipe.credit, grouped, self.rewards.weights, path_logp)
         with clock("update"):
             stats = self.updater.run(forest, prompts, credit, rows)
+        counts = plan.counts
         return {
             "iteration": iteration,
             "reward": metrics.reward_summary(list(self.rewards.scorers), scores),
             **metrics.update_summary(stats),
-            "rollout_forwards": plan.counts.rollout_forwards * len(prompts.texts),
+            "advantage_by_step": advantage_by_step(credit),
+            "rollout_forwards": (counts.rollout_forwards if recipe.engine.share else counts.unshared_rollout_forwards) * len(prompts.texts),
             "train_passes": stats.train_passes,
             "seconds": clock.seconds,
             "samples_per_second": len(scores) / sum(clock.seconds.values()),
