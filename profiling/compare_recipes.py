@@ -1,7 +1,8 @@
-"""Trains the shapes_* recipes on several seeds and times each against its own unshared loop: `python profiling/compare_recipes.py`.
+"""The shapes_* recipes side by side: what each reaches, and what it costs against its own unshared loop.
 
-Writes a CSV with one row per recipe: held-out reward before and after (median over seeds), rollout forwards and train passes per iteration, seconds per
-iteration (median), and the same for the loop that runs every trajectory and every edge alone (engine.share: false). Timings alternate between the two.
+`python profiling/compare_recipes.py rewards` trains every recipe on several seeds and writes the held-out reward before and after.
+`python profiling/compare_recipes.py timings` times a few iterations of each and of the loop that runs every trajectory and every edge alone
+(engine.share: false), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
 """
 
 import argparse
@@ -36,42 +37,53 @@ def seconds(lines: list[dict[str, Any]]) -> float:
     return statistics.median(sum(line["seconds"].values()) for line in lines[1:])
 
 
-def compare(name: str, seeds: list[int], timed: int) -> dict[str, Any]:
-    """One row of the table."""
-    runs = [train(name, f"run.seed={seed}") for seed in seeds]
+def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
+    """Median over seeds of the held-out reward of the base model and of the trained one."""
+    runs = [train(name, f"run.seed={seed}", "run.eval_every=1000") for seed in seeds]  # before the first and after the last iteration
     before, after = ([evaluations(lines)[place][1] for lines in runs] for place in (0, -1))
-    short = ("run.eval_every=0", f"run.iterations={timed}")
-    pairs = [(train(name, *short), train(name, *short, "engine.share=false")) for _ in range(2)]
-    shared, unshared = ([seconds(pair[side]) for pair in pairs] for side in (0, 1))
-    lines, loop = pairs[0]
     return {
         "recipe": f"shapes_{name}",
-        "held_out_before": round(statistics.median(before), 3),
-        "held_out_after": round(statistics.median(after), 3),
-        "held_out_after_all": " ".join(f"{value:.3f}" for value in after),
-        "rollout_forwards": lines[-1]["rollout_forwards"],
-        "train_passes": lines[-1]["train_passes"],
-        "seconds": round(min(shared), 3),
-        "unshared_rollout_forwards": loop[-1]["rollout_forwards"],
-        "unshared_train_passes": loop[-1]["train_passes"],
-        "unshared_seconds": round(min(unshared), 3),
-        "speedup": round(min(unshared) / min(shared), 2),
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "iterations": len(runs[0]),
+        "before": f"{statistics.median(before):.3f}",
+        "after": f"{statistics.median(after):.3f}",
+        "after_each_seed": " ".join(f"{value:.3f}" for value in after),
+    }
+
+
+def timings(name: str, rounds: int) -> dict[str, Any]:
+    """Counts and the median seconds of one iteration, shared and unshared in turn."""
+    short = ("run.eval_every=0", "run.iterations=2")
+    pairs = [(train(name, *short), train(name, *short, "engine.share=false")) for _ in range(rounds)]
+    shared, unshared = (statistics.median(seconds(pair[side]) for pair in pairs) for side in (0, 1))
+    lines, loop = (pairs[0][side][-1] for side in (0, 1))
+    return {
+        "recipe": f"shapes_{name}",
+        "rollout_forwards": lines["rollout_forwards"],
+        "train_passes": lines["train_passes"],
+        "seconds": f"{shared:.3f}",
+        "unshared_rollout_forwards": loop["rollout_forwards"],
+        "unshared_train_passes": loop["train_passes"],
+        "unshared_seconds": f"{unshared:.3f}",
+        "speedup": f"{unshared / shared:.2f}",
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rewards", "timings"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--timed", type=int, default=3, help="iterations of each timing run")
+    parser.add_argument("--rounds", type=int, default=3, help="how often a timing is repeated")
     parser.add_argument("--recipes", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "figures" / "compare_recipes.csv")
+    parser.add_argument("--out", type=Path, help="default: profiling/figures/compare_WHAT.csv")
     arguments = parser.parse_args()
+    out = arguments.out or ROOT / "profiling" / "figures" / f"compare_{arguments.what}.csv"
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
     rows = []
     for name in arguments.recipes:
-        rows.append(compare(name, arguments.seeds, arguments.timed))
+        row = rewards(name, arguments.seeds) if arguments.what == "rewards" else timings(name, arguments.rounds)
+        rows.append({**row, "machine": machine})
         print(rows[-1], flush=True)
-        with arguments.out.open("w", newline="", encoding="utf-8") as file:
+        with out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)

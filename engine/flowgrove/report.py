@@ -112,7 +112,7 @@ def _advantage_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> 
     """How strong the signal is at each depth of the forest, over all iterations that trained there."""
     found: dict[int, list[float]] = {}
     for line in lines:
-        for step, value in line["advantage_by_step"].items():
+        for step, value in line.get("advantage_by_step", {}).items():
             found.setdefault(int(step), []).append(value)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.bar(list(found), [sum(values) / len(values) for values in found.values()], color=_TRAIN, width=0.7)
