@@ -117,8 +117,8 @@ def test_a_process_killed_in_the_middle_is_resumed_to_the_last_bit(whole, recipe
 # What kills leave behind
 
 
-MOMENTS = [(3, 2), (1, 2), (4, 5), (1, 0)]
-MORE_MOMENTS = [pytest.param(*moment, marks=pytest.mark.long) for moment in ((0, 0), (2, 2), (4, 2), (3, 4), (4, 4), (5, 4))]
+MOMENTS = [(3, 2), (4, 5), (1, 0)]
+MORE_MOMENTS = [pytest.param(*moment, marks=pytest.mark.long) for moment in ((0, 0), (1, 2), (2, 2), (4, 2), (3, 4), (4, 4), (5, 4))]
 
 
 @pytest.mark.parametrize(("lines", "newest"), [*MOMENTS, *MORE_MOMENTS])
@@ -180,16 +180,16 @@ def test_a_finished_run_can_be_made_longer(whole, recipe, tmp_path):
 
 
 def test_averages_of_lora_weights_are_resumed_too(tmp_path):
-    recipe = tiny_recipe(tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5})
+    recipe = tiny_recipe(tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5}, run={"iterations": 2})
     whole, run = tmp_path / "whole", tmp_path / "run"
     succeed("train", recipe, "--out", whole)
     succeed("train", recipe, "--out", run, "--set", "run.iterations=1", "--set", "run.eval_every=0")
     succeed("train", recipe, "--out", run)
     assert timeless(metrics_of(run))[1:] == timeless(metrics_of(whole))[1:]
-    files = {path.name: path.read_bytes() for path in (whole / "checkpoints" / "step_000003").iterdir() if path.suffix == ".safetensors"}
+    files = {path.name: path.read_bytes() for path in (whole / "checkpoints" / "step_000002").iterdir() if path.suffix == ".safetensors"}
     assert len(files) >= 3  # weights, moments, averages
     assert len({*files.values()}) == len(files)
-    assert {name: (run / "checkpoints" / "step_000003" / name).read_bytes() for name in files} == files
+    assert {name: (run / "checkpoints" / "step_000002" / name).read_bytes() for name in files} == files
 
 
 # Finished, other and damaged runs
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_one_line(recipe, cut, damage):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("damage", ["weights cut", "state cut"])
+@pytest.mark.parametrize("damage", ["weights cut", pytest.param("state cut", marks=pytest.mark.long)])
 def test_a_damaged_newest_checkpoint_does_not_spoil_the_run(whole, recipe, cut, damage):
     """An error line, or on from the newest valid one; never a traceback, never other weights."""
     run = cut(4, 4)

@@ -63,16 +63,18 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder")] = "auto",
 ) -> None:
     """Train a model as a recipe says."""
-    from flowgrove.progress import TrainingDisplay
     from flowgrove.recipe import load_recipe
-    from flowgrove.report import write_report
-    from flowgrove.trainer import Trainer
 
-    settings = load_recipe(recipe, tuple(set_ or ()))
-    trainer = Trainer(settings, out or Path(settings.run.out), resume)
-    if trainer.is_complete:
-        _say(f"{trainer.out} is finished: {trainer.completed} iterations; see {trainer.out / 'report.html'}")
+    settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
+    from flowgrove.progress import TrainingDisplay
+    from flowgrove.report import write_report
+    from flowgrove.trainer import Trainer, finished
+
+    folder = out or Path(settings.run.out)
+    if resume == "auto" and finished(settings, folder):
+        _say(f"{folder} is finished: {settings.run.iterations} iterations; see {folder / 'report.html'}")
         return
+    trainer = Trainer(settings, folder, resume)
     with TrainingDisplay(_console, settings, trainer.completed) as display:
         trainer.run(display.update)
     _say(f"report: {write_report(settings, trainer.out)}")

@@ -9,7 +9,7 @@ from flowgrove.errors import UserError
 def read_prompts(path: str | Path, key: str) -> list[str]:
     """The lines of a UTF-8 text file that are not blank. Raises UserError naming the recipe key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{key}: cannot read {path} ({error.strerror}): give a text file with one prompt per line") from None
     except UnicodeDecodeError:

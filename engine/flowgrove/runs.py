@@ -75,6 +75,8 @@ def export_run(run: Path, out: Path) -> str:
     """Writes the newest checkpoint for diffusers; returns a line that says how to load it."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder")
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
     recipe, policy, _ = open_policy(run)
     if recipe.model.lora is not None:
         policy.adapter.save_lora(out)

@@ -57,17 +57,12 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.yaml", dump_recipe(recipe))
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the run has all its iterations, their lines and its report."""
-        return self.completed >= self.recipe.run.iterations and len(metrics.read_metrics(self.out)) >= self.completed and (self.out / "report.html").exists()
-
     def run(self, report: Report = lambda line: None) -> None:
         """Trains to `run.iterations`; `report` gets the metrics line of every iteration."""
         run = self.recipe.run
-        log = metrics.MetricsLog(self.out, list(run.log), self.completed)
-        if self.last_line is not None and log.lines < self.completed:  # the run stopped between a checkpoint and its line
-            self._finish(self.last_line, log, report)
+        log = metrics.MetricsLog(self.out, list(run.log), self.completed - (self.last_line is not None))
+        if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
+            self._finish(self.last_line, log)
         backend = use_backend(self.recipe.engine.backend) if self.recipe.engine.backend != "auto" else nullcontext()
         with backend:
             for iteration in range(self.completed, run.iterations):
@@ -78,16 +73,16 @@ class Trainer:
                     line["eval_reward"] = evaluated.weighted(self.rewards.weights)
                 if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
                     save_checkpoint(self.out, self.policy, self.updater, iteration + 1, fingerprint(self.recipe), run.keep_last, line)
-                self._finish(line, log, report)
+                self._finish(line, log)
+                report(line)
         log.close()
 
-    def _finish(self, line: dict[str, Any], log: metrics.MetricsLog, report: Report) -> None:
+    def _finish(self, line: dict[str, Any], log: metrics.MetricsLog) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""
         run = self.recipe.run
         if line["iteration"] + 1 == run.iterations and run.eval_every and (evaluated := self.evaluate(run.iterations)) is not None:
             line["eval_reward"] = evaluated.weighted(self.rewards.weights)
         log.write(line)
-        report(line)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
@@ -131,12 +126,23 @@ class Trainer:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation."""
-    content = recipe.model_dump(mode="json")
+    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation. Keys at their default do not enter, so that
+    a version with new keys resumes old runs."""
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
     content["run"] = {"seed": recipe.run.seed}
     if recipe.update.lr_schedule == "cosine":
         content["run"]["iterations"] = recipe.run.iterations
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def finished(recipe: Recipe, out: Path) -> bool:
+    """Whether `out` holds all of the recipe's run: its last checkpoint, every line and the report. Reads no model."""
+    folder = newest_checkpoint(out)
+    if folder is None or not (out / "report.html").exists():
+        return False
+    state = read_state(folder)
+    done = state["completed_iterations"]
+    return state["recipe"] == fingerprint(recipe) and recipe.run.iterations <= done <= len(metrics.read_metrics(out))
 
 
 def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:

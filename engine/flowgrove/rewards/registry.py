@@ -1,5 +1,6 @@
 """Rewards by the name that a recipe gives them. A reward takes pictures and prompts and returns one score each; it knows nothing of trees."""
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol
 
@@ -56,8 +57,8 @@ class Rewards:
 def _build(reward: Reward) -> Scorer:
     if reward.name not in _REWARDS:
         raise UserError(f"reward name {reward.name!r} is not known: write one of {', '.join(_REWARDS)}")
-    options = reward.model_extra or {}
-    try:
-        return _REWARDS[reward.name](**options)
-    except TypeError:
-        raise UserError(f"reward {reward.name} does not take {', '.join(options)}: see its documentation for its options") from None
+    options, known = reward.model_extra or {}, inspect.signature(_REWARDS[reward.name]).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(f"reward {reward.name} does not take {option}: it takes {', '.join(('weight', *known))}")
+    return _REWARDS[reward.name](**options)
