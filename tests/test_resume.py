@@ -172,9 +172,7 @@ def test_a_finished_run_can_be_made_longer(whole, recipe, tmp_path):
     succeed("train", recipe, "--out", run, "--set", "run.iterations=2")
     assert checkpoints(run) == ["step_000002"]
     succeed("train", recipe, "--out", run)
-    found, expected = timeless(metrics_of(run)), timeless(metrics_of(whole))
-    assert found[1].pop("eval_reward") == expected[2]["eval_reward"]  # after two iterations the run was over
-    assert found == expected
+    assert timeless(metrics_of(run)) == timeless(metrics_of(whole)), "the evaluation that ended the short run is no end any more"
     assert all(torch.equal(weight, weights_of(whole, ITERATIONS)[name]) for name, weight in weights_of(run, ITERATIONS).items())
     assert load_recipe(run / "recipe.yaml").run.iterations == ITERATIONS
 
