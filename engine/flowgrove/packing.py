@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Edges:
     """Host arrays of one update. Rows: state (row of the forest), step, prompt, children; edges, in the order of their rows: child (row of the forest),
-    node (in its level), advantage, weight."""
+    node and its parent (in their levels), advantage, weight."""
 
     state: Ints
     step: Ints
@@ -27,6 +27,7 @@ class Edges:
     children: Ints
     child: Ints
     node: Ints
+    parent: Ints
     advantage: NDArray[np.float64]
     weight: NDArray[np.float64]
     selected: int  # edges that plan and pruning train, those without advantage included: N_u
@@ -43,6 +44,7 @@ class MicroBatch:
     prompt: Tensor
     child: Tensor
     node: Tensor
+    parent: Tensor
     child_prompt: Tensor
     child_step: Tensor
     offsets: Tensor  # int64 [B + 1]
@@ -65,8 +67,8 @@ def edges_of_update(
         selected += int(mine.sum())
         advantage = credit[step.index].advantage
         parts.append(_rows_of_step(forest, step, mine if keep_zero_advantage else mine & (advantage != 0), advantage, step_weight[step.index], packing))
-    state, index, prompt, children, child, node, advantages, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Edges(state, index, prompt, children, child, node, advantages, weights / max(selected, 1), selected)
+    state, index, prompt, children, child, node, parent, advantages, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Edges(state, index, prompt, children, child, node, parent, advantages, weights / max(selected, 1), selected)
 
 
 def _edges_in_update(plan: RolloutPlan, step: Step, update: int) -> NDArray[np.bool_]:
@@ -85,7 +87,7 @@ def _rows_of_step(forest: Forest, step: Step, mask: NDArray[np.bool_], advantage
     child = forest.first_row[step.index + 1] + prompt * step.nodes_out + node
     return (
         forest.first_row[step.index] + state, np.full(len(state), step.index), state // step.nodes_in, children,
-        child, node, advantage[prompt, node], np.full(len(child), weight),
+        child, node, node // step.fanout, advantage[prompt, node], np.full(len(child), weight),
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def micro_batches(edges: Edges, plan: RolloutPlan, rows: StepCoefficients, bound
         host = torch.from_numpy(np.ascontiguousarray(values)).to(kind)
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
-    whole = {name: put(getattr(edges, name), torch.int64) for name in ("state", "step", "prompt", "child", "node")}
+    whole = {name: put(getattr(edges, name), torch.int64) for name in ("state", "step", "prompt", "child", "node", "parent")}
     child_prompt, child_step = (put(np.repeat(column, edges.children), torch.int64) for column in (edges.prompt, edges.step))
     advantage, weight = put(edges.advantage, dtype), put(edges.weight, dtype)
     sigma, starts = put(sigmas[edges.step], torch.float32), put(offsets, torch.int64)
@@ -122,6 +124,7 @@ def micro_batches(edges: Edges, plan: RolloutPlan, rows: StepCoefficients, bound
             prompt=whole["prompt"][row],
             child=whole["child"][edge],
             node=whole["node"][edge],
+            parent=whole["parent"][edge],
             child_prompt=child_prompt[edge],
             child_step=child_step[edge],
             offsets=starts[row.start : row.stop + 1] - int(offsets[row.start]),

@@ -14,6 +14,7 @@ from flowgrove.packing import MicroBatch, edges_of_update, micro_batches, pass_b
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
 from flowgrove.rows import plan_rows
+from flowgrove.spans import span
 from flowgrove_kernels import NoiseKey, StepCoefficients, flow_logprob, grpo_loss_and_grad
 from flowgrove_kernels.affine import guided
 
@@ -56,9 +57,11 @@ class Updater:
         if self.policy.compute_dtype == torch.bfloat16:
             self._replay_old_logp(forest, prompts, batches[1:])
         for number, passes in enumerate(batches):
-            for batch in passes:
-                self._backward(forest, prompts, batch, stats, on_policy=number == 0, first_prompt=first_prompt)
-            self._step(stats, bool(passes), plan.iteration * update.updates_per_iteration + number)
+            with span(f"update {number}"):
+                for batch in passes:
+                    self._backward(forest, prompts, batch, stats, on_policy=number == 0, first_prompt=first_prompt)
+                with span("optimizer"):
+                    self._step(stats, bool(passes), plan.iteration * update.updates_per_iteration + number)
         return stats
 
     def _backward(self, forest: Forest, prompts: Prompts, batch: MicroBatch, stats: UpdateStats, on_policy: bool, first_prompt: int) -> None:
@@ -67,23 +70,26 @@ class Updater:
         guard = update.step_weight == "guard"
         key = None
         if guard:
-            fanouts = torch.tensor([step.fanout for step in plan.steps], device=policy.device)[batch.child_step]
-            key = NoiseKey(self.recipe.run.seed, plan.iteration, batch.child_step, first_prompt + batch.child_prompt, batch.node, batch.node // fanouts)
+            key = NoiseKey(self.recipe.run.seed, plan.iteration, batch.child_step, first_prompt + batch.child_prompt, batch.node, batch.parent)
         reference = None
         if update.kl_weight > 0:
-            v_ref, uncond_ref = policy.reference_velocity(x, batch.sigma, prompts, batch.prompt)
-            reference = guided(v_ref, uncond_ref, policy.guidance_scale or 1.0, policy.state_dtype)
-        v, v_uncond = policy.velocity(x, batch.sigma, prompts, batch.prompt)
-        result, grad_v, grad_uncond = grpo_loss_and_grad(
-            x, v, forest.states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
-            clip_range=update.clip_range, child_offsets=batch.offsets, ratio="guard" if guard else "density", key=key,
-            sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference, kl_weight=update.kl_weight,
-            v_uncond=v_uncond, guidance_scale=policy.guidance_scale,
-        )  # fmt: skip
-        if v_uncond is None:
-            v.backward(grad_v)
-        else:
-            torch.autograd.backward([v, v_uncond], [grad_v, grad_uncond])
+            with span("reference"):
+                v_ref, uncond_ref = policy.reference_velocity(x, batch.sigma, prompts, batch.prompt)
+                reference = guided(v_ref, uncond_ref, policy.guidance_scale or 1.0, policy.state_dtype)
+        with span("transformer"):
+            v, v_uncond = policy.velocity(x, batch.sigma, prompts, batch.prompt)
+        with span("grpo_loss"):
+            result, grad_v, grad_uncond = grpo_loss_and_grad(
+                x, v, forest.states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
+                clip_range=update.clip_range, child_offsets=batch.offsets, ratio="guard" if guard else "density", key=key,
+                sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference, kl_weight=update.kl_weight,
+                v_uncond=v_uncond, guidance_scale=policy.guidance_scale,
+            )  # fmt: skip
+        with span("backward"):
+            if v_uncond is None:
+                v.backward(grad_v)
+            else:
+                torch.autograd.backward([v, v_uncond], [grad_v, grad_uncond])
         stats.train_passes += len(batch.state)
         stats.loss.append(result.loss.detach())
         stats.ratio.append(result.ratio)
