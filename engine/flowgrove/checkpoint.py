@@ -23,22 +23,29 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in policy.trainable().items()}, partial / "weights.safetensors")
-    save_file(_optimizer_tensors(policy, updater), partial / "optimizer.safetensors")
+    tensors = {"weights": {name: p.detach().contiguous() for name, p in policy.trainable().items()}, "optimizer": _optimizer_tensors(policy, updater)}
     if updater.ema is not None:
-        save_file({name: average.contiguous() for name, average in updater.ema.average.items()}, partial / "ema.safetensors")
+        tensors["ema"] = {name: average.contiguous() for name, average in updater.ema.average.items()}
+    try:
+        for name, content in tensors.items():
+            save_file(content, partial / f"{name}.safetensors")
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {error}; free some space and give the same command again") from None
     (partial / "state.json").write_text(json.dumps({"format": _FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line}))
     for file in partial.iterdir():
         _sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     _point_latest(run, folder.name)
-    for old in valid_checkpoints(run)[:-keep_last]:
-        shutil.rmtree(old)
+    checkpoints = valid_checkpoints(run)
+    place = checkpoints.index(folder)
+    for other in (*checkpoints[: max(0, place + 1 - keep_last)], *checkpoints[place + 1 :]):  # later ones: of a branch that a resumed run has left
+        shutil.rmtree(other)
     return folder
 
 
-def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None, fingerprint: str | None = None) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tuple[int, dict[str, Any]]:
     """Puts weights in place (with `updater` its state too; without, the averaged weights if there are any); returns the completed iterations and
     the metrics line of the last one.
 
@@ -49,8 +56,6 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None, finge
     # without an updater the model is wanted for evaluation, sampling or export: there the averaged weights serve, if there are any
     weights = _tensors(averages if updater is None and averages.is_file() else folder / "weights.safetensors")
     moments = _tensors(folder / "optimizer.safetensors") if updater else {}
-    if fingerprint is not None and state["recipe"] != fingerprint:
-        raise UserError(f"{folder} was written by another recipe: resume with the recipe.yaml of its run, or train into another --out")
     parameters = policy.trainable()
     if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):
         raise UserError(f"{folder} holds other weights than this recipe trains: resume with the recipe.yaml of its run")
@@ -77,7 +82,7 @@ def newest_checkpoint(run: Path) -> Path | None:
     for folder in reversed(valid_checkpoints(run)):
         try:
             read_state(folder)
-            for file in folder.glob("*.safetensors"):
+            for file in {folder / "weights.safetensors", folder / "optimizer.safetensors", *folder.glob("*.safetensors")}:
                 with safe_open(file, "pt"):
                     pass
         except UserError as error:

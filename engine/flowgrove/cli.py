@@ -38,9 +38,13 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             hint = "; free some space and give the same command again" if error.errno == errno.ENOSPC else ""
-            _fail(f"{place}{error.strerror}{hint}")
+            _fail(f"{place}{error.strerror or error}{hint}")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            _fail("the GPU's memory is full: lower engine.token_budget or data.prompts_per_iteration, or set model.gradient_checkpointing: true")
         except KeyboardInterrupt:
-            _say("interrupted: the last checkpoint is kept; the same command goes on from it")
+            _say("interrupted" + (": the same command goes on from the last checkpoint, if one was written" if function.__name__ == "train" else ""))
             raise typer.Exit(130) from None
 
     return app.command(function.__name__.rstrip("_"))(run)
@@ -68,7 +72,8 @@ def train(
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
     from flowgrove.progress import TrainingDisplay
     from flowgrove.report import write_report
-    from flowgrove.trainer import Trainer, finished
+    from flowgrove.resume import finished
+    from flowgrove.trainer import Trainer
 
     folder = out or Path(settings.run.out)
     if resume == "auto" and finished(settings, folder):
@@ -113,8 +118,8 @@ def sample(
     from flowgrove.runs import open_policy, write_samples
 
     texts = read_prompts(prompts, "--prompts")
-    settings, policy, table = open_policy(source, tuple(set_ or ()))
-    count = write_samples(settings, policy, texts, out, table)
+    settings, policy = open_policy(source, tuple(set_ or ()))
+    count = write_samples(settings, policy, texts, out)
     _say(f"wrote {count} pictures to {out}")
 
 

@@ -1,6 +1,7 @@
 """Prompt files, and which prompts an iteration takes: a pure function of (seed, iteration), so that a resumed run goes on where it stopped."""
 
 import random
+from functools import lru_cache
 from pathlib import Path
 
 from flowgrove.errors import UserError
@@ -25,6 +26,10 @@ def prompts_of_iteration(prompts: list[str], iteration: int, count: int, seed: i
     chosen = []
     for position in range(iteration * count, (iteration + 1) * count):
         epoch, index = divmod(position, len(prompts))
-        order = random.Random(f"prompts/{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
-        chosen.append(prompts[order[index]])
+        chosen.append(prompts[_order(seed, epoch, len(prompts))[index]])
     return chosen
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return random.Random(f"prompts/{seed}/{epoch}").sample(range(count), count)

@@ -11,8 +11,9 @@ from flowgrove.recipe import Recipe, Rollout, Window
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
-from flowgrove.sigmas import SigmaTable
+from flowgrove.sigmas import recipe_sigmas
 
+_PROMPTS_AT_ONCE = 32
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
 
@@ -29,22 +30,35 @@ class Evaluated:
         return float((self.scores @ torch.tensor(weights, dtype=torch.float64)).mean())
 
 
-def sample(recipe: Recipe, policy: Policy, prompts: list[str], table: SigmaTable | None = None, first_prompt: int = 0) -> Tensor:
-    """Pictures fp32 [len(prompts) · run.eval.samples, 3, H, W] on the device, samples of a prompt together; the same call gives the same pictures."""
+def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
+    """Pictures fp32 [len(prompts) · run.eval.samples, 3, H, W] on the CPU, samples of a prompt together; the same call gives the same pictures.
+
+    `first_prompt`: the number of the first prompt, which names its noise. Any number of prompts: they go through the model some at a time.
+    """
     settings = recipe.run.eval
-    steps = settings.steps or recipe.rollout.steps
-    plain = Rollout(steps=steps, shift=recipe.rollout.shift, group_size=settings.samples, shared_initial_noise=False, window=Window(strategy="none"))
+    plain = Rollout(
+        steps=settings.steps or recipe.rollout.steps,
+        shift=recipe.rollout.shift,
+        group_size=settings.samples,
+        shared_initial_noise=False,
+        window=Window(strategy="none"),
+    )
     update = recipe.update.model_copy(update={"updates_per_iteration": 1, "step_fraction": 1.0})
     credit = recipe.credit.model_copy(update={"prune": None})
-    plan = make_plan(recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit}), 0, table)
+    recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
+    plan = make_plan(recipe, 0, recipe_sigmas(recipe))
     rows = plan_rows(plan).to(policy.device)
+    pictures = []
     with policy.guided_by(settings.guidance_scale):
-        forest = rollout(plan, rows, policy, policy.encode(prompts), seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt)
-        return policy.decode(forest.leaves)
+        for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+            encoded = policy.encode(prompts[start : start + _PROMPTS_AT_ONCE])
+            forest = rollout(plan, rows, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start)
+            pictures.append(policy.decode(forest.leaves).cpu())
+    return torch.cat(pictures)
 
 
-def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str], table: SigmaTable | None = None) -> Evaluated:
+def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str]) -> Evaluated:
     """Samples the held-out prompts and scores them."""
-    pictures = sample(recipe, policy, prompts, table)
+    pictures = sample(recipe, policy, prompts)
     repeated = [prompt for prompt in prompts for _ in range(recipe.run.eval.samples)]
-    return Evaluated(pictures.cpu(), repeated, rewards(pictures, repeated))
+    return Evaluated(pictures, repeated, rewards(pictures, repeated))

@@ -36,11 +36,15 @@ def format_line(line: dict[str, Any]) -> str:
     rewards = "  ".join(f"{name} {r['mean']:.3f}±{r['std']:.3f}" for name, r in line["reward"].items())
     held_out = f"  [bold]held-out {line['eval_reward']:.3f}[/]" if "eval_reward" in line else ""
     if line["ratio_mean"] is None:
-        trained = "nothing to train (no advantage)"
+        trained = "nothing trained: no advantage" if line["train_passes"] == 0 else "ratio not finite: the step was skipped"
     else:
         trained = (
             f"ratio {line['ratio_mean']:.5f} ({line['ratio_min']:.4f}…{line['ratio_max']:.4f})  clipped −{line['clipped_low']:.0%} +{line['clipped_high']:.0%}"
-            f"  drift {line['logp_drift']:.0e}  grad {line['grad_norm'] if line['grad_norm'] is not None else float('nan'):.2f}"
+            f"  drift {_number(line['logp_drift'], '.0e')}  grad {_number(line['grad_norm'], '.2f')}"
         )
     stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in line["seconds"].items() if seconds >= 0.005)
     return f"{line['iteration']:4d}  {rewards}{held_out}  {trained}  passes {line['rollout_forwards']}+{line['train_passes']}  s: {stages}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

@@ -86,18 +86,24 @@ class Rollout(Section):
     steps: Annotated[int, Field(ge=2)] = 25
     shift: Positive | None = 3.0
     dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
-    noise_level: NotNegative = 0.7
+    noise_level: Positive = 0.7
     group_size: Count = 12
     shared_initial_noise: bool = True
     window: Window = Window()
     tree: Tree | None = None
     tail: Tail | None = None
 
+    @model_validator(mode="after")
+    def _cps_noise(self) -> "Rollout":
+        if self.dynamics == "cps" and self.noise_level > 1:
+            raise ValueError("noise_level is at most 1 with dynamics: cps")
+        return self
+
 
 class Reward(BaseModel):
     """name, weight, and what the reward of that name takes besides."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str
     weight: float = 1.0
 
@@ -183,6 +189,8 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         _apply(content, override)
     _find_prompts(content, path.resolve())
     recipe = parse_recipe(content)
+    if recipe.model.path != "tiny" and Path(recipe.model.path).expanduser().exists():  # a run's own recipe works from any folder
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(Path(recipe.model.path).expanduser().resolve())})})
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": recipe.run.out.replace("NAME", path.stem)})})
 
 

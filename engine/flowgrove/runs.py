@@ -1,49 +1,51 @@
 """Finished runs: open their model, draw with it, export it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from flowgrove.checkpoint import load_checkpoint, valid_checkpoints
 from flowgrove.data import read_prompts
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate, sample
-from flowgrove.files import write_text
+from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
 from flowgrove.recipe import Recipe, load_recipe
 from flowgrove.rewards.jpeg_size import to_bytes
 from flowgrove.rewards.registry import Rewards
-from flowgrove.sigmas import SigmaTable, recipe_sigmas
 
 _PROMPTS_AT_ONCE = 16
 
 
-def open_policy(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Policy, SigmaTable]:
+def open_policy(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Policy]:
     """A run folder with its newest checkpoint, or a recipe with its base model. Raises UserError."""
     is_run = source.is_dir()
     checkpoints = valid_checkpoints(source) if is_run else []
     if is_run and not checkpoints:
         raise UserError(f"{source} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
     recipe = load_recipe(source / "recipe.yaml" if is_run else source, overrides)
-    policy = Policy(recipe, pick_device(recipe))
+    untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})  # no copy of the reference model
+    policy = Policy(untrained, pick_device(recipe))
     if is_run:
         load_checkpoint(checkpoints[-1], policy, None)
-    return recipe, policy, recipe_sigmas(recipe)
+    return recipe, policy
 
 
-def write_samples(recipe: Recipe, policy: Policy, prompts: list[str], out: Path, table: SigmaTable) -> int:
+def write_samples(recipe: Recipe, policy: Policy, prompts: list[str], out: Path) -> int:
     """Pictures as `out`/NNNN_K.png (prompt N, sample K) and prompts.jsonl; returns their number."""
     out.mkdir(parents=True, exist_ok=True)
     samples = recipe.run.eval.samples
     lines = []
     for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
         chunk = prompts[first : first + _PROMPTS_AT_ONCE]
-        for index, pixels in enumerate(to_bytes(sample(recipe, policy, chunk, table, first_prompt=first)).numpy()):
+        for index, pixels in enumerate(to_bytes(sample(recipe, policy, chunk, first_prompt=first)).numpy()):
             name = f"{first + index // samples:04d}_{index % samples}.png"
-            Image.fromarray(pixels).save(out / name)
+            write_file(out / name, Image.fromarray(pixels).save)
             lines.append(json.dumps({"file": name, "prompt": chunk[index // samples]}, ensure_ascii=False) + "\n")
     write_text(out / "prompts.jsonl", "".join(lines))
     return len(lines)
@@ -54,11 +56,11 @@ def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    recipe, policy, table = open_policy(run)
+    recipe, policy = open_policy(run)
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
     rewards = Rewards(recipe)
-    evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts"), table)
+    evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts"))
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples
@@ -77,9 +79,18 @@ def export_run(run: Path, out: Path) -> str:
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    recipe, policy, _ = open_policy(run)
-    if recipe.model.lora is not None:
-        policy.adapter.save_lora(out)
-        return f'wrote a LoRA: pipe.load_lora_weights("{out}")'
-    policy.adapter.save_pipeline(out)
-    return f'wrote a pipeline: StableDiffusion3Pipeline.from_pretrained("{out}")'
+    recipe, policy = open_policy(run)
+    is_lora = recipe.model.lora is not None
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (policy.adapter.save_lora if is_lora else policy.adapter.save_pipeline)(partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}; free some space and give the same command again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    load = "pipe.load_lora_weights" if is_lora else "StableDiffusion3Pipeline.from_pretrained"
+    return f'wrote a {"LoRA" if is_lora else "pipeline"}: {load}("{out}")'

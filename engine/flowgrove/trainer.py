@@ -1,7 +1,6 @@
 """The training loop: plan → rollout → reward → credit → update, and what is kept of each iteration."""
 
-import hashlib
-import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
-from flowgrove.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint, valid_checkpoints
+from flowgrove.checkpoint import load_checkpoint, save_checkpoint
 from flowgrove.credit import advantage_by_step, assign_credit
 from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_device
@@ -21,6 +20,7 @@ from flowgrove.grids import save_grid
 from flowgrove.models.policy import Policy
 from flowgrove.plan import make_plan
 from flowgrove.recipe import Recipe, dump_recipe
+from flowgrove.resume import choose_checkpoint, fingerprint
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
@@ -46,14 +46,15 @@ class Trainer:
         plan = make_plan(recipe, 0, self.table)  # a plan that cannot be made is an error before a model is loaded
         if not any(step.stochastic for step in plan.steps):
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
-        if recipe.engine.backend not in ("auto", *available_backends()):
-            raise UserError(f"engine.backend is {recipe.engine.backend}: here are auto, {', '.join(available_backends())}")
+        for source, backend in (("engine.backend", recipe.engine.backend), ("FLOWGROVE_BACKEND", os.environ.get("FLOWGROVE_BACKEND", "auto"))):
+            if backend not in ("auto", *available_backends()):
+                raise UserError(f"{source} is {backend}: here are auto, {', '.join(available_backends())}")
         checkpoint = choose_checkpoint(recipe, out, resume)
         self.policy = Policy(recipe, pick_device(recipe))
         self.updater = Updater(recipe, self.policy)
         self.completed, self.last_line = 0, None
         if checkpoint is not None:
-            self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater, fingerprint(recipe))
+            self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.yaml", dump_recipe(recipe))
 
@@ -63,6 +64,9 @@ class Trainer:
         log = metrics.MetricsLog(self.out, list(run.log), self.completed - (self.last_line is not None))
         if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
             self._finish(self.last_line, log)
+        for grid in (self.out / "samples").glob("iteration_*.png"):
+            if int(grid.stem.removeprefix("iteration_")) > self.completed:
+                grid.unlink()  # of a branch that this run has left
         backend = use_backend(self.recipe.engine.backend) if self.recipe.engine.backend != "auto" else nullcontext()
         with backend:
             for iteration in range(self.completed, run.iterations):
@@ -120,40 +124,6 @@ class Trainer:
         if not self.eval_prompts:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
-            evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.table)
+            evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts)
         save_grid(self.out / "samples" / f"iteration_{iteration:06d}.png", evaluated, self.recipe.run.eval.samples, self.rewards.weights)
         return evaluated
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation. Keys at their default do not enter, so that
-    a version with new keys resumes old runs."""
-    content = recipe.model_dump(mode="json", exclude_defaults=True)
-    content["run"] = {"seed": recipe.run.seed}
-    if recipe.update.lr_schedule == "cosine":
-        content["run"]["iterations"] = recipe.run.iterations
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def finished(recipe: Recipe, out: Path) -> bool:
-    """Whether `out` holds all of the recipe's run: its last checkpoint, every line and the report. Reads no model."""
-    folder = newest_checkpoint(out)
-    if folder is None or not (out / "report.html").exists():
-        return False
-    state = read_state(folder)
-    done = state["completed_iterations"]
-    return state["recipe"] == fingerprint(recipe) and recipe.run.iterations <= done <= len(metrics.read_metrics(out))
-
-
-def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:
-    """The checkpoint to start from. Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint."""
-    if resume not in ("auto", "never"):
-        return Path(resume)
-    if resume == "never":
-        if (out / "metrics.jsonl").exists() or valid_checkpoints(out):
-            raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
-        return None
-    folder = newest_checkpoint(out)
-    if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
-        raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
-    return folder

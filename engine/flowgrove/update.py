@@ -54,7 +54,7 @@ class Updater:
         for number in range(update.updates_per_iteration):
             edges = edges_of_update(forest, credit, number, weights, update.kl_weight > 0, packing)
             batches.append(micro_batches(edges, plan, rows, pass_bounds(edges, self.policy, packing), self.policy.state_dtype))
-        if self.policy.compute_dtype == torch.bfloat16:
+        if self.policy.compute_dtype == torch.bfloat16 and packing == "states" and update.step_weight != "guard":  # guard needs no logp, replay has it
             self._replay_old_logp(forest, prompts, batches[1:])
         for number, passes in enumerate(batches):
             with span(f"update {number}"):

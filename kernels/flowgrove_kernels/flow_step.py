@@ -27,7 +27,7 @@ def _reference(
     velocity = guided(v.reshape(flat.shape), uncond, guidance_scale, dtype)
     if history is not None:
         history = history.reshape(flat.shape)
-    elif x.device.type == "cpu":
+    else:
         torch._assert_async((prev_coef == 0).all(), "these coefficients need history=, the previous clean estimate: prev_coef is not 0")
     mean = step_mean(flat, velocity, x_coef, v_coef, prev_coef, history)
     mean = mean.repeat_interleave(fanout, 0)  # [B·fanout, D]

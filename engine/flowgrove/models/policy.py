@@ -49,6 +49,8 @@ class Policy:
         self.compute_dtype = _DTYPES[model.dtype]
         self.state_dtype = torch.float64 if model.dtype == "fp64" else torch.float32
         self.guidance_scale = _unless_one(model.guidance_scale)
+        if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         folder = model_folder(model)
         diffusers.utils.logging.disable_progress_bar()
         try:
@@ -136,7 +138,8 @@ class Policy:
 
     def passes(self, rows: int, most: int | None = None) -> Iterator[slice]:
         """Slices of at most `rows_per_pass` (or `most`) rows that differ by one in length."""
-        count = -(-rows // (most or self.rows_per_pass))
+        fit = self.rows_per_pass if self.guidance_scale is None else max(1, self.rows_per_pass // 2)  # guidance runs two rows for one
+        count = -(-rows // (most or fit))
         return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
 
     @contextmanager

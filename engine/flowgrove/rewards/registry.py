@@ -1,5 +1,6 @@
 """Rewards by the name that a recipe gives them. A reward takes pictures and prompts and returns one score each; it knows nothing of trees."""
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Protocol
@@ -60,5 +61,7 @@ def _build(reward: Reward) -> Scorer:
     options, known = reward.model_extra or {}, inspect.signature(_REWARDS[reward.name]).parameters
     for option in options:
         if option not in known:
-            raise UserError(f"reward {reward.name} does not take {option}: it takes {', '.join(('weight', *known))}")
+            near = difflib.get_close_matches(option, ("weight", *known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(('weight', *known))}"
+            raise UserError(f"reward {reward.name} does not take {option}: {hint}")
     return _REWARDS[reward.name](**options)

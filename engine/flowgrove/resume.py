@@ -1,0 +1,56 @@
+"""Where a run goes on: which checkpoint fits which recipe."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from flowgrove.checkpoint import newest_checkpoint, read_state, valid_checkpoints
+from flowgrove.data import read_prompts
+from flowgrove.errors import UserError
+from flowgrove.metrics import read_metrics
+from flowgrove.recipe import Recipe
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the prompts' text for their path.
+
+    Keys at their default do not enter, so that a version with new keys resumes old runs.
+    """
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    content["data"] = {**content["data"], "prompts": read_prompts(recipe.data.prompts, "data.prompts"), "eval_prompts": None}
+    content.get("engine", {}).pop("token_budget", None)
+    content["run"] = {"seed": recipe.run.seed}
+    if recipe.update.lr_schedule == "cosine":
+        content["run"]["iterations"] = recipe.run.iterations
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def finished(recipe: Recipe, out: Path) -> bool:
+    """Whether `out` holds all of the recipe's run: its last checkpoint, every line and the report. Reads no model."""
+    folder = newest_checkpoint(out)
+    if folder is None or not (out / "report.html").exists():
+        return False
+    state = read_state(folder)
+    done = state["completed_iterations"]
+    return state["recipe"] == fingerprint(recipe) and recipe.run.iterations <= done <= len(read_metrics(out))
+
+
+def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:
+    """The checkpoint to start from. Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint."""
+    holds_run = (out / "metrics.jsonl").exists() or bool(valid_checkpoints(out))
+    if resume not in ("auto", "never"):
+        chosen = Path(resume)
+        inside = chosen.resolve().parent.parent == out.resolve()
+        if holds_run and not inside:
+            raise UserError(f"{out} holds a run, and {chosen} is no checkpoint of it: give another --out")
+        if inside and read_state(chosen)["recipe"] != fingerprint(recipe):
+            raise UserError(f"{chosen} was written by another recipe: train on from it into another --out, or resume with {out / 'recipe.yaml'}")
+        return chosen
+    if resume == "never":
+        if holds_run:
+            raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
+        return None
+    folder = newest_checkpoint(out)
+    if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
+        raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
+    return folder

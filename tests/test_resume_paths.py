@@ -1,0 +1,101 @@
+"""Going on from a checkpoint that is named by its path, and what counts as the same recipe."""
+
+import resource
+import signal
+
+import pytest
+import torch
+
+from engine_cases import succeed, tiny_recipe
+from flowgrove.checkpoint import save_checkpoint, valid_checkpoints
+from flowgrove.errors import UserError
+from flowgrove.metrics import read_metrics
+from flowgrove.models.policy import Policy
+from flowgrove.recipe import load_recipe
+from flowgrove.resume import choose_checkpoint, fingerprint
+from flowgrove.update import Updater
+from policy_cases import CPU, small_recipe
+
+RUN = {"iterations": 3, "checkpoint_every": 1, "eval_every": 0, "log": ["jsonl"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = tiny_recipe(folder, run=RUN)
+    succeed("train", recipe, "--out", folder / "run")
+    return recipe, folder / "run"
+
+
+def test_going_back_to_an_older_checkpoint_leaves_one_branch(trained, tmp_path):
+    recipe = tiny_recipe(tmp_path, run=RUN)
+    run = tmp_path / "run"
+    succeed("train", recipe, "--out", run)
+    succeed("train", recipe, "--out", run, "--resume", run / "checkpoints" / "step_000001", "--set", "run.iterations=2")
+    assert [path.name for path in valid_checkpoints(run)] == ["step_000001", "step_000002"]
+    assert (run / "latest").resolve().name == "step_000002"
+    assert [line["iteration"] for line in read_metrics(run)] == [0, 1]
+
+
+def test_a_run_is_not_touched_by_a_checkpoint_of_another(trained, tmp_path):
+    recipe, run = trained
+    settings, elsewhere = load_recipe(recipe), tmp_path / "checkpoints" / "step_000001"
+    with pytest.raises(UserError, match="is no checkpoint of it: give another --out"):
+        choose_checkpoint(settings, run, str(elsewhere))
+
+
+def test_another_learning_rate_goes_on_in_another_folder_only(trained, tmp_path):
+    recipe, run = trained
+    changed, checkpoint = load_recipe(recipe, ("update.lr=1e-5",)), run / "checkpoints" / "step_000003"
+    with pytest.raises(UserError, match="written by another recipe"):
+        choose_checkpoint(changed, run, str(checkpoint))
+    assert choose_checkpoint(changed, tmp_path / "new", str(checkpoint)) == checkpoint
+
+
+def test_the_prompts_text_decides_and_not_their_path_or_the_evaluation(tmp_path):
+    first, moved, edited = (tiny_recipe(tmp_path / name) for name in ("first", "moved", "edited"))
+    (edited.parent / "train.txt").write_text("a red circle at the centre\n")
+    (moved.parent / "eval.txt").write_text("a blue square at the centre\n")
+    prints = [fingerprint(load_recipe(path)) for path in (first, moved, edited)]
+    assert prints[0] == prints[1]
+    assert prints[0] != prints[2]
+    assert fingerprint(load_recipe(first, ("engine.token_budget=70",))) == prints[0]
+    assert fingerprint(load_recipe(first, ("update.clip_range=1e-3",))) == prints[0], "the value that the recipe has"
+    assert fingerprint(load_recipe(first, ("update.clip_range=2e-3",))) != prints[0]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path):
+    recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False})
+    policy = Policy(recipe, CPU)
+    updater = Updater(recipe, policy)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the weights are 4 MB
+    try:
+        with pytest.raises(UserError, match="free some space") as caught:
+            save_checkpoint(tmp_path, policy, updater, 1, "print", 3, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@torch.no_grad()
+def test_evaluation_may_take_other_steps_than_training(trained):
+    from flowgrove.evaluation import sample
+    from policy_cases import TEXTS, policy_of
+
+    recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, run={"eval": {"steps": 20}})
+    same = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, rollout={"steps": 20, "shift": 1.5})
+    policy = policy_of(dtype="fp32")
+    assert torch.equal(sample(recipe, policy, TEXTS), sample(same, policy, TEXTS))
+
+
+def test_guidance_keeps_a_pass_within_the_token_budget():
+    from policy_cases import policy_of
+
+    plain, guided = policy_of(dtype="fp32", tokens=350), policy_of(dtype="fp32", guidance=3.0, tokens=350)
+    assert plain.rows_per_pass == guided.rows_per_pass == 10
+    assert max(rows.stop - rows.start for rows in plain.passes(40)) == 10
+    assert max(rows.stop - rows.start for rows in guided.passes(40)) == 5
