@@ -1,7 +1,7 @@
 """The shapes_* recipes side by side: what each reaches, and what it costs against its own unshared loop.
 
 `python profiling/compare_recipes.py rewards` trains every recipe on several seeds and writes the held-out reward before and after.
-`python profiling/compare_recipes.py timings` times a few iterations of each and of the loop that runs every trajectory and every edge alone
+`python profiling/compare_recipes.py timings` times some iterations of each and of the loop that runs every trajectory and every edge alone
 (engine.share: false), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
 """
 
@@ -32,11 +32,6 @@ def train(name: str, *overrides: str) -> list[dict[str, Any]]:
     return lines
 
 
-def seconds(lines: list[dict[str, Any]]) -> float:
-    """Median seconds per iteration, the first left out: it warms caches up."""
-    return statistics.median(sum(line["seconds"].values()) for line in lines[1:])
-
-
 def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
     """Median over seeds of the held-out reward of the base model and of the trained one."""
     runs = [train(name, f"run.seed={seed}", "run.eval_every=1000") for seed in seeds]  # before the first and after the last iteration
@@ -50,29 +45,32 @@ def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
     }
 
 
-def timings(name: str, rounds: int) -> dict[str, Any]:
-    """Counts and the median seconds of one iteration, shared and unshared in turn."""
-    short = ("run.eval_every=0", "run.iterations=2")
-    pairs = [(train(name, *short), train(name, *short, "engine.share=false")) for _ in range(rounds)]
-    shared, unshared = (statistics.median(seconds(pair[side]) for pair in pairs) for side in (0, 1))
-    lines, loop = (pairs[0][side][-1] for side in (0, 1))
-    return {
-        "recipe": f"shapes_{name}",
-        "rollout_forwards": lines["rollout_forwards"],
-        "train_passes": lines["train_passes"],
-        "seconds": f"{shared:.3f}",
-        "unshared_rollout_forwards": loop["rollout_forwards"],
-        "unshared_train_passes": loop["train_passes"],
-        "unshared_seconds": f"{unshared:.3f}",
-        "speedup": f"{unshared / shared:.2f}",
-    }
+def timings(name: str, iterations: list[int]) -> dict[str, Any]:
+    """Passes and seconds of an iteration, the mean over `iterations` (windows move), shared and unshared in turn in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = []
+        for share in ("true", "false"):
+            recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0", f"engine.share={share}"))
+            trainers.append(Trainer(recipe, Path(folder) / share))
+        trainers[0].iterate(0)  # warms caches up
+        pairs = [[trainer.iterate(iteration) for trainer in trainers] for iteration in iterations]
+    row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations))}
+    means = []
+    for side, prefix in enumerate(("", "unshared_")):
+        lines = [pair[side] for pair in pairs]
+        for key in ("rollout_forwards", "train_passes"):
+            row[prefix + key] = round(statistics.mean(line[key] for line in lines))
+        means.append(statistics.mean(sum(line["seconds"].values()) for line in lines))
+        row[prefix + "seconds"] = f"{means[-1]:.2f}"
+    row["speedup"] = f"{means[1] / means[0]:.2f}"
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rewards", "timings"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=3, help="how often a timing is repeated")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 10, 20, 30], help="which iterations are timed")
     parser.add_argument("--recipes", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--out", type=Path, help="default: profiling/figures/compare_WHAT.csv")
     arguments = parser.parse_args()
@@ -80,7 +78,7 @@ def main() -> None:
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
     rows = []
     for name in arguments.recipes:
-        row = rewards(name, arguments.seeds) if arguments.what == "rewards" else timings(name, arguments.rounds)
+        row = rewards(name, arguments.seeds) if arguments.what == "rewards" else timings(name, arguments.iterations)
         rows.append({**row, "machine": machine})
         print(rows[-1], flush=True)
         with out.open("w", newline="", encoding="utf-8") as file:

@@ -9,9 +9,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
-from rich.console import Console
-from rich.markup import escape
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: the flowgrove command needs {error.name}: pip install 'flowgrove[train]'") from None
 
 from flowgrove.errors import UserError
 

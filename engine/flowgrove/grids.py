@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flowgrove.evaluation import Evaluated
 from flowgrove.files import write_file
-from flowgrove.rewards.jpeg_size import to_bytes
+from flowgrove.pixels import to_bytes
 
 _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 

@@ -150,6 +150,12 @@ class Engine(Section):
     token_budget: Literal["auto"] | Count = "auto"
     share: bool = True
     exact_replay: bool = False
+    # recipes may say these; other values than the plain ones are refused until there is code behind them
+    attention: Literal["auto", "sdpa"] = "auto"
+    compile: Literal[False] = False
+    cuda_graphs: Literal[False] = False
+    reuse_rollout_graph: Literal["auto", False] = "auto"
+    distributed: Literal["none"] = "none"
 
 
 class Evaluation(Section):

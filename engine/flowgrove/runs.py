@@ -15,8 +15,8 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate, sample
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
+from flowgrove.pixels import to_bytes
 from flowgrove.recipe import Recipe, load_recipe
-from flowgrove.rewards.jpeg_size import to_bytes
 from flowgrove.rewards.registry import Rewards
 
 _PROMPTS_AT_ONCE = 16

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrove.errors import UserError
+from flowgrove.pixels import to_bytes
 
 
 class JpegSizeReward:
@@ -25,8 +26,3 @@ class JpegSizeReward:
         file = io.BytesIO()
         Image.fromarray(picture.numpy()).save(file, "JPEG", quality=self.quality)
         return file.tell() / 1000
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] → uint8 [B, H, W, 3] on the CPU, rounded."""
-    return (pictures.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
