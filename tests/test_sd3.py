@@ -179,3 +179,22 @@ def test_unsuitable_models_are_one_line_errors(model, text):
     with pytest.raises(UserError, match=text) as caught:
         Policy(small_recipe(model=model), CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [MODEL, LORA], ids=["full", "lora"])
+@torch.no_grad()
+def test_the_reference_stays_the_untouched_model_while_the_policy_moves(model):
+    policy = Policy(small_recipe(model={**model, "guidance_scale": 2.0}, update={"kl_weight": 0.1}), CPU)
+    x, sigma, prompt = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
+    prompts = encoded(policy)
+    for parameter in policy.trainable().values():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    base = policy_of(dtype="fp32", guidance=2.0)
+    expected, reference, moved = (
+        base.velocity(x, sigma, encoded(base), prompt),
+        policy.reference_velocity(x, sigma, prompts, prompt),
+        policy.velocity(x, sigma, prompts, prompt),
+    )
+    assert torch.allclose(reference.v, expected.v, atol=1e-6)
+    assert torch.allclose(reference.uncond, expected.uncond, atol=1e-6)
+    assert (moved.v - expected.v).abs().max() > 1e-2, "the policy is switched back on"
