@@ -1,5 +1,6 @@
 """Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,10 @@ class Evaluated:
         return float((self.scores @ torch.tensor(weights, dtype=torch.float64)).mean())
 
 
-def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
-    """Pictures fp32 [len(prompts) · run.eval.samples, 3, H, W] on the CPU, samples of a prompt together; the same call gives the same pictures.
+def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Iterator[Tensor]:
+    """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] on the CPU, prompt after prompt: any number of prompts goes through the model some at a time.
 
-    `first_prompt`: the number of the first prompt, which names its noise. Any number of prompts: they go through the model some at a time.
+    `first_prompt`: the number of the first prompt, which names its noise.
     """
     settings = recipe.run.eval
     plain = Rollout(
@@ -48,13 +49,16 @@ def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int
     recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
     rows = plan_rows(plan).to(policy.device)
-    pictures = []
     with policy.guided_by(settings.guidance_scale):
         for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
             encoded = policy.encode(prompts[start : start + _PROMPTS_AT_ONCE])
             forest = rollout(plan, rows, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start)
-            pictures.append(policy.decode(forest.leaves).cpu())
-    return torch.cat(pictures)
+            yield policy.decode(forest.leaves).cpu()
+
+
+def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
+    """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W]; the same call gives the same pictures."""
+    return torch.cat(list(draw(recipe, policy, prompts, first_prompt)))
 
 
 def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str]) -> Evaluated:

@@ -12,14 +12,12 @@ from flowgrove.checkpoint import load_checkpoint, valid_checkpoints
 from flowgrove.data import read_prompts
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
-from flowgrove.evaluation import evaluate, sample
+from flowgrove.evaluation import draw, evaluate
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
 from flowgrove.pixels import to_bytes
 from flowgrove.recipe import Recipe, load_recipe
 from flowgrove.rewards.registry import Rewards
-
-_PROMPTS_AT_ONCE = 16
 
 
 def open_policy(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Policy]:
@@ -40,13 +38,13 @@ def write_samples(recipe: Recipe, policy: Policy, prompts: list[str], out: Path)
     """Pictures as `out`/NNNN_K.png (prompt N, sample K) and prompts.jsonl; returns their number."""
     out.mkdir(parents=True, exist_ok=True)
     samples = recipe.run.eval.samples
-    lines = []
-    for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        chunk = prompts[first : first + _PROMPTS_AT_ONCE]
-        for index, pixels in enumerate(to_bytes(sample(recipe, policy, chunk, first_prompt=first)).numpy()):
-            name = f"{first + index // samples:04d}_{index % samples}.png"
+    lines: list[str] = []
+    for pictures in draw(recipe, policy, prompts):
+        for pixels in to_bytes(pictures).numpy():
+            prompt, number = divmod(len(lines), samples)
+            name = f"{prompt:04d}_{number}.png"
             write_file(out / name, Image.fromarray(pixels).save)
-            lines.append(json.dumps({"file": name, "prompt": chunk[index // samples]}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({"file": name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
     write_text(out / "prompts.jsonl", "".join(lines))
     return len(lines)
 

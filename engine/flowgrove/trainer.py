@@ -52,6 +52,7 @@ class Trainer:
         checkpoint = choose_checkpoint(recipe, out, resume)
         self.policy = Policy(recipe, pick_device(recipe))
         self.updater = Updater(recipe, self.policy)
+        self.fingerprint = fingerprint(recipe)  # of the prompts that this run has read, whatever their file holds later
         self.completed, self.last_line = 0, None
         if checkpoint is not None:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)
@@ -62,13 +63,13 @@ class Trainer:
         """Trains to `run.iterations`; `report` gets the metrics line of every iteration."""
         run = self.recipe.run
         log = metrics.MetricsLog(self.out, list(run.log), self.completed - (self.last_line is not None))
-        if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
-            self._finish(self.last_line, log)
         for grid in (self.out / "samples").glob("iteration_*.png"):
             if int(grid.stem.removeprefix("iteration_")) > self.completed:
                 grid.unlink()  # of a branch that this run has left
         backend = use_backend(self.recipe.engine.backend) if self.recipe.engine.backend != "auto" else nullcontext()
         with backend:
+            if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
+                self._finish(self.last_line, log)
             for iteration in range(self.completed, run.iterations):
                 evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
                 with span("iteration"):
@@ -76,7 +77,7 @@ class Trainer:
                 if evaluated is not None:
                     line["eval_reward"] = evaluated.weighted(self.rewards.weights)
                 if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
-                    save_checkpoint(self.out, self.policy, self.updater, iteration + 1, fingerprint(self.recipe), run.keep_last, line)
+                    save_checkpoint(self.out, self.policy, self.updater, iteration + 1, self.fingerprint, run.keep_last, line)
                 self._finish(line, log)
                 report(line)
         log.close()
