@@ -1,0 +1,161 @@
+// What the kernels use of the machine: shared memory, sums over a warp, clusters of thread blocks, launches, and how a kernel ends on a user's mistake.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+
+#include "arguments.h"
+
+#define DEVICE static __device__ __forceinline__
+
+namespace flowgrove::cuda {
+
+// ---- in a kernel ----
+
+constexpr int WARP = 32;
+
+DEVICE int warp() {
+  return threadIdx.x / WARP;
+}
+
+DEVICE int warps() {
+  return blockDim.x / WARP;
+}
+
+DEVICE int lane() {
+  return threadIdx.x % WARP;
+}
+
+// The sum over a warp in every lane of it: a butterfly, so that all lanes hold the same bits.
+DEVICE double warp_sum(double value) {
+#pragma unroll
+  for (int mask = WARP / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+  return value;
+}
+
+// The dynamic shared memory of the block; the only kind that the kernels use.
+DEVICE char* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ uint4 flowgrove_shared[];
+  return reinterpret_cast<char*>(flowgrove_shared);
+#else
+  return emulated::shared_memory();
+#endif
+}
+
+// Thread block clusters came with sm_90; before, a cluster is one block. The intrinsics are those that cooperative_groups is made of: its header would
+// cost every file four seconds. arrive publishes what the block wrote; after wait, all that the blocks of the cluster published can be read.
+DEVICE void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  __syncthreads();
+#else
+  __cluster_barrier_arrive();
+#endif
+}
+
+DEVICE void cluster_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __cluster_barrier_wait();
+#endif
+}
+
+// The same place in the shared memory of another block of the cluster.
+DEVICE const double* of_block(const double* own, unsigned rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return own;
+#else
+  return static_cast<const double*>(__cluster_map_shared_rank(const_cast<double*>(own), rank));
+#endif
+}
+
+// What lies in device memory the host cannot check: one line, then the end, as with torch._assert_async.
+[[noreturn]] static __device__ __noinline__ void fail(const char* message) {
+  printf(message);
+  __trap();
+  __builtin_unreachable();
+}
+
+DEVICE void require(bool fine, const char* message) {
+  if (!fine) fail(message);
+}
+
+// ---- on the host ----
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int cluster = 1;  // blocks that read each other's shared memory
+  size_t shared_bytes = 0;
+
+  cudaLaunchConfig_t config(cudaLaunchAttribute& attribute, cudaStream_t stream) const {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1;
+    return config;
+  }
+};
+
+template <typename... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream, const std::type_identity_t<Parameters>&... arguments) {
+  if (how.blocks == 0) return cudaSuccess;
+  if (how.blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute = {};
+  const cudaLaunchConfig_t config = how.config(attribute, stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+inline size_t most_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+template <typename Kernel>
+bool ask_whether_it_fits(Kernel* kernel, const Launch& how) {
+  if (how.shared_bytes > most_shared_bytes()) return false;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
+  if (how.cluster == 1) return true;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);  // more than 8 blocks
+  cudaLaunchAttribute attribute = {};
+  const cudaLaunchConfig_t config = how.config(attribute, nullptr);
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  return (error == cudaSuccess ? error : cudaGetLastError()) == cudaSuccess && clusters > 0;
+}
+
+// Whether the current device can run such blocks and clusters; asked once, for it takes longer than a launch.
+template <auto KERNEL>
+bool fits(const Launch& how) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, size_t>, bool> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, unknown] = known.try_emplace({device, how.threads, how.cluster, how.shared_bytes}, false);
+  if (unknown) entry->second = ask_whether_it_fits(KERNEL, how);
+  return entry->second;
+}
+
+}  // namespace flowgrove::cuda

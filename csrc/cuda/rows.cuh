@@ -1,0 +1,211 @@
+// How threads share the elements of a row, and how they read and write them.
+//
+// A row falls into parts, a part into chunks of 8 neighbouring elements. One block of threads computes one part, its thread t the chunks t, t + threads, …
+// Which thread adds which elements, and in which order, follows from D alone: sums do not depend on batch, order, fanout, strides or alignment.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace flowgrove::cuda {
+
+constexpr int WIDTH = 8;               // elements of a chunk: 16 bytes of bf16 or fp16, two Philox blocks
+constexpr int THREADS = 512;           // at most, of a block
+constexpr int MOST_PARTS = 16;         // of a row whose parts can form a cluster
+constexpr int64_t MOST_CHUNKS = 4096;  // of a part; rows beyond 16 such parts get more parts
+
+// Blocks that share a multiprocessor: 64 registers a thread. Rows that allow no 16-byte accesses may take more.
+constexpr int blocks_per_sm(bool whole) {
+  return whole ? 2 : 1;
+}
+
+struct Partition {
+  int64_t elements, part_elements, parts;
+  int threads;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline Partition partition_of(int64_t elements) {
+  const int64_t chunks = divide_up(elements, WIDTH), one_each = divide_up(chunks, THREADS), least = divide_up(chunks, MOST_CHUNKS);
+  const int64_t few = one_each < MOST_PARTS ? one_each : MOST_PARTS, parts = least > few ? least : few > 1 ? few : 1;
+  const int64_t part_chunks = divide_up(chunks, parts), busy = divide_up(part_chunks, WARP) * WARP;
+  return {elements, part_chunks * WIDTH, parts, static_cast<int>(busy > THREADS ? THREADS : busy > WARP ? busy : WARP)};
+}
+
+// The part of a row that this block computes: elements first … first + count − 1.
+struct Part {
+  int64_t row, first;
+  int index, count;
+};
+
+DEVICE Part part_of(const Partition& partition) {
+  const unsigned parts = static_cast<unsigned>(partition.parts), row = blockIdx.x / parts, index = blockIdx.x - row * parts;
+  const int64_t first = index * partition.part_elements, left = partition.elements - first;
+  const int64_t count = left < partition.part_elements ? left : partition.part_elements;
+  return {row, first, static_cast<int>(index), static_cast<int>(count > 0 ? count : 0)};
+}
+
+// A thread's chunks begin at these elements of a part: for (int start = first_start(); start < part.count; start += stride()).
+DEVICE int first_start() {
+  return threadIdx.x * WIDTH;
+}
+
+DEVICE int stride() {
+  return blockDim.x * WIDTH;
+}
+
+// Elements first … first + count − 1 of a row. WHOLE: 8 of them at a 16-byte address in every tensor; else 1 … 8, read and written one by one.
+template <bool WHOLE>
+struct Chunk {
+  int64_t first;
+  int count;
+};
+
+template <bool WHOLE>
+DEVICE Chunk<WHOLE> chunk_of(const Part& part, int start) {
+  const int left = part.count - start;
+  return {part.first + start, WHOLE || left > WIDTH ? WIDTH : left};
+}
+
+template <typename AnyRows>
+bool aligned(const AnyRows& rows) {
+  const int64_t elements_of_16_bytes = rows.kind == Kind::fp32 ? 4 : 8;
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride % elements_of_16_bytes == 0;
+}
+
+// Whether all chunks of these rows are whole.
+template <typename... AnyRows>
+bool whole(int64_t elements, const AnyRows&... rows) {
+  return elements % WIDTH == 0 && (aligned(rows) && ...);
+}
+
+// ---- 8 elements ----
+
+struct Octet {
+  float at[WIDTH];
+};
+
+// 8 elements as they lie in memory; bf16 and fp16 fill the lower half. Reading and widening are apart, so that all loads of a chunk are in flight at once.
+struct Raw {
+  uint4 low, high;
+};
+
+// Elements beyond the row are 0 and add nothing to any sum. __ldg and __stwb are one instruction each; plain accesses the compiler may take apart.
+template <bool WHOLE>
+DEVICE Raw read_words(const uint32_t* from, Chunk<WHOLE> chunk) {
+  if constexpr (WHOLE) {
+    const uint4* quads = reinterpret_cast<const uint4*>(from);
+    return {__ldg(quads), __ldg(quads + 1)};
+  } else {
+    uint32_t w[WIDTH];
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) w[i] = i < chunk.count ? __ldg(from + i) : 0u;
+    return {make_uint4(w[0], w[1], w[2], w[3]), make_uint4(w[4], w[5], w[6], w[7])};
+  }
+}
+
+template <bool WHOLE>
+DEVICE Raw read_halves(const uint16_t* from, Chunk<WHOLE> chunk) {
+  if constexpr (WHOLE) {
+    return {__ldg(reinterpret_cast<const uint4*>(from)), uint4{}};
+  } else {
+    uint32_t w[WIDTH / 2];
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; ++i) {
+      const uint32_t even = 2 * i < chunk.count ? __ldg(from + 2 * i) : 0u, odd = 2 * i + 1 < chunk.count ? __ldg(from + 2 * i + 1) : 0u;
+      w[i] = even | odd << 16;
+    }
+    return {make_uint4(w[0], w[1], w[2], w[3]), uint4{}};
+  }
+}
+
+template <bool WHOLE>
+DEVICE Raw read(const Rows& rows, int64_t row, Chunk<WHOLE> chunk) {
+  const int64_t offset = row * rows.stride + chunk.first;
+  if (rows.kind == Kind::fp32) return read_words(static_cast<const uint32_t*>(rows.data) + offset, chunk);
+  return read_halves(static_cast<const uint16_t*>(rows.data) + offset, chunk);
+}
+
+DEVICE Octet widen_words(const Raw& raw) {
+  return {
+      float_of(raw.low.x), float_of(raw.low.y), float_of(raw.low.z), float_of(raw.low.w),
+      float_of(raw.high.x), float_of(raw.high.y), float_of(raw.high.z), float_of(raw.high.w)};
+}
+
+DEVICE Octet widen(const Raw& raw, Kind kind) {
+  if (kind == Kind::fp32) return widen_words(raw);
+  const uint32_t pairs[WIDTH / 2] = {raw.low.x, raw.low.y, raw.low.z, raw.low.w};
+  Octet wide;
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) {
+    if (kind == Kind::bf16) {
+      wide.at[2 * i] = float_of(pairs[i] << 16);
+      wide.at[2 * i + 1] = float_of(pairs[i] & 0xFFFF0000u);
+    } else {
+      wide.at[2 * i] = __half2float(__ushort_as_half(static_cast<uint16_t>(pairs[i])));
+      wide.at[2 * i + 1] = __half2float(__ushort_as_half(static_cast<uint16_t>(pairs[i] >> 16)));
+    }
+  }
+  return wide;
+}
+
+// Rows that are known to be fp32.
+template <bool WHOLE>
+DEVICE Octet read_state(const Rows& rows, int64_t row, Chunk<WHOLE> chunk) {
+  return widen_words(read_words(static_cast<const uint32_t*>(rows.data) + row * rows.stride + chunk.first, chunk));
+}
+
+template <bool WHOLE>
+DEVICE void write_words(const Octet& octet, uint32_t* to, Chunk<WHOLE> chunk) {
+  uint32_t w[WIDTH];
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) w[i] = bits_of(octet.at[i]);
+  if constexpr (WHOLE) {
+    uint4* quads = reinterpret_cast<uint4*>(to);
+    __stwb(quads, make_uint4(w[0], w[1], w[2], w[3]));
+    __stwb(quads + 1, make_uint4(w[4], w[5], w[6], w[7]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      if (i < chunk.count) to[i] = w[i];
+    }
+  }
+}
+
+DEVICE uint32_t narrow(float value, Kind kind) {
+  return kind == Kind::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
+}
+
+template <bool WHOLE>
+DEVICE void write_halves(const Octet& octet, Kind kind, uint16_t* to, Chunk<WHOLE> chunk) {
+  uint32_t w[WIDTH / 2];
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) w[i] = narrow(octet.at[2 * i], kind) | narrow(octet.at[2 * i + 1], kind) << 16;
+  if constexpr (WHOLE) {
+    __stwb(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      if (i < chunk.count) to[i] = static_cast<uint16_t>(w[i / 2] >> 16 * (i % 2));
+    }
+  }
+}
+
+template <bool WHOLE>
+DEVICE void write(const Octet& octet, const OutputRows& rows, int64_t row, Chunk<WHOLE> chunk) {
+  const int64_t offset = row * rows.stride + chunk.first;
+  if (rows.kind == Kind::fp32) {
+    write_words(octet, static_cast<uint32_t*>(rows.data) + offset, chunk);
+  } else {
+    write_halves(octet, rows.kind, static_cast<uint16_t*>(rows.data) + offset, chunk);
+  }
+}
+
+template <bool WHOLE>
+DEVICE void write_state(const Octet& octet, const OutputRows& rows, int64_t row, Chunk<WHOLE> chunk) {
+  write_words(octet, static_cast<uint32_t*>(rows.data) + row * rows.stride + chunk.first, chunk);
+}
+
+}  // namespace flowgrove::cuda
