@@ -12,7 +12,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel -c constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja -c constraints.txt
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]" -c constraints.txt
 	touch $(STAMP)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from flowgrove_kernels import available_backends, backends, clean_estimate, use_backend
+from flowgrove_kernels import available_backends, backends, clean_estimate, libraries, use_backend
 from kernel_cases import randn
 
 X, V, SIGMA = randn(3, 5, seed=1), randn(3, 5, seed=2), torch.tensor([0.9, 0.7, 0.3])
@@ -21,6 +21,7 @@ def calls(monkeypatch):
         names.append(name)
         return reference(*args)
 
+    monkeypatch.setattr(libraries, "_load", {"cpu": None, "cuda": "not compiled"}.get)
     for name in ("reference", "cpu"):
         monkeypatch.setitem(backends._implementations, ("clean_estimate", name), partial(spy, name))
     monkeypatch.delenv("FLOWGROVE_BACKEND", raising=False)

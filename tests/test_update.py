@@ -9,7 +9,7 @@ import torch
 from flowgrove.credit import assign_credit
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater, learning_rate, step_weights
-from flowgrove_kernels import NoiseKey, philox_normal
+from flowgrove_kernels import NoiseKey, philox_normal, use_backend
 from host_reads import count_host_reads
 from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 
@@ -104,9 +104,11 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
 
 
 def noise_of(recipe, plan, step, prompt, child, shape):
+    """As the reference draws it: float64 takes that on every backend."""
     rho, parent = plan.sibling_correlation, child // step.fanout
-    own = philox_normal(shape, NoiseKey(recipe.run.seed, 0, step.index, prompt, child)).double()
-    shared = philox_normal(shape, NoiseKey(recipe.run.seed, 0, step.index + 2**31, prompt, parent)).double()
+    with use_backend("reference"):
+        own = philox_normal(shape, NoiseKey(recipe.run.seed, 0, step.index, prompt, child)).double()
+        shared = philox_normal(shape, NoiseKey(recipe.run.seed, 0, step.index + 2**31, prompt, parent)).double()
     return (math.sqrt(rho) * shared.float() + math.sqrt(1 - rho) * own.float()).double() if rho else own
 
 

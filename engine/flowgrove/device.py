@@ -1,9 +1,14 @@
-"""Which device a run uses."""
+"""Which device a run uses, and which backend of the fused ops."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from flowgrove.errors import UserError
 from flowgrove.recipe import Recipe
+from flowgrove_kernels import available_backends, use_backend
+from flowgrove_kernels.backends import BACKENDS, missing, takes
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -14,3 +19,22 @@ def pick_device(recipe: Recipe) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device is cuda, but torch sees no GPU here: write auto or cpu, or install a CUDA build of torch")
     return torch.device(wanted)
+
+
+def pick_backend(recipe: Recipe) -> AbstractContextManager[None]:
+    """Inside it the fused ops run on engine.backend; `auto` leaves the choice to FLOWGROVE_BACKEND and the device.
+
+    Raises UserError for a backend, from either, that is not here or takes no tensors of the recipe's device.
+    """
+    device = pick_device(recipe).type
+    for source, backend in (("engine.backend", recipe.engine.backend), ("FLOWGROVE_BACKEND", os.environ.get("FLOWGROVE_BACKEND") or "auto")):
+        if backend == "auto":
+            continue
+        choices = ", ".join(("auto", *(name for name in available_backends() if takes(name, device))))
+        if backend not in BACKENDS:
+            raise UserError(f"{source} is {backend}: write one of {choices}")
+        if (reason := missing(backend)) is not None:
+            raise UserError(f"{source} is {backend}, which is not available here ({reason}): write one of {choices}")
+        if not takes(backend, device):
+            raise UserError(f"{source} is {backend}, which takes no {device} tensors: write one of {choices}")
+    return nullcontext() if recipe.engine.backend == "auto" else use_backend(recipe.engine.backend)

@@ -1,12 +1,13 @@
 """What an installation has, and what it lacks."""
 
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from flowgrove.models.folders import TINY
-from flowgrove_kernels import available_backends
+from flowgrove_kernels.backends import BACKENDS, automatic, missing
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "tensorboard", "triton", "nvtx", "flash-attn", "xformers", "apex")
 
@@ -22,8 +23,22 @@ def findings() -> list[tuple[str, str]]:
             rows.append((f"gpu {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"))
     else:
         rows.append(("gpu", "none that torch sees: training runs on the CPU"))
-    rows.append(("kernel backends", ", ".join(available_backends())))
+    rows += _backends()
     rows.append(("embedded pipeline", "present" if (TINY / "model_index.json").is_file() else "missing: python -m flowgrove.tiny.build --out " + str(TINY)))
+    return rows
+
+
+def _backends() -> list[tuple[str, str]]:
+    """Which implementations of the fused ops can run, why others cannot, and how the compiled ones were built."""
+    rows = [(f"backend {name}", "available" if (reason := missing(name)) is None else f"missing: {reason}") for name in BACKENDS]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows.append(("backend auto", ", ".join(f"{automatic(device)} on {device} tensors" for device in devices)))
+    try:
+        build = import_module("flowgrove_kernels._build_info")
+    except ImportError:
+        return rows
+    rows.append(("compiled with", f"{build.compiler}, torch {build.torch}, CUDA {build.cuda}, GPU architectures {build.cuda_architectures}"))
+    rows.append(("cpu instructions", build.instruction_set()))
     return rows
 
 

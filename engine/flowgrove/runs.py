@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from flowgrove.checkpoint import load_checkpoint, valid_checkpoints
 from flowgrove.data import read_prompts
-from flowgrove.device import pick_device
+from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import draw, evaluate
 from flowgrove.files import write_file, write_text
@@ -39,12 +39,13 @@ def write_samples(recipe: Recipe, policy: Policy, prompts: list[str], out: Path)
     out.mkdir(parents=True, exist_ok=True)
     samples = recipe.run.eval.samples
     lines: list[str] = []
-    for pictures in draw(recipe, policy, prompts):
-        for pixels in to_bytes(pictures).numpy():
-            prompt, number = divmod(len(lines), samples)
-            name = f"{prompt:04d}_{number}.png"
-            write_file(out / name, Image.fromarray(pixels).save)
-            lines.append(json.dumps({"file": name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
+    with pick_backend(recipe):
+        for pictures in draw(recipe, policy, prompts):
+            for pixels in to_bytes(pictures).numpy():
+                prompt, number = divmod(len(lines), samples)
+                name = f"{prompt:04d}_{number}.png"
+                write_file(out / name, Image.fromarray(pixels).save)
+                lines.append(json.dumps({"file": name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
     write_text(out / "prompts.jsonl", "".join(lines))
     return len(lines)
 
@@ -58,7 +59,8 @@ def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
     rewards = Rewards(recipe)
-    evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts"))
+    with pick_backend(recipe):
+        evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts"))
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples

@@ -1,6 +1,5 @@
 """The training loop: plan → rollout → reward → credit → update, and what is kept of each iteration."""
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from flowgrove.allocator import keep_freed_memory
 from flowgrove.checkpoint import load_checkpoint, save_checkpoint
 from flowgrove.credit import advantage_by_step, assign_credit
 from flowgrove.data import prompts_of_iteration, read_prompts
-from flowgrove.device import pick_device
+from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import write_text
@@ -27,7 +26,6 @@ from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import Clock, span
 from flowgrove.update import Updater
-from flowgrove_kernels import available_backends, use_backend
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -46,9 +44,7 @@ class Trainer:
         plan = make_plan(recipe, 0, self.table)  # a plan that cannot be made is an error before a model is loaded
         if not any(step.stochastic for step in plan.steps):
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
-        for source, backend in (("engine.backend", recipe.engine.backend), ("FLOWGROVE_BACKEND", os.environ.get("FLOWGROVE_BACKEND", "auto"))):
-            if backend not in ("auto", *available_backends()):
-                raise UserError(f"{source} is {backend}: here are auto, {', '.join(available_backends())}")
+        pick_backend(recipe)
         checkpoint = choose_checkpoint(recipe, out, resume)
         self.policy = Policy(recipe, pick_device(recipe))
         self.updater = Updater(recipe, self.policy)
@@ -66,8 +62,7 @@ class Trainer:
         for grid in (self.out / "samples").glob("iteration_*.png"):
             if int(grid.stem.removeprefix("iteration_")) > self.completed:
                 grid.unlink()  # of a branch that this run has left
-        backend = use_backend(self.recipe.engine.backend) if self.recipe.engine.backend != "auto" else nullcontext()
-        with backend:
+        with pick_backend(self.recipe):
             if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
                 self._finish(self.last_line, log)
             for iteration in range(self.completed, run.iterations):

@@ -7,6 +7,8 @@ So a result does not depend on batch size, order, fanout, strides or device.
 import torch
 from torch import Tensor
 
+from flowgrove_kernels.checks import require_offsets
+
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 states, else fp32."""
@@ -54,6 +56,7 @@ def column(rows: Tensor, like: Tensor) -> Tensor:
 
 def children_of(child_offsets: Tensor | None, parents: int, fanout: int, edges: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(parent of every edge int64 [E], CSR offsets int64 [B + 1])."""
+    require_offsets(child_offsets, edges)
     if child_offsets is None:
         child_offsets = torch.arange(parents + 1, device=device) * fanout
     parent = torch.repeat_interleave(torch.arange(parents, device=device), child_offsets.diff(), output_size=edges)

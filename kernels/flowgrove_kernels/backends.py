@@ -1,25 +1,34 @@
 """Which implementation an op runs on: chosen inside the op at run time, by `use_backend`, by FLOWGROVE_BACKEND, or by device.
 
-A backend is a module that defines the implementations of `OPS` as plain functions on tensors. Each op file registers its own reference.
+A backend is a set of functions on tensors, one per op, registered with `implements`. The reference is registered by the op files themselves; the
+module of another backend is imported when that backend first runs.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flowgrove_kernels import libraries
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+_MODULES = {"cpu": "flowgrove_kernels.native", "triton": "flowgrove_kernels.triton", "cuda": "flowgrove_kernels.native"}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 _forced: str | None = None  # process-wide: the backward of an op runs on another thread than its forward
 
 
-def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function computes `op` on `backend`."""
+def implements(op: str, *backends: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function computes `op` on `backends`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations[op, backend] = function
+        for backend in backends:
+            _implementations[op, backend] = function
         return function
 
     return register
@@ -27,13 +36,24 @@ def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable
 
 def available_backends() -> tuple[str, ...]:
     """The names that `use_backend` accepts here, in the order of `BACKENDS`."""
-    present = {backend for _, backend in _implementations}
-    return tuple(backend for backend in BACKENDS if backend in present)
+    return tuple(backend for backend in BACKENDS if missing(backend) is None)
+
+
+def missing(backend: str) -> str | None:
+    """Why `backend` cannot run here and what would help, or None if it can."""
+    if backend in libraries.NAMES:
+        return libraries.missing(backend)
+    if backend == "triton":
+        if not _has_triton():
+            return "triton is not installed: pip install triton"
+        if not libraries.sees_gpu() and not _interpreting():
+            return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+    return None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op inside the block, in all threads, on backend `name`. Raises ValueError for a name that is not available."""
+    """Runs every op inside the block, in all threads, on backend `name`; "auto" chooses by device. Raises ValueError for a name that is not available."""
     global _forced
     before, _forced = _forced, _checked(name, "use_backend")
     try:
@@ -43,14 +63,49 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that computes `op` for inputs like `tensor`. float64 tensors always take the reference."""
-    name = _forced or os.environ.get("FLOWGROVE_BACKEND") or "auto"
-    if name == "auto" or str(tensor.dtype) == "torch.float64":
+    """The function that computes `op` for inputs like `tensor`. float64 tensors always take the reference.
+
+    Raises ValueError if the backend that was asked for is not available or takes no tensors of that device.
+    """
+    name = _checked(_forced or os.environ.get("FLOWGROVE_BACKEND") or "auto", "FLOWGROVE_BACKEND")
+    if tensor.dtype == torch.float64:
         name = "reference"
-    return _implementations[op, _checked(name, "FLOWGROVE_BACKEND")]
+    elif name == "auto":
+        name = automatic(tensor.device.type)
+    elif not takes(name, tensor.device.type):
+        raise ValueError(f"backend {name!r} takes no {tensor.device.type} tensors: move them, or write {automatic(tensor.device.type)!r} or 'auto'")
+    if (op, name) not in _implementations:
+        import_module(_MODULES[name])
+    return _implementations[op, name]
+
+
+def automatic(device_type: str) -> str:
+    """The fastest available backend for tensors of a device type: cuda, then triton, on a GPU; cpu on a CPU; else the reference."""
+    return next(name for name in ("cuda", "triton", "cpu", "reference") if takes(name, device_type) and (name == "reference" or _by_default(name)))
+
+
+def takes(backend: str, device_type: str) -> bool:
+    """Whether `backend` computes on tensors of that device type."""
+    if backend == "triton":
+        return device_type == ("cpu" if _interpreting() else "cuda")
+    return backend in ("reference", device_type)
+
+
+def _by_default(backend: str) -> bool:
+    return missing(backend) is None and not (backend == "triton" and _interpreting())
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in available_backends():
-        raise ValueError(f"{source}: backend {name!r} is not available here: write one of {', '.join(available_backends())}")
+    if name != "auto" and (name not in BACKENDS or missing(name) is not None):
+        reason = f" ({missing(name)})" if name in BACKENDS else ""
+        raise ValueError(f"{source}: backend {name!r} is not available here{reason}: write one of auto, {', '.join(available_backends())}")
     return name

@@ -54,10 +54,20 @@ def check_edges(x: Tensor, x_next: Tensor, fanout: int, child_offsets: Tensor | 
         if fanout != 1:
             raise ValueError("child_offsets replaces fanout: leave fanout at 1")
         check_like(child_offsets, "child_offsets", (x.shape[0] + 1,), x, (torch.int64,))
-        ordered = (child_offsets[0] == 0) & (child_offsets[-1] == edges) & (child_offsets.diff() >= 0).all()
-        torch._assert_async(ordered, f"child_offsets must rise from 0 to the number of rows of x_next ({edges})")
     check_like(x_next, "x_next", (edges, *x.shape[1:]), x)
     return edges
+
+
+def require_offsets(child_offsets: Tensor | None, edges: int) -> None:
+    """Fails, on the device, if CSR offsets do not rise from 0 to `edges`."""
+    if child_offsets is not None:
+        ordered = (child_offsets[0] == 0) & (child_offsets[-1] == edges) & (child_offsets.diff() >= 0).all()
+        torch._assert_async(ordered, f"child_offsets must rise from 0 to the number of rows of x_next ({edges})")
+
+
+def require_no_history(prev_coef: Tensor) -> None:
+    """Fails, on the device, if a row wants the previous clean estimate."""
+    torch._assert_async((prev_coef == 0).all(), "these coefficients need history=, the previous clean estimate: prev_coef is not 0")
 
 
 def check_correlation(sibling_correlation: float, key: NoiseKey | None) -> float:
@@ -68,9 +78,6 @@ def check_correlation(sibling_correlation: float, key: NoiseKey | None) -> float
         return 0.0
     if key is None or key.parent is None:
         raise ValueError("sibling_correlation needs key=NoiseKey(..., parent=...): siblings share the noise that their parent names")
-    last = SHARED_STEP - 1
-    if isinstance(key.step, Tensor):
-        torch._assert_async((key.step < last).all(), "NoiseKey.step must be below 2**31 - 1 for correlated siblings")
-    elif key.step >= last:
+    if not isinstance(key.step, Tensor) and key.step >= SHARED_STEP - 1:  # the ops check tensors
         raise ValueError(f"NoiseKey.step is {key.step}: write a step below 2**31 - 1 for correlated siblings")
     return float(sibling_correlation)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowgrove_kernels.affine import column, guided, log_probability, step_mean, working_dtype
 from flowgrove_kernels.backends import implementation, implements
-from flowgrove_kernels.checks import check_coefficients, check_correlation, check_like, check_state, check_velocity
+from flowgrove_kernels.checks import check_coefficients, check_correlation, check_like, check_state, check_velocity, require_no_history
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.noise import NoiseKey, given_or_drawn
 
@@ -28,7 +28,7 @@ def _reference(
     if history is not None:
         history = history.reshape(flat.shape)
     else:
-        torch._assert_async((prev_coef == 0).all(), "these coefficients need history=, the previous clean estimate: prev_coef is not 0")
+        require_no_history(prev_coef)
     mean = step_mean(flat, velocity, x_coef, v_coef, prev_coef, history)
     mean = mean.repeat_interleave(fanout, 0)  # [B·fanout, D]
     if noise is None and key is None:

@@ -7,7 +7,7 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from flowgrove_kernels.backends import implementation, implements
 
 INITIAL_STEP = 2**32 - 1  # the step word of x_T
 SHARED_STEP = 2**31  # added to the step word for the component that siblings share
+WORD_NAMES = ("seed", "iteration", "step", "prompt", "node", "parent")  # the rows of a packed key
 _WORD = 2**32 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -37,24 +38,45 @@ class NoiseKey:
     prompt: int | Tensor
     node: int | Tensor
     parent: int | Tensor | None = None
+    _tensor: Tensor | None = field(default=None, repr=False, compare=False)  # what `packed` made
 
     def pack(self, rows: int, device: torch.device | str | None = None) -> Tensor:
-        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if none). Raises ValueError for a value or length out of range."""
-        names = ("seed", "iteration", "step", "prompt", "node", "parent")
+        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if none); stride 0 where every row has the same.
+
+        Raises ValueError for an int out of range or a tensor of another length; the ops check the values of tensors where they lie.
+        """
+        if self._tensor is not None and self._tensor.shape[1] == rows and (device is None or self._tensor.device == torch.device(device)):
+            return self._tensor
         values = (self.seed, self.iteration, self.step, self.prompt, self.node, 0 if self.parent is None else self.parent)
-        return torch.stack([_column(name, value, rows, device) for name, value in zip(names, values, strict=True)])
+        for name, value in zip(WORD_NAMES, values, strict=True):
+            _check_word(name, value, rows)
+        numbers = torch.tensor([0 if isinstance(value, Tensor) else value for value in values], dtype=torch.int64)
+        column = numbers.to(device, non_blocking=True).unsqueeze(1).expand(6, rows)
+        if not any(isinstance(value, Tensor) for value in values):
+            return column
+        return torch.stack([value.to(device).expand(rows) if isinstance(value, Tensor) else column[i] for i, value in enumerate(values)])
+
+    def packed(self, rows: int, device: torch.device | str | None = None) -> "NoiseKey":
+        """The same key as device tensors that lie as the ops want them: they launch nothing to read it, and a captured graph may change it in place."""
+        tensor = self.pack(rows, device).contiguous()
+        seed, iteration, step, prompt, node, parent = tensor
+        return NoiseKey(seed, iteration, step, prompt, node, None if self.parent is None else parent, tensor)
 
 
-def _column(name: str, value: int | Tensor, rows: int, device: torch.device | str | None) -> Tensor:
+def _check_word(name: str, value: int | Tensor, rows: int) -> None:
     if not isinstance(value, Tensor):
         if not 0 <= value <= _WORD:
             raise ValueError(f"NoiseKey.{name} is {value}: write an integer in [0, 2**32)")
-        return torch.full((rows,), value, dtype=torch.int64, device=device)
-    if value.dtype != torch.int64 or value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, rows)):
+    elif value.dtype != torch.int64 or value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, rows)):
         raise ValueError(f"NoiseKey.{name} is {value.dtype} {list(value.shape)}: pass an int or an int64 tensor [{rows}]")
-    column = value.to(device).expand(rows)
-    torch._assert_async(((column >= 0) & (column <= _WORD)).all(), f"NoiseKey.{name} holds a value outside [0, 2**32)")
-    return column
+
+
+def require_words(packed: Tensor, *, shared: bool = False) -> None:
+    """Fails, on the device, if a word of `NoiseKey.pack` is out of range; `shared`: for correlated siblings."""
+    for name, column in zip(WORD_NAMES, packed, strict=True):
+        torch._assert_async(((column >= 0) & (column <= _WORD)).all(), f"NoiseKey.{name} holds a value outside [0, 2**32)")
+    if shared:
+        torch._assert_async((packed[2] < SHARED_STEP - 1).all(), "NoiseKey.step must be below 2**31 - 1 for correlated siblings")
 
 
 def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,6 +107,7 @@ def normals(packed: Tensor, elements: int, *, shared: bool = False) -> Tensor:
 
 def sibling_normals(packed: Tensor, elements: int, correlation: float) -> Tensor:
     """fp32 [rows, elements]: √ρ·ξ_shared + √(1−ρ)·ξ_own, standard normal in every row, correlated ρ between rows of one parent (BranchGRPO 2509.06040)."""
+    require_words(packed, shared=correlation > 0)
     own = normals(packed, elements)
     if correlation == 0.0:
         return own
@@ -102,6 +125,7 @@ def given_or_drawn(noise: Tensor | None, packed: Tensor | None, shape: torch.Siz
 
 @implements("philox_normal", "reference")
 def _reference(key: Tensor, elements: int) -> Tensor:
+    require_words(key)
     return normals(key, elements).contiguous()
 
 

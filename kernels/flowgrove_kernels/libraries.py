@@ -1,0 +1,38 @@
+"""The compiled op libraries: found beside this file, loaded once, without Python in them."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NAMES = ("cpu", "cuda")  # backends that are compiled; "cuda" adds kernels to the ops that "cpu" defines
+_HERE = Path(__file__).parent
+_INSTALL = "a C++ compiler and ninja, then: pip install --no-build-isolation -e ."
+
+
+def missing(name: str) -> str | None:
+    """Why library `name` cannot be used here, or None. Loads it on first use."""
+    reason = _load(name)
+    if reason is None and name == "cuda" and not sees_gpu():
+        return "torch sees no GPU"
+    return reason
+
+
+@cache
+def sees_gpu() -> bool:
+    """torch.cuda.is_available(), asked once: it takes longer than an op."""
+    return torch.cuda.is_available()
+
+
+@cache
+def _load(name: str) -> str | None:
+    if name == "cuda" and (reason := _load("cpu")) is not None:
+        return reason
+    found = sorted(_HERE.glob(f"_{name}.*so")) + sorted(_HERE.glob(f"_{name}.*pyd"))
+    if not found:
+        return f"it was not compiled: it needs {'nvcc, a CUDA build of torch, ' if name == 'cuda' else ''}{_INSTALL}"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load, compile it again ({str(error).splitlines()[0]})"
+    return None

@@ -1,0 +1,71 @@
+"""setup.py: the compiled ops are left out where they cannot be compiled, and what was compiled says how."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowgrove_kernels import libraries
+
+ROOT = Path(__file__).parents[1]
+compiled = pytest.mark.skipif(libraries.missing("cpu") is not None, reason="the compiled ops are not here")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What a build reads, with empty packages."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for package in ("engine/flowgrove", "kernels/flowgrove_kernels"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    return tmp_path
+
+
+def build(checkout, **environment):
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=checkout, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_without_a_compiler_the_install_goes_on_and_says_what_is_left_out(checkout):
+    done = build(checkout, CXX="/nowhere/c++", CC="/nowhere/cc", FLOWGROVE_CUDA="0")
+    assert done.returncode == 0
+    assert "flowgrove_kernels._cpu is left out" in done.stderr
+    assert "doctor" in done.stderr
+    assert not list(checkout.glob("kernels/flowgrove_kernels/*.so"))
+
+
+@pytest.mark.parametrize("value", ["1", "yes"])
+def test_what_is_insisted_on_and_impossible_is_one_line(checkout, value):
+    if value == "1" and torch.version.cuda:
+        pytest.skip("here the CUDA ops can be insisted on")
+    done = build(checkout, FLOWGROVE_CUDA=value)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(("FLOWGROVE_CUDA=1 needs", "FLOWGROVE_CUDA is 'yes'"))
+    assert "Traceback" not in done.stderr
+
+
+@compiled
+def test_the_libraries_have_no_python_in_them():
+    (library,) = (ROOT / "kernels/flowgrove_kernels").glob("_cpu.*so")
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()
+    assert "libtorch_cpu" in needed
+    assert "python" not in needed
+    assert not [name for name in symbols if name.startswith("Py")]
+    assert not [name for name in symbols if "2at6Tensor" in name or "c1010TensorImpl" in name]  # the stable ABI alone: C functions of libtorch
+
+
+@compiled
+def test_build_information_is_of_this_build():
+    from flowgrove_kernels import _build_info
+
+    assert _build_info.torch == torch.__version__
+    assert _build_info.compiler.split()[0] in ("g++", "clang")
+    assert _build_info.instruction_set() in ("avx512", "avx2", "baseline")
+    assert (_build_info.cuda == "none") == (libraries._load("cuda") is not None)
