@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -23,13 +23,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Online reinforcement learning of flow-matching models.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure what the parts cost on this machine.")
+app.add_typer(bench_app, name="bench")
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a recipe key; may be given several times")]
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+def _command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """Registers a command whose user errors are one line and exit code 2, and whose interruption is exit code 130."""
 
     @wraps(function)
@@ -50,7 +52,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _say("interrupted" + (": the same command goes on from the last checkpoint, if one was written" if function.__name__ == "train" else ""))
             raise typer.Exit(130) from None
 
-    return app.command(function.__name__.rstrip("_"))(run)
+    return group.command(function.__name__.rstrip("_"))(run)
 
 
 def _fail(text: str) -> NoReturn:
@@ -144,6 +146,31 @@ def export(
     from flowgrove.runs import export_run
 
     _say(export_run(run, out))
+
+
+@partial(_command, group=bench_app)
+def ops(
+    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after the device")] = None,
+    shapes: Annotated[str | None, typer.Option(help="names, or ROWSxELEMENTS, with commas between; on a CPU the two largest only if named")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="of the velocity: bf16,fp32")] = None,
+    contenders: Annotated[str | None, typer.Option(help="eager, compiled and backends, with commas between; default: all there are")] = None,
+    only: Annotated[str | None, typer.Option(help="ops, with commas between; default: all")] = None,
+    rounds: Annotated[int, typer.Option(help="timed calls of each contender")] = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Time step, log-probability and loss: the published loops' PyTorch, the same compiled, and every backend. Exit code 1 if one of them is wrong."""
+    from flowgrove.bench.ops import bench_ops, settings_of
+    from flowgrove.bench.table import draw_rows
+
+    settings = settings_of(shapes=shapes, dtypes=dtypes, contenders=contenders, only=only, rounds=rounds, device=device)
+    result = bench_ops(settings, _say, out)
+    if as_json:
+        sys.stdout.write(json.dumps(result.rows) + "\n")
+    else:
+        draw_rows(result.rows, Console(highlight=False))
+    if result.wrong:
+        raise typer.Exit(1)
 
 
 @_command

@@ -1,0 +1,1 @@
+"""What the parts cost: measurements that are compared with the published code in the same run, and refused where a result is wrong."""
