@@ -85,15 +85,18 @@ FLOWGROVE_INLINE uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 
+constexpr uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u, PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;
+
 FLOWGROVE_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
-  constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    counter = {high_product(counter.w2, M1) ^ counter.w1 ^ key0, counter.w2 * M1, high_product(counter.w0, M0) ^ counter.w3 ^ key1, counter.w0 * M0};
-    key0 += W0;
-    key1 += W1;
+    counter = {
+        high_product(counter.w2, PHILOX_M1) ^ counter.w1 ^ key0, counter.w2 * PHILOX_M1,
+        high_product(counter.w0, PHILOX_M0) ^ counter.w3 ^ key1, counter.w0 * PHILOX_M0};
+    key0 += PHILOX_W0;
+    key1 += PHILOX_W1;
   }
   return counter;
 }
@@ -148,11 +151,14 @@ FLOWGROVE_INLINE Pair box_muller(uint32_t word0, uint32_t word1) {
   return {mul(radius, direction.first), mul(radius, direction.second)};
 }
 
-// The four standard normals of elements 4·block … 4·block + 3.
-FLOWGROVE_INLINE Normals normals(NoiseWords row, uint32_t block) {
-  const Words w = philox({block, row.node, row.step, row.prompt}, row.seed, row.iteration);
+FLOWGROVE_INLINE Normals normals(Words w) {
   const Pair low = box_muller(w.w0, w.w1), high = box_muller(w.w2, w.w3);
   return {low.first, low.second, high.first, high.second};
+}
+
+// The four standard normals of elements 4·block … 4·block + 3.
+FLOWGROVE_INLINE Normals normals(NoiseWords row, uint32_t block) {
+  return normals(philox({block, row.node, row.step, row.prompt}, row.seed, row.iteration));
 }
 
 // √ρ·ξ_shared + √(1−ρ)·ξ_own

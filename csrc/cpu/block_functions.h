@@ -71,10 +71,30 @@ static void with_history(const float* __restrict history, float prev_coef, int64
   for (int64_t i = 0; i < n; ++i) mean[i] = flowgrove::with_history(prev_coef, history[i], mean[i]);
 }
 
+struct alignas(64) BlockWords {
+  uint32_t w0[BLOCK / 4], w1[BLOCK / 4], w2[BLOCK / 4], w3[BLOCK / 4];
+};
+
+#if defined(FLOWGROVE_LANES)
+#include "cpu/philox_lanes.h"
+#else
+static void draw_words(NoiseWords row, uint32_t first_block, int64_t blocks, BlockWords& words) {
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Words w = philox({first_block + static_cast<uint32_t>(i), row.node, row.step, row.prompt}, row.seed, row.iteration);
+    words.w0[i] = w.w0;
+    words.w1[i] = w.w1;
+    words.w2[i] = w.w2;
+    words.w3[i] = w.w3;
+  }
+}
+#endif
+
 static void draw(NoiseWords row, uint32_t first_block, int64_t n, float* __restrict z) {
   const int64_t blocks = (n + 3) / 4;  // a buffer holds whole blocks
+  BlockWords words;
+  draw_words(row, first_block, blocks, words);
   for (int64_t i = 0; i < blocks; ++i) {
-    const Normals four = normals(row, first_block + static_cast<uint32_t>(i));
+    const Normals four = normals(Words{words.w0[i], words.w1[i], words.w2[i], words.w3[i]});
     z[4 * i] = four.z0;
     z[4 * i + 1] = four.z1;
     z[4 * i + 2] = four.z2;

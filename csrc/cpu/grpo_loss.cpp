@@ -88,7 +88,8 @@ static void grpo_loss(const GRPOLoss& op, const Tensor&) {
       losses[edge] = score.loss;
       scores[child] = score;
     }
-    if (op.grad_loss != nullptr) for_each_chunk([&](int64_t chunk) { gradient_chunk(op, b, first, count, chunk, scores.data()); });
+    if (op.grad_loss == nullptr) return;
+    for_each_chunk([&](int64_t c) { gradient_chunk(op, b, first, count, chunks - 1 - c, scores.data()); });  // backwards: what was read last is in the cache
   });
   double loss = 0.0;
   for (const float edge_loss : losses) loss += edge_loss;

@@ -11,6 +11,11 @@ from flowgrove_kernels.noise import SHARED_STEP, NoiseKey
 _VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def detached(value: Tensor | None) -> Tensor | None:
+    """`value` as a constant."""
+    return None if value is None else value.detach()
+
+
 def check_state(x: Tensor, name: str = "x") -> None:
     """A state is fp32 or float64 [B, ...]."""
     if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):

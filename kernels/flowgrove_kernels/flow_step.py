@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowgrove_kernels.affine import column, guided, log_probability, step_mean, working_dtype
 from flowgrove_kernels.backends import implementation, implements
-from flowgrove_kernels.checks import check_coefficients, check_correlation, check_like, check_state, check_velocity, require_no_history
+from flowgrove_kernels.checks import check_coefficients, check_correlation, check_like, check_state, check_velocity, detached, require_no_history
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.noise import NoiseKey, given_or_drawn
 
@@ -89,5 +89,5 @@ def flow_step(
     correlation = check_correlation(sibling_correlation, key)
     packed = None if key is None else key.pack(edges, x.device)
     return torch.ops.flowgrove.flow_step(
-        x.detach(), v.detach(), *coef.tensors(), packed, noise, history, None if v_uncond is None else v_uncond.detach(), fanout, correlation, scale
+        x.detach(), v.detach(), *coef.tensors(), packed, detached(noise), detached(history), detached(v_uncond), fanout, correlation, scale
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowgrove_kernels.affine import children_of, column, fold_sum, guided, log_probability, mean_over_elements, working_dtype
 from flowgrove_kernels.backends import implementation, implements
-from flowgrove_kernels.checks import check_coefficients, check_correlation, check_edges, check_like, check_state, check_velocity
+from flowgrove_kernels.checks import check_coefficients, check_correlation, check_edges, check_like, check_state, check_velocity, detached
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.flow_logprob import residual_of, split_guidance, sum_children
 from flowgrove_kernels.noise import NoiseKey, given_or_drawn
@@ -205,7 +205,7 @@ def grpo_loss_and_grad(
     """`grpo_loss` and its gradients in one pass: (GRPOLoss, grad_v, grad_v_uncond or None), in the shape and dtype of v. Arguments as `grpo_loss`."""
     arguments = _arguments(
         x, v.detach(), x_next, coef, old_logp, advantage, weight, clip_range, fanout, child_offsets, ratio, key, noise,
-        sibling_correlation, v_ref, kl_weight, None if v_uncond is None else v_uncond.detach(), guidance_scale,
+        sibling_correlation, v_ref, kl_weight, detached(v_uncond), guidance_scale,
     )  # fmt: skip
     *outputs, grad_v, grad_uncond = torch.ops.flowgrove.grpo_loss_and_grad(torch.ones((), dtype=x.dtype, device=x.device), *arguments)
     return GRPOLoss(*outputs), grad_v, None if v_uncond is None else grad_uncond
@@ -237,7 +237,7 @@ def _arguments(
         raise ValueError(f"kl_weight is {kl_weight}: write a number >= 0, and pass v_ref= where it is positive")
     packed = None if key is None else key.pack(edges, x.device)
     return (
-        x.detach(), v, x_next.detach(), coef.x_coef, coef.v_coef, coef.std, coef.precision, coef.log_norm, old_logp, advantage, weight, child_offsets,
-        packed, noise, None if v_ref is None else v_ref.detach(), v_uncond, ratio == "guard", float(low), float(high), fanout, correlation,
-        float(kl_weight), scale,
+        x.detach(), v, x_next.detach(), coef.x_coef, coef.v_coef, coef.std, coef.precision, coef.log_norm, detached(old_logp), advantage.detach(),
+        weight.detach(), child_offsets, packed, detached(noise), detached(v_ref), v_uncond, ratio == "guard", float(low), float(high), fanout,
+        correlation, float(kl_weight), scale,
     )  # fmt: skip
