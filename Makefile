@@ -5,12 +5,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RECIPE ?= recipes/quickstart.yaml
 SEEDS ?= 42
+# Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
+INTERPRETED := tests/test_op_flow_step.py tests/test_op_flow_logprob.py tests/test_op_grpo_loss.py tests/test_op_clean_estimate.py tests/test_noise.py
 
-.PHONY: install quickstart test test-long test-gpu lint format clean
+.PHONY: install quickstart test test-long test-gpu bench lint format clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja -c constraints.txt
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -c constraints.txt
@@ -22,13 +24,19 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not long" --durations=10
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not long" -k triton $(INTERPRETED)
 
 test-long: $(STAMP)
 	mkdir -p test-results
 	$(BIN)/python -m pytest -m "not gpu" -v --junitxml=test-results/$$(date +%Y-%m-%d).xml
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -v -k triton tests/test_op_*.py tests/test_noise.py tests/test_every_backend.py \
+		--junitxml=test-results/$$(date +%Y-%m-%d)-interpreted.xml
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP)
+	$(BIN)/python profiling/bench_ops.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -40,4 +48,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info kernels/flowgrove_kernels/*.so

@@ -27,9 +27,13 @@ inline void check_rows(const Tensor& tensor, int64_t rows, int64_t elements) {
       "flowgrove_native: pass [", rows, ", ", elements, "] with elements side by side");
 }
 
+// A tensor without elements has no memory, yet it is there: nothing is read from or written to this.
+inline char nothing = 0;
+
 inline Rows rows_of(const Tensor& tensor, int64_t rows, int64_t elements) {
   check_rows(tensor, rows, elements);
-  return {tensor.const_data_ptr(), tensor.stride(0), kind_of(tensor)};
+  const void* data = tensor.const_data_ptr();
+  return {data == nullptr ? &nothing : data, tensor.stride(0), kind_of(tensor)};
 }
 
 inline Rows rows_of(const OptionalTensor& tensor, int64_t rows, int64_t elements) {
@@ -49,7 +53,8 @@ inline Rows state_rows(const OptionalTensor& tensor, int64_t rows, int64_t eleme
 
 inline OutputRows output_rows(const Tensor& tensor, int64_t rows, int64_t elements) {
   check_rows(tensor, rows, elements);
-  return {tensor.mutable_data_ptr(), tensor.stride(0), kind_of(tensor)};
+  void* data = tensor.mutable_data_ptr();
+  return {data == nullptr ? &nothing : data, tensor.stride(0), kind_of(tensor)};
 }
 
 inline OutputRows output_rows(const OptionalTensor& tensor, int64_t rows, int64_t elements) {
