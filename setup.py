@@ -15,7 +15,7 @@ ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # where no GPU is visible to ask
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # runs on torch 2.10 and later
 CXX = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX += ["-Wno-maybe-uninitialized"]  # g++ 12 warns of its own vector intrinsics
-NVCC = ["-O3", "-std=c++20", "-DUSE_CUDA"]
+NVCC = ["-O3", "-std=c++20", "-DUSE_CUDA", "-fmad=false", "--expt-relaxed-constexpr"]
 
 
 def sources(folder: str) -> list[str]:

@@ -18,10 +18,17 @@ ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", f"-I{CSRC}")
 TORCH = (f"-I{Path(torch.__file__).parent / 'include'}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--expt-relaxed-constexpr")
 REGISTERS = 64  # two blocks of 512 threads fill the 65,536 registers of a multiprocessor
+REGISTERS_UNALIGNED = 128  # one block: kernels<false> read and write element by element
 # Kernels that stream rows through registers, and which of their accesses are 16 bytes wide.
-READ, WRITE = "ld.global.nc.v4.u32", "st.global.wb.v4.u32"
+READ, WRITE = "ld.global.nc.v4.u32", "st.global.v4.u32"
 STREAMING = {
     "philox_normal_kernel": {WRITE},
+    "clean_estimate_kernel": {READ, WRITE},
+    "flow_step_kernel": {READ, WRITE},
+    "flow_logprob_kernel": {READ},
+    "flow_logprob_backward_kernel": {READ, WRITE},
+    "grpo_loss_kernel": {READ, WRITE},
+    "grpo_gradient_kernel": {READ, WRITE},
 }
 
 
@@ -60,7 +67,7 @@ def resources(source: Path, folder: Path) -> tuple[Resources, ...]:
     said = nvcc("-c", "-Xptxas=-v", *targets, *TORCH, str(source), "-o", str(folder / f"{source.stem}.o"))
     pattern = r"entry function '(\w+)' for 'sm_(\w+)'\n.*\n +(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
     return tuple(
-        Resources(kernel_name(kernel), architecture, int(registers), int(stack), int(stores) + int(loads))
+        Resources(kernel, architecture, int(registers), int(stack), int(stores) + int(loads))
         for kernel, architecture, stack, stores, loads, registers in re.findall(pattern, said)
     )
 
@@ -95,7 +102,8 @@ def test_kernels_compile_without_spills_for_two_blocks_a_multiprocessor(source, 
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
     for kernel in kernels:
         assert kernel.stack == kernel.spills == 0, kernel
-        assert kernel.registers <= REGISTERS, kernel
+        unaligned = "kernelILb0E" in kernel.kernel
+        assert kernel.registers <= (REGISTERS_UNALIGNED if unaligned else REGISTERS), kernel
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)

@@ -31,6 +31,10 @@ DEVICE int warps() {
   return blockDim.x / WARP;
 }
 
+DEVICE int threads() {
+  return blockDim.x;
+}
+
 DEVICE int lane() {
   return threadIdx.x % WARP;
 }
@@ -77,8 +81,26 @@ DEVICE const double* of_block(const double* own, unsigned rank) {
 #endif
 }
 
+// Writes 16 bytes by one instruction; a plain assignment the compiler may take apart.
+DEVICE void store(uint4* to, uint4 value) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+#else
+  *to = value;
+#endif
+}
+
+// The same pointer, which the compiler no longer takes apart: it would carry one pointer an element through a loop and run out of registers.
+template <typename T>
+DEVICE T* opaque(T* pointer) {
+#if defined(__CUDACC__)
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
 // What lies in device memory the host cannot check: one line, then the end, as with torch._assert_async.
-[[noreturn]] static __device__ __noinline__ void fail(const char* message) {
+[[noreturn]] static __device__ __attribute__((noinline)) void fail(const char* message) {
   printf(message);
   __trap();
   __builtin_unreachable();
@@ -131,8 +153,7 @@ inline size_t most_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-template <typename Kernel>
-bool ask_whether_it_fits(Kernel* kernel, const Launch& how) {
+inline bool ask_whether_it_fits(const void* kernel, const Launch& how) {
   if (how.shared_bytes > most_shared_bytes()) return false;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
   if (how.cluster == 1) return true;
@@ -142,19 +163,20 @@ bool ask_whether_it_fits(Kernel* kernel, const Launch& how) {
   const cudaLaunchConfig_t config = how.config(attribute, nullptr);
   int clusters = 0;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  return (error == cudaSuccess ? error : cudaGetLastError()) == cudaSuccess && clusters > 0;
+  if (error != cudaSuccess) cudaGetLastError();  // not an error of the caller's
+  return error == cudaSuccess && clusters > 0;
 }
 
-// Whether the current device can run such blocks and clusters; asked once, for it takes longer than a launch.
-template <auto KERNEL>
-bool fits(const Launch& how) {
+// Whether the current device can run such blocks and clusters; asked once, for asking takes longer than a launch.
+template <typename Kernel>
+bool fits(Kernel* kernel, const Launch& how) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, int, int, size_t>, bool> known;
+  static std::map<std::tuple<Kernel*, int, int, int, size_t>, bool> known;
   int device = 0;
   cudaGetDevice(&device);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, unknown] = known.try_emplace({device, how.threads, how.cluster, how.shared_bytes}, false);
-  if (unknown) entry->second = ask_whether_it_fits(KERNEL, how);
+  const auto [entry, unknown] = known.try_emplace({kernel, device, how.threads, how.cluster, how.shared_bytes}, false);
+  if (unknown) entry->second = ask_whether_it_fits(reinterpret_cast<const void*>(kernel), how);
   return entry->second;
 }
 

@@ -11,27 +11,24 @@ struct EdgeNoise {
   uint32_t parent;
 };
 
-DEVICE uint32_t key_word(const Key& key, int64_t edge, KeyWord word, const char* message) {
-  const int64_t value = key.data[word * key.word_stride + edge * key.edge_stride];
-  require(static_cast<uint64_t>(value) >> 32 == 0, message);
-  return static_cast<uint32_t>(value);
+DEVICE int64_t key_word(const Key& key, int64_t edge, KeyWord word) {
+  return key.data[word * key.word_stride + edge * key.edge_stride];
 }
 
 DEVICE EdgeNoise edge_noise(const Key& key, int64_t edge) {
-  EdgeNoise noise;
-  noise.words.seed = key_word(key, edge, SEED, "NoiseKey.seed holds a value outside [0, 2**32)\n");
-  noise.words.iteration = key_word(key, edge, ITERATION, "NoiseKey.iteration holds a value outside [0, 2**32)\n");
-  noise.words.step = key_word(key, edge, STEP, "NoiseKey.step holds a value outside [0, 2**32)\n");
-  noise.words.prompt = key_word(key, edge, PROMPT, "NoiseKey.prompt holds a value outside [0, 2**32)\n");
-  noise.words.node = key_word(key, edge, NODE, "NoiseKey.node holds a value outside [0, 2**32)\n");
-  noise.parent = key_word(key, edge, PARENT, "NoiseKey.parent holds a value outside [0, 2**32)\n");
-  return noise;
+  const auto word = [&](KeyWord which) { return static_cast<uint32_t>(key_word(key, edge, which)); };
+  return {{word(SEED), word(ITERATION), word(STEP), word(PROMPT), word(NODE)}, word(PARENT)};
 }
 
-DEVICE EdgeNoise edge_noise(const Noise& noise, int64_t edge) {
-  const EdgeNoise found = edge_noise(noise.key, edge);
-  require(noise.root_rho == 0.0f || found.words.step < SHARED_STEP - 1, "NoiseKey.step must be below 2**31 - 1 for correlated siblings\n");
-  return found;
+DEVICE void require_words(const Key& key, int64_t edge, bool shared) {
+  const auto fits = [&](KeyWord which) { return static_cast<uint64_t>(key_word(key, edge, which)) >> 32 == 0; };
+  require(fits(SEED), "NoiseKey.seed holds a value outside [0, 2**32)\n");
+  require(fits(ITERATION), "NoiseKey.iteration holds a value outside [0, 2**32)\n");
+  require(fits(STEP), "NoiseKey.step holds a value outside [0, 2**32)\n");
+  require(fits(PROMPT), "NoiseKey.prompt holds a value outside [0, 2**32)\n");
+  require(fits(NODE), "NoiseKey.node holds a value outside [0, 2**32)\n");
+  require(fits(PARENT), "NoiseKey.parent holds a value outside [0, 2**32)\n");
+  require(!shared || key_word(key, edge, STEP) < SHARED_STEP - 1, "NoiseKey.step must be below 2**31 - 1 for correlated siblings\n");
 }
 
 DEVICE Octet octet_of(const Normals& low, const Normals& high) {
@@ -55,7 +52,7 @@ DEVICE Normals draw(const Noise& noise, const EdgeNoise& name, uint32_t block) {
 
 // z of a chunk, given or drawn; 0 beyond the row, as everything there.
 template <bool WHOLE>
-DEVICE Octet noise_of(const Noise& noise, const EdgeNoise& name, int64_t edge, Chunk<WHOLE> chunk) {
+DEVICE Octet noise_chunk(const Noise& noise, const EdgeNoise& name, int64_t edge, Chunk<WHOLE> chunk) {
   if (noise.given.data != nullptr) return read_state(noise.given, edge, chunk);
   const uint32_t block = static_cast<uint32_t>(chunk.first / 4);
   Octet z = octet_of(draw(noise, name, block), draw(noise, name, block + 1));

@@ -1,5 +1,7 @@
 // philox_normal on CUDA tensors.
 #include "cuda/philox_normal.cuh"
+
+#if !defined(__CUDA_ARCH__)
 #include "cuda/run.h"
 
 namespace flowgrove::cuda {
@@ -14,3 +16,4 @@ static void philox_normal(const PhiloxNormal& op, const Tensor& out) {
 STABLE_TORCH_LIBRARY_IMPL(flowgrove_native, CUDA, m) {
   m.impl("philox_normal", TORCH_BOX(&flowgrove::philox_normal<flowgrove::cuda::philox_normal>));
 }
+#endif

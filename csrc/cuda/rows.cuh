@@ -53,7 +53,7 @@ DEVICE int first_start() {
 }
 
 DEVICE int stride() {
-  return blockDim.x * WIDTH;
+  return threads() * WIDTH;
 }
 
 // Elements first … first + count − 1 of a row. WHOLE: 8 of them at a 16-byte address in every tensor; else 1 … 8, read and written one by one.
@@ -92,7 +92,7 @@ struct Raw {
   uint4 low, high;
 };
 
-// Elements beyond the row are 0 and add nothing to any sum. __ldg and __stwb are one instruction each; plain accesses the compiler may take apart.
+// Elements beyond the row are 0 and add nothing to any sum.
 template <bool WHOLE>
 DEVICE Raw read_words(const uint32_t* from, Chunk<WHOLE> chunk) {
   if constexpr (WHOLE) {
@@ -124,8 +124,8 @@ DEVICE Raw read_halves(const uint16_t* from, Chunk<WHOLE> chunk) {
 template <bool WHOLE>
 DEVICE Raw read(const Rows& rows, int64_t row, Chunk<WHOLE> chunk) {
   const int64_t offset = row * rows.stride + chunk.first;
-  if (rows.kind == Kind::fp32) return read_words(static_cast<const uint32_t*>(rows.data) + offset, chunk);
-  return read_halves(static_cast<const uint16_t*>(rows.data) + offset, chunk);
+  if (rows.kind == Kind::fp32) return read_words(opaque(static_cast<const uint32_t*>(rows.data) + offset), chunk);
+  return read_halves(opaque(static_cast<const uint16_t*>(rows.data) + offset), chunk);
 }
 
 DEVICE Octet widen_words(const Raw& raw) {
@@ -154,7 +154,7 @@ DEVICE Octet widen(const Raw& raw, Kind kind) {
 // Rows that are known to be fp32.
 template <bool WHOLE>
 DEVICE Octet read_state(const Rows& rows, int64_t row, Chunk<WHOLE> chunk) {
-  return widen_words(read_words(static_cast<const uint32_t*>(rows.data) + row * rows.stride + chunk.first, chunk));
+  return widen_words(read_words(opaque(static_cast<const uint32_t*>(rows.data) + row * rows.stride + chunk.first), chunk));
 }
 
 template <bool WHOLE>
@@ -164,8 +164,8 @@ DEVICE void write_words(const Octet& octet, uint32_t* to, Chunk<WHOLE> chunk) {
   for (int i = 0; i < WIDTH; ++i) w[i] = bits_of(octet.at[i]);
   if constexpr (WHOLE) {
     uint4* quads = reinterpret_cast<uint4*>(to);
-    __stwb(quads, make_uint4(w[0], w[1], w[2], w[3]));
-    __stwb(quads + 1, make_uint4(w[4], w[5], w[6], w[7]));
+    store(quads, make_uint4(w[0], w[1], w[2], w[3]));
+    store(quads + 1, make_uint4(w[4], w[5], w[6], w[7]));
   } else {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
@@ -184,7 +184,7 @@ DEVICE void write_halves(const Octet& octet, Kind kind, uint16_t* to, Chunk<WHOL
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) w[i] = narrow(octet.at[2 * i], kind) | narrow(octet.at[2 * i + 1], kind) << 16;
   if constexpr (WHOLE) {
-    __stwb(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
+    store(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
   } else {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {

@@ -1,0 +1,164 @@
+// Sums over the elements of an edge: fp32 in a thread (at most 64 elements), double across threads and parts, in an order that D alone fixes.
+//
+// A block adds up its part. The parts of a row are added by the blocks of a cluster, which read each other's shared memory; or, where a row has too many
+// parts or the GPU no clusters, by a second kernel that finds them in device memory ("partials"). The additions are the same, so the bits are.
+#pragma once
+
+#include "cuda/noise.cuh"
+#include "cuda/states.cuh"
+
+namespace flowgrove::cuda {
+
+constexpr int MOST_SUMS = 12;  // that a block gathers in one pass over its elements; edges beyond take further passes
+
+// The head of a block's shared memory. What its threads have added up follows: float [sums][threads].
+struct alignas(16) Gathered {
+  double totals[2][MOST_SUMS];  // of this part; two, because a pass may write its own while other blocks still read those of the pass before
+  double drift;                 // grpo_loss: Σ (v − v_ref)² of this part
+  EdgeNoise noise[MOST_SUMS];
+};
+
+DEVICE Gathered& gathered() {
+  return *reinterpret_cast<Gathered*>(shared_memory());
+}
+
+DEVICE float* thread_sums() {
+  return reinterpret_cast<float*>(&gathered() + 1);
+}
+
+inline size_t gathered_bytes(int64_t sums, int threads) {
+  return sizeof(Gathered) + sums * threads * sizeof(float);
+}
+
+// ---- in a thread ----
+
+// Before begin_pass: checks what names the noise of edges first … first + count − 1 and puts it where all threads find it.
+DEVICE void name_edges(const Noise& noise, int64_t first, int count) {
+  if (noise.key.data == nullptr) return;
+  for (int c = threadIdx.x; c < count; c += threads()) {
+    require_words(noise.key, first + c, noise.root_rho > 0.0f);
+    gathered().noise[c] = edge_noise(noise.key, first + c);
+  }
+}
+
+// The barrier ends the pass before: its sums have been read, its names are no longer needed.
+DEVICE void begin_pass(int sums) {
+  __syncthreads();
+#pragma unroll 1
+  for (int k = 0; k < sums; ++k) thread_sums()[k * threads() + threadIdx.x] = 0.0f;
+}
+
+DEVICE void add_to_sum(int k, const Octet& a, const Octet& b) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) sum = flowgrove::fma(a.at[i], b.at[i], sum);
+  float& own = thread_sums()[k * threads() + threadIdx.x];
+  own = add(own, sum);
+}
+
+// ---- across threads: one warp a sum ----
+
+// Adds up sums first … end − 1 of all threads; sum k goes to *to(k).
+template <typename To>
+DEVICE void fold_sums(int first, int end, To to) {
+  __syncthreads();
+#pragma unroll 1
+  for (int k = first + warp(); k < end; k += warps()) {
+    double sum = 0.0;
+#pragma unroll 1
+    for (int thread = lane(); thread < threads(); thread += WARP) sum += thread_sums()[k * threads() + thread];
+    sum = warp_sum(sum);
+    if (lane() == 0) *to(k) = sum;
+  }
+}
+
+// ---- across parts: one warp a sum; get(part) finds what a part added up ----
+
+template <typename Get>
+DEVICE double over_parts(int64_t parts, Get get) {
+  double sum = 0.0;
+#pragma unroll 1
+  for (int64_t part = lane(); part < parts; part += WARP) sum += get(part);
+  return warp_sum(sum);
+}
+
+DEVICE double cluster_total(const double& own, int64_t parts) {
+  return over_parts(parts, [&](int64_t part) { return *of_block(&own, static_cast<unsigned>(part)); });
+}
+
+DEVICE double partials_total(const double* partials, int64_t parts) {
+  return over_parts(parts, [&](int64_t part) { return partials[part]; });
+}
+
+// ---- logp of the edges of a row ----
+
+// Ends a pass of flow_step or flow_logprob: edges first … first + count − 1 have added their squares to sums 0 … count − 1.
+DEVICE void finish_squares(
+    const Partition& partition, const Part& part, int64_t first, int count, int pass, double* partials, const float* log_norm, const float* precision,
+    float* logp) {
+  double* totals = gathered().totals[pass % 2];
+  fold_sums(0, count, [&](int k) { return partials == nullptr ? totals + k : partials + (first + k) * partition.parts + part.index; });
+  if (partials != nullptr) return;
+  cluster_arrive();
+  cluster_wait();
+  if (part.index != 0) return;
+#pragma unroll 1
+  for (int k = warp(); k < count; k += warps()) {
+    const double total = cluster_total(totals[k], partition.parts);
+    if (lane() == 0) logp[first + k] = log_probability(log_norm[part.row], precision[part.row], mean_of(total, partition.elements));
+  }
+}
+
+// No block may leave while another reads its totals.
+DEVICE void leave_cluster(const double* partials) {
+  if (partials != nullptr) return;
+  cluster_arrive();
+  cluster_wait();
+}
+
+constexpr int FINISHING_THREADS = 128;
+
+// logp from partials: one block a row, one warp an edge.
+static __global__ void __launch_bounds__(FINISHING_THREADS)
+logp_kernel(Children children, int64_t parts, int64_t elements, const double* partials, const float* log_norm, const float* precision, float* logp) {
+  const int64_t row = blockIdx.x, end = first_child(children, row + 1);
+  for (int64_t edge = first_child(children, row) + warp(); edge < end; edge += warps()) {
+    const double total = partials_total(partials + edge * parts, parts);
+    if (lane() == 0) logp[edge] = log_probability(log_norm[row], precision[row], mean_of(total, elements));
+  }
+}
+
+inline cudaError_t launch_logp(
+    const Children& children, int64_t rows, const Partition& partition, const double* partials, const float* log_norm, const float* precision, float* logp,
+    cudaStream_t stream) {
+  return launch(logp_kernel, {rows, FINISHING_THREADS}, stream, children, partition.parts, partition.elements, partials, log_norm, precision, logp);
+}
+
+// ---- how a kernel that adds up squares is launched ----
+
+template <typename Kernel>
+struct Plan {
+  Kernel* kernel;
+  Partition partition;
+  int edges_a_pass;
+  Launch launch;
+  int64_t partials = 0;  // doubles of scratch memory; 0 where a cluster adds up the parts
+};
+
+template <typename Kernel>
+Plan<Kernel> plan_squares(Kernel* kernel, int64_t rows, int64_t elements, int64_t edges, int64_t children_of_a_row) {
+  const Partition partition = partition_of(elements);
+  const int64_t few = children_of_a_row < MOST_SUMS ? children_of_a_row : MOST_SUMS, edges_a_pass = few > 1 ? few : 1;
+  Plan<Kernel> plan = {kernel, partition, static_cast<int>(edges_a_pass), {rows * partition.parts, partition.threads}};
+  plan.launch.shared_bytes = gathered_bytes(edges_a_pass, partition.threads);
+  Launch clustered = plan.launch;
+  clustered.cluster = static_cast<int>(partition.parts);
+  if (partition.parts <= MOST_PARTS && fits(kernel, clustered)) {
+    plan.launch = clustered;
+  } else {
+    plan.partials = edges * partition.parts;
+  }
+  return plan;
+}
+
+}  // namespace flowgrove::cuda

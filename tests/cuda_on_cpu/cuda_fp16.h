@@ -1,0 +1,4 @@
+// Stands in for the CUDA toolkit's header.
+#pragma once
+
+#include "emulator.h"
