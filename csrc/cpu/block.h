@@ -22,6 +22,8 @@ struct Block {
   void (*widen)(const void* from, Kind kind, int64_t n, float* to);
   // scale·from → elements of any kind.
   void (*narrow)(const float* from, float scale, int64_t n, void* to, Kind kind);
+  // scale·from → fp32 past the caches, for outputs too large to be found there again. `to` is 64-byte aligned, n a multiple of 16.
+  void (*stream)(const float* from, float scale, int64_t n, float* to);
   void (*guide)(const float* v, const float* v_uncond, float guidance_scale, int64_t n, float* guided);
   void (*clean)(const float* x, const float* v, float sigma, int64_t n, float* estimate);
   void (*mean)(const float* x, const float* v, float x_coef, float v_coef, int64_t n, float* mean);
@@ -34,6 +36,10 @@ struct Block {
   // gradient += factor·values
   void (*accumulate)(float factor, const float* values, int64_t n, float* gradient);
   double (*dot)(const float* left, const float* right, int64_t n);
+  // The same in one pass each, for steps without history: Σ (x' − μ)², and gradient += factor·(x' − μ).
+  double (*squared_residual)(const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n);
+  void (*accumulate_residual)(
+      float factor, const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n, float* gradient);
 };
 
 // The functions for the processor that runs this.

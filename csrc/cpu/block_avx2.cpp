@@ -10,7 +10,7 @@ namespace flowgrove::cpu::avx2 {
 
 // Four 64-bit lanes, see philox_lanes.h.
 struct Lanes {
-  static constexpr int COUNT = 4;
+  static constexpr int COUNT = 4, FLOATS = 8;
   __m256i bits;
 
   static Lanes all(uint32_t value) { return {_mm256_set1_epi64x(value)}; }
@@ -32,6 +32,10 @@ static inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
 static inline void store_low_halves(Lanes a, uint32_t* to) {
   const __m256i packed = _mm256_permutevar8x32_epi32(a.bits, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+
+static inline void stream_floats(const float* from, float scale, float* to) {
+  _mm256_stream_ps(to, _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_loadu_ps(from)));
 }
 
 }  // namespace flowgrove::cpu::avx2

@@ -10,7 +10,7 @@ namespace flowgrove::cpu::avx512 {
 
 // Eight 64-bit lanes, see philox_lanes.h.
 struct Lanes {
-  static constexpr int COUNT = 8;
+  static constexpr int COUNT = 8, FLOATS = 16;
   __m512i bits;
 
   static Lanes all(uint32_t value) { return {_mm512_set1_epi64(value)}; }
@@ -31,6 +31,10 @@ static inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
 
 static inline void store_low_halves(Lanes a, uint32_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(a.bits));
+}
+
+static inline void stream_floats(const float* from, float scale, float* to) {
+  _mm512_stream_ps(to, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(from)));
 }
 
 }  // namespace flowgrove::cpu::avx512

@@ -55,6 +55,14 @@ static void narrow(const float* __restrict from, float scale, int64_t n, void* t
   }
 }
 
+static void stream(const float* __restrict from, float scale, int64_t n, float* __restrict to) {
+#if defined(FLOWGROVE_LANES)
+  for (int64_t i = 0; i < n; i += Lanes::FLOATS) stream_floats(from + i, scale, to + i);
+#else
+  for (int64_t i = 0; i < n; ++i) to[i] = mul(scale, from[i]);
+#endif
+}
+
 static void guide(const float* v, const float* v_uncond, float guidance_scale, int64_t n, float* __restrict guided) {
   for (int64_t i = 0; i < n; ++i) guided[i] = flowgrove::guided(v[i], v_uncond[i], guidance_scale);
 }
@@ -118,22 +126,41 @@ static void accumulate(float factor, const float* __restrict values, int64_t n, 
   for (int64_t i = 0; i < n; ++i) gradient[i] = fma(factor, values[i], gradient[i]);
 }
 
-// Σ left·right: products are added to those half a block further, again and again. What is missing of a block counts as 0.
-static double dot(const float* left, const float* right, int64_t n) {
+// Σ left(i)·right(i) in 64 lanes, which are then added by halves.
+template <class Product>
+FLOWGROVE_INLINE double sum_in_lanes(int64_t n, const Product& add_product) {
   constexpr int64_t LANES = 64;
   alignas(64) float lanes[LANES] = {};
   const int64_t whole = n / LANES * LANES;
   for (int64_t i = 0; i < whole; i += LANES) {
-    for (int64_t j = 0; j < LANES; ++j) lanes[j] = fma(left[i + j], right[i + j], lanes[j]);
+    for (int64_t j = 0; j < LANES; ++j) lanes[j] = add_product(i + j, lanes[j]);
   }
-  for (int64_t j = 0; j < n - whole; ++j) lanes[j] = fma(left[whole + j], right[whole + j], lanes[j]);
+  for (int64_t j = 0; j < n - whole; ++j) lanes[j] = add_product(whole + j, lanes[j]);
   for (int64_t width = LANES / 2; width > 0; width /= 2) {
     for (int64_t j = 0; j < width; ++j) lanes[j] = add(lanes[j], lanes[j + width]);
   }
   return lanes[0];
 }
 
+static double dot(const float* left, const float* right, int64_t n) {
+  return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) { return fma(left[i], right[i], sum); });
+}
+
+static double squared_residual(const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n) {
+  return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) {
+    const float r = flowgrove::residual(x_next[i], flowgrove::mean(x_coef, v_coef, x[i], v[i]));
+    return fma(r, r, sum);
+  });
+}
+
+static void accumulate_residual(
+    float factor, const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n, float* __restrict gradient) {
+  for (int64_t i = 0; i < n; ++i) {
+    gradient[i] = fma(factor, flowgrove::residual(x_next[i], flowgrove::mean(x_coef, v_coef, x[i], v[i])), gradient[i]);
+  }
+}
+
 extern const Block functions;
-const Block functions = {widen, narrow, guide, clean, mean, with_history, draw, correlate, step, residual, accumulate, dot};
+const Block functions = {widen, narrow, stream, guide, clean, mean, with_history, draw, correlate, step, residual, accumulate, dot, squared_residual, accumulate_residual};
 
 }  // namespace flowgrove::cpu::FLOWGROVE_SET

@@ -13,12 +13,12 @@ static void flow_logprob(const FlowLogprob& op, const Tensor&) {
     const int64_t first = first_child(op.children, b), count = first_child(op.children, b + 1) - first;
     std::vector<double> squares(chunks * count);
     for_each_chunk([&](int64_t chunk) {
-      Buffer velocity, mean, residual;
+      Buffer velocity;
       for_each_block(chunk, states.elements, [&](int64_t start, int64_t n) {
-        load_mean(states, b, start, n, load_velocity(states, b, start, n, velocity), mean);
+        const float *x = load(states.x, b, start, n, nullptr), *v = load_velocity(states, b, start, n, velocity);
         for (int64_t child = 0; child < count; ++child) {
-          block().residual(load(op.x_next, first + child, start, n, nullptr), mean, n, residual);
-          squares[chunk * count + child] += block().dot(residual, residual, n);
+          const float* x_next = load(op.x_next, first + child, start, n, nullptr);
+          squares[chunk * count + child] += block().squared_residual(x, v, x_next, states.x_coef[b], states.v_coef[b], n);
         }
       });
     });
@@ -38,17 +38,17 @@ static void flow_logprob_backward(const FlowLogprobBackward& op, const Tensor&) 
     const int64_t first = first_child(op.children, b), end = first_child(op.children, b + 1);
     const double slope = 2.0 * op.precision[b] * states.v_coef[b] / elements;
     for_each_chunk([&](int64_t chunk) {
-      Buffer velocity, mean, residual, gradient;
+      Buffer velocity, gradient;
       for_each_block(chunk, states.elements, [&](int64_t start, int64_t n) {
-        load_mean(states, b, start, n, load_velocity(states, b, start, n, velocity), mean);
+        const float *x = load(states.x, b, start, n, nullptr), *v = load_velocity(states, b, start, n, velocity);
         std::fill_n(gradient.values, n, 0.0f);
         for (int64_t edge = first; edge < end; ++edge) {
-          block().residual(load(op.x_next, edge, start, n, nullptr), mean, n, residual);
-          block().accumulate(static_cast<float>(op.grad[edge] * slope), residual, n, gradient);
+          const float* x_next = load(op.x_next, edge, start, n, nullptr);
+          block().accumulate_residual(static_cast<float>(op.grad[edge] * slope), x, v, x_next, states.x_coef[b], states.v_coef[b], n, gradient);
         }
-        const bool guided = states.v_uncond.data != nullptr;
-        store(op.grad_v, b, start, n, gradient, guided ? states.guidance_scale : 1.0f);
-        store(op.grad_v_uncond, b, start, n, gradient, 1.0f - states.guidance_scale);
+        const bool guided = states.v_uncond.data != nullptr, large = states.rows * states.elements > LARGE;
+        store(op.grad_v, b, start, n, gradient, guided ? states.guidance_scale : 1.0f, large);
+        store(op.grad_v_uncond, b, start, n, gradient, 1.0f - states.guidance_scale, large);
       });
     });
   });

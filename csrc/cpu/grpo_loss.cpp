@@ -16,12 +16,15 @@ static void sum_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t coun
       block().residual(v, load(op.v_ref, b, start, n, reference), n, difference);
       drift = block().dot(difference, difference, n);
     }
-    load_mean(op.states, b, start, n, v, mean);
+    const float* x = load(op.states.x, b, start, n, nullptr);
+    const float x_coef = op.states.x_coef[b], v_coef = op.states.v_coef[b];
+    if (op.guard) load_mean(op.states, b, start, n, v, mean);
     for (int64_t child = 0; child < count; ++child) {
-      block().residual(load(op.x_next, first + child, start, n, nullptr), mean, n, difference);
-      sums[child].squares += block().dot(difference, difference, n);
+      const float* x_next = load(op.x_next, first + child, start, n, nullptr);
+      sums[child].squares += block().squared_residual(x, v, x_next, x_coef, v_coef, n);
       sums[child].drift += drift;
       if (op.guard) {
+        block().residual(x_next, mean, n, difference);
         const float* z = noise.load(first + child, start, n);
         sums[child].noise_squares += block().dot(z, z, n);
         sums[child].noise_residual += block().dot(z, difference, n);
@@ -32,7 +35,7 @@ static void sum_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t coun
 
 // Second pass: the gradient of one chunk of row b.
 static void gradient_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t count, int64_t chunk, const EdgeScore* scores) {
-  Buffer velocity, mean, difference, gradient, reference;
+  Buffer velocity, difference, gradient, reference;
   NoiseReader noise(op.noise);
   float pull = 0.0f;
   for (int64_t child = 0; child < count; ++child) pull = add(pull, scores[child].pull);
@@ -43,18 +46,18 @@ static void gradient_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t
       block().residual(v, load(op.v_ref, b, start, n, reference), n, difference);
       block().accumulate(pull, difference, n, gradient);
     }
-    load_mean(op.states, b, start, n, v, mean);
+    const float* x = load(op.states.x, b, start, n, nullptr);
     for (int64_t child = 0; child < count; ++child) {
       if (op.guard) {
         block().accumulate(scores[child].push, noise.load(first + child, start, n), n, gradient);
       } else {
-        block().residual(load(op.x_next, first + child, start, n, nullptr), mean, n, difference);
-        block().accumulate(scores[child].push, difference, n, gradient);
+        const float* x_next = load(op.x_next, first + child, start, n, nullptr);
+        block().accumulate_residual(scores[child].push, x, v, x_next, op.states.x_coef[b], op.states.v_coef[b], n, gradient);
       }
     }
-    const bool guided = op.states.v_uncond.data != nullptr;
-    store(op.grad_v, b, start, n, gradient, guided ? op.states.guidance_scale : 1.0f);
-    store(op.grad_v_uncond, b, start, n, gradient, 1.0f - op.states.guidance_scale);
+    const bool guided = op.states.v_uncond.data != nullptr, large = op.states.rows * op.states.elements > LARGE;
+    store(op.grad_v, b, start, n, gradient, guided ? op.states.guidance_scale : 1.0f, large);
+    store(op.grad_v_uncond, b, start, n, gradient, 1.0f - op.states.guidance_scale, large);
   });
 }
 

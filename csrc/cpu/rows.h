@@ -61,9 +61,15 @@ inline float* place(const OutputRows& rows, int64_t row, int64_t start) {
   return static_cast<float*>(rows.data) + row * rows.stride + start;
 }
 
-// scale·values into a row of any kind; nothing where the output is left out.
-inline void store(const OutputRows& rows, int64_t row, int64_t start, int64_t n, const float* values, float scale) {
+constexpr int64_t LARGE = 1 << 20;  // elements of an output that will not be found in a cache again
+
+// scale·values into a row of any kind; nothing where the output is left out. A large output (rows·elements) goes past the caches.
+inline void store(const OutputRows& rows, int64_t row, int64_t start, int64_t n, const float* values, float scale, bool large = false) {
   if (rows.data == nullptr) return;
+  if (large && rows.kind == Kind::fp32 && n % 16 == 0 && reinterpret_cast<uintptr_t>(place(rows, row, start)) % 64 == 0) {
+    block().stream(values, scale, n, place(rows, row, start));
+    return;
+  }
   const int64_t offset = (row * rows.stride + start) * (rows.kind == Kind::fp32 ? 4 : 2);
   block().narrow(values, scale, n, static_cast<char*>(rows.data) + offset, rows.kind);
 }
