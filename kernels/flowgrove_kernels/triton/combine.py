@@ -7,20 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowgrove_kernels.triton.element import ADD, fold, log_probability
+from flowgrove_kernels.triton.element import ADD, fold, inner, log_probability
 from flowgrove_kernels.triton.launch import Blocks, launch
 
 ROWS, WIDTH = tl.constexpr(16), tl.constexpr(32)  # edges of a program, partial sums of each that it reads at a time
 
 
-@triton.jit
+@inner
 def edges_of(edges):
     """The edges of this program, int64 [ROWS], and which of them exist."""
     o_edge = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return o_edge, o_edge < edges
 
 
-@triton.jit
+@inner
 def row_totals(p_partial, o_row, m_row, blocks):
     """Float64 sums of rows o_row [R] of partial sums [..., blocks], in an order that depends on `blocks` alone; of a single one, exactly that one."""
     b_total = tl.zeros((o_row.shape[0], WIDTH), tl.float64)
@@ -69,7 +69,7 @@ class LogProbability(NamedTuple):
         return self.logp
 
 
-@triton.jit
+@inner
 def note_squares(p_logp, p_partial, p_parent, b_residual, precision, log_norm, i_edge, i_parent, i_block, blocks, D):
     """Stores what a block of r [BLOCK] gives: the log-probability where the row has no other block, else its partial sum."""
     squares = fold(b_residual * b_residual)

@@ -7,6 +7,7 @@ compiler chooses from the loads around it and which therefore differs between ke
 """
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -14,7 +15,12 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@triton.jit
+def inner(function: Any) -> Any:
+    """Decorator of functions that kernels call. The interpreter runs them as plain Python: it would prepare each call of a jit function for a millisecond."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+@inner
 def place(blocks, D, BLOCK: tl.constexpr):
     """This program's row int64, its block int32, the block's first element int64, its lanes [BLOCK] and which of them lie in the row.
 
@@ -27,7 +33,7 @@ def place(blocks, D, BLOCK: tl.constexpr):
     return i_row, i_block, start, o_lane, o_lane < D - start
 
 
-@triton.jit
+@inner
 def children(p_offsets, fanout, i_parent):
     """The edges [first, last) of a parent, int64: from CSR offsets, or `fanout` each."""
     if p_offsets is None:
@@ -39,7 +45,7 @@ def children(p_offsets, fanout, i_parent):
     return first, last
 
 
-@triton.jit
+@inner
 def store(p_row, o_lane, m_lane, value):
     """Rounds to the dtype of the row, to nearest even."""
     if INTERPRETED and p_row.dtype.element_ty == tl.bfloat16:  # the interpreter cuts the low bits off
@@ -49,7 +55,7 @@ def store(p_row, o_lane, m_lane, value):
     tl.store(p_row + o_lane, value.to(p_row.dtype.element_ty), mask=m_lane)
 
 
-@triton.jit
+@inner
 def guided(p_v, s_v, p_uncond, s_uncond, guidance, i_row, start, o_lane, m_lane):
     """The velocity [BLOCK] in fp32, mixed with the unconditional one if there is one."""
     b_v = tl.load(p_v + i_row * s_v + start + o_lane, mask=m_lane, other=0.0).to(tl.float32)
@@ -59,7 +65,7 @@ def guided(p_v, s_v, p_uncond, s_uncond, guidance, i_row, start, o_lane, m_lane)
     return b_v
 
 
-@triton.jit
+@inner
 def step_mean(p_x, s_x, p_x_coef, p_v_coef, b_v, i_row, start, o_lane, m_lane):
     """μ [BLOCK] without history: fma(b, v, a·x)."""
     b_x = tl.load(p_x + i_row * s_x + start + o_lane, mask=m_lane, other=0.0)
@@ -74,7 +80,7 @@ def _add(left, right):
 ADD = tl.standard._sum_combine if INTERPRETED else _add  # the interpreter adds whole axes with its own, and single numbers with any other
 
 
-@triton.jit
+@inner
 def fold(values):
     """Sum of [N], N a power of two from 4 to 2¹⁷: the four quarters first, which lie in one thread, then neighbours. Each reduction adds two numbers."""
     for _ in tl.static_range(2):
@@ -85,7 +91,7 @@ def fold(values):
     return tl.reduce(values, 0, ADD)
 
 
-@triton.jit
+@inner
 def log_probability(total, precision, log_norm, D):
     """log_norm − κ·(Σ r²/D) of one row, rounded to fp32 once. total: float64."""
     mean = total / tl.maximum(D, 1).to(tl.float64)

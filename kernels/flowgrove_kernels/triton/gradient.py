@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowgrove_kernels.triton.element import children, guided, place, step_mean, store
+from flowgrove_kernels.triton.element import children, guided, inner, place, step_mean, store
 from flowgrove_kernels.triton.launch import blocks_of, launch, row_stride
 from flowgrove_kernels.triton.normal import edge_normals
 
 
-@triton.jit
+@inner
 def pull_strength(b, std):
     """b²/(2s²): what KL multiplies the mean squared drift by; 0 where a step has no noise."""
     return tl.where(std > 0, tl.div_rn(b * b, tl.where(std > 0, 2.0 * (std * std), 1.0)), 0.0)

@@ -1,12 +1,14 @@
 """How a row of D elements is cut into blocks, and how kernels are launched."""
 
-from contextlib import nullcontext
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowgrove_kernels.checks import require_offsets
+
+_ONE_AT_A_TIME = Lock()  # the interpreter, which is what takes CPU tensors, holds the place of one program
 
 
 class Blocks(NamedTuple):
@@ -31,7 +33,7 @@ def launch(kernel: Any, programs: int, warps: int, on: Tensor, *arguments: Any, 
     """Runs `programs` programs of `kernel` on the device of `on`. No product is contracted into a sum but where a kernel writes tl.fma."""
     if programs == 0:
         return
-    with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
+    with torch.cuda.device(on.device) if on.is_cuda else _ONE_AT_A_TIME:
         kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=1, enable_fp_fusion=False)
 
 

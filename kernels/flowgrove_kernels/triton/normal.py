@@ -4,11 +4,12 @@ tl.log, tl.cos and tl.sin become approximate instructions on a GPU, so the three
 coefficients are weighted minimax fits of the relative error, each rounded to fp32 before the next was fitted.
 """
 
-import triton
 import triton.language as tl
 
+from flowgrove_kernels.triton.element import inner
 
-@triton.jit
+
+@inner
 def natural_log(u):
     """ln u for normal fp32 u > 0: u = m·2ᵉ with m in [2/3, 4/3), then e·ln 2 + ln m; f = m − 1 is exact."""
     bits = u.to(tl.int32, bitcast=True)
@@ -25,7 +26,7 @@ def natural_log(u):
     return tl.fma(exponent.to(tl.float32), 0.6931471805599453, series)
 
 
-@triton.jit
+@inner
 def cosine_sine(angle):
     """(cos, sin) of fp32 angles in [0, 2π]: the nearest multiple of π/2 is taken off in two parts, the first of 21 bits so that it goes off exactly."""
     magic = tl.fma(angle, 0.6366197723675814, 12582912.0)  # 1.5·2²³: the last bits of the sum are the multiple
@@ -42,13 +43,13 @@ def cosine_sine(angle):
     return tl.where(((quarter + 1) & 2) != 0, -c, c), tl.where((quarter & 2) != 0, -s, s)
 
 
-@triton.jit
+@inner
 def uniform(word):
     """((word >> 9) + ½)·2⁻²³, exactly: the bits of a number in [1, 2), less 1 − 2⁻²⁴."""
     return ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
 
 
-@triton.jit
+@inner
 def block_normals(seed, node, step, prompt, i_block, BLOCK: tl.constexpr):
     """[BLOCK] normals of block i_block of a row: each counter gives four neighbours, which stay in one thread. seed: 64 bits, iteration in the high half."""
     o_counter = i_block.to(tl.uint32) * (BLOCK // 4) + tl.arange(0, BLOCK // 4).to(tl.uint32)
@@ -58,7 +59,7 @@ def block_normals(seed, node, step, prompt, i_block, BLOCK: tl.constexpr):
     return tl.reshape(tl.join(radius * c, radius * s), (BLOCK,))
 
 
-@triton.jit
+@inner
 def edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED: tl.constexpr, BLOCK: tl.constexpr):
     """[BLOCK] of the noise that column i_edge of a packed key names; correlated: shared·ξ_parent + own·ξ, with shared = √ρ and own = √(1−ρ)."""
     p_words = p_key + i_edge * s_key  # seed, iteration, step, prompt, node, parent
