@@ -3,38 +3,23 @@
 The tests of REUSED run here once more, on these kernels. What is written here is about parts of rows, passes, paths, threads, launches and traps.
 """
 
-import ctypes
 import functools
-import hashlib
 import importlib
-import os
 import re
-import shutil
-import subprocess
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 import test_every_backend
+from cuda_on_cpu.emulator import CXX, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
 from flowgrove_kernels import NoiseKey, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, libraries, native, philox_normal, use_backend
 from kernel_cases import LOSS_MODES, loss_arguments, randn, rollout, stochastic_rows
 from op_calls import CLIP, batch_of, different, every_op
 from test_op_layouts import one_element_off, rows_at_every_alignment, rows_in_wider_rows
 
-HERE, CSRC = Path(__file__).parent / "cuda_on_cpu", Path(__file__).parents[1] / "csrc"
-CXX = shutil.which(os.environ.get("CXX", "g++"))
-FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-ffp-contract=off", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-TORCH = Path(torch.__file__).parent
-
-# (major compute capability, most shared memory of a block in bytes, most blocks of a cluster)
-SM_80, SM_90 = (8, 166_912, 16), (9, 232_448, 16)
-SMALL_CLUSTERS = (9, 232_448, 8)
+SMALL_CLUSTERS = (9, 232_448, 8)  # the capability, shared memory and cluster size of a device
 SOME_ROOM, LITTLE_ROOM = (9, 48_000, 16), (9, 20_000, 16)  # shared memory for some of what grpo_loss keeps, and for little or nothing
 DEVICES = {"sm_80": SM_80, "small clusters": SMALL_CLUSTERS, "some room": SOME_ROOM, "little room": LITTLE_ROOM}
-FAIR, GREEDY, SHUFFLED = range(3)  # the order in which threads run: in turn; block after block, each warp as far as it can; all at random
-
 pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.usefixtures("backend")]
 
 REUSED = {
@@ -65,42 +50,9 @@ for module, marks in REUSED.items():
     globals().update({f"{module}__{name}": reused(function, marks) for name, function in found.items()})
 
 
-class Emulator:
-    def __init__(self, library: Path):
-        self.library = ctypes.CDLL(str(library))
-        torch.ops.load_library(str(library))
-
-    @contextmanager
-    def __call__(self, device=SM_90, order=FAIR):
-        """Runs kernels as such a device would, threads in such an order."""
-        self.library.emulated_use_device(*device)
-        self.library.emulated_use_order(order)
-        yield
-        self.library.emulated_use_device(*SM_90)
-        self.library.emulated_use_order(FAIR)
-
-    def launches(self, function):
-        before = self.library.emulated_launches()
-        function()
-        return self.library.emulated_launches() - before
-
-
 @pytest.fixture(scope="session")
 def emulator(request):
-    """Compiles the kernels, unless pytest's cache has them from before."""
-    sources = sorted(path for folder in (HERE, CSRC, CSRC / "cuda") for path in folder.glob("*.*") if path.is_file())
-    digest = hashlib.sha256(repr((CXX, FLAGS, torch.__version__, [path.read_bytes() for path in sources])).encode()).hexdigest()[:16]
-    folder = request.config.cache.mkdir("cuda_on_cpu")
-    library = folder / f"emulated_{digest}.so"
-    if not library.exists():
-        include = (f"-I{HERE}", f"-I{CSRC}", "-isystem", str(TORCH / "include"))
-        link = ("-shared", "-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}")
-        fresh = folder / f"{digest}_{os.getpid()}.so"
-        subprocess.run([str(CXX), *FLAGS, *include, str(HERE / "emulator.cpp"), str(HERE / "emulated_ops.cpp"), "-o", str(fresh), *link], check=True)
-        for old in folder.glob("emulated_*.so"):
-            old.unlink()
-        fresh.rename(library)
-    return Emulator(library)
+    return Emulator(compiled(request.config.cache.mkdir("cuda_on_cpu")))
 
 
 @pytest.fixture
