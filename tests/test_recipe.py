@@ -18,10 +18,12 @@ DEFAULTS = {
         "guidance_scale": 1.0,
         "height": None,
         "width": None,
+        "frames": None,
+        "text_tokens": None,
         "gradient_checkpointing": True,
         "vae_tiling": False,
     },
-    "data": {"eval_prompts": None, "prompts_per_iteration": 8},
+    "data": {"eval_prompts": None, "prompts_per_iteration": 8, "prompt_key": None, "embedding_cache": "auto"},
     "rollout": {
         "steps": 25,
         "shift": 3.0,
@@ -79,7 +81,7 @@ DEFAULTS = {
         "checkpoint_every": 50,
         "keep_last": 3,
         "eval_every": 25,
-        "eval": {"steps": None, "guidance_scale": None, "samples": 1},
+        "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0},
         "log": ["jsonl", "tensorboard"],
     },
 }

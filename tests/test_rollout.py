@@ -29,12 +29,12 @@ def one_trajectory(recipe, policy, prompts, prompt: int, leaf: int):
     history, total = None, torch.zeros(1, dtype=torch.float64)
     for step in plan.steps:
         sigma = torch.tensor([step.sigma], dtype=torch.float32)
-        v, uncond = policy.velocity(x, sigma, prompts, prompt_of)
+        v, uncond, scale = policy.velocity(x, sigma, prompts, prompt_of)
         key = NoiseKey(seed, 0, step.index, prompt, node_at(step.nodes_out), node_at(step.nodes_in)) if step.stochastic else None
         row = rows[step.index]
         needed = history if bool(row.prev_coef[0] != 0) else None
         correlation = plan.sibling_correlation if key else 0.0
-        guidance = {"v_uncond": uncond, "guidance_scale": policy.guidance_scale}
+        guidance = {"v_uncond": uncond, "guidance_scale": scale}
         history = clean_estimate(x, v, sigma, **guidance)
         x, logp = flow_step(x, v, row, key=key, history=needed, sibling_correlation=correlation, **guidance)
         total += logp

@@ -40,7 +40,7 @@ def test_ode_rollout_equals_the_diffusers_pipeline(pipe, guidance, height, width
     latents = philox_normal((2 * len(texts), *policy.adapter.latent_shape), NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(texts))))
     result = pipe(
         prompt=[text for text in texts for _ in range(2)], height=height, width=width, num_inference_steps=6, guidance_scale=guidance,
-        latents=latents, output_type="latent", max_sequence_length=policy.adapter.text_tokens,
+        latents=latents, output_type="latent", max_sequence_length=policy.adapter.geometry.prompt_tokens,
     )  # fmt: skip
     assert (forest.leaves - result.images).abs().max() <= 1e-4
     assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.1

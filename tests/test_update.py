@@ -76,7 +76,7 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         a, b, s, kappa, log_norm = (t[step.index].double() for t in (rows.x_coef, rows.v_coef, rows.std, rows.precision, rows.log_norm))
 
         def guided(velocity):
-            v, uncond = velocity
+            v, uncond, _ = velocity
             return v if uncond is None else uncond + policy.guidance_scale * (v - uncond)
 
         v = guided(policy.velocity(x, sigma, prompts, prompt_of))

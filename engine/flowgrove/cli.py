@@ -116,16 +116,19 @@ def sample(
     source: Annotated[Path, typer.Argument(help="a run folder, or a recipe for its base model", show_default=False)],
     prompts: Annotated[Path, typer.Option(help="text file, one prompt per line")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
+    compare: Annotated[bool, typer.Option("--compare", help="also the base model's, and pages with both side by side")] = False,
     set_: Overrides = None,
 ) -> None:
-    """Draw pictures with a trained or a base model: NNNN_K.png for sample K of prompt N, and prompts.jsonl."""
+    """Draw with a trained or a base model: NNNN_K.png (or .mp4) for sample K of prompt N, and prompts.jsonl.
+
+    `--set run.eval.tuned_share=0.8` lets the trained model run the first 80 % of the steps and the base model the rest.
+    """
     from flowgrove.data import read_prompts
-    from flowgrove.runs import open_policy, write_samples
+    from flowgrove.samples import write_samples
 
     texts = read_prompts(prompts, "--prompts")
-    settings, policy = open_policy(source, tuple(set_ or ()))
-    count = write_samples(settings, policy, texts, out)
-    _say(f"wrote {count} pictures to {out}")
+    count = write_samples(source, tuple(set_ or ()), texts, out, compare)
+    _say(f"wrote {count} samples to {out}")
 
 
 @_command

@@ -24,6 +24,7 @@ def findings() -> list[tuple[str, str]]:
     else:
         rows.append(("gpu", "none that torch sees: training runs on the CPU"))
     rows += _backends()
+    rows.append(("attention", _attention()))
     rows.append(("embedded pipeline", "present" if (TINY / "model_index.json").is_file() else "missing: python -m flowgrove.tiny.build --out " + str(TINY)))
     return rows
 
@@ -40,6 +41,15 @@ def _backends() -> list[tuple[str, str]]:
     rows.append(("compiled with", f"{build.compiler}, torch {build.torch}, CUDA {build.cuda}, GPU architectures {build.cuda_architectures}"))
     rows.append(("cpu instructions", build.instruction_set()))
     return rows
+
+
+def _attention() -> str:
+    """What engine.attention may say here."""
+    from flowgrove.models.attention import attention_names, missing
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usable = [name for name in attention_names() if missing(name, device) is None]
+    return f"usable on {device.type}: {', '.join(usable)}; flash: {missing('flash', device) or 'usable'}; xformers: {missing('xformers', device) or 'usable'}"
 
 
 def _version(name: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
+from flowgrove.plan import make_plan, round_half_up
 from flowgrove.recipe import Recipe, Rollout, Window
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import rollout
@@ -49,10 +49,13 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
     recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
     rows = plan_rows(plan).to(policy.device)
+    tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * plain.steps)
     with policy.guided_by(settings.guidance_scale):
         for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
             encoded = policy.encode(prompts[start : start + _PROMPTS_AT_ONCE])
-            forest = rollout(plan, rows, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start)
+            forest = rollout(
+                plan, rows, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start, tuned_steps=tuned_steps
+            )
             yield policy.decode(forest.leaves).cpu()
 
 

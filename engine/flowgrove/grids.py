@@ -8,17 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from flowgrove.evaluation import Evaluated
 from flowgrove.files import write_file
 from flowgrove.pixels import to_bytes
 
-_MOST_PROMPTS, _MOST_SAMPLES = 8, 4
+_MOST_PROMPTS, _MOST_SAMPLES, _LARGEST_TILE = 8, 4, 256
 
 
 @dataclass(frozen=True)
 class Grid:
-    """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums."""
+    """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums, NaN where nothing was scored."""
 
     tiles: NDArray[np.uint8]
     prompts: list[str]
@@ -27,17 +28,17 @@ class Grid:
 
 def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[float]) -> None:
     """Writes the first prompts of an evaluation, spread over the list, as a PNG."""
-    height, width = evaluated.pictures.shape[-2:]
-    tiles = to_bytes(evaluated.pictures).numpy().reshape(-1, samples, height, width, 3)
-    scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)
-    chosen = np.unique(np.linspace(0, len(tiles) - 1, min(_MOST_PROMPTS, len(tiles))).round().astype(int))
-    tiles, scores = tiles[chosen, :_MOST_SAMPLES], scores[chosen, :_MOST_SAMPLES]
-    rows, columns = tiles.shape[:2]
+    count = len(evaluated.prompts) // samples
+    chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
+    scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
+    rows, columns = scores.shape
+    tiles = np.stack([as_tile(evaluated.pictures[index * samples + column]) for index in chosen for column in range(columns)])
     prompts = [evaluated.prompts[index * samples] for index in chosen]
     info = PngInfo()
     info.add_itxt("flowgrove", json.dumps({"rows": rows, "columns": columns, "prompts": prompts, "scores": scores.tolist()}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    mosaic = Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+    height, width = tiles.shape[1:3]
+    mosaic = Image.fromarray(tiles.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
     write_file(path, lambda partial: mosaic.save(partial, pnginfo=info))
 
 
@@ -50,3 +51,13 @@ def load_grid(path: Path) -> Grid:
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
     tiles = pixels.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
     return Grid(tiles, layout["prompts"], np.array(layout["scores"]))
+
+
+def as_tile(sample: Tensor) -> NDArray[np.uint8]:
+    """A picture [3, H, W], or the middle frame of a video [F, 3, H, W], in [0, 1] → uint8 [h, w, 3] of at most 256 pixels a side."""
+    pixels = to_bytes(sample if sample.ndim == 3 else sample[len(sample) // 2]).numpy()
+    scale = _LARGEST_TILE / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))

@@ -34,13 +34,15 @@ class Lora(Section):
 
 
 class Model(Section):
-    adapter: Literal["sd3"]
+    adapter: Literal["sd3", "flux", "qwen_image", "wan"]
     path: str
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     lora: Lora | None = None
     guidance_scale: NotNegative = 1.0
     height: Count | None = None
     width: Count | None = None
+    frames: Count | None = None
+    text_tokens: Count | None = None  # longest prompt that the model reads; null: the pipeline's own
     gradient_checkpointing: bool = True
     vae_tiling: bool = False
 
@@ -49,6 +51,8 @@ class Data(Section):
     prompts: str
     eval_prompts: str | None = None
     prompts_per_iteration: Count = 8
+    prompt_key: str | None = None  # the column of a jsonl, parquet or datasets file; null: prompt, caption or text
+    embedding_cache: str = "auto"  # auto, none or a folder
 
 
 class Window(Section):
@@ -129,7 +133,7 @@ class Credit(Section):
 
 
 class Update(Section):
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "apex_fused_adam"] = "adamw"
     lr: Positive = 1.0e-5
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
@@ -150,8 +154,8 @@ class Engine(Section):
     token_budget: Literal["auto"] | Count = "auto"
     share: bool = True
     exact_replay: bool = False
+    attention: str = "auto"  # sdpa, flash, flash3, xformers, or another name of diffusers' attention dispatch
     # recipes may say these; other values than the plain ones are refused until there is code behind them
-    attention: Literal["auto", "sdpa"] = "auto"
     compile: Literal[False] = False
     cuda_graphs: Literal[False] = False
     reuse_rollout_graph: Literal["auto", False] = "auto"
@@ -162,6 +166,7 @@ class Evaluation(Section):
     steps: Annotated[int, Field(ge=2)] | None = None  # null: rollout.steps
     guidance_scale: NotNegative | None = None  # null: model.guidance_scale
     samples: Count = 1  # pictures per held-out prompt
+    tuned_share: Annotated[float, Field(ge=0, le=1)] = 1.0  # of the steps: the tuned model runs these, the untouched one the rest
 
 
 class Run(Section):

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from flowgrove.files import write_file, write_text
-from flowgrove.grids import Grid, load_grid
+from flowgrove.grids import load_grid
 from flowgrove.metrics import read_metrics
 from flowgrove.recipe import Recipe
+from flowgrove.side_by_side import draw_side_by_side
 
 _TRAIN, _HELD_OUT, _MUTED = "#8fa8c8", "#1f4e8c", "#666666"
 
@@ -24,6 +25,9 @@ def write_report(recipe: Recipe, out: Path) -> Path:
     lines = read_metrics(out)
     plots = {"Reward": "reward.png", "Policy ratio": "ratio.png", "Clipped edges": "clipped.png", "Advantage by step": "advantage.png"}
     _reward_curve(lines, recipe, out / "reward.png")
+    if len(recipe.reward) > 1:
+        plots = {"Reward": "reward.png", "Each reward": "rewards.png", **plots}
+        _each_reward(lines, recipe, out / "rewards.png")
     trained = [line for line in lines if line["ratio_mean"] is not None]
     _ratio_plot(trained, recipe, out / "ratio.png")
     _clip_plot(trained, out / "clipped.png")
@@ -31,8 +35,9 @@ def write_report(recipe: Recipe, out: Path) -> Path:
     grids = sorted((out / "samples").glob("iteration_*.png"))
     if len(grids) > 1:
         before, after = load_grid(grids[0]), load_grid(grids[-1])
-        iterations = [int(path.stem.removeprefix("iteration_")) for path in (grids[0], grids[-1])]
-        _before_after(before, after, iterations, out / "before_after.png")
+        done = int(grids[-1].stem.removeprefix("iteration_"))
+        names = (f"base model · {before.scores.mean():.2f}", f"after {done} iterations · {after.scores.mean():.2f}")
+        draw_side_by_side(before, after, names, out / "before_after.png")
     page = Environment(loader=PackageLoader("flowgrove"), autoescape=True).get_template("report.html.j2")
     text = page.render(
         name=out.name, facts=_facts(recipe, lines), plots=plots, before_after=len(grids) > 1,
@@ -82,6 +87,22 @@ def _reward_curve(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> No
     _finish(figure, axes, path)
 
 
+def _each_reward(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
+    """One panel per reward, each on its own scale: mean over an iteration's samples, and one standard deviation around it."""
+    count = len(recipe.reward)
+    figure, panels = pyplot.subplots(count, 1, figsize=(7, 1.2 + 1.8 * count), layout="constrained", sharex=True, squeeze=False)
+    x = [line["iteration"] for line in lines]
+    for axes, reward in zip(panels[:, 0], recipe.reward, strict=True):
+        mean, std = ([line["reward"][reward.name][key] for line in lines] for key in ("mean", "std"))
+        axes.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=_TRAIN, alpha=0.3, lw=0)
+        axes.plot(x, mean, color=_HELD_OUT)
+        axes.set(ylabel=f"{reward.name} (weight {reward.weight:g})")
+        _tidy(axes)
+    panels[-1, 0].set(xlabel="iteration")
+    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
+    pyplot.close(figure)
+
+
 def _ratio_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
     clip = recipe.update.clip_range
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
@@ -121,35 +142,13 @@ def _advantage_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> 
 
 
 def _finish(figure: Any, axes: Axes, path: Path) -> None:
+    _tidy(axes)
+    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
+    pyplot.close(figure)
+
+
+def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
-    pyplot.close(figure)
-
-
-def _before_after(before: Grid, after: Grid, iterations: list[int], path: Path) -> None:
-    """Rows: prompts; left block: base model, right block: trained, same seeds."""
-    rows, columns = before.tiles.shape[:2]
-    names = (f"base model · {before.scores.mean():.2f}", f"after {iterations[1]} iterations · {after.scores.mean():.2f}")
-    figure, axes = pyplot.subplots(
-        rows, 2 * columns + 1, figsize=(2 * columns * 1.05 + 0.4, rows * 1.45 + 0.4), width_ratios=[1] * columns + [0.35] + [1] * columns, squeeze=False
-    )
-    for row in range(rows):
-        for column in range(2 * columns + 1):
-            cell = axes[row][column]
-            cell.axis("off")
-            if column == columns:
-                continue
-            grid, sample = (before, column) if column < columns else (after, column - columns - 1)
-            cell.imshow(grid.tiles[row, sample], interpolation="nearest")
-            cell.set_title(f"{grid.scores[row, sample]:.2f}", fontsize=7, color=_MUTED, pad=2)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.925, bottom=0.01, wspace=0.06, hspace=0.55)
-    for row, prompt in enumerate(before.prompts):
-        top = axes[row][0].get_position().y1
-        figure.text(0.012, top + 0.02, prompt if len(prompt) < 90 else prompt[:87] + "…", fontsize=8, va="bottom")
-    for name, cell in ((names[0], axes[0][0]), (names[1], axes[0][columns + 1])):
-        figure.text(cell.get_position().x0, 0.975, name, fontsize=10, weight="bold", va="center")
-    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
-    pyplot.close(figure)

@@ -18,6 +18,7 @@ def fingerprint(recipe: Recipe) -> str:
     """
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     content["data"] = {**content["data"], "prompts": read_prompts(recipe.data.prompts, "data.prompts"), "eval_prompts": None}
+    content["data"].pop("embedding_cache", None)
     content.get("engine", {}).pop("token_budget", None)
     content["run"] = {"seed": recipe.run.seed}
     if recipe.update.lr_schedule == "cosine":

@@ -1,53 +1,48 @@
-"""Finished runs: open their model, draw with it, export it."""
+"""Finished runs: open their model, evaluate it, export it."""
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 
 from flowgrove.checkpoint import load_checkpoint, valid_checkpoints
 from flowgrove.data import read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
-from flowgrove.evaluation import draw, evaluate
-from flowgrove.files import write_file, write_text
+from flowgrove.evaluation import evaluate
+from flowgrove.files import write_text
 from flowgrove.models.policy import Policy
-from flowgrove.pixels import to_bytes
 from flowgrove.recipe import Recipe, load_recipe
 from flowgrove.rewards.registry import Rewards
 
 
-def open_policy(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Policy]:
-    """A run folder with its newest checkpoint, or a recipe with its base model. Raises UserError."""
+@dataclass(frozen=True)
+class Model:
+    """A loaded base model, and the checkpoint that `restore` puts into it; None for a recipe's own."""
+
+    recipe: Recipe
+    policy: Policy
+    checkpoint: Path | None
+
+    def restore(self) -> "Model":
+        """The trained weights take the base model's place."""
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, self.policy, None)
+        return self
+
+
+def open_model(source: Path, overrides: tuple[str, ...] = (), texts: tuple[str, ...] = ()) -> Model:
+    """The base model of a run folder, with its newest checkpoint, or of a recipe; `texts`: prompts that it will encode. Raises UserError."""
     is_run = source.is_dir()
     checkpoints = valid_checkpoints(source) if is_run else []
     if is_run and not checkpoints:
         raise UserError(f"{source} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
     recipe = load_recipe(source / "recipe.yaml" if is_run else source, overrides)
     untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})  # no copy of the reference model
-    policy = Policy(untrained, pick_device(recipe))
-    if is_run:
-        load_checkpoint(checkpoints[-1], policy, None)
-    return recipe, policy
-
-
-def write_samples(recipe: Recipe, policy: Policy, prompts: list[str], out: Path) -> int:
-    """Pictures as `out`/NNNN_K.png (prompt N, sample K) and prompts.jsonl; returns their number."""
-    out.mkdir(parents=True, exist_ok=True)
-    samples = recipe.run.eval.samples
-    lines: list[str] = []
-    with pick_backend(recipe):
-        for pictures in draw(recipe, policy, prompts):
-            for pixels in to_bytes(pictures).numpy():
-                prompt, number = divmod(len(lines), samples)
-                name = f"{prompt:04d}_{number}.png"
-                write_file(out / name, Image.fromarray(pixels).save)
-                lines.append(json.dumps({"file": name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
-    write_text(out / "prompts.jsonl", "".join(lines))
-    return len(lines)
+    return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoints[-1] if is_run else None)
 
 
 def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
@@ -55,7 +50,8 @@ def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    recipe, policy = open_policy(run)
+    model = open_model(run).restore()
+    recipe, policy = model.recipe, model.policy
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
     rewards = Rewards(recipe)
@@ -79,7 +75,8 @@ def export_run(run: Path, out: Path) -> str:
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    recipe, policy = open_policy(run)
+    model = open_model(run, ("data.embedding_cache=none",)).restore()  # the whole pipeline: it may have to be written
+    recipe, policy = model.recipe, model.policy
     is_lora = recipe.model.lora is not None
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,5 +89,5 @@ def export_run(run: Path, out: Path) -> str:
         raise UserError(f"cannot write {out}: {error}; free some space and give the same command again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    load = "pipe.load_lora_weights" if is_lora else "StableDiffusion3Pipeline.from_pretrained"
+    load = "pipe.load_lora_weights" if is_lora else f"{policy.adapter.pipeline.__name__}.from_pretrained"
     return f'wrote a {"LoRA" if is_lora else "pipeline"}: {load}("{out}")'

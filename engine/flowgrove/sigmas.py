@@ -5,15 +5,26 @@ t_i = 1 − i/T;   σ = shift·t/((1 − t) + shift·t)      exactly 1 and 0 at 
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
 from flowgrove.models.folders import model_folder
-from flowgrove.recipe import Model, Recipe
+from flowgrove.models.geometry import read_geometry
+from flowgrove.recipe import Recipe
 
-SigmaTable = Callable[[float], float]  # σ at a position in [0, T], which need not be whole
+
+@dataclass(frozen=True)
+class SigmaTable:
+    """σ at a position in [0, T], which need not be whole; and where the table comes from, for people."""
+
+    at: Callable[[float], float]
+    source: str
+
+    def __call__(self, position: float) -> float:
+        return self.at(position)
 
 
 def shifted_sigmas(steps: int, shift: float) -> SigmaTable:
@@ -23,10 +34,10 @@ def shifted_sigmas(steps: int, shift: float) -> SigmaTable:
         t = 1.0 - position / steps
         return shift * t / ((1.0 - t) + shift * t)
 
-    return sigma
+    return SigmaTable(sigma, f"rollout.shift {shift:g}")
 
 
-def listed_sigmas(values: Sequence[float]) -> SigmaTable:
+def listed_sigmas(values: Sequence[float], source: str = "a given table") -> SigmaTable:
     """A foreign table of T + 1 values, linear between its entries. Raises UserError unless it falls strictly from at most 1 to exactly 0."""
     if len(values) < 2 or values[-1] != 0.0 or not values[0] <= 1.0 or not all(b < a for a, b in pairwise(values)):
         raise UserError("the pipeline's sigma table does not fall from 1 to 0: set rollout.shift to a number (3.0) instead of null")
@@ -36,11 +47,14 @@ def listed_sigmas(values: Sequence[float]) -> SigmaTable:
         share = position - low
         return values[low] * (1 - share) + values[low + 1] * share if share < 1 else values[low + 1]
 
-    return sigma
+    return SigmaTable(sigma, source)
 
 
-def scheduler_sigmas(folder: Path, steps: int, tokens: int) -> SigmaTable:
-    """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads no model."""
+def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = False) -> SigmaTable:
+    """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads no model.
+
+    `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift (FLUX, Qwen-Image); the others leave the unshifted table to the scheduler.
+    """
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
@@ -53,16 +67,20 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int) -> SigmaTable:
     import numpy as np
 
     kind = getattr(diffusers, name, None)
-    if kind is None or not name.startswith("FlowMatch"):
+    if kind is None or not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
         raise UserError(f"rollout.shift is null, but {config_file} names {name}, which is no flow-matching scheduler: set rollout.shift to a number")
     scheduler = kind.from_config(config)
-    keywords = {}
+    keywords: dict[str, Any] = {}
+    source = f"{name} of the pipeline, shift {config.get('shift', config.get('flow_shift', 1.0)):g}"
     if config.get("use_dynamic_shifting"):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
-        keywords = {"mu": config.get("base_shift", 0.5) + slope * (tokens - low)}
+        keywords["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
+        source = f"{name} of the pipeline, dynamic shift mu {keywords['mu']:.3g} for {tokens} picture tokens"
+    if gives_table:
+        keywords["sigmas"] = np.linspace(1.0, 1.0 / steps, steps)
     scheduler.set_timesteps(steps, **keywords)
-    return listed_sigmas([float(s) for s in np.asarray(scheduler.sigmas, dtype=np.float64)])
+    return listed_sigmas([float(s) for s in np.asarray(scheduler.sigmas, dtype=np.float64)], source)
 
 
 def recipe_sigmas(recipe: Recipe) -> SigmaTable:
@@ -71,13 +89,4 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
     if rollout.shift is not None:
         return shifted_sigmas(rollout.steps, rollout.shift)
     folder = model_folder(recipe.model)
-    return scheduler_sigmas(folder, rollout.steps, picture_tokens(folder, recipe.model))
-
-
-def picture_tokens(folder: Path, model: Model) -> int:
-    """Picture tokens of one sample, from the configuration files alone."""
-    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    height, width = (size or transformer["sample_size"] * scale for size in (model.height, model.width))
-    unit = scale * transformer["patch_size"]
-    return (height // unit) * (width // unit)
+    return scheduler_sigmas(folder, rollout.steps, read_geometry(folder, recipe.model).picture_tokens, recipe.model.adapter in ("flux", "qwen_image"))

@@ -46,7 +46,7 @@ class Trainer:
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
         pick_backend(recipe)
         checkpoint = choose_checkpoint(recipe, out, resume)
-        self.policy = Policy(recipe, pick_device(recipe))
+        self.policy = Policy(recipe, pick_device(recipe), self._texts())
         self.updater = Updater(recipe, self.policy)
         self.fingerprint = fingerprint(recipe)  # of the prompts that this run has read, whatever their file holds later
         self.completed, self.last_line = 0, None
@@ -54,6 +54,14 @@ class Trainer:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.yaml", dump_recipe(recipe))
+
+    def _texts(self) -> list[str]:
+        """All prompts that the run will encode."""
+        trained = (self._prompts(iteration) for iteration in range(self.recipe.run.iterations))
+        return [text for texts in (self.eval_prompts, *trained, [""]) for text in texts]
+
+    def _prompts(self, iteration: int) -> list[str]:
+        return prompts_of_iteration(self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed)
 
     def run(self, report: Report = lambda line: None) -> None:
         """Trains to `run.iterations`; `report` gets the metrics line of every iteration."""
@@ -90,7 +98,7 @@ class Trainer:
         with clock("plan"):
             plan = make_plan(recipe, iteration, self.table)
             rows = plan_rows(plan).to(policy.device)
-            prompts = policy.encode(prompts_of_iteration(self.train_prompts, iteration, recipe.data.prompts_per_iteration, recipe.run.seed))
+            prompts = policy.encode(self._prompts(iteration))
         with clock("rollout"):
             forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration, share=recipe.engine.share)
         with clock("reward"):

@@ -74,16 +74,16 @@ class Updater:
         reference = None
         if update.kl_weight > 0:
             with span("reference"):
-                v_ref, uncond_ref = policy.reference_velocity(x, batch.sigma, prompts, batch.prompt)
-                reference = guided(v_ref, uncond_ref, policy.guidance_scale or 1.0, policy.state_dtype)
+                v_ref, uncond_ref, scale = policy.reference_velocity(x, batch.sigma, prompts, batch.prompt)
+                reference = guided(v_ref, uncond_ref, scale or 1.0, policy.state_dtype)
         with span("transformer"):
-            v, v_uncond = policy.velocity(x, batch.sigma, prompts, batch.prompt)
+            v, v_uncond, scale = policy.velocity(x, batch.sigma, prompts, batch.prompt)
         with span("grpo_loss"):
             result, grad_v, grad_uncond = grpo_loss_and_grad(
                 x, v, forest.states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
                 clip_range=update.clip_range, child_offsets=batch.offsets, ratio="guard" if guard else "density", key=key,
                 sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference, kl_weight=update.kl_weight,
-                v_uncond=v_uncond, guidance_scale=policy.guidance_scale,
+                v_uncond=v_uncond, guidance_scale=scale,
             )  # fmt: skip
         with span("backward"):
             if v_uncond is None:
@@ -117,9 +117,9 @@ class Updater:
         """bf16 passes depend on their batch: later updates compare with the old policy's logp in the very batches that they train in."""
         for batch in (batch for passes in later for batch in passes):
             x = forest.states[batch.state]
-            v, v_uncond = self.policy.velocity(x, batch.sigma, prompts, batch.prompt)
+            v, v_uncond, scale = self.policy.velocity(x, batch.sigma, prompts, batch.prompt)
             forest.logp[batch.child] = flow_logprob(
-                x, v, forest.states[batch.child], batch.coef, child_offsets=batch.offsets, v_uncond=v_uncond, guidance_scale=self.policy.guidance_scale
+                x, v, forest.states[batch.child], batch.coef, child_offsets=batch.offsets, v_uncond=v_uncond, guidance_scale=scale
             )
 
 

@@ -1,53 +1,89 @@
-"""What a model family has to provide: text in, velocity, pictures out. Everything else (guidance, batching, precision, replay) is the policy's."""
+"""What the engine asks of a model family: prompts in, velocity, pictures out. Everything else (guidance, batching, precision, replay) is the policy's."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
+from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.geometry import Geometry, read_geometry
+from flowgrove.recipe import Model
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the transformer is told besides state and time: tensors whose first dimension is the prompt."""
-
-    tensors: dict[str, Tensor]
-
-    def __getitem__(self, rows: Tensor) -> "Conditioning":
-        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
-
-    @staticmethod
-    def cat(parts: list["Conditioning"]) -> "Conditioning":
-        """All rows of `parts`, in order."""
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+_PIXELS_PER_DECODE = 1 << 22  # four pictures of 1024²; decoders need some hundred bytes per pixel
 
 
 class Adapter(ABC):
-    """One family of pipelines. Tensors are on `device`; states are fp32 (float64 for model.dtype fp64)."""
+    """One family of diffusers pipelines. Tensors are on `device`; states are fp32 (float64 for model.dtype fp64).
 
-    transformer: Any  # a diffusers ModelMixin
-    latent_shape: tuple[int, ...]  # of one sample, without the batch
-    tokens: int  # per row: picture and text
-    lora_targets: tuple[str, ...]  # module names that published recipes adapt
+    `without` names parts of the pipeline that are left on disk: `TEXT` for an adapter that need not encode, `PICTURE` for one that does nothing else.
+    """
+
+    pipeline: ClassVar[type[DiffusionPipeline]]
+    lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
+    TEXT: ClassVar[tuple[str, ...]]
+    PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
+    fps: ClassVar[int] = 16  # of videos, as files
+
+    def __init__(self, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()) -> None:
+        self.geometry: Geometry = read_geometry(folder, recipe)
+        dtypes = weights if self.vae_dtype is None or weights == torch.float64 else {"default": weights, "vae": self.vae_dtype}
+        self.pipe = self.pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **dict.fromkeys(without)).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        for name, part in self.pipe.components.items():
+            if name != "transformer" and isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        if "vae" not in without and recipe.vae_tiling:
+            self.pipe.vae.enable_tiling()
+        self.transformer: Any = self.pipe.transformer  # a diffusers ModelMixin, or None
+
+    @classmethod
+    def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
+        """What an adapter that only encodes leaves on disk."""
+        return cls.PICTURE
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample, without the batch."""
+        return self.geometry.latent_shape
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the transformer takes the guidance scale as an input (distilled guidance) instead of an unconditional pass."""
+        return bool(self.transformer.config.get("guidance_embeds", False))
+
+    @property
+    def samples_per_decode(self) -> int:
+        """Samples that are decoded together."""
+        size = self.geometry
+        return max(1, _PIXELS_PER_DECODE // (size.height * size.width * (size.frames or 1)))
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Text embeddings, one row per prompt; "" is the unconditional prompt."""
 
     @abstractmethod
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """v = dx/dσ, [B, *latent_shape], of states x at σ [B] (fp32)."""
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
+        """v = dx/dσ, [B, *latent_shape], of states x at σ [B] (fp32). `guidance_scale` matters only where `embeds_guidance`."""
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], fp32, of clean latents."""
+        """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] of clean latents, in their dtype."""
 
-    @abstractmethod
+    def guide(self, v: Tensor, v_uncond: Tensor, scale: float) -> Tensor | None:
+        """The guided velocity, differentiable, where the family does not use v_u + γ(v − v_u), which the fused ops apply themselves."""
+        return None
+
     def save_pipeline(self, folder: Path) -> None:
         """The whole pipeline as `from_pretrained` reads it."""
+        self.pipe.save_pretrained(folder)
 
-    @abstractmethod
     def save_lora(self, folder: Path) -> None:
         """The LoRA layers as `load_lora_weights` reads them."""
+        layers = get_peft_model_state_dict(self.transformer)
+        settings = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them a loader assumes alpha = rank
+        self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)

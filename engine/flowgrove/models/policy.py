@@ -4,7 +4,7 @@ Whatever trains has fp32 master weights; with model.dtype bf16 the passes run in
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,13 +14,20 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError
-from flowgrove.models.adapter import Adapter, Conditioning
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.attention import use_attention
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.embeddings import Encoder, LoadedEncoder, StoredEncoder, cache_folder
 from flowgrove.models.float64 import keep_float64
+from flowgrove.models.flux import Flux
 from flowgrove.models.folders import model_folder
+from flowgrove.models.geometry import read_geometry
+from flowgrove.models.qwen_image import QwenImage
 from flowgrove.models.sd3 import SD3
+from flowgrove.models.wan import Wan
 from flowgrove.recipe import Recipe
 
-_ADAPTERS = {"sd3": SD3}
+_ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
 
@@ -34,42 +41,65 @@ class Prompts(NamedTuple):
 
 
 class Velocity(NamedTuple):
-    """v [B, ...], and the unconditional velocity where guidance is on."""
+    """v [B, ...], and the unconditional velocity with the scale γ where the fused ops are to guide: v_u + γ(v − v_u)."""
 
     v: Tensor
-    uncond: Tensor | None
+    uncond: Tensor | None = None
+    scale: float | None = None
 
 
 class Policy:
-    """Raises UserError for a missing or unsuitable model folder."""
+    """Raises UserError for a missing or unsuitable model folder. `texts`: prompts that will be asked for (see `embeddings`)."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, texts: Iterable[str] = ()) -> None:
         model = recipe.model
         self.device = device
         self.compute_dtype = _DTYPES[model.dtype]
         self.state_dtype = torch.float64 if model.dtype == "fp64" else torch.float32
-        self.guidance_scale = _unless_one(model.guidance_scale)
+        self.guidance_scale = model.guidance_scale
+        if model.dtype == "fp64" and model.adapter != "sd3":
+            raise UserError(f"model.dtype is fp64: the {model.adapter} transformer computes positions and norms in fp32; write fp32")
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        folder = model_folder(model)
         diffusers.utils.logging.disable_progress_bar()
+        self.encoder: Encoder
+        self.adapter: Adapter
+        self._load(recipe, texts)
+        self.transformer = self.adapter.transformer
+        use_attention(self.transformer, recipe.engine.attention, model.adapter, device)
+        self._reference: Any = None
+        self._prepare_weights(recipe)
+        budget = recipe.engine.token_budget
+        self.rows_per_pass = max(1, (_TOKENS_PER_PASS[device.type] if budget == "auto" else budget) // self.adapter.geometry.tokens)
+
+    def _load(self, recipe: Recipe, texts: Iterable[str]) -> None:
+        """The pipeline's parts onto the device: text encoders before the others and only as long as they are needed, if embeddings are kept on disk."""
+        model, folder = recipe.model, model_folder(recipe.model)
+        family = _ADAPTERS[model.adapter]
+
+        def load(*without: str) -> Adapter:
+            return family(folder, model, self.device, self.compute_dtype, without)
+
+        geometry = read_geometry(folder, model)
+        store = cache_folder(recipe, folder, family.TEXT, geometry.prompt_tokens)
         try:
-            self.adapter: Adapter = _ADAPTERS[model.adapter](folder, model, device, self.compute_dtype)
+            if store is None:
+                self.adapter = load()
+                self.encoder = LoadedEncoder(self.adapter)
+            else:
+                self.encoder = StoredEncoder(store, lambda: load(*family.parts_beside_text(folder)), self.device)
+                self.encoder.prepare(texts)
+                self.adapter = load(*family.TEXT)
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
-        self.transformer = self.adapter.transformer
-        self._reference: Any = None
-        self._prepare_weights(recipe)
-        budget = recipe.engine.token_budget
-        self.rows_per_pass = max(1, (_TOKENS_PER_PASS[device.type] if budget == "auto" else budget) // self.adapter.tokens)
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
         if self.state_dtype == torch.float64:
             keep_float64(self.transformer)
-        if recipe.update.kl_weight > 0 and lora is None:
+        if lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1):
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
         if lora is None:
             self.transformer.requires_grad_(True)
@@ -97,48 +127,60 @@ class Policy:
     def encode(self, texts: list[str]) -> Prompts:
         """Each distinct text is encoded once."""
         distinct = list(dict.fromkeys(texts))
-        rows = torch.tensor([distinct.index(text) for text in texts], device=self.device)
-        cond = Conditioning.cat([self.adapter.encode(distinct[i : i + self.rows_per_pass]) for i in range(0, len(distinct), self.rows_per_pass)])
-        return Prompts(texts, cond[rows], None if self.guidance_scale is None else self.adapter.encode([""]))
+        place = {text: i for i, text in enumerate(distinct)}
+        rows = torch.tensor([place[text] for text in texts], device=self.device)
+        return Prompts(texts, self.encoder(distinct)[rows], self.encoder([""]) if self.doubles else None)
+
+    @property
+    def doubles(self) -> bool:
+        """Whether guidance needs an unconditional velocity, two rows for one."""
+        return self.guidance_scale != 1.0 and not self.adapter.embeds_guidance
 
     def velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
         """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows."""
         with self._precision():
             cond = prompts.cond[prompt_of]
             if prompts.uncond is None:
-                return Velocity(self.adapter.velocity(x, sigma, cond), None)
+                return Velocity(self.adapter.velocity(x, sigma, cond, self.guidance_scale))
             both = Conditioning.cat([cond, prompts.uncond[torch.zeros_like(prompt_of)]])
-            v, uncond = self.adapter.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-            return Velocity(v, uncond)
+            v, uncond = self.adapter.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale).chunk(2)
+        guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
+        return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
     def velocity_in_passes(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, most: int | None = None) -> Velocity:
         """`velocity` of any number of rows, in as few passes as the token budget (or `most` rows a pass) allows."""
         parts = [self.velocity(x[rows], sigma[rows], prompts, prompt_of[rows]) for rows in self.passes(len(x), most)]
-        return Velocity(torch.cat([p.v for p in parts]), None if parts[0].uncond is None else torch.cat([p.uncond for p in parts if p.uncond is not None]))
+        uncond = [part.uncond for part in parts if part.uncond is not None]
+        return Velocity(torch.cat([part.v for part in parts]), torch.cat(uncond) if uncond else None, parts[0].scale)
 
-    @torch.no_grad()
-    def reference_velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
-        """The untouched model's velocity: LoRA switched off, or the frozen copy."""
-        trained, adapters_off = self.adapter.transformer, self._reference is None
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The model as it was before training, inside the block: LoRA switched off, or the frozen copy."""
+        adapters_off = self._reference is None
         if adapters_off:
             self.transformer.disable_adapters()
         else:
             self.adapter.transformer = self._reference
         try:
-            return self.velocity(x, sigma, prompts, prompt_of)
+            yield
         finally:
-            self.adapter.transformer = trained
+            self.adapter.transformer = self.transformer
             if adapters_off:
                 self.transformer.enable_adapters()
 
+    @torch.no_grad()
+    def reference_velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
+        """The untouched model's velocity."""
+        with self.untouched():
+            return self.velocity(x, sigma, prompts, prompt_of)
+
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] on the device."""
-        with self._precision():
-            return torch.cat([self.adapter.decode(x[rows]) for rows in self.passes(len(x))])
+        """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""
+        return torch.cat([self.adapter.decode(some) for some in x.split(self.adapter.samples_per_decode)])
 
     def passes(self, rows: int, most: int | None = None) -> Iterator[slice]:
         """Slices of at most `rows_per_pass` (or `most`) rows that differ by one in length."""
-        fit = self.rows_per_pass if self.guidance_scale is None else max(1, self.rows_per_pass // 2)  # guidance runs two rows for one
+        fit = max(1, self.rows_per_pass // 2) if self.doubles else self.rows_per_pass
         count = -(-rows // (most or fit))
         return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
 
@@ -146,7 +188,7 @@ class Policy:
     def guided_by(self, scale: float | None) -> Iterator[None]:
         """Another guidance scale inside the block (None: the recipe's), for evaluation."""
         kept = self.guidance_scale
-        self.guidance_scale = kept if scale is None else _unless_one(scale)
+        self.guidance_scale = kept if scale is None else scale
         try:
             yield
         finally:
@@ -156,7 +198,3 @@ class Policy:
         if self.compute_dtype == torch.bfloat16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
-
-
-def _unless_one(scale: float) -> float | None:
-    return None if scale == 1.0 else scale

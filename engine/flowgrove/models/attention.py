@@ -1,0 +1,62 @@
+"""Attention backends: which are usable here, and how a transformer is told to use one. All of them come through diffusers' attention dispatch."""
+
+from typing import Any
+
+import torch
+from diffusers.models import attention_dispatch as dispatch
+from diffusers.models.attention_processor import XFormersJointAttnProcessor
+from torch import nn
+
+from flowgrove.errors import UserError
+
+_NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}  # ours for diffusers'; all others are diffusers' own
+_INSTALL = {
+    "flash": "pip install flash-attn --no-build-isolation",
+    "flash_varlen": "pip install flash-attn --no-build-isolation",
+    "_flash_3": "build flash-attn 3 from the hopper/ folder of github.com/Dao-AILab/flash-attention",
+    "xformers": "pip install xformers",
+    "sage": "pip install sageattention",
+}
+
+
+def use_attention(transformer: nn.Module, wanted: str, adapter: str, device: torch.device) -> None:
+    """Sets engine.attention on a transformer; auto leaves PyTorch's own. Raises UserError for a backend that cannot run here or on this model."""
+    if wanted == "auto":
+        return
+    name = _NAMES.get(wanted, wanted)
+    if (reason := missing(wanted, device)) is not None:
+        raise UserError(f"engine.attention is {wanted}: {reason}; or write auto")
+    switchable = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules())
+    if switchable:
+        _model(transformer).set_attention_backend(name)
+    elif name == "xformers":
+        _model(transformer).set_attn_processor(XFormersJointAttnProcessor())
+    elif name != "native":
+        raise UserError(f"engine.attention is {wanted}: the {adapter} transformer of diffusers takes sdpa (which itself runs flash kernels) or xformers")
+
+
+def missing(wanted: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on `device` and what to do; None if it can."""
+    name = _NAMES.get(wanted, wanted)
+    known = {backend.value for backend in dispatch.AttentionBackendName}
+    if name not in known:
+        return f"known are {', '.join(attention_names())}"
+    if name == "native":
+        return None
+    try:
+        dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(name))
+    except RuntimeError as error:
+        return f"not installed: {_INSTALL[name]}" if name in _INSTALL else " ".join(str(error).split())
+    if device.type == "cpu" and name not in ("_native_math", "flex"):
+        return "it needs a GPU"
+    return None
+
+
+def attention_names() -> list[str]:
+    """All that engine.attention takes besides auto."""
+    theirs = {ours: name for name, ours in _NAMES.items()}
+    return sorted(theirs.get(backend.value, backend.value) for backend in dispatch.AttentionBackendName)
+
+
+def _model(transformer: nn.Module) -> Any:
+    return transformer

@@ -1,0 +1,44 @@
+"""FluxPipeline: FLUX.1-dev, whose transformer takes the guidance scale as an input, and FLUX.1-schnell."""
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.conditioning import Conditioning
+
+
+class Flux(Adapter):
+    """CLIP and T5; states are packed latents [tokens, 4·C], each token a patch of 2×2."""
+
+    pipeline = FluxPipeline
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """T5 embeddings [P, text tokens, D] and CLIP's pooled ones."""
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, max_sequence_length=self.geometry.prompt_tokens)
+        return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
+        """v [B, tokens, 4·C] in the transformer's dtype."""
+        dtype, unit = self.transformer.dtype, 2 * self.pipe.vae_scale_factor
+        positions = self.pipe._prepare_latent_image_ids(len(x), self.geometry.height // unit, self.geometry.width // unit, x.device, dtype)
+        return self.transformer(
+            hidden_states=x.to(dtype),
+            timestep=sigma,
+            guidance=torch.full_like(sigma, guidance_scale) if self.embeds_guidance else None,
+            txt_ids=positions.new_zeros(cond.tensors["encoder_hidden_states"].shape[1], 3),
+            img_ids=positions,
+            return_dict=False,
+            **cond.tensors,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1]."""
+        vae, size = self.pipe.vae, self.geometry
+        latents = self.pipe._unpack_latents(x.to(vae.dtype), size.height, size.width, self.pipe.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)

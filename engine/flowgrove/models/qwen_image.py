@@ -1,0 +1,53 @@
+"""QwenImagePipeline: prompts of any length under a mask, and guidance that keeps the norm of the conditional velocity."""
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.conditioning import Conditioning
+
+
+class QwenImage(Adapter):
+    """Qwen2.5-VL as the text encoder; states are packed latents [tokens, 4·C], each token a patch of 2×2."""
+
+    pipeline = QwenImagePipeline
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+    TEXT = ("text_encoder", "tokenizer")
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Embeddings [P, longest prompt, D] and their mask."""
+        embeds, mask = self.pipe.encode_prompt(prompts, max_sequence_length=self.geometry.prompt_tokens)
+        if mask is None:  # the pipeline's way to say that nothing is padded
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        return Conditioning({"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask.bool()})
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
+        """v [B, tokens, 4·C] in the transformer's dtype."""
+        unit = 2 * self.pipe.vae_scale_factor
+        return self.transformer(
+            hidden_states=x.to(self.transformer.dtype),
+            timestep=sigma,
+            guidance=torch.full_like(sigma, guidance_scale) if self.embeds_guidance else None,
+            img_shapes=[[(1, self.geometry.height // unit, self.geometry.width // unit)]] * len(x),
+            return_dict=False,
+            **cond.tensors,
+        )[0]
+
+    def guide(self, v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """v_u + γ(v − v_u), each token rescaled to the norm of its v."""
+        guided = v_uncond + scale * (v - v_uncond)
+        return guided * (vector_norm(v, dim=-1, keepdim=True) / vector_norm(guided, dim=-1, keepdim=True))
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1]."""
+        vae, size = self.pipe.vae, self.geometry
+        latents = self.pipe._unpack_latents(x.to(vae.dtype), size.height, size.width, self.pipe.vae_scale_factor)
+        mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+        return (vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0].to(x.dtype) / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,36 @@
+"""WanPipeline: Wan2.1 text-to-video."""
+
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.conditioning import Conditioning
+
+
+class Wan(Adapter):
+    """UMT5 read through cross-attention; states are latents [C, frames, h, w]. The VAE stays fp32, as its authors run it."""
+
+    pipeline = WanPipeline
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    TEXT = ("text_encoder", "tokenizer")
+    vae_dtype = torch.float32
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """UMT5 embeddings [P, text tokens, D], zeros after the prompt's end."""
+        embeds, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.geometry.prompt_tokens)
+        return Conditioning({"encoder_hidden_states": embeds})
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
+        """v [B, C, frames, h, w] in the transformer's dtype; σ reaches the model unrounded."""
+        return self.transformer(hidden_states=x.to(self.transformer.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors)[0]
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Videos [B, frames, 3, H, W] in [0, 1]."""
+        vae = self.pipe.vae
+        latents = x.to(vae.dtype)
+        mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+        videos = vae.decode(latents * std + mean, return_dict=False)[0]
+        return (videos.transpose(1, 2).to(x.dtype) / 2 + 0.5).clamp(0, 1)

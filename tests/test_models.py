@@ -1,0 +1,217 @@
+"""FLUX.1, Qwen-Image and Wan2.1 adapters against diffusers' own pipelines, on tiny weights in the real folder layout (SD3: test_sd3.py)."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from flowgrove.errors import UserError
+from flowgrove.evaluation import sample
+from flowgrove.models.policy import Policy
+from flowgrove.plan import make_plan
+from flowgrove.rollout import rollout
+from flowgrove.rows import plan_rows
+from flowgrove.sigmas import listed_sigmas, recipe_sigmas
+from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
+from policy_cases import CPU, TEXTS, encoded, small_recipe
+from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
+
+ODE = {"steps": 4, "shift": None, "group_size": 2, "shared_initial_noise": False, "window": {"strategy": "none"}}
+PROMPTS = [*TEXTS, "", "a red circle " * 40]
+LORA = {"rank": 4, "alpha": 8}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: write_pipeline(name, root / name) for name in FAMILIES}
+
+
+def recipe_of(folders, name, **sections):
+    model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", "gradient_checkpointing": False, **sections.pop("model", {})}
+    return small_recipe(model={"lora": None, "guidance_scale": 1.0, **model}, **sections)
+
+
+def policy_of(folders, name, **sections):
+    return Policy(recipe_of(folders, name, **sections), CPU)
+
+
+def states(policy, count, seed=0):
+    return torch.randn(count, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def their_latents(name, pipe, prompts, model, latents, guidance, steps):
+    """Clean latents of the diffusers pipeline itself."""
+    options = {"height": model.height, "width": model.width, "num_inference_steps": steps, "latents": latents, "max_sequence_length": model.text_tokens}
+    if name == "flux":
+        options["guidance_scale"] = guidance
+    elif name in ("flux_schnell", "qwen_image"):
+        options |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts) if guidance > 1 else None}
+    else:
+        options |= {"guidance_scale": guidance, "num_frames": model.frames}
+    result = pipe(prompt=prompts, output_type="latent", **options)
+    return result.frames if name == "wan" else result.images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, guidance, height, width):
+    pipe = PIPELINES[name].from_pretrained(folders[name])
+    pipe.set_progress_bar_config(disable=True)
+    recipe = recipe_of(folders, name, model={"guidance_scale": guidance, "height": height, "width": width}, rollout=ODE)
+    if name == "wan":  # its own solver is UniPC; Euler over a table is what an ODE step of a rollout is
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipe.scheduler.set_timesteps(ODE["steps"])
+        sigmas = listed_sigmas(pipe.scheduler.sigmas.tolist())
+    else:
+        sigmas = recipe_sigmas(recipe)
+    policy = Policy(recipe, CPU)
+    plan = make_plan(recipe, 0, sigmas)
+    forest = rollout(plan, plan_rows(plan), policy, encoded(policy, PROMPTS), seed=3, iteration=9)
+    prompt = torch.arange(len(PROMPTS)).repeat_interleave(2)
+    latents = philox_normal((len(prompt), *policy.adapter.latent_shape), NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(PROMPTS))))
+    expected = their_latents(name, pipe, [text for text in PROMPTS for _ in range(2)], recipe.model, latents, guidance, ODE["steps"])
+    assert (forest.leaves - expected).abs().max() <= 1e-4
+    assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.01, "the prompt matters"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_decoded_samples_equal_the_diffusers_pipeline(folders, name):
+    policy, pipe = policy_of(folders, name), PIPELINES[name].from_pretrained(folders[name])
+    pipe.set_progress_bar_config(disable=True)
+    latents = states(policy, 3)
+    options = {"num_frames": 5} if name == "wan" else {}
+    pipe.scheduler.step = lambda v, t, x, return_dict: (x,)  # so the pipeline decodes what it was given
+    result = pipe(
+        prompt=TEXTS, height=32, width=32, num_inference_steps=2, latents=latents, output_type="pt", max_sequence_length=MODELS[name]["text_tokens"], **options
+    )
+    expected = result.frames if name == "wan" else result.images
+    decoded = policy.decode(latents)
+    assert decoded.shape == expected.shape
+    assert (decoded - expected).abs().max() <= 1e-5
+    assert decoded.std() > 0.01
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_mixed_prompts_in_one_batch_equal_one_by_one(folders, name, guidance):
+    policy = policy_of(folders, name, model={"guidance_scale": guidance})
+    x, sigma = states(policy, len(PROMPTS)), torch.linspace(0.95, 0.1, len(PROMPTS))
+    together = policy.velocity(x, sigma, encoded(policy, PROMPTS), torch.arange(len(PROMPTS)))
+    for row, text in enumerate(PROMPTS):
+        alone = policy.velocity(x[row : row + 1], sigma[row : row + 1], encoded(policy, [text]), torch.tensor([0]))
+        assert (together.v[row] - alone.v[0]).abs().max() <= 1e-5
+        if together.uncond is not None:
+            assert (together.uncond[row] - alone.uncond[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
+    policy = policy_of(folders, name, model={"lora": lora})
+    trainable = policy.trainable()
+    if lora:
+        assert all("lora_" in parameter for parameter in trainable)
+        adapted = {parameter.split(".lora_")[0] for parameter in trainable}
+        blocks = [block for block in adapted if block.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+        assert blocks
+        assert len(trainable) == 2 * len(adapted)
+        for parameter in trainable.values():  # B starts at 0, which would hide A's gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    else:
+        assert len(trainable) == len(list(policy.transformer.parameters()))
+    prompts = encoded(policy)
+    v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), prompts, torch.tensor([0, 1])).v
+    v.square().sum().backward()
+    silent = []
+    for parameter, tensor in policy.transformer.named_parameters():
+        if parameter not in trainable:
+            assert tensor.grad is None, parameter
+        elif tensor.grad is None or not tensor.grad.abs().max() > 0:
+            silent.append(parameter)
+    unused = ("add_q_proj", "norm_added_q", "to_add_out", "ff_context", "txt_mlp", "txt_mod", "norm1_context", "add_v_proj", "add_k_proj")
+    last = {"flux": "transformer_blocks.none", "flux_schnell": "transformer_blocks.none", "qwen_image": "transformer_blocks.1.", "wan": "none"}[name]
+    for parameter in silent:  # the last block drops its text stream; biases of keys shift all logits alike
+        assert (parameter.startswith(last) and any(part in parameter for part in unused)) or parameter.endswith("k.bias"), parameter
+    others = [part for key, part in policy.adapter.pipe.components.items() if isinstance(part, torch.nn.Module) and key != "transformer"]
+    assert others
+    assert all(p.grad is None and not p.requires_grad for part in others for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_gradient_checkpointing_changes_no_gradient(folders, name):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = policy_of(folders, name, model={"gradient_checkpointing": checkpointing})
+        with torch.enable_grad():
+            v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
+            v.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
+    recipe = recipe_of(folders, name, rollout={"steps": 3, "shift": 3.0})
+    policy = Policy(recipe, CPU)
+    base = sample(recipe, policy, TEXTS)
+    for parameter in policy.trainable().values():
+        parameter.mul_(1.1)
+    policy.adapter.save_pipeline(tmp_path / "export")
+    PIPELINES[name].from_pretrained(tmp_path / "export")
+    loaded = Policy(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "export")})}), CPU)
+    tuned = sample(recipe, policy, TEXTS)
+    assert (tuned - sample(recipe, loaded, TEXTS)).abs().max() <= 1e-5
+    assert (tuned - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
+    policy, plain = policy_of(folders, name, model={"lora": LORA}), policy_of(folders, name)
+    for parameter in policy.trainable().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    policy.adapter.save_lora(tmp_path / "lora")
+    x, sigma, prompt = states(plain, 2), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
+    base = plain.velocity(x, sigma, encoded(plain), prompt).v
+    plain.adapter.pipe.load_lora_weights(tmp_path / "lora")
+    loaded = plain.velocity(x, sigma, encoded(plain), prompt).v
+    tuned = policy.velocity(x, sigma, encoded(policy), prompt).v
+    assert (loaded - tuned).abs().max() <= 1e-5
+    assert (tuned - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
+    policy = policy_of(folders, name, model={"lora": LORA, "dtype": "bf16"})
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+    kept = policy.transformer._keep_in_fp32_modules or []
+    frozen = {p.dtype for key, p in policy.transformer.named_parameters() if not p.requires_grad and not any(part in key for part in kept)}
+    assert frozen == {torch.bfloat16}
+    v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
+    assert v.dtype == torch.bfloat16
+    assert policy.decode(states(policy, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "text"),
+    [
+        ("flux", {"height": 30}, "model.height is 30: write a multiple of 4"),
+        ("flux", {"frames": 5}, "model.frames is 5, but flux draws pictures"),
+        ("flux", {"adapter": "sd3"}, "holds a FluxPipeline, which is not for model.adapter sd3: write model.adapter: flux"),
+        ("wan", {"frames": 6}, "model.frames is 6: write a multiple of 4 and one more, like 5"),
+        ("wan", {"width": 40}, "model.width is 40: write a multiple of 16"),
+        ("qwen_image", {"dtype": "fp64"}, "model.dtype is fp64"),
+        ("wan", {"lora": {"rank": 2, "alpha": 2, "targets": ["nothing"]}}, "model.lora.targets"),
+    ],
+)
+def test_unsuitable_settings_are_one_line_errors(folders, name, model, text):
+    with pytest.raises(UserError, match=text) as caught:
+        policy_of(folders, name, model=model)
+    assert "\n" not in str(caught.value)
