@@ -96,19 +96,29 @@ def plan(
     set_: Overrides = None,
     iteration: Annotated[int, typer.Option(min=0, help="which iteration, counted from 0")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")] = False,
 ) -> None:
     """Show steps, tree, counts and cost of an iteration; loads no model."""
     from flowgrove.plan import make_plan
-    from flowgrove.plan_view import draw_plan, plan_json
+    from flowgrove.plan_view import draw_memory, draw_plan, plan_json
     from flowgrove.recipe import load_recipe
     from flowgrove.sigmas import recipe_sigmas
 
     settings = load_recipe(recipe, tuple(set_ or ()))
-    made = make_plan(settings, iteration, recipe_sigmas(settings))
+    table = recipe_sigmas(settings)
+    made = make_plan(settings, iteration, table)
+    device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
+    predicted = None
+    if memory:
+        from flowgrove.memory import predict_memory
+
+        predicted = predict_memory(settings, made, device_type)
     if as_json:
         sys.stdout.write(json.dumps(plan_json(made)) + "\n")
     else:
-        draw_plan(made, settings, Console(highlight=False))
+        draw_plan(made, settings, Console(highlight=False), table.source)
+    if predicted is not None:
+        draw_memory(predicted, device_type, Console(highlight=False, stderr=as_json))
 
 
 @_command

@@ -1,13 +1,16 @@
 """A plan as a person reads it, and as JSON."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
+
+if TYPE_CHECKING:
+    from flowgrove.memory import Memory
 
 _DRAWN_LEAVES = 32
 
@@ -17,8 +20,8 @@ def plan_json(plan: RolloutPlan) -> dict[str, Any]:
     return {"iteration": plan.iteration, "window": list(plan.window), "steps": [asdict(step) for step in plan.steps], "counts": asdict(plan.counts)}
 
 
-def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console) -> None:
-    """Steps, forest, counts and the cost against the unshared loop."""
+def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str) -> None:
+    """Steps, forest, counts and the cost against the unshared loop. `schedule`: where the σ table comes from."""
     window = f"window {plan.window[0]}…{plan.window[-1]}" if plan.window else "no window"
     table = Table(title=f"iteration {plan.iteration}: {window}, per prompt", title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in ("step", "σ", "σ′", "solver", "nodes", "fanout", "trained"):
@@ -29,6 +32,7 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console) -> None:
         trained = "yes" if step.trained else "pruned" if step.stochastic else ""
         table.add_row(str(step.index), f"{step.sigma:.4f}", f"{step.sigma_next:.4f}", kind, str(step.nodes_in), fanout, trained)
     console.print(table)
+    console.print(f"[dim]σ: {schedule}[/]")
     console.print()
     for line in forest_lines(plan):
         console.print(line)
@@ -47,6 +51,19 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console) -> None:
     # a training pass costs about three forwards: forward, and a backward twice as dear
     shared, loop = (f + 3 * p for f, p in ((counts.rollout_forwards, counts.train_passes), (counts.unshared_rollout_forwards, counts.unshared_train_passes)))
     console.print(f"cost against the unshared loop: {shared / loop:.0%} (one train pass counted as three forwards)")
+
+
+def draw_memory(memory: "Memory", device_type: str, console: Console) -> None:
+    """What stays and what each stage needs beside it."""
+    console.print(f"\npredicted memory of one {device_type} device ({memory.rows} rows a pass, text encoders freed)")
+    for title, parts in (("stays", memory.resident), ("beside it", memory.stages)):
+        for number, (name, size) in enumerate((name, size) for name, size in parts.items() if size):
+            console.print(f"  {'' if number else title:<11}{name:<20}{_size(size):>12}")
+    console.print(f"  [bold]{'peak':<31}{_size(memory.peak):>12}[/]")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def forest_lines(plan: RolloutPlan) -> list[str]:

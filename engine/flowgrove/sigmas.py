@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
-from flowgrove.models.folders import model_folder
+from flowgrove.models.folders import configuration_folder
 from flowgrove.models.geometry import read_geometry
 from flowgrove.recipe import Recipe
 
@@ -88,5 +88,5 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
     rollout = recipe.rollout
     if rollout.shift is not None:
         return shifted_sigmas(rollout.steps, rollout.shift)
-    folder = model_folder(recipe.model)
+    folder = configuration_folder(recipe.model)
     return scheduler_sigmas(folder, rollout.steps, read_geometry(folder, recipe.model).picture_tokens, recipe.model.adapter in ("flux", "qwen_image"))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,10 +17,7 @@ _PIXELS_PER_DECODE = 1 << 22  # four pictures of 1024²; decoders need some hund
 
 
 class Adapter(ABC):
-    """One family of diffusers pipelines. Tensors are on `device`; states are fp32 (float64 for model.dtype fp64).
-
-    `without` names parts of the pipeline that are left on disk: `TEXT` for an adapter that need not encode, `PICTURE` for one that does nothing else.
-    """
+    """One family of diffusers pipelines. States are fp32 (float64 for model.dtype fp64). `velocity` needs the transformer alone, the rest the pipeline."""
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
@@ -29,17 +26,25 @@ class Adapter(ABC):
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
     fps: ClassVar[int] = 16  # of videos, as files
 
-    def __init__(self, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()) -> None:
-        self.geometry: Geometry = read_geometry(folder, recipe)
-        dtypes = weights if self.vae_dtype is None or weights == torch.float64 else {"default": weights, "vae": self.vae_dtype}
-        self.pipe = self.pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **dict.fromkeys(without)).to(device)
-        self.pipe.set_progress_bar_config(disable=True)
-        for name, part in self.pipe.components.items():
-            if name != "transformer" and isinstance(part, torch.nn.Module):
+    def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None) -> None:
+        self.geometry, self.transformer, self.pipe = geometry, transformer, pipe
+
+    @classmethod
+    def load(cls, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()) -> Self:
+        """The pipeline in `folder`, frozen, on `device`.
+
+        `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for one that does nothing else.
+        """
+        geometry = read_geometry(folder, recipe)
+        dtypes = weights if cls.vae_dtype is None or weights == torch.float64 else {"default": weights, "vae": cls.vae_dtype}
+        pipe = cls.pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **dict.fromkeys(without)).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         if "vae" not in without and recipe.vae_tiling:
-            self.pipe.vae.enable_tiling()
-        self.transformer: Any = self.pipe.transformer  # a diffusers ModelMixin, or None
+            pipe.vae.enable_tiling()
+        return cls(geometry, pipe.transformer, pipe)
 
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
@@ -65,6 +70,10 @@ class Adapter(ABC):
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Text embeddings, one row per prompt; "" is the unconditional prompt."""
+
+    @abstractmethod
+    def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
+        """Zeros in the shape of the longest prompts' embeddings: what a pass costs can be known without encoders."""
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:

@@ -21,10 +21,16 @@ class Flux(Adapter):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, max_sequence_length=self.geometry.prompt_tokens)
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
+    def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
+        """Zeros in the shape of the longest prompts' embeddings."""
+        config = self.transformer.config
+        embeds = torch.zeros(rows, self.geometry.prompt_tokens, config.joint_attention_dim, dtype=dtype)
+        return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": torch.zeros(rows, config.pooled_projection_dim, dtype=dtype)})
+
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
-        dtype, unit = self.transformer.dtype, 2 * self.pipe.vae_scale_factor
-        positions = self.pipe._prepare_latent_image_ids(len(x), self.geometry.height // unit, self.geometry.width // unit, x.device, dtype)
+        dtype, size = self.transformer.dtype, self.geometry
+        positions = self.pipeline._prepare_latent_image_ids(len(x), size.height // size.unit, size.width // size.unit, x.device, dtype)
         return self.transformer(
             hidden_states=x.to(dtype),
             timestep=sigma,
@@ -39,6 +45,6 @@ class Flux(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae, size = self.pipe.vae, self.geometry
-        latents = self.pipe._unpack_latents(x.to(vae.dtype), size.height, size.width, self.pipe.vae_scale_factor)
+        latents = self.pipeline._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)

@@ -16,6 +16,7 @@ class Geometry:
     latent_shape: tuple[int, ...]
     height: int
     width: int
+    unit: int  # pixels per token and side
     frames: int | None  # None: a picture
     picture_tokens: int
     prompt_tokens: int  # the longest prompt that is read; of several encoders, by the last
@@ -55,7 +56,7 @@ def _sd3(folder: Path, model: Model) -> Geometry:
     height, width = _size(model, transformer["sample_size"] * scale, unit, transformer["pos_embed_max_size"] * unit)
     clip = _longest(folder, "tokenizer", 77)
     t5 = model.text_tokens or min(256, _longest(folder, "tokenizer_3", 256))
-    return Geometry((transformer["in_channels"], height // scale, width // scale), height, width, None, (height // unit) * (width // unit), t5, clip + t5)
+    return Geometry((transformer["in_channels"], height // scale, width // scale), height, width, unit, None, (height // unit) * (width // unit), t5, clip + t5)
 
 
 def _flux(folder: Path, model: Model) -> Geometry:
@@ -71,12 +72,12 @@ def _packed(model: Model, scale: int, channels: int, text_tokens: int) -> Geomet
     unit = 2 * scale
     height, width = _size(model, 128 * scale, unit)
     tokens, text = (height // unit) * (width // unit), model.text_tokens or text_tokens
-    return Geometry((tokens, channels), height, width, None, tokens, text, text)
+    return Geometry((tokens, channels), height, width, unit, None, tokens, text, text)
 
 
 def _wan(folder: Path, model: Model) -> Geometry:
     transformer, vae = _config(folder, "transformer"), _config(folder, "vae")
-    space, time = vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     _, patch_height, patch_width = transformer["patch_size"]
     frames = model.frames or 81
     if frames % time != 1 % time:
@@ -88,7 +89,7 @@ def _wan(folder: Path, model: Model) -> Geometry:
     )
     shape = (transformer["in_channels"], (frames - 1) // time + 1, height // space, width // space)
     tokens = shape[1] * (shape[2] // patch_height) * (shape[3] // patch_width)
-    return Geometry(shape, height, width, frames, tokens, model.text_tokens or 512, 0)  # text is read through cross-attention
+    return Geometry(shape, height, width, space * patch_height, frames, tokens, model.text_tokens or 512, 0)  # text is read through cross-attention
 
 
 _FAMILIES = {

@@ -10,26 +10,25 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError
-from flowgrove.models.adapter import Adapter
 from flowgrove.models.attention import use_attention
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.embeddings import Encoder, LoadedEncoder, StoredEncoder, cache_folder
 from flowgrove.models.float64 import keep_float64
-from flowgrove.models.flux import Flux
-from flowgrove.models.folders import model_folder
-from flowgrove.models.geometry import read_geometry
-from flowgrove.models.qwen_image import QwenImage
-from flowgrove.models.sd3 import SD3
-from flowgrove.models.wan import Wan
+from flowgrove.models.geometry import Geometry
+from flowgrove.models.loading import load_model
+from flowgrove.models.trainable import choose_trainable
 from flowgrove.recipe import Recipe
 
-_ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
+
+
+def rows_per_pass(recipe: Recipe, geometry: Geometry, device_type: str) -> int:
+    """Rows that a pass may hold; guidance runs two for one."""
+    budget = recipe.engine.token_budget
+    return max(1, (_TOKENS_PER_PASS[device_type] if budget == "auto" else budget) // geometry.tokens)
 
 
 class Prompts(NamedTuple):
@@ -54,7 +53,7 @@ class Policy:
     def __init__(self, recipe: Recipe, device: torch.device, texts: Iterable[str] = ()) -> None:
         model = recipe.model
         self.device = device
-        self.compute_dtype = _DTYPES[model.dtype]
+        self.compute_dtype = COMPUTE_DTYPES[model.dtype]
         self.state_dtype = torch.float64 if model.dtype == "fp64" else torch.float32
         self.guidance_scale = model.guidance_scale
         if model.dtype == "fp64" and model.adapter != "sd3":
@@ -62,38 +61,12 @@ class Policy:
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         diffusers.utils.logging.disable_progress_bar()
-        self.encoder: Encoder
-        self.adapter: Adapter
-        self._load(recipe, texts)
+        self.adapter, self.encoder = load_model(recipe, device, self.compute_dtype, texts)
         self.transformer = self.adapter.transformer
         use_attention(self.transformer, recipe.engine.attention, model.adapter, device)
         self._reference: Any = None
         self._prepare_weights(recipe)
-        budget = recipe.engine.token_budget
-        self.rows_per_pass = max(1, (_TOKENS_PER_PASS[device.type] if budget == "auto" else budget) // self.adapter.geometry.tokens)
-
-    def _load(self, recipe: Recipe, texts: Iterable[str]) -> None:
-        """The pipeline's parts onto the device: text encoders before the others and only as long as they are needed, if embeddings are kept on disk."""
-        model, folder = recipe.model, model_folder(recipe.model)
-        family = _ADAPTERS[model.adapter]
-
-        def load(*without: str) -> Adapter:
-            return family(folder, model, self.device, self.compute_dtype, without)
-
-        geometry = read_geometry(folder, model)
-        store = cache_folder(recipe, folder, family.TEXT, geometry.prompt_tokens)
-        try:
-            if store is None:
-                self.adapter = load()
-                self.encoder = LoadedEncoder(self.adapter)
-            else:
-                self.encoder = StoredEncoder(store, lambda: load(*family.parts_beside_text(folder)), self.device)
-                self.encoder.prepare(texts)
-                self.adapter = load(*family.TEXT)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
+        self.rows_per_pass = rows_per_pass(recipe, self.adapter.geometry, device.type)
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
@@ -101,19 +74,7 @@ class Policy:
             keep_float64(self.transformer)
         if lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1):
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
-        if lora is None:
-            self.transformer.requires_grad_(True)
-        else:
-            self.transformer.requires_grad_(False)
-            config = LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets or list(self.adapter.lora_targets), init_lora_weights="gaussian"
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(recipe.run.seed)
-                try:
-                    self.transformer.add_adapter(config)
-                except ValueError as error:
-                    raise UserError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from None
+        choose_trainable(self.transformer, lora, self.adapter.lora_targets, recipe.run.seed)
         master = self.state_dtype
         for parameter in self.trainable().values():
             parameter.data = parameter.data.to(master)

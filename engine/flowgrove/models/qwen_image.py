@@ -27,14 +27,19 @@ class QwenImage(Adapter):
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         return Conditioning({"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask.bool()})
 
+    def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
+        """Zeros in the shape of the longest prompts' embeddings, nothing masked."""
+        embeds = torch.zeros(rows, self.geometry.prompt_tokens, self.transformer.config.joint_attention_dim, dtype=dtype)
+        return Conditioning({"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool)})
+
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
-        unit = 2 * self.pipe.vae_scale_factor
+        size = self.geometry
         return self.transformer(
             hidden_states=x.to(self.transformer.dtype),
             timestep=sigma,
             guidance=torch.full_like(sigma, guidance_scale) if self.embeds_guidance else None,
-            img_shapes=[[(1, self.geometry.height // unit, self.geometry.width // unit)]] * len(x),
+            img_shapes=[[(1, size.height // size.unit, size.width // size.unit)]] * len(x),
             return_dict=False,
             **cond.tensors,
         )[0]
@@ -48,6 +53,6 @@ class QwenImage(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae, size = self.pipe.vae, self.geometry
-        latents = self.pipe._unpack_latents(x.to(vae.dtype), size.height, size.width, self.pipe.vae_scale_factor)
+        latents = self.pipeline._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
         mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
         return (vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0].to(x.dtype) / 2 + 0.5).clamp(0, 1)

@@ -22,6 +22,10 @@ class Wan(Adapter):
         embeds, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.geometry.prompt_tokens)
         return Conditioning({"encoder_hidden_states": embeds})
 
+    def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
+        """Zeros in the shape of the longest prompts' embeddings."""
+        return Conditioning({"encoder_hidden_states": torch.zeros(rows, self.geometry.prompt_tokens, self.transformer.config.text_dim, dtype=dtype)})
+
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, frames, h, w] in the transformer's dtype; σ reaches the model unrounded."""
         return self.transformer(hidden_states=x.to(self.transformer.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors)[0]

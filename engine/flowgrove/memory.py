@@ -1,0 +1,169 @@
+"""How much memory a run needs, before it runs: the model's own code on tensors without storage, with every allocation counted.
+
+Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode runs forward and backward, and a dispatch mode adds up what is alive.
+"""
+
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.folders import configuration_folder
+from flowgrove.models.geometry import read_geometry
+from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.policy import COMPUTE_DTYPES, rows_per_pass
+from flowgrove.models.trainable import choose_trainable
+from flowgrove.plan import RolloutPlan
+from flowgrove.recipe import Recipe
+
+_OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `rows`: rows of a full pass."""
+
+    resident: dict[str, int]
+    stages: dict[str, int]
+    rows: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + max(self.stages.values())
+
+
+def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
+    """Peak memory of an iteration on one device. Text encoders are taken to be freed. Raises UserError without configuration files."""
+    folder = configuration_folder(recipe.model)
+    geometry = read_geometry(folder, recipe.model)
+    compute = COMPUTE_DTYPES[recipe.model.dtype]
+    master = torch.float64 if compute == torch.float64 else torch.float32
+    family = ADAPTERS[recipe.model.adapter]
+    with torch.device("meta"):
+        transformer = _from_config(folder / "transformer")
+        choose_trainable(transformer, recipe.model.lora, family.lora_targets, 0)
+        vae = _from_config(folder / "vae")
+    if recipe.model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    rows = rows_per_pass(recipe, geometry, device_type)
+    prompts, width = recipe.data.prompts_per_iteration, max(step.nodes_out for step in plan.steps)
+    latent, states = geometry.latent_shape, prompts * max(step.nodes_in for step in plan.steps)
+    with FakeTensorMode():
+        weights = _materialise(transformer, compute, master)
+        decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
+        adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
+        if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance:
+            rows, states = max(rows, 2), 2 * states
+        cond = adapter.blank(prompts, compute)
+        counted = {
+            "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute)),
+            "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute)),
+            "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode, prompts * plan.leaves), *latent, dtype=master))),
+        }
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    copies = recipe.model.lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1)
+    elements = torch.Size(latent).numel() * master.itemsize
+    levels = {end for step in plan.trained_steps for end in (step.index, step.index + 1)}
+    kept = sum(plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels)
+    resident = {
+        "transformer": weights,
+        "VAE": decoder,
+        "untouched copy": sum(p.numel() for p in transformer.parameters()) * compute.itemsize if copies else 0,
+        "gradients": trained * master.itemsize,
+        "optimiser": trained * _OPTIMIZER_BYTES[recipe.update.optimizer],
+        "averaged weights": trained * master.itemsize if recipe.update.ema_decay else 0,
+        "forest": prompts * kept * elements,
+        "prompts": sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values()),
+    }
+    counted["rollout"] += 4 * prompts * width * elements  # x, v, x' and a history of the widest level
+    return Memory(resident, counted, rows)
+
+
+def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> None:
+    """A training pass. Gradients stay: they are counted as resident, so the caller's peak leaves them out."""
+    v = _velocity(adapter, rows, latent, master, compute)
+    v.backward(torch.empty_like(v))
+
+
+@torch.no_grad()
+def _roll(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
+    return _velocity(adapter, rows, latent, master, compute)
+
+
+def _velocity(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
+    cond = adapter.blank(1, compute)
+    expanded = Conditioning({name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()})
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+        return adapter.velocity(torch.empty(rows, *latent, dtype=master), torch.empty(rows), expanded, 1.0)
+
+
+def _from_config(folder: Path) -> Any:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> int:
+    """Gives a module on the meta device tensors of the mode that is on; returns their bytes."""
+    total = 0
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                dtype = trained if parameter.requires_grad else frozen
+                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+                total += parameter.numel() * dtype.itemsize
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                total += buffer.numel() * buffer.dtype.itemsize
+        for name, constant in vars(part).items():
+            if isinstance(constant, Tensor):
+                setattr(part, name, torch.empty(constant.shape, dtype=constant.dtype))
+    return total
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """Most bytes alive at once while `run` runs, of storages that it makes itself and that are gone when it has ended."""
+    with _Alive() as alive:
+        run()
+    return alive.most - alive.bytes
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+
+        def gone(_: object) -> None:
+            if self._known.pop(key, None) is not None:
+                self.bytes -= size
+
+        self._known[key] = weakref.ref(storage, gone)

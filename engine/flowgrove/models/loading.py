@@ -1,0 +1,37 @@
+"""From a recipe to its model on the device: which family, and its text encoders before the rest and only as long as they are needed."""
+
+from collections.abc import Iterable
+
+import diffusers
+import torch
+
+from flowgrove.errors import UserError
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.embeddings import Encoder, LoadedEncoder, StoredEncoder, cache_folder
+from flowgrove.models.flux import Flux
+from flowgrove.models.folders import model_folder
+from flowgrove.models.geometry import read_geometry
+from flowgrove.models.qwen_image import QwenImage
+from flowgrove.models.sd3 import SD3
+from flowgrove.models.wan import Wan
+from flowgrove.recipe import Recipe
+
+ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
+
+
+def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str]) -> tuple[Adapter, Encoder]:
+    """The adapter and what encodes its prompts; `texts` are those that will be asked for. Raises UserError."""
+    model, folder, family = recipe.model, model_folder(recipe.model), ADAPTERS[recipe.model.adapter]
+    diffusers.utils.logging.disable_progress_bar()
+    store = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
+    try:
+        if store is None:
+            adapter = family.load(folder, model, device, dtype)
+            return adapter, LoadedEncoder(adapter)
+        encoder = StoredEncoder(store, lambda: family.load(folder, model, device, dtype, family.parts_beside_text(folder)), device)
+        encoder.prepare(texts)
+        return family.load(folder, model, device, dtype, family.TEXT), encoder
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None

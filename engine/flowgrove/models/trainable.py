@@ -1,0 +1,23 @@
+"""Which weights of a transformer train: all of them, or LoRA layers beside them (Hu et al. 2106.09685)."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from flowgrove.errors import UserError
+from flowgrove.recipe import Lora
+
+
+def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple[str, ...], seed: int) -> None:
+    """Sets requires_grad, and adds seeded LoRA layers where the recipe asks for them. Raises UserError for targets that match no layer."""
+    transformer.requires_grad_(lora is None)
+    if lora is None:
+        return
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets or list(default_targets), init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            transformer.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,106 @@
+"""Prompts on disk: encoded once, read back as they were, with the text encoders out of memory."""
+
+import pytest
+import torch
+
+from flowgrove.models import embeddings
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.policy import Policy
+from policy_cases import CPU, TEXTS, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
+
+PROMPTS = [*TEXTS, "", "a red circle " * 40]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: write_pipeline(name, root / name) for name in MODELS} | {"sd3": "tiny"}
+
+
+def recipe_of(folders, name, cache, **model):
+    told = {**MODELS.get(name, {"adapter": "sd3"}), "path": str(folders[name]), "dtype": "fp32", **model}
+    return small_recipe(model=told, data={"prompts": "unused.txt", "embedding_cache": str(cache)})
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """The texts of every call of an adapter's own encoders."""
+    calls = []
+
+    def counted(kind):
+        encode = kind.encode
+
+        def wrapper(self, texts):
+            calls.append(list(texts))
+            return encode(self, texts)
+
+        monkeypatch.setattr(kind, "encode", wrapper)
+
+    for kind in Adapter.__subclasses__():
+        counted(kind)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["sd3", *MODELS])
+@torch.no_grad()
+def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, name):
+    loaded = Policy(recipe_of(folders, name, "none"), CPU).encode(PROMPTS).cond
+    stored = Policy(recipe_of(folders, name, tmp_path), CPU).encode(PROMPTS).cond
+    assert stored.tensors.keys() == loaded.tensors.keys()
+    for key, tensor in loaded.tensors.items():
+        assert tensor.dtype == stored.tensors[key].dtype
+        assert torch.allclose(tensor.float(), stored.tensors[key].float(), atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["sd3", *MODELS])
+def test_text_encoders_are_not_in_memory_after_their_work(folders, tmp_path, name):
+    policy = Policy(recipe_of(folders, name, tmp_path, guidance_scale=2.0), CPU, PROMPTS)
+    parts = policy.adapter.pipe.components
+    assert all(parts[part] is None for part in policy.adapter.TEXT)
+    policy.encode(PROMPTS)
+    assert all(parts[part] is None for part in policy.adapter.TEXT)
+    assert policy.encode([TEXTS[0], TEXTS[0]]).cond.tensors["encoder_hidden_states"].shape[0] == 2
+
+
+def test_each_text_is_encoded_once_in_all_runs_of_a_model(folders, tmp_path, encodings):
+    recipe = recipe_of(folders, "flux", tmp_path)
+    Policy(recipe, CPU, [*TEXTS, *TEXTS, ""])
+    assert encodings == [[*TEXTS, ""]]
+    Policy(recipe, CPU, TEXTS).encode([*reversed(TEXTS), "a new one"])
+    assert encodings == [[*TEXTS, ""], ["a new one"]]
+
+
+def test_another_text_length_or_precision_or_encoder_has_files_of_its_own(folders, tmp_path, encodings):
+    Policy(recipe_of(folders, "flux", tmp_path), CPU, TEXTS)
+    Policy(recipe_of(folders, "flux", tmp_path, text_tokens=7), CPU, TEXTS)
+    Policy(recipe_of(folders, "flux", tmp_path, dtype="bf16"), CPU, TEXTS)
+    Policy(recipe_of(folders, "flux_schnell", tmp_path), CPU, TEXTS)
+    assert len(encodings) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_auto_keeps_small_encoders_and_frees_large_ones(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Policy(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is not None
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(embeddings, "_LARGE", 1000)
+    assert Policy(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is None
+    assert len(list((tmp_path / "flowgrove" / "embeddings").glob("*/*.safetensors"))) == len(TEXTS)
+
+
+def test_conditioning_is_padded_together_and_split_again():
+    parts = [
+        Conditioning({"states": torch.full((1, n, 2), float(n)), "states_mask": torch.ones(1, n, dtype=torch.bool), "pooled": torch.full((1, 4), float(n))})
+        for n in (3, 1, 2)
+    ]
+    whole = Conditioning.cat(parts)
+    assert len(whole) == 3
+    assert whole.tensors["states"].shape == (3, 3, 2)
+    assert whole.tensors["states_mask"].sum(1).tolist() == [3, 1, 2]
+    assert whole.tensors["states"][1, 1:].abs().max() == 0
+    for part, again in zip(parts, whole.split(), strict=True):
+        assert all(torch.equal(part.tensors[key], again.tensors[key]) for key in part.tensors)
+    chosen = whole[torch.tensor([2, 0, 2])]
+    assert chosen.tensors["pooled"][:, 0].tolist() == [2, 3, 2]

@@ -1,0 +1,99 @@
+"""Predicted memory against what the allocator really hands out: PyTorch's profiler adds it up for the model itself, with real weights."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine_cases import refuse, succeed
+from flowgrove.memory import predict_memory
+from flowgrove.models.policy import Policy
+from flowgrove.plan import make_plan
+from policy_cases import CPU, encoded, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
+
+LORA = {"rank": 4, "alpha": 8}
+FLUX_DEV = {"adapter": "flux", "path": "black-forest-labs/FLUX.1-dev", "height": 720, "width": 720, "guidance_scale": 3.5}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: str(write_pipeline(name, root / name)) for name in MODELS} | {"sd3": "tiny"}
+
+
+def allocated(run):
+    """Most bytes alive at once beyond those at the start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in prof.profiler.kineto_results.events() if event.name() == "[memory]")
+    live = most = 0
+    for _, size in changes:
+        live += size
+        most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "guidance", "dtype"), [(None, False, 1.0, "fp32"), (None, True, 1.0, "fp32"), (LORA, False, 4.0, "fp32"), (LORA, True, 1.0, "bf16")]
+)
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
+def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing, guidance, dtype):
+    model = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": dtype, "lora": lora, "gradient_checkpointing": checkpointing}
+    recipe = small_recipe(model={**model, "guidance_scale": guidance}, data={"prompts": "unused.txt", "prompts_per_iteration": 24})
+    policy = Policy(recipe, CPU)
+    plan = make_plan(recipe, 0)
+    found = predict_memory(recipe, plan, "cpu")
+    texts = ["a red circle " * 40] * 24
+    prompts = encoded(policy, texts)
+    rows = min(found.rows, 24 * 4 * (2 if policy.doubles else 1)) // (2 if policy.doubles else 1)
+    x, sigma, prompt_of = torch.randn(rows, *policy.adapter.latent_shape), torch.full((rows,), 0.5), torch.zeros(rows, dtype=torch.int64)
+    for parameter in policy.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def train():
+        v, uncond, _ = policy.velocity(x, sigma, prompts, prompt_of)
+        torch.autograd.backward([v] if uncond is None else [v, uncond], [torch.ones_like(v)] * (1 if uncond is None else 2))
+
+    train()
+    measured = allocated(train)
+    assert found.stages["training"] == pytest.approx(measured, rel=0.15)
+    weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters())
+    assert found.resident["transformer"] == pytest.approx(weights, rel=0.05)
+    assert found.resident["gradients"] == sum(p.numel() * 4 for p in policy.trainable().values())
+
+
+def test_checkpointing_and_lora_need_less_and_kl_of_full_training_more():
+    def predicted(**changes):
+        sections = {"model": {**FLUX_DEV, "height": 256, "width": 256, "gradient_checkpointing": True, "lora": {"rank": 32, "alpha": 64}}}
+        for section, keys in changes.items():
+            sections[section] = {**sections.get(section, {}), **keys}
+        recipe = small_recipe(**sections)
+        return predict_memory(recipe, make_plan(recipe, 0), "cuda")
+
+    lora = predicted()
+    without = predicted(model={"gradient_checkpointing": False})
+    assert without.stages["training"] > 5 * lora.stages["training"]
+    assert lora.resident["transformer"] == pytest.approx(11.9e9 * 2, rel=0.02)
+    full = predicted(model={"lora": None}, update={"kl_weight": 0.1, "ema_decay": 0.9})
+    assert full.resident["transformer"] == pytest.approx(11.9e9 * 4, rel=0.02)
+    assert full.resident["optimiser"] == pytest.approx(11.9e9 * 8, rel=0.02)
+    assert full.resident["untouched copy"] == pytest.approx(11.9e9 * 2, rel=0.02)
+    assert full.resident["averaged weights"] == full.resident["gradients"] == pytest.approx(11.9e9 * 4, rel=0.02)
+    assert full.peak > 290e9
+
+
+def test_plan_prints_it_and_keeps_json_alone_on_stdout():
+    told = succeed("plan", "recipes/quickstart.yaml", "--memory")
+    assert "predicted memory of one cpu device" in told.stdout
+    assert "peak" in told.stdout
+    assert "σ: rollout.shift 1" in told.stdout
+    told = succeed("plan", "recipes/quickstart.yaml", "--memory", "--json")
+    assert json.loads(told.stdout)["counts"]
+    assert "predicted memory" in told.stderr
+
+
+def test_an_unknown_model_that_is_not_here_is_refused():
+    text = refuse("plan", "recipes/quickstart.yaml", "--memory", "--set", "model.path=nobody/nothing")
+    assert "hf download nobody/nothing" in text
