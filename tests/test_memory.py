@@ -14,7 +14,7 @@ from policy_cases import CPU, encoded, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 
 LORA = {"rank": 4, "alpha": 8}
-FLUX_DEV = {"adapter": "flux", "path": "black-forest-labs/FLUX.1-dev", "height": 720, "width": 720, "guidance_scale": 3.5}
+FLUX_DEV = {"adapter": "flux", "path": "black-forest-labs/FLUX.1-dev", "dtype": "bf16", "height": 720, "width": 720, "guidance_scale": 3.5}
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def test_checkpointing_and_lora_need_less_and_kl_of_full_training_more():
     assert full.resident["optimiser"] == pytest.approx(11.9e9 * 8, rel=0.02)
     assert full.resident["untouched copy"] == pytest.approx(11.9e9 * 2, rel=0.02)
     assert full.resident["averaged weights"] == full.resident["gradients"] == pytest.approx(11.9e9 * 4, rel=0.02)
-    assert full.peak > 290e9
+    assert full.peak > 285e9
 
 
 def test_plan_prints_it_and_keeps_json_alone_on_stdout():

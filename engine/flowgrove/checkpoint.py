@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
+from flowgrove.optimizers import load_state_tensors, state_tensors
 from flowgrove.update import Updater
 
 _FORMAT = 1
@@ -23,7 +24,8 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {"weights": {name: p.detach().contiguous() for name, p in policy.trainable().items()}, "optimizer": _optimizer_tensors(policy, updater)}
+    trainable = policy.trainable()
+    tensors = {"weights": {name: p.detach().contiguous() for name, p in trainable.items()}, "optimizer": state_tensors(updater.optimizer, trainable)}
     if updater.ema is not None:
         tensors["ema"] = {name: average.contiguous() for name, average in updater.ema.average.items()}
     try:
@@ -59,13 +61,14 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tu
     parameters = policy.trainable()
     if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):
         raise UserError(f"{folder} holds other weights than this recipe trains: resume with the recipe.yaml of its run")
-    if any(not name.endswith(("/step", "/exp_avg", "/exp_avg_sq")) for name in moments):
-        raise UserError(f"{folder / 'optimizer.safetensors'} holds no optimiser state: resume from another checkpoint")
+    if updater is not None:
+        try:
+            load_state_tensors(updater.optimizer, parameters, moments)
+        except ValueError:
+            raise UserError(f"{folder / 'optimizer.safetensors'} holds no state of this update.optimizer: resume from another checkpoint") from None
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-            if updater is not None and f"{name}/step" in moments:
-                updater.optimizer.state[parameter] = {key: moments[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
     if updater is not None and updater.ema is not None:
         updater.ema.average = {name: tensor.to(policy.device) for name, tensor in _tensors(averages).items()}
     return int(state["completed_iterations"]), state["line"]
@@ -116,11 +119,6 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _damaged(folder: Path) -> UserError:
     return UserError(f"{folder} is not a complete checkpoint: remove it to go on from the one before, or give a folder checkpoints/step_NNNNNN of a run")
-
-
-def _optimizer_tensors(policy: Policy, updater: Updater) -> dict[str, torch.Tensor]:
-    state = updater.optimizer.state
-    return {f"{name}/{key}": value.contiguous() for name, p in policy.trainable().items() if p in state for key, value in state[p].items()}
 
 
 def _point_latest(run: Path, name: str) -> None:

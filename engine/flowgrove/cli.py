@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from flowgrove.errors import UserError
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on optional packages and its loading bars are not about the user's run
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+for _talkative in ("torchao", "torch.utils._pytree"):  # what importing torchao writes about the C++ kernels that it lacks
+    logging.getLogger(_talkative).setLevel(logging.ERROR)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Online reinforcement learning of flow-matching models.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure what the parts cost on this machine.")
@@ -124,7 +127,7 @@ def plan(
 @_command
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder, or a recipe for its base model", show_default=False)],
-    prompts: Annotated[Path, typer.Option(help="text file, one prompt per line")],
+    prompts: Annotated[Path, typer.Option(help="prompts, in any format that data.prompts takes")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
     compare: Annotated[bool, typer.Option("--compare", help="also the base model's, and pages with both side by side")] = False,
     set_: Overrides = None,

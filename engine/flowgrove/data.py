@@ -1,24 +1,72 @@
-"""Prompt files, and which prompts an iteration takes: a pure function of (seed, iteration), so that a resumed run goes on where it stopped."""
+"""Prompts from files, folders and public sets, and which of them an iteration takes: a pure function of (seed, iteration), so that a resumed run goes
+on where it stopped.
+
+    NAME.jsonl, NAME.json     an object or a string per line, or one list of them
+    NAME.parquet              one column of it
+    a folder                  written by datasets.save_to_disk (a DatasetDict: its train split), or with parquet files as downloaded from the hub
+    a name of NAMED_SETS      that public set in the local Hugging Face cache; nothing is ever downloaded
+    anything else             UTF-8 text, one prompt per line
+"""
 
 import random
+import shlex
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from flowgrove.errors import UserError
+from flowgrove.prompt_files import complete, read_file, read_folder, read_text
 
 
-def read_prompts(path: str | Path, key: str) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank. Raises UserError naming the recipe key."""
+class NamedSet(NamedTuple):
+    """A dataset repository on the Hugging Face hub: patterns of the files in it, and the column that holds the prompts."""
+
+    repository: str
+    files: tuple[str, ...]
+    column: str
+
+
+# Each prompt counts once. Left out: sets without a dataset repository of their own (GenEval, the OCR prompts of Flow-GRPO); their text files work as files.
+NAMED_SETS = {
+    "hpdv2": NamedSet("ymhao/HPDv2", ("train.json",), "prompt"),
+    "hpdv2_benchmark": NamedSet("ymhao/HPDv2", tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")), "prompt"),
+    "pickapic_v1": NamedSet("yuvalkirstain/pickapic_v1_no_images", ("data/train-*.parquet",), "caption"),
+    "pickapic_v1_test": NamedSet("yuvalkirstain/pickapic_v1_no_images", ("data/test_unique-*.parquet",), "caption"),
+    "pickapic_v2": NamedSet("yuvalkirstain/pickapic_v2_no_images", ("data/train-*.parquet",), "caption"),
+    "pickapic_v2_test": NamedSet("yuvalkirstain/pickapic_v2_no_images", ("data/test_unique-*.parquet",), "caption"),
+    "drawbench": NamedSet("sayakpaul/drawbench", ("DrawBench Prompts - Sheet1.csv",), "Prompts"),
+    "parti_prompts": NamedSet("nateraw/parti-prompts", ("PartiPrompts.tsv",), "Prompt"),
+}
+
+
+def read_prompts(path: str | Path, key: str, prompt_key: str | None = None) -> list[str]:
+    """The prompts that are not blank, in their order, runs of white space as one space.
+
+    `prompt_key`: the column of a jsonl, parquet or datasets file (null: prompt, caption or text); text files and named sets have no use for it.
+    A file or folder wins over a named set of the same name. Raises UserError naming the recipe key `key`.
+    """
+    place = Path(path)
+    named = None if place.exists() else NAMED_SETS.get(str(path))
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{key}: cannot read {path} ({error.strerror}): give a text file with one prompt per line") from None
+        if named is not None:
+            files = _cached(str(path), named, key)
+            found = [text for file in files for text in read_file(file, key, named.column)]
+        elif place.is_dir():
+            found = read_folder(place, key, prompt_key)
+        else:
+            found = read_text(place) if place.suffix.lower() in (".csv", ".tsv") else read_file(place, key, prompt_key)
+    except UserError:
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{key}: {path} is not UTF-8 text: save it as UTF-8, one prompt per line") from None
-    prompts = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError) as error:  # pyarrow raises these too
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        sources = f"a text file with one prompt per line, a jsonl or parquet file, a datasets folder, or one of {', '.join(NAMED_SETS)}"
+        raise UserError(f"{key}: cannot read {path} ({reason}): give {sources}") from None
+    prompts = [prompt for text in found if (prompt := " ".join(text.split()))]
     if not prompts:
         raise UserError(f"{key}: {path} holds no prompt: write one per line")
-    return prompts
+    return prompts if named is None else list(dict.fromkeys(prompts))
 
 
 def prompts_of_iteration(prompts: list[str], iteration: int, count: int, seed: int) -> list[str]:
@@ -33,3 +81,20 @@ def prompts_of_iteration(prompts: list[str], iteration: int, count: int, seed: i
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"prompts/{seed}/{epoch}").sample(range(count), count)
+
+
+def _cached(name: str, named: NamedSet, key: str) -> list[Path]:
+    """The set's files in the Hugging Face cache. Raises UserError with the command that puts them there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(named.repository, repo_type="dataset", local_files_only=True))
+        found = [sorted(folder.glob(pattern)) for pattern in named.files]
+    except LocalEntryNotFoundError:
+        found = []
+    if not found or not all(files and complete(files) for files in found):
+        wanted = " ".join(f"--include {shlex.quote(pattern)}" for pattern in named.files)
+        command = f"hf download --repo-type dataset {named.repository} {wanted}"
+        raise UserError(f"{key}: the prompt set {name} is not in the Hugging Face cache: run `{command}`, or give the path of a file or folder instead")
+    return [file for files in found for file in files]

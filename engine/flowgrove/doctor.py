@@ -7,15 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flowgrove.models.folders import TINY
+from flowgrove.optimizers import is_unrelated_apex
 from flowgrove_kernels.backends import BACKENDS, automatic, missing
 
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "tensorboard", "triton", "nvtx", "flash-attn", "xformers", "apex")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "tensorboard", "triton", "nvtx", "flash-attn", "xformers")
+_OPTIONAL = ("pyarrow", "torchao", "apex")
 
 
 def findings() -> list[tuple[str, str]]:
     """(name, finding) pairs."""
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(name, _version(name)) for name in _PACKAGES]
+    rows += [(name, _version(name)) for name in (*_PACKAGES, *_OPTIONAL)]
     rows.append(("cpu threads", str(torch.get_num_threads())))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -57,16 +59,6 @@ def _version(name: str) -> str:
         found = version(name)
     except PackageNotFoundError:
         return "not installed"
-    if name == "apex" and _is_unrelated_apex():
+    if name == "apex" and is_unrelated_apex():
         return f"{found}, the unrelated package of that name on PyPI: NVIDIA's apex is built from its source"
     return found
-
-
-def _is_unrelated_apex() -> bool:
-    """NVIDIA's apex has apex.optimizers; the PyPI package of that name is a web toolkit."""
-    from importlib.util import find_spec
-
-    try:
-        return find_spec("apex.optimizers") is None
-    except ModuleNotFoundError:
-        return True

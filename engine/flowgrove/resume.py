@@ -17,8 +17,9 @@ def fingerprint(recipe: Recipe) -> str:
     Keys at their default do not enter, so that a version with new keys resumes old runs.
     """
     content = recipe.model_dump(mode="json", exclude_defaults=True)
-    content["data"] = {**content["data"], "prompts": read_prompts(recipe.data.prompts, "data.prompts"), "eval_prompts": None}
-    content["data"].pop("embedding_cache", None)
+    content["data"] = {**content["data"], "prompts": read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key), "eval_prompts": None}
+    for key in ("embedding_cache", "prompt_key"):
+        content["data"].pop(key, None)
     content.get("engine", {}).pop("token_budget", None)
     content["run"] = {"seed": recipe.run.seed}
     if recipe.update.lr_schedule == "cosine":

@@ -56,7 +56,7 @@ def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
     rewards = Rewards(recipe)
     with pick_backend(recipe):
-        evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts"))
+        evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key))
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples

@@ -36,8 +36,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, out: Path, resume: str = "auto") -> None:
         keep_freed_memory()
         self.recipe, self.out = recipe, out
-        self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts")
-        self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts") if recipe.data.eval_prompts else []
+        self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
+        self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key) if recipe.data.eval_prompts else []
         self.rewards = Rewards(recipe)
         self.rewards.check(self.train_prompts + self.eval_prompts)
         self.table = recipe_sigmas(recipe)

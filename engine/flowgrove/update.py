@@ -10,6 +10,7 @@ from flowgrove.credit import EdgeCredit
 from flowgrove.ema import Ema
 from flowgrove.forest import Forest
 from flowgrove.models.policy import Policy, Prompts
+from flowgrove.optimizers import make_optimizer
 from flowgrove.packing import MicroBatch, edges_of_update, micro_batches, pass_bounds
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
@@ -39,7 +40,7 @@ class Updater:
         self.recipe, self.policy = recipe, policy
         update = recipe.update
         self.parameters = list(policy.trainable().values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=update.lr, weight_decay=update.weight_decay, fused=True)
+        self.optimizer = make_optimizer(update, self.parameters, policy.device)
         self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay)
 
     def run(self, forest: Forest, prompts: Prompts, credit: dict[int, EdgeCredit], rows: StepCoefficients, first_prompt: int = 0) -> UpdateStats:
@@ -105,7 +106,7 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.update.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, number)
-        setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010 (read by the fused kernels, in no annotation)
+        setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010 (read by every optimiser's step, in no annotation)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
