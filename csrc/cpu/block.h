@@ -32,6 +32,8 @@ struct Block {
   void (*draw)(NoiseWords row, uint32_t first_block, int64_t n, float* z);
   void (*correlate)(float root_rho, const float* shared, float root_rest, int64_t n, float* own);
   void (*step)(const float* mean, const float* z, float std, int64_t n, float* x_next);
+  // The mean of a step without history, the step and Σ (x' − μ)² in one pass.
+  double (*step_and_square)(const float* x, const float* v, const float* z, float x_coef, float v_coef, float std, int64_t n, float* x_next);
   void (*residual)(const float* left, const float* right, int64_t n, float* difference);
   // gradient += factor·values
   void (*accumulate)(float factor, const float* values, int64_t n, float* gradient);

@@ -146,6 +146,16 @@ static double dot(const float* left, const float* right, int64_t n) {
   return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) { return fma(left[i], right[i], sum); });
 }
 
+static double step_and_square(
+    const float* x, const float* v, const float* z, float x_coef, float v_coef, float std, int64_t n, float* __restrict x_next) {
+  return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) {
+    const float mean = flowgrove::mean(x_coef, v_coef, x[i], v[i]);
+    x_next[i] = flowgrove::step(mean, std, z[i]);
+    const float r = flowgrove::residual(x_next[i], mean);
+    return fma(r, r, sum);
+  });
+}
+
 static double squared_residual(const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n) {
   return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) {
     const float r = flowgrove::residual(x_next[i], flowgrove::mean(x_coef, v_coef, x[i], v[i]));
@@ -161,6 +171,6 @@ static void accumulate_residual(
 }
 
 extern const Block functions;
-const Block functions = {widen, narrow, stream, guide, clean, mean, with_history, draw, correlate, step, residual, accumulate, dot, squared_residual, accumulate_residual};
+const Block functions = {widen, narrow, stream, guide, clean, mean, with_history, draw, correlate, step, step_and_square, residual, accumulate, dot, squared_residual, accumulate_residual};
 
 }  // namespace flowgrove::cpu::FLOWGROVE_SET
