@@ -59,12 +59,12 @@ def _flux(name):
     )  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=name == "flux", shift=3.0 if name == "flux" else 1.0),
-        vae=_autoencoder(),
+        vae=autoencoder(),
         text_encoder=CLIPTextModel(text),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(_t5(T5Config, t5)),
+        text_encoder_2=T5EncoderModel(t5_config(T5Config, t5)),
         tokenizer_2=t5,
-        transformer=_lively(transformer),
+        transformer=lively(transformer),
     )
 
 
@@ -90,7 +90,7 @@ def _qwen_image(name):
         vae=vae,
         text_encoder=Qwen2_5_VLForConditionalGeneration(text),
         tokenizer=tokenizer,
-        transformer=_lively(transformer),
+        transformer=lively(transformer),
     )
 
 
@@ -105,17 +105,17 @@ def _wan(name):
     return WanPipeline(
         scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
         vae=vae,
-        text_encoder=UMT5EncoderModel(_t5(UMT5Config, tokenizer)),
+        text_encoder=UMT5EncoderModel(t5_config(UMT5Config, tokenizer)),
         tokenizer=tokenizer,
-        transformer=_lively(transformer),
+        transformer=lively(transformer),
     )
 
 
-def _t5(kind, tokenizer):
+def t5_config(kind, tokenizer):
     return kind(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_heads=4, num_layers=2, pad_token_id=tokenizer.pad_token_id)
 
 
-def _autoencoder():
+def autoencoder():
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 16), norm_num_groups=4, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False,
@@ -133,7 +133,7 @@ def _bytes_tokenizer():
     return Qwen2Tokenizer(vocab=bytes_.get_vocab(), merges=[], extra_special_tokens=special)
 
 
-def _lively(transformer):
+def lively(transformer):
     """Weights large enough that prompt, time and place all matter: real initialisation makes a tiny model almost constant."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, read_geometry
 from flowgrove.recipe import Model
 
-_PIXELS_PER_DECODE = 1 << 22  # four pictures of 1024²; decoders need some hundred bytes per pixel
+_PIXELS_PER_DECODE = 1 << 21  # two pictures of 1024²: decoders need one to three kilobytes per pixel
 
 
 class Adapter(ABC):
