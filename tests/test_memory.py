@@ -36,7 +36,8 @@ def allocated(run):
 
 
 @pytest.mark.parametrize(
-    ("lora", "checkpointing", "guidance", "dtype"), [(None, False, 1.0, "fp32"), (None, True, 1.0, "fp32"), (LORA, False, 4.0, "fp32"), (LORA, True, 1.0, "bf16")]
+    ("lora", "checkpointing", "guidance", "dtype"),
+    [(None, False, 1.0, "fp32"), (None, True, 1.0, "fp32"), (LORA, False, 4.0, "fp32"), (LORA, True, 1.0, "bf16")],
 )
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
 def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing, guidance, dtype):

@@ -30,6 +30,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure what the parts cost 
 app.add_typer(bench_app, name="bench")
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+AllowPython = Annotated[bool, typer.Option("--allow-python", help="let a reward named python run the file that the recipe names")]
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a recipe key; may be given several times")]
 
@@ -63,6 +64,11 @@ def _fail(text: str) -> NoReturn:
     raise typer.Exit(2) from None
 
 
+def _allow(python: bool) -> None:
+    if python:
+        os.environ["FLOWGROVE_ALLOW_PYTHON"] = "1"
+
+
 def _say(text: str) -> None:
     _console.print(text, markup=False)
 
@@ -73,8 +79,10 @@ def train(
     set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default: the recipe's run.out")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder")] = "auto",
+    allow_python: AllowPython = False,
 ) -> None:
     """Train a model as a recipe says."""
+    _allow(allow_python)
     from flowgrove.recipe import load_recipe
 
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
@@ -145,11 +153,12 @@ def sample(
 
 
 @_command
-def eval_(run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)]) -> None:
+def eval_(run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)], set_: Overrides = None, allow_python: AllowPython = False) -> None:
     """Score the newest checkpoint on the held-out prompts: mean and 95 % interval of every reward; also written to eval.json."""
+    _allow(allow_python)
     from flowgrove.runs import evaluate_run
 
-    for name, found in evaluate_run(run).items():
+    for name, found in evaluate_run(run, tuple(set_ or ())).items():
         typer.echo(f"{name:<16}{found['mean']:.4f} ± {found['confidence']:.4f}")
 
 

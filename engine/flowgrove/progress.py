@@ -15,7 +15,7 @@ class TrainingDisplay:
         self.recipe = recipe
         self.progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=console, transient=True,
+            console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=recipe.run.iterations, completed=completed)
 

@@ -198,7 +198,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     content = _read_tree(path.resolve(), ())
     for override in overrides:
         _apply(content, override)
-    _find_prompts(content, path.resolve())
+    _find_files(content, path.resolve())
     recipe = parse_recipe(content)
     if recipe.model.path != "tiny" and Path(recipe.model.path).expanduser().exists():  # a run's own recipe works from any folder
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(Path(recipe.model.path).expanduser().resolve())})})
@@ -231,19 +231,22 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a recipe: write a mapping with model, data and reward")
-    _find_prompts(content, path)
+    _find_files(content, path)
     base = content.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"{path}: extends is {base!r}: write the path of one recipe")
     return content if base is None else _merge(_read_tree((path.parent / base).resolve(), (*seen, path)), content)
 
 
-def _find_prompts(content: dict[str, Any], recipe: Path) -> None:
-    """Prompt files are sought beside the recipe that names them; one that is not there stays relative to the working folder."""
-    data = content.get("data")
-    for key in ("prompts", "eval_prompts"):
-        if isinstance(data, dict) and isinstance(data.get(key), str) and (beside := recipe.parent / data[key]).exists():
-            data[key] = str(beside.resolve())
+def _find_files(content: dict[str, Any], recipe: Path) -> None:
+    """Prompts and what rewards read are sought beside the recipe that names them; what is not there stays relative to the working folder."""
+    rewards = content.get("reward")
+    places: list[tuple[Any, tuple[str, ...]]] = [(content.get("data"), ("prompts", "eval_prompts"))]
+    places += [(reward, ("path", "processor", "clip", "tokenizer", "file")) for reward in (rewards if isinstance(rewards, list) else ())]
+    for place, keys in places:
+        for key in keys:
+            if isinstance(place, dict) and isinstance(place.get(key), str) and (beside := recipe.parent / place[key]).exists():
+                place[key] = str(beside.resolve())
 
 
 def _merge(base: Any, change: Any) -> Any:

@@ -45,16 +45,16 @@ def open_model(source: Path, overrides: tuple[str, ...] = (), texts: tuple[str, 
     return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoints[-1] if is_run else None)
 
 
-def evaluate_run(run: Path) -> dict[str, dict[str, float]]:
+def evaluate_run(run: Path, overrides: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
     """Rewards of the newest checkpoint on the held-out prompts: {name: {mean, confidence}} (half of the 95 % interval), and "weighted_sum".
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    model = open_model(run).restore()
+    model = open_model(run, overrides).restore()
     recipe, policy = model.recipe, model.policy
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
-    rewards = Rewards(recipe)
+    rewards = Rewards(recipe, policy.device)
     with pick_backend(recipe):
         evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key))
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))

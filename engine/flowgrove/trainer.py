@@ -38,7 +38,7 @@ class Trainer:
         self.recipe, self.out = recipe, out
         self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
         self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key) if recipe.data.eval_prompts else []
-        self.rewards = Rewards(recipe)
+        self.rewards = Rewards(recipe, pick_device(recipe))
         self.rewards.check(self.train_prompts + self.eval_prompts)
         self.table = recipe_sigmas(recipe)
         plan = make_plan(recipe, 0, self.table)  # a plan that cannot be made is an error before a model is loaded

@@ -3,65 +3,117 @@
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError, create_model
 from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.recipe import Recipe, Reward
+from flowgrove.rewards.aesthetic import AestheticReward
+from flowgrove.rewards.clip_score import ClipScoreReward
+from flowgrove.rewards.hpsv2 import HPSv2Reward
+from flowgrove.rewards.http import HttpReward
+from flowgrove.rewards.image_reward import ImageRewardReward
 from flowgrove.rewards.jpeg_size import JpegSizeReward
+from flowgrove.rewards.pickscore import PickScoreReward
+from flowgrove.rewards.python import PythonReward
 from flowgrove.rewards.shapes import ShapesReward
+from flowgrove.rewards.unified_reward import UnifiedReward
 
 
 class Scorer(Protocol):
+    """Made from the options of its recipe entry, and from `device` if its signature has one.
+
+    With `takes_video` true it is given videos [B, F, 3, H, W] whole; otherwise their frames, and its scores are averaged over them. `check(prompts)`, if it
+    has one, raises UserError for prompts that it cannot judge.
+    """
+
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """pictures [B, 3, H, W] in [0, 1], one prompt each → scores [B]."""
         ...
 
 
-_REWARDS: dict[str, Callable[..., Scorer]] = {"shapes": ShapesReward, "jpeg_size": JpegSizeReward}
+_REWARDS: dict[str, Callable[..., Scorer]] = {
+    "shapes": ShapesReward,
+    "hpsv2": HPSv2Reward,
+    "pickscore": PickScoreReward,
+    "image_reward": ImageRewardReward,
+    "clip_score": ClipScoreReward,
+    "aesthetic": AestheticReward,
+    "unified_reward": UnifiedReward,
+    "jpeg_size": JpegSizeReward,
+    "http": HttpReward,
+    "python": PythonReward,
+}
+_CPU = torch.device("cpu")
 
 
 class Rewards:
-    """All rewards of a recipe. Raises UserError for a name or an option that does not exist."""
+    """All rewards of a recipe, with their models on `device`. Raises UserError for a name, an option or weights that do not exist."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device = _CPU) -> None:
         names = [reward.name for reward in recipe.reward]
         if len(set(names)) < len(names):
             raise UserError(f"reward lists {', '.join(names)}: give each name once")
         self.weights = [reward.weight for reward in recipe.reward]
-        self.scorers = {reward.name: _build(reward) for reward in recipe.reward}
+        prepared = [(reward.name, _options(reward)) for reward in recipe.reward]  # a mistake in the last entry is told before the first one's model is read
+        self.scorers = {name: _build(name, options, device) for name, options in prepared}
 
     def check(self, prompts: list[str]) -> None:
         """Raises UserError for a prompt that a reward cannot judge, before anything is trained on it."""
         for scorer in self.scorers.values():
-            if isinstance(scorer, ShapesReward):
-                scorer.check(prompts)
+            if (check := getattr(scorer, "check", None)) is not None:
+                check(prompts)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
-        """Scores float64 [B, rewards] on the CPU. Raises UserError for pictures or scores that are not finite: never a silent 0."""
+        """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] → scores float64 [B, rewards] on the CPU.
+
+        Raises UserError for pictures or scores that are not finite: never a silent 0.
+        """
         if not bool(torch.isfinite(pictures).all()):
             raise UserError("the model drew pictures that are not numbers: resume from an earlier checkpoint with a lower update.lr")
-        columns = []
-        for name, scorer in self.scorers.items():
-            scores = scorer(pictures, prompts).to("cpu", torch.float64)
-            if scores.shape != (len(prompts),) or not bool(torch.isfinite(scores).all()):
-                raise UserError(
-                    f"reward {name} gave {list(scores.shape)} scores, not all finite, for {len(prompts)} pictures: it must give one finite number each"
-                )
-            columns.append(scores)
-        return torch.stack(columns, dim=1)
+        return torch.stack([_scores(name, scorer, pictures, prompts) for name, scorer in self.scorers.items()], dim=1)
 
 
-def _build(reward: Reward) -> Scorer:
+def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """One finite float64 score per prompt, on the CPU."""
+    whole, frames = getattr(scorer, "takes_video", False), pictures.shape[1] if pictures.ndim == 5 else 1
+    if whole and pictures.ndim == 4:
+        raise UserError(f"reward {name} has video: true, but the model makes pictures: leave it out")
+    if pictures.ndim == 5 and not whole:
+        pictures, prompts = pictures.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
+    scores = scorer(pictures, prompts).detach().to("cpu", torch.float64)
+    if scores.shape != (len(prompts),) or not bool(torch.isfinite(scores).all()):
+        raise UserError(f"reward {name} gave {list(scores.shape)} scores, not all finite, for {len(prompts)} pictures: it must give one finite number each")
+    return scores if whole else scores.view(-1, frames).mean(1)
+
+
+def _options(reward: Reward) -> dict[str, Any]:
+    """What the recipe says besides name and weight, as the types that the reward's signature asks for."""
     if reward.name not in _REWARDS:
         raise UserError(f"reward name {reward.name!r} is not known: write one of {', '.join(_REWARDS)}")
-    options, known = reward.model_extra or {}, inspect.signature(_REWARDS[reward.name]).parameters
-    for option in options:
+    given = reward.model_extra or {}
+    known = {name: parameter for name, parameter in inspect.signature(_REWARDS[reward.name]).parameters.items() if name != "device"}
+    for option in given:
         if option not in known:
             near = difflib.get_close_matches(option, ("weight", *known), n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(('weight', *known))}"
             raise UserError(f"reward {reward.name} does not take {option}: {hint}")
-    return _REWARDS[reward.name](**options)
+    fields: dict[str, Any] = {name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in known.items()}
+    try:
+        checked = create_model("Options", **fields)(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise UserError(f"reward {reward.name} needs {option}: write {{name: {reward.name}, {option}: ...}}") from None
+        raise UserError(f"reward {reward.name}: {option} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    return {option: getattr(checked, option) for option in given}
+
+
+def _build(name: str, options: dict[str, Any], device: torch.device) -> Scorer:
+    reward = _REWARDS[name]
+    return reward(**options, **({"device": device} if "device" in inspect.signature(reward).parameters else {}))

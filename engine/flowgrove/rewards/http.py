@@ -1,0 +1,66 @@
+"""Scores from a server of your own: JSON and PNG over HTTP.
+
+Asked in batches, POST {"prompts": [...], "images": [base64 PNG, ...]}, or with `video: true` {"prompts": [...], "videos": [[base64 PNG per frame], ...]};
+the server answers {"scores": [one finite number each]}. Whatever else it does ends the run with one line: a reward that failed is never a 0.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowgrove.pixels import to_bytes
+from flowgrove.recipe import Count, Positive
+from flowgrove.rewards.endpoint import Endpoint, Retries
+from flowgrove.rewards.pictures import png_base64
+
+if TYPE_CHECKING:
+    import httpx2
+
+
+class HttpReward:
+    """`timeout`: seconds for one try; `retries`: further ones; `concurrency`: requests at once; `key_variable`: the environment variable of a bearer token."""
+
+    def __init__(
+        self,
+        url: str,
+        video: bool = False,
+        batch_size: Count = 8,
+        timeout: Positive = 60.0,
+        retries: Retries = 3,
+        concurrency: Count = 4,
+        max_answer_mb: Positive = 4.0,
+        key_variable: str | None = None,
+    ) -> None:
+        self.endpoint = Endpoint("http", url, timeout, retries, max_answer_mb, concurrency, key_variable)
+        self.takes_video, self.batch_size = video, batch_size
+
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        """`pictures` [B, 3, H, W], or with `video` [B, F, 3, H, W], in [0, 1] → scores float64 [B] on the CPU."""
+        starts = range(0, len(prompts), self.batch_size)
+        batches = [(some, prompts[start : start + self.batch_size]) for some, start in zip(to_bytes(pictures).split(self.batch_size), starts, strict=True)]
+        return torch.tensor([score for scores in self.endpoint.map(self._ask, batches) for score in scores], dtype=torch.float64)
+
+    def _ask(self, client: "httpx2.Client", batch: tuple[Tensor, list[str]]) -> list[float]:
+        pictures, prompts = batch
+        content: dict[str, Any] = {"prompts": prompts}
+        if self.takes_video:
+            content["videos"] = [[png_base64(frame) for frame in video] for video in pictures]
+        else:
+            content["images"] = [png_base64(picture) for picture in pictures]
+        answer = self.endpoint.post(client, content)
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list) or len(scores) != len(prompts) or not all(_is_score(score) for score in scores):
+            raise self.endpoint.nonsense(answer, f'{{"scores": [{len(prompts)} finite numbers]}}')
+        return [float(score) for score in scores]
+
+
+def _is_score(value: Any) -> bool:
+    """JSON's numbers, without the NaN, Infinity and integers beyond float64 that Python's reader lets in."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,0 +1,131 @@
+"""Every algorithm trains every model family for three iterations; what runs leave behind serves sampling and export."""
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from engine_cases import TRAIN_PROMPTS, metrics_of, refuse, succeed, write_lines
+from flowgrove.models.policy import Policy
+from flowgrove.recipe import load_recipe
+from flowgrove.samples import write_samples
+from flowgrove.video import write_mp4
+from policy_cases import CPU
+from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
+
+WINDOW = {"strategy": "progressive", "size": 2, "every": 1}
+TREE = {"splits": [0, 1], "fanout": 2}
+ALGORITHMS = {
+    "dance": {"rollout": {"dynamics": "dance_sde", "noise_level": 0.3, "window": {"strategy": "all"}}, "update": {"step_fraction": 0.6}},
+    "flow": {"rollout": {"shared_initial_noise": False, "window": {"strategy": "all"}}, "update": {"kl_weight": 0.01}},
+    "fast": {"rollout": {"dynamics": "cps", "window": {"strategy": "random", "size": 2, "range": [0, 3]}}},
+    "mix": {"rollout": {"window": WINDOW}},
+    "mix_flash": {"rollout": {"window": WINDOW, "tail": {"compress": 0.4}}},
+    "branch": {"rollout": {"dynamics": "dance_sde", "noise_level": 0.3, "tree": TREE, "window": {"strategy": "all"}}},
+    "branch_mix": {"rollout": {"tree": TREE, "window": WINDOW}},
+    "branch_mix_flash": {"rollout": {"tree": TREE, "window": WINDOW, "tail": {"compress": 0.4}}},
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: write_pipeline(name, root / name) for name in FAMILIES}
+
+
+def write_recipe(folder, name, pipeline, algorithm, **model):
+    """A recipe of 3 iterations, 2 prompts and 4 samples of a tiny pipeline."""
+    changes = ALGORITHMS[algorithm]
+    content = {
+        "model": {**MODELS[name], "path": str(pipeline), "dtype": "fp32", "gradient_checkpointing": False, **model},
+        "data": {"prompts": "train.txt", "eval_prompts": "eval.txt", "prompts_per_iteration": 2, "embedding_cache": str(folder / "embeddings")},
+        "rollout": {"steps": 5, "shift": 3.0, "group_size": 4, **changes["rollout"]},
+        "reward": [{"name": "jpeg_size"}],
+        "update": {"lr": 1e-3, "clip_range": 1e-3, "updates_per_iteration": 2, **changes.get("update", {})},
+        "engine": {"device": "cpu"},
+        "run": {"iterations": 3, "checkpoint_every": 0, "eval_every": 0, "log": ["jsonl"]},
+    }
+    write_lines(folder / "train.txt", TRAIN_PROMPTS)
+    write_lines(folder / "eval.txt", TRAIN_PROMPTS[:2])
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_three_iterations(folders, tmp_path, name, algorithm):
+    guidance = {"flux": 3.5, "flux_schnell": 1.0, "qwen_image": 4.0, "wan": 4.5}[name]
+    lora = {"rank": 4, "alpha": 8} if algorithm.startswith("branch") else None
+    recipe = write_recipe(tmp_path, name, folders[name], algorithm, guidance_scale=guidance, lora=lora)
+    before = {key: p.detach().clone() for key, p in Policy(load_recipe(recipe), CPU).trainable().items()}
+    succeed("train", recipe, "--out", tmp_path / "run", "--set", "update.updates_per_iteration=1")
+    lines = metrics_of(tmp_path / "run")
+    assert len(lines) == 3
+    for line in lines:
+        assert line["train_passes"] > 0
+        assert line["logp_drift"] <= 5e-7
+        assert line["grad_norm"] > 0
+    first = lines[0]
+    assert (first["ratio_mean"], first["ratio_min"], first["ratio_max"], first["clipped_high"], first["clipped_low"]) == (1, 1, 1, 0, 0)
+    from flowgrove.runs import open_model
+
+    after = open_model(tmp_path / "run").restore().policy.trainable()
+    moved = [key for key, p in after.items() if not torch.equal(p, before[key])]
+    assert len(moved) > 0.9 * len(before)
+
+
+def test_a_video_run_samples_compares_and_exports(folders, tmp_path):
+    recipe = write_recipe(tmp_path, "wan", folders["wan"], "mix", lora={"rank": 4, "alpha": 8})
+    run, out = tmp_path / "run", tmp_path / "samples"
+    succeed("train", recipe, "--out", run, "--set", "run.eval_every=1", "--set", "run.eval.samples=2")
+    assert (run / "samples" / "iteration_000003.png").is_file()
+    prompts = write_lines(tmp_path / "new.txt", ["a red circle at the centre", "a blue square"])
+    succeed("sample", run, "--prompts", prompts, "--out", out, "--compare")
+    names = {path.name for path in out.iterdir()}
+    videos = {f"{prompt:04d}_{sample}{kind}.mp4" for prompt in range(2) for sample in range(2) for kind in ("", "_base")}
+    assert names == videos | {"prompts.jsonl", "prompts_base.jsonl", "compare_00.png"}
+    for name in videos:
+        with av.open(str(out / name)) as file:
+            stream = file.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
+            assert stream.average_rate == 16
+        assert np.stack(frames).shape == (5, 32, 32, 3)
+    assert Image.open(out / "compare_00.png").width > 500
+    told = succeed("export", run, "--out", tmp_path / "lora")
+    assert "pipe.load_lora_weights" in told.stderr
+    PIPELINES["wan"].from_pretrained(folders["wan"]).load_lora_weights(tmp_path / "lora")
+
+
+def test_mp4_holds_the_frames_in_order_and_odd_sizes(tmp_path):
+    frames = np.zeros((7, 33, 47, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        frame[:, :, index % 3] = 40 + 30 * index
+    write_mp4(tmp_path / "a.mp4", frames, 8)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        read = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    assert read.shape == (7, 34, 48, 3)
+    assert np.abs(read[:, :33, :47].mean((1, 2)) - frames.mean((1, 2))).max() < 8
+
+
+def test_tuned_share_0_draws_the_base_model_and_1_the_trained_one(folders, tmp_path):
+    recipe = write_recipe(tmp_path, "flux_schnell", folders["flux_schnell"], "mix")
+    succeed("train", recipe, "--out", tmp_path / "run", "--set", "update.lr=0.03")
+    pictures = {}
+    for share in (0, 0.5, 1):
+        write_samples(tmp_path / "run", (f"run.eval.tuned_share={share}",), ["a red circle"], tmp_path / str(share))
+        pictures[share] = np.asarray(Image.open(tmp_path / str(share) / "0000_0.png")).astype(int)
+    write_samples(recipe, (), ["a red circle"], tmp_path / "base")
+    base = np.asarray(Image.open(tmp_path / "base" / "0000_0.png")).astype(int)
+    assert np.abs(pictures[0] - base).max() <= 1
+    differences = [np.abs(pictures[share] - base).mean() for share in (0.5, 1)]
+    assert min(differences) > 0.5
+    assert differences[0] < differences[1]
+
+
+def test_comparing_a_recipe_is_refused(folders, tmp_path):
+    recipe = write_recipe(tmp_path, "flux", folders["flux"], "mix")
+    prompts = write_lines(tmp_path / "new.txt", ["a red circle"])
+    assert "--compare" in refuse("sample", recipe, "--prompts", prompts, "--out", tmp_path / "out", "--compare")
