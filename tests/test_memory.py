@@ -37,7 +37,12 @@ def allocated(run):
 
 @pytest.mark.parametrize(
     ("lora", "checkpointing", "guidance", "dtype"),
-    [(None, False, 1.0, "fp32"), (None, True, 1.0, "fp32"), (LORA, False, 4.0, "fp32"), (LORA, True, 1.0, "bf16")],
+    [
+        pytest.param(None, False, 1.0, "fp32", marks=pytest.mark.long),
+        (None, True, 1.0, "fp32"),
+        pytest.param(LORA, False, 4.0, "fp32", marks=pytest.mark.long),
+        (LORA, True, 1.0, "bf16"),
+    ],
 )
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
 def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing, guidance, dtype):
@@ -65,6 +70,7 @@ def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing,
     assert found.resident["gradients"] == sum(p.numel() * 4 for p in policy.trainable().values())
 
 
+@pytest.mark.long
 def test_checkpointing_and_lora_need_less_and_kl_of_full_training_more():
     def predicted(**changes):
         sections = {"model": {**FLUX_DEV, "height": 256, "width": 256, "gradient_checkpointing": True, "lora": {"rank": 32, "alpha": 64}}}

@@ -28,6 +28,8 @@ ALGORITHMS = {
     "branch_mix_flash": {"rollout": {"tree": TREE, "window": WINDOW, "tail": {"compress": 0.4}}},
 }
 
+SAMPLED = ("mix_flash", "branch_mix")  # make test runs these, make test-long all
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
@@ -54,7 +56,7 @@ def write_recipe(folder, name, pipeline, algorithm, **model):
     return path
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in ALGORITHMS])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_iterations(folders, tmp_path, name, algorithm):
     guidance = {"flux": 3.5, "flux_schnell": 1.0, "qwen_image": 4.0, "wan": 4.5}[name]
