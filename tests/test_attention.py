@@ -16,7 +16,7 @@ SD3 = {"adapter": "sd3", "path": "tiny", "dtype": "fp32"}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
-    return {name: write_pipeline(name, root / name) for name in ("flux", "wan")}
+    return {name: write_pipeline(name, root / name) for name in ("flux", "wan", "qwen_image")}
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,18 @@ def test_sd3_takes_sdpa_or_xformers(monkeypatch):
     policy = policy_with(SD3, "xformers")
     kinds = {type(m.processor).__name__ for m in policy.transformer.modules() if hasattr(m, "processor")}
     assert kinds == {"XFormersJointAttnProcessor"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [("qwen_image", {}, "takes no mask"), ("flux", {"dtype": "bf16"}, "norms train in fp32")],
+)
+def test_backends_without_masks_or_mixed_precision_are_refused_where_those_are_needed(folders, monkeypatch, name, changes, text):
+    monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
+    model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", **changes}
+    for wanted in ("flash", "flash3", "_native_flash", "sage"):
+        with pytest.raises(UserError, match=f"engine.attention is {wanted}.*{text}"):
+            policy_with(model, wanted)
 
 
 def test_doctor_says_which_are_usable():

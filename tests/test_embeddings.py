@@ -1,9 +1,14 @@
 """Prompts on disk: encoded once, read back as they were, with the text encoders out of memory."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from flowgrove.models import embeddings
+from engine_cases import succeed, tiny_recipe, write_lines
+from flowgrove.errors import UserError
+from flowgrove.models import embeddings, loading
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy
@@ -87,7 +92,7 @@ def test_auto_keeps_small_encoders_and_frees_large_ones(folders, tmp_path, monke
     assert not any(tmp_path.iterdir())
     monkeypatch.setattr(embeddings, "_LARGE", 1000)
     assert Policy(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is None
-    assert len(list((tmp_path / "flowgrove" / "embeddings").glob("*/*.safetensors"))) == len(TEXTS)
+    assert len(list((tmp_path / "flowgrove" / "embeddings").glob("*/*.safetensors"))) == len([*TEXTS, ""])
 
 
 def test_conditioning_is_padded_together_and_split_again():
@@ -104,3 +109,68 @@ def test_conditioning_is_padded_together_and_split_again():
         assert all(torch.equal(part.tensors[key], again.tensors[key]) for key in part.tensors)
     chosen = whole[torch.tensor([2, 0, 2])]
     assert chosen.tensors["pooled"][:, 0].tolist() == [2, 3, 2]
+
+
+def test_more_than_auto_writes_unasked_stays_in_host_memory(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(embeddings, "_LARGE", 1000)
+    monkeypatch.setattr(loading, "MOST_UNASKED", 10_000)
+    many = [f"{text} {number}" for text in TEXTS for number in range(20)]
+    policy = Policy(recipe_of(folders, "flux", "auto"), CPU, many)
+    assert isinstance(policy.encoder, embeddings.OffloadedEncoder)
+    assert policy.adapter.pipe.text_encoder is None
+    expected = Policy(recipe_of(folders, "flux", "none"), CPU).encode(PROMPTS).cond
+    found = policy.encode(PROMPTS).cond
+    assert all(torch.allclose(found.tensors[key], tensor, atol=1e-6) for key, tensor in expected.tensors.items())
+    stored = Policy(recipe_of(folders, "flux", tmp_path / "mine"), CPU, many)
+    assert isinstance(stored.encoder, embeddings.StoredEncoder), "a folder that was named is used"
+
+
+def test_a_disk_without_room_is_told_before_it_is_full(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match=r"data.embedding_cache: the embeddings of 61 prompts take \d+ GB .* write none"):
+        Policy(recipe_of(folders, "flux", tmp_path), CPU, [f"{text} {number}" for text in TEXTS for number in range(20)])
+
+
+def test_zeros_at_the_end_take_no_room(folders, tmp_path):
+    policy = Policy(recipe_of(folders, "wan", tmp_path, text_tokens=200), CPU, TEXTS)
+    assert all(file.stat().st_size < 200 * 32 * 4 / 4 for file in tmp_path.glob("*/*.safetensors"))
+    assert policy.encode(TEXTS).cond.tensors["encoder_hidden_states"].shape == (3, 200, 32)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What every loading of a pipeline left on disk."""
+    found = []
+    load = Adapter.load.__func__
+
+    def counted(kind, folder, recipe, device, weights, without=()):
+        found.append(without)
+        return load(kind, folder, recipe, device, weights, without)
+
+    monkeypatch.setattr(Adapter, "load", classmethod(counted))
+    return found
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
+def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_path, loads, lora):
+    recipe = tiny_recipe(
+        tmp_path, model={**MODELS["wan"], "path": str(folders["wan"]), "guidance_scale": 3.0, "lora": lora}, reward=[{"name": "jpeg_size"}],
+        data={"embedding_cache": str(tmp_path / "embeddings")}, run={"iterations": 1, "eval_every": 0},
+    )  # fmt: skip
+    encoders, rest = ("transformer", "vae"), ("text_encoder", "tokenizer")
+    run = tmp_path / "run"
+    succeed("train", recipe, "--out", run)
+    assert loads == [encoders, rest]
+    loads.clear()
+    succeed("eval", run, "--set", f"data.embedding_cache={tmp_path / 'other'}")
+    assert loads == [encoders, rest]
+    loads.clear()
+    succeed("sample", run, "--prompts", write_lines(tmp_path / "p.txt", ["a new prompt"]), "--out", tmp_path / "samples")
+    assert loads == [encoders, rest]
+    loads.clear()
+    succeed("export", run, "--out", tmp_path / "export")
+    assert loads == [(*rest, "vae")]
+    if lora is None:
+        theirs, ours = ((Path(folder) / "text_encoder" / "model.safetensors").read_bytes() for folder in (folders["wan"], tmp_path / "export"))
+        assert theirs == ours

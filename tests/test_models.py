@@ -45,7 +45,7 @@ def their_latents(name, pipe, prompts, model, latents, guidance, steps):
     if name == "flux":
         options["guidance_scale"] = guidance
     elif name in ("flux_schnell", "qwen_image"):
-        options |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts) if guidance > 1 else None}
+        options |= {"true_cfg_scale": guidance, "negative_prompt": [" " if name == "qwen_image" else ""] * len(prompts) if guidance > 1 else None}
     else:
         options |= {"guidance_scale": guidance, "num_frames": model.frames}
     result = pipe(prompt=prompts, output_type="latent", **options)

@@ -99,3 +99,17 @@ def test_guidance_keeps_a_pass_within_the_token_budget():
     assert plain.rows_per_pass == guided.rows_per_pass == 10
     assert max(rows.stop - rows.start for rows in plain.passes(40)) == 10
     assert max(rows.stop - rows.start for rows in guided.passes(40)) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.gradient_checkpointing=true", "model.vae_tiling=true", "engine.attention=sdpa", "engine.backend=reference", "engine.token_budget=500",
+        "data.embedding_cache=none", "reward=[{name: http, url: 'http://other:1', retries: 9}]",
+    ],
+)  # fmt: skip
+def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path, change):
+    path = tiny_recipe(tmp_path, reward=[{"name": "http", "url": "http://one:2"}])
+    assert fingerprint(load_recipe(path)) == fingerprint(load_recipe(path, (change,)))
+    for other in ("model.guidance_scale=2", "reward=[{name: http, url: 'http://one:2', weight: 2}]", "update.lr=1"):
+        assert fingerprint(load_recipe(path)) != fingerprint(load_recipe(path, (other,)))

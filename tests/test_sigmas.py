@@ -1,6 +1,7 @@
 """σ tables: MATH §1."""
 
 import itertools
+import json
 import math
 
 import numpy
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrove.sigmas import listed_sigmas, scheduler_sigmas, shifted_sigmas
-from planner_cases import user_error
+from flowgrove.models.folders import configuration_folder
+from flowgrove.recipe import parse_recipe
+from flowgrove.sigmas import listed_sigmas, recipe_sigmas, scheduler_sigmas, shifted_sigmas
+from planner_cases import recipe_content, user_error
 
 SHIFTS = st.floats(0.01, 100.0)
 STEPS = st.integers(1, 400)
@@ -145,3 +148,33 @@ def test_a_scheduler_that_gives_no_table_is_a_user_error(tmp_path, text):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
     assert "rollout.shift" in user_error(scheduler_sigmas, tmp_path, 10, 1024)
+
+
+FULL_SIZE = {
+    "flux": {"path": "black-forest-labs/FLUX.1-dev", "height": 720, "width": 720},
+    "qwen_image": {"path": "Qwen/Qwen-Image", "height": 512, "width": 768},
+    "wan": {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"},
+    "sd3": {"path": "stabilityai/stable-diffusion-3.5-medium", "height": 512, "width": 512},
+}
+
+
+@pytest.mark.parametrize("adapter", FULL_SIZE)
+def test_the_table_of_a_full_size_model_is_the_one_that_its_pipeline_sets(adapter):
+    import diffusers
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+    recipe = parse_recipe(recipe_content(model={"adapter": adapter, **FULL_SIZE[adapter]}, rollout={"shift": None, "steps": 10}))
+    folder = configuration_folder(recipe.model)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    if adapter in ("flux", "qwen_image"):  # as their __call__ does
+        tokens = (recipe.model.height // 16) * (recipe.model.width // 16)
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+        retrieve_timesteps(scheduler, 10, "cpu", sigmas=numpy.linspace(1.0, 1 / 10, 10), mu=mu)
+    else:
+        scheduler.set_timesteps(10)
+    table = recipe_sigmas(recipe)
+    assert entries(table, 10) == pytest.approx(scheduler.sigmas.double().tolist(), abs=1e-7)
+    assert table.source.startswith(config["_class_name"])
+    assert ("dynamic shift" in table.source) == (adapter in ("flux", "qwen_image"))

@@ -51,7 +51,10 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":
                 raise
-            _fail("the GPU's memory is full: lower engine.token_budget or data.prompts_per_iteration, or set model.gradient_checkpointing: true")
+            _fail(
+                "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: true (a run goes on with either), "
+                "or begin anew with fewer data.prompts_per_iteration"
+            )
         except KeyboardInterrupt:
             _say("interrupted" + (": the same command goes on from the last checkpoint, if one was written" if function.__name__ == "train" else ""))
             raise typer.Exit(130) from None

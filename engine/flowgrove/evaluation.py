@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.policy import Policy
+from flowgrove.pixels import shrink
 from flowgrove.plan import make_plan, round_half_up
 from flowgrove.recipe import Recipe, Rollout, Window
 from flowgrove.rewards.registry import Rewards
@@ -14,13 +15,13 @@ from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
 
-_PROMPTS_AT_ONCE = 32
+PIXELS_AT_ONCE, _PROMPTS_AT_ONCE = 1 << 25, 32  # 400 MB of decoded pictures
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Pictures [prompts · samples, 3, H, W] on the CPU, their prompts, and scores float64 [prompts · samples, rewards]."""
+    """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores float64 [prompts · samples, rewards]."""
 
     pictures: Tensor
     prompts: list[str]
@@ -32,7 +33,7 @@ class Evaluated:
 
 
 def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Iterator[Tensor]:
-    """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] on the CPU, prompt after prompt: any number of prompts goes through the model some at a time.
+    """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] (videos [..., F, 3, H, W]) on the device, prompt after prompt, some prompts at a time.
 
     `first_prompt`: the number of the first prompt, which names its noise.
     """
@@ -51,21 +52,35 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
     rows = plan_rows(plan).to(policy.device)
     tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * plain.steps)
     with policy.guided_by(settings.guidance_scale):
-        for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-            encoded = policy.encode(prompts[start : start + _PROMPTS_AT_ONCE])
+        some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
+        for start in range(0, len(prompts), some):
+            encoded = policy.encode(prompts[start : start + some])
             forest = rollout(
                 plan, rows, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start, tuned_steps=tuned_steps
             )
-            yield policy.decode(forest.leaves).cpu()
+            yield policy.decode(forest.leaves)
 
 
 def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
-    """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W]; the same call gives the same pictures."""
-    return torch.cat(list(draw(recipe, policy, prompts, first_prompt)))
+    """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W], on the CPU; the same call gives the same pictures."""
+    return torch.cat([pictures.cpu() for pictures in draw(recipe, policy, prompts, first_prompt)])
 
 
 def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str]) -> Evaluated:
-    """Samples the held-out prompts and scores them."""
-    pictures = sample(recipe, policy, prompts)
+    """Samples the held-out prompts and scores them, some at a time."""
     repeated = [prompt for prompt in prompts for _ in range(recipe.run.eval.samples)]
-    return Evaluated(pictures, repeated, rewards(pictures, repeated))
+    small: list[Tensor] = []
+    scores: list[Tensor] = []
+    done = 0
+    for pictures in draw(recipe, policy, prompts):
+        scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
+        small.append(shrink(pictures).cpu())
+        done += len(pictures)
+    return Evaluated(torch.cat(small), repeated, torch.cat(scores))
+
+
+def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
+    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a time."""
+    some = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels)
+    parts = zip(leaves.split(some), range(0, len(leaves), some), strict=True)
+    return torch.cat([rewards(policy.decode(part), prompts[start : start + some]) for part, start in parts])

@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from flowgrove.evaluation import Evaluated
 from flowgrove.files import write_file
-from flowgrove.pixels import to_bytes
+from flowgrove.pixels import shrink, to_bytes
 
-_MOST_PROMPTS, _MOST_SAMPLES, _LARGEST_TILE = 8, 4, 256
+_MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
     scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
     rows, columns = scores.shape
-    tiles = np.stack([as_tile(evaluated.pictures[index * samples + column]) for index in chosen for column in range(columns)])
+    tiles = to_bytes(shrink(evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]])).numpy()
     prompts = [evaluated.prompts[index * samples] for index in chosen]
     info = PngInfo()
     info.add_itxt("flowgrove", json.dumps({"rows": rows, "columns": columns, "prompts": prompts, "scores": scores.tolist()}))
@@ -51,13 +50,3 @@ def load_grid(path: Path) -> Grid:
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
     tiles = pixels.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
     return Grid(tiles, layout["prompts"], np.array(layout["scores"]))
-
-
-def as_tile(sample: Tensor) -> NDArray[np.uint8]:
-    """A picture [3, H, W], or the middle frame of a video [F, 3, H, W], in [0, 1] → uint8 [h, w, 3] of at most 256 pixels a side."""
-    pixels = to_bytes(sample if sample.ndim == 3 else sample[len(sample) // 2]).numpy()
-    scale = _LARGEST_TILE / max(pixels.shape[:2])
-    if scale >= 1:
-        return pixels
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))

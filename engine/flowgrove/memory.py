@@ -6,6 +6,7 @@ Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,12 @@ import diffusers
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import group_norm, layer_norm, rms_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flowgrove.evaluation import PIXELS_AT_ONCE
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.folders import configuration_folder
@@ -58,6 +62,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     if recipe.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     rows = rows_per_pass(recipe, geometry, device_type)
+    like_cuda = device_type == "cuda" and compute == torch.bfloat16
     prompts, width = recipe.data.prompts_per_iteration, max(step.nodes_out for step in plan.steps)
     latent, states = geometry.latent_shape, prompts * max(step.nodes_in for step in plan.steps)
     with FakeTensorMode():
@@ -68,8 +73,8 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
             rows, states = max(rows, 2), 2 * states
         cond = adapter.blank(prompts, compute)
         counted = {
-            "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute)),
-            "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute)),
+            "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute, like_cuda)),
+            "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute, like_cuda)),
             "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode, prompts * plan.leaves), *latent, dtype=master))),
         }
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -77,6 +82,8 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     elements = torch.Size(latent).numel() * master.itemsize
     levels = {end for step in plan.trained_steps for end in (step.index, step.index + 1)}
     kept = sum(plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels)
+    pictures = min(prompts * plan.leaves, max(1, PIXELS_AT_ONCE // geometry.pixels)) * geometry.pixels * 3
+    counted["decoding"] += 2 * pictures * torch.float32.itemsize  # what is scored together, and what judging it takes beside it
     resident = {
         "transformer": weights,
         "VAE": decoder,
@@ -91,22 +98,31 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     return Memory(resident, counted, rows)
 
 
-def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> None:
+def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype, like_cuda: bool) -> None:
     """A training pass. Gradients stay: they are counted as resident, so the caller's peak leaves them out."""
-    v = _velocity(adapter, rows, latent, master, compute)
+    v = _velocity(adapter, rows, latent, master, compute, like_cuda)
     v.backward(torch.empty_like(v))
 
 
 @torch.no_grad()
-def _roll(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
-    return _velocity(adapter, rows, latent, master, compute)
+def _roll(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype, like_cuda: bool) -> Tensor:
+    return _velocity(adapter, rows, latent, master, compute, like_cuda)
 
 
-def _velocity(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
+def _velocity(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype, like_cuda: bool) -> Tensor:
     cond = adapter.blank(1, compute)
     expanded = Conditioning({name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()})
-    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16), _LikeCuda() if like_cuda else nullcontext():
         return adapter.velocity(torch.empty(rows, *latent, dtype=master), torch.empty(rows), expanded, 1.0)
+
+
+class _LikeCuda(TorchFunctionMode):
+    """Autocast computes norms in fp32 on a GPU, but not on the CPU, whose rules the tensors without storage follow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (layer_norm, group_norm, rms_norm):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _from_config(folder: Path) -> Any:

@@ -91,6 +91,7 @@ def _each_reward(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
     """One panel per reward, each on its own scale: mean over an iteration's samples, and one standard deviation around it."""
     count = len(recipe.reward)
     figure, panels = pyplot.subplots(count, 1, figsize=(7, 1.2 + 1.8 * count), layout="constrained", sharex=True, squeeze=False)
+    figure.suptitle("mean over an iteration's samples; band: one standard deviation around it", fontsize=9, color=_MUTED)
     x = [line["iteration"] for line in lines]
     for axes, reward in zip(panels[:, 0], recipe.reward, strict=True):
         mean, std = ([line["reward"][reward.name][key] for line in lines] for key in ("mean", "std"))

@@ -10,6 +10,16 @@ from flowgrove.errors import UserError
 from flowgrove.metrics import read_metrics
 from flowgrove.recipe import Recipe
 
+# what a run may change when it goes on: where things are and how they are computed, not what
+_OPERATION = {
+    "model": ("gradient_checkpointing", "vae_tiling"),
+    "data": ("embedding_cache", "prompt_key"),
+    "engine": ("token_budget", "device", "backend", "attention"),
+}
+_REWARD_OPERATION = (
+    "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency", "max_answer_mb", "key_variable",
+)  # fmt: skip
+
 
 def fingerprint(recipe: Recipe) -> str:
     """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the prompts' text for their path.
@@ -18,9 +28,13 @@ def fingerprint(recipe: Recipe) -> str:
     """
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     content["data"] = {**content["data"], "prompts": read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key), "eval_prompts": None}
-    for key in ("embedding_cache", "prompt_key"):
-        content["data"].pop(key, None)
-    content.get("engine", {}).pop("token_budget", None)
+    content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
+    for section, keys in _OPERATION.items():
+        for key in keys:
+            content.get(section, {}).pop(key, None)
+    for reward in content["reward"]:
+        for key in _REWARD_OPERATION:
+            reward.pop(key, None)
     content["run"] = {"seed": recipe.run.seed}
     if recipe.update.lr_schedule == "cosine":
         content["run"]["iterations"] = recipe.run.iterations

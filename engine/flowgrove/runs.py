@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,15 +35,24 @@ class Model:
         return self
 
 
-def open_model(source: Path, overrides: tuple[str, ...] = (), texts: tuple[str, ...] = ()) -> Model:
-    """The base model of a run folder, with its newest checkpoint, or of a recipe; `texts`: prompts that it will encode. Raises UserError."""
-    is_run = source.is_dir()
-    checkpoints = valid_checkpoints(source) if is_run else []
-    if is_run and not checkpoints:
+def open_recipe(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Path | None]:
+    """The recipe of a run folder and its last checkpoint (older weights are no stand-in for a damaged one), or a recipe file's and None.
+
+    Raises UserError.
+    """
+    if not source.is_dir():
+        return load_recipe(source, overrides), None
+    checkpoints = valid_checkpoints(source)
+    if not checkpoints:
         raise UserError(f"{source} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
-    recipe = load_recipe(source / "recipe.yaml" if is_run else source, overrides)
+    return load_recipe(source / "recipe.yaml", overrides), checkpoints[-1]
+
+
+def open_model(source: Path, overrides: tuple[str, ...] = (), texts: Sequence[str] | None = ()) -> Model:
+    """The base model of a run folder or a recipe. `texts`: prompts that it will encode; None: only its weights are wanted. Raises UserError."""
+    recipe, checkpoint = open_recipe(source, overrides)
     untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})  # no copy of the reference model
-    return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoints[-1] if is_run else None)
+    return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoint)
 
 
 def evaluate_run(run: Path, overrides: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
@@ -50,13 +60,14 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = ()) -> dict[str, dict[s
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    model = open_model(run, overrides).restore()
-    recipe, policy = model.recipe, model.policy
+    recipe, _ = open_recipe(run, overrides)
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
-    rewards = Rewards(recipe, policy.device)
+    prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
+    rewards = Rewards(recipe, pick_device(recipe))
+    policy = open_model(run, overrides, prompts).restore().policy
     with pick_backend(recipe):
-        evaluated = evaluate(recipe, policy, rewards, read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key))
+        evaluated = evaluate(recipe, policy, rewards, prompts)
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples
@@ -75,7 +86,7 @@ def export_run(run: Path, out: Path) -> str:
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    model = open_model(run, ("data.embedding_cache=none",)).restore()  # the whole pipeline: it may have to be written
+    model = open_model(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto"), None).restore()  # the transformer alone
     recipe, policy = model.recipe, model.policy
     is_lora = recipe.model.lora is not None
     partial = out.with_name(out.name + ".partial")

@@ -12,9 +12,9 @@ from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.evaluation import draw
 from flowgrove.files import write_file, write_text
-from flowgrove.grids import Grid, as_tile
+from flowgrove.grids import Grid
 from flowgrove.models.policy import Policy
-from flowgrove.pixels import to_bytes
+from flowgrove.pixels import shrink, to_bytes
 from flowgrove.recipe import Recipe
 from flowgrove.runs import open_model
 from flowgrove.side_by_side import draw_side_by_side
@@ -30,7 +30,7 @@ def write_samples(source: Path, overrides: tuple[str, ...], prompts: list[str], 
     """
     if compare and not source.is_dir():
         raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
-    model = open_model(source, overrides, tuple(prompts))
+    model = open_model(source, overrides, prompts)
     out.mkdir(parents=True, exist_ok=True)
     with pick_backend(model.recipe):
         base = _write(model.recipe, model.policy, prompts, out, "_base") if compare else []
@@ -48,13 +48,13 @@ def write_samples(source: Path, overrides: tuple[str, ...], prompts: list[str], 
 def _write(recipe: Recipe, policy: Policy, prompts: list[str], out: Path, ending: str) -> list[NDArray[np.uint8]]:
     """Draws and writes; returns a small picture of each sample."""
     tiles: list[NDArray[np.uint8]] = []
-    lines = []
+    lines: list[str] = []
     for some in draw(recipe, policy, prompts):
         for sample in some:
-            prompt, number = divmod(len(tiles), recipe.run.eval.samples)
+            prompt, number = divmod(len(lines), recipe.run.eval.samples)
             file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)
             lines.append(json.dumps({"file": file.name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
-            tiles.append(as_tile(sample))
+        tiles += list(to_bytes(shrink(some)).numpy())
     write_text(out / f"prompts{ending}.jsonl", "".join(lines))
     return tiles
 

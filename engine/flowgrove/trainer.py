@@ -12,7 +12,7 @@ from flowgrove.credit import advantage_by_step, assign_credit
 from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
-from flowgrove.evaluation import Evaluated, evaluate
+from flowgrove.evaluation import Evaluated, evaluate, score_leaves
 from flowgrove.files import write_text
 from flowgrove.forest import leaf_path_logp
 from flowgrove.grids import save_grid
@@ -58,7 +58,7 @@ class Trainer:
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
         trained = (self._prompts(iteration) for iteration in range(self.recipe.run.iterations))
-        return [text for texts in (self.eval_prompts, *trained, [""]) for text in texts]
+        return [text for texts in (self.eval_prompts, *trained) for text in texts]
 
     def _prompts(self, iteration: int) -> list[str]:
         return prompts_of_iteration(self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed)
@@ -102,8 +102,7 @@ class Trainer:
         with clock("rollout"):
             forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration, share=recipe.engine.share)
         with clock("reward"):
-            pictures = policy.decode(forest.leaves)
-            scores = self.rewards(pictures, [text for text in prompts.texts for _ in range(plan.leaves)])
+            scores = score_leaves(policy, self.rewards, forest.leaves, [text for text in prompts.texts for _ in range(plan.leaves)])
         with clock("credit"):
             grouped = scores.view(len(prompts.texts), plan.leaves, -1).numpy()
             path_logp = leaf_path_logp(forest).double().cpu().numpy() if recipe.credit.fusion_beta else None

@@ -1,5 +1,8 @@
 """What the engine asks of a model family: prompts in, velocity, pictures out. Everything else (guidance, batching, precision, replay) is the policy's."""
 
+import json
+import os
+import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,13 +24,14 @@ class Adapter(ABC):
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
+    uncond_text: ClassVar[str] = ""  # the prompt that guidance leads away from
     TEXT: ClassVar[tuple[str, ...]]
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
     fps: ClassVar[int] = 16  # of videos, as files
 
-    def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None) -> None:
-        self.geometry, self.transformer, self.pipe = geometry, transformer, pipe
+    def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
+        self.geometry, self.transformer, self.pipe, self.folder = geometry, transformer, pipe, folder
 
     @classmethod
     def load(cls, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()) -> Self:
@@ -36,7 +40,12 @@ class Adapter(ABC):
         `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for one that does nothing else.
         """
         geometry = read_geometry(folder, recipe)
-        dtypes = weights if cls.vae_dtype is None or weights == torch.float64 else {"default": weights, "vae": cls.vae_dtype}
+        dtypes = {"default": weights}
+        if weights != torch.float64:
+            if recipe.lora is None:  # all of it trains: masters as precise as the files
+                dtypes["transformer"] = torch.float32
+            if cls.vae_dtype is not None:
+                dtypes["vae"] = cls.vae_dtype
         pipe = cls.pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **dict.fromkeys(without)).to(device)
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():
@@ -44,7 +53,7 @@ class Adapter(ABC):
                 part.requires_grad_(False).eval()
         if "vae" not in without and recipe.vae_tiling:
             pipe.vae.enable_tiling()
-        return cls(geometry, pipe.transformer, pipe)
+        return cls(geometry, pipe.transformer, pipe, folder)
 
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
@@ -64,12 +73,11 @@ class Adapter(ABC):
     @property
     def samples_per_decode(self) -> int:
         """Samples that are decoded together."""
-        size = self.geometry
-        return max(1, _PIXELS_PER_DECODE // (size.height * size.width * (size.frames or 1)))
+        return max(1, _PIXELS_PER_DECODE // self.geometry.pixels)
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text embeddings, one row per prompt; "" is the unconditional prompt."""
+        """Text embeddings, one row per prompt; `uncond_text` is the unconditional prompt."""
 
     @abstractmethod
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
@@ -88,11 +96,28 @@ class Adapter(ABC):
         return None
 
     def save_pipeline(self, folder: Path) -> None:
-        """The whole pipeline as `from_pretrained` reads it."""
-        self.pipe.save_pretrained(folder)
+        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and the files of all other parts as they are."""
+        if self.folder is None:
+            raise ValueError("this adapter was not loaded from a pipeline folder")
+        folder.mkdir(parents=True)
+        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
+        for part in index:
+            if part != "transformer" and (self.folder / part).is_dir():
+                shutil.copytree(self.folder / part, folder / part, copy_function=_link_or_copy)
+        self.transformer.save_pretrained(folder / "transformer")
 
     def save_lora(self, folder: Path) -> None:
         """The LoRA layers as `load_lora_weights` reads them."""
         layers = get_peft_model_state_dict(self.transformer)
         settings = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them a loader assumes alpha = rank
         self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name for the same file where the file system allows it: text encoders are large."""
+    real = os.path.realpath(source)  # the hub's cache holds links
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import XFormersJointAttnProcessor
 from torch import nn
 
 from flowgrove.errors import UserError
+from flowgrove.recipe import Model
 
 _NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}  # ours for diffusers'; all others are diffusers' own
 _INSTALL = {
@@ -19,13 +20,19 @@ _INSTALL = {
 }
 
 
-def use_attention(transformer: nn.Module, wanted: str, adapter: str, device: torch.device) -> None:
+def use_attention(transformer: nn.Module, wanted: str, recipe: Model, device: torch.device) -> None:
     """Sets engine.attention on a transformer; auto leaves PyTorch's own. Raises UserError for a backend that cannot run here or on this model."""
+    adapter = recipe.adapter
     if wanted == "auto":
         return
     name = _NAMES.get(wanted, wanted)
     if (reason := missing(wanted, device)) is not None:
         raise UserError(f"engine.attention is {wanted}: {reason}; or write auto")
+    if _takes_no_mask(name):
+        if adapter == "qwen_image":
+            raise UserError(f"engine.attention is {wanted}, which takes no mask, and qwen_image masks prompts of different lengths: write sdpa or flash_varlen")
+        if recipe.dtype == "bf16" and recipe.lora is None:
+            raise UserError(f"engine.attention is {wanted}, which wants bf16 throughout: with model.lora: null norms train in fp32; write sdpa, or give a lora")
     switchable = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules())
     if switchable:
         _model(transformer).set_attention_backend(name)
@@ -50,6 +57,10 @@ def missing(wanted: str, device: torch.device) -> str | None:
     if device.type == "cpu" and name not in ("_native_math", "flex"):
         return "it needs a GPU"
     return None
+
+
+def _takes_no_mask(name: str) -> bool:
+    return any(kernel in name for kernel in ("flash", "sage", "aiter")) and "varlen" not in name
 
 
 def attention_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompts → conditioning: encoders that stay loaded, or embeddings on disk that let the encoders go.
+"""Prompts → conditioning: encoders that stay loaded, that wait in the host's memory, or embeddings on disk that let the encoders go.
 
 On disk each prompt is a safetensors file without padding, in a folder named after the encoders' files and what they were asked for.
 """
@@ -6,13 +6,20 @@ On disk each prompt is a safetensors file without padding, in a folder named aft
 import gc
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+import diffusers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
 
+from flowgrove.errors import UserError
 from flowgrove.files import write_file
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
@@ -20,6 +27,8 @@ from flowgrove.recipe import Recipe
 
 _AT_ONCE = 16  # prompts per pass of the encoders
 _LARGE = 1 << 30  # bytes of text encoders that `auto` rather frees
+MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user's cache folder
+_LENGTH = ".length"
 
 
 class Encoder(Protocol):
@@ -48,11 +57,34 @@ class LoadedEncoder:
         return Conditioning.cat([self.adapter.encode(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)])
 
 
-class StoredEncoder:
-    """Reads embeddings from `folder`; `load` brings the encoders for the texts that are not there yet, and they are freed again."""
+class OffloadedEncoder:
+    """The encoders wait in the host's memory and come to the device only to encode."""
 
-    def __init__(self, folder: Path, load: Callable[[], Adapter], device: torch.device) -> None:
-        self.folder, self.load, self.device = folder, load, device
+    def __init__(self, load: Callable[[torch.device], Adapter], device: torch.device) -> None:
+        self.load, self.device = load, device
+        self.adapter: Adapter | None = None
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, texts: list[str]) -> Conditioning:
+        """One row per text."""
+        self.adapter = self.adapter or self.load(torch.device("cpu"))
+        self.adapter.pipe.to(self.device)
+        cond = LoadedEncoder(self.adapter)(texts)
+        self.adapter.pipe.to("cpu")
+        _release(self.device)
+        return cond
+
+
+class StoredEncoder:
+    """Reads embeddings from `folder`; `load` brings the encoders for the texts that are not there yet, and they are freed again.
+
+    `most`: bytes that the texts of one `prepare` may take; beyond that it raises TooManyPrompts after the first few.
+    """
+
+    def __init__(self, folder: Path, load: Callable[[torch.device], Adapter], device: torch.device, most: int | None = None) -> None:
+        self.folder, self.load, self.device, self.most = folder, load, device, most
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Encodes what is not on disk yet, with one loading of the encoders."""
@@ -60,24 +92,66 @@ class StoredEncoder:
         if not missing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        adapter = self.load()
+        adapter = self.load(self.device)
         for start in range(0, len(missing), _AT_ONCE):
             some = missing[start : start + _AT_ONCE]
             for text, cond in zip(some, adapter.encode(some).split(), strict=True):
-                tensors = {name: tensor.contiguous() for name, tensor in cond.tensors.items()}
+                tensors = _without_end(cond)
                 write_file(self._file(text), lambda partial, tensors=tensors: save_file(tensors, partial))  # type: ignore[misc]
+            if start == 0:
+                self._check_room(some, len(missing))
         del adapter
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _release(self.device)
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
         self.prepare(texts)
-        return Conditioning.cat([Conditioning(load_file(self._file(text), device=str(self.device))) for text in texts])
+        return Conditioning.cat([_with_end(load_file(self._file(text), device=str(self.device))) for text in texts])
+
+    def _check_room(self, some: list[str], count: int) -> None:
+        needed = sum(self._file(text).stat().st_size for text in some) * count // len(some)
+        if self.most is not None and needed > self.most:
+            raise TooManyPromptsError
+        if needed > (free := shutil.disk_usage(self.folder).free):
+            raise UserError(
+                f"data.embedding_cache: the embeddings of {count:,} prompts take {needed / 1e9:.0f} GB and {self.folder} has {free / 1e9:.0f} GB free: "
+                "name a folder with more room, or write none"
+            )
 
     def _file(self, text: str) -> Path:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+
+class TooManyPromptsError(Exception):
+    """More embeddings than `auto` puts into the user's cache folder unasked."""
+
+
+def _without_end(cond: Conditioning) -> dict[str, Tensor]:
+    """One prompt's tensors for a file; zeros that end a sequence are left out, and its length is kept beside it."""
+    kept = {}
+    for name, tensor in cond.tensors.items():
+        kept[name] = tensor.contiguous()
+        if tensor.ndim == 3:
+            filled = tensor[0].ne(0).any(-1).nonzero()
+            kept[name] = tensor[:, : int(filled.max()) + 1 if len(filled) else 0].contiguous()
+            kept[f"{name}{_LENGTH}"] = torch.tensor(tensor.shape[1])
+    return kept
+
+
+def _with_end(tensors: dict[str, Tensor]) -> Conditioning:
+    whole = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_LENGTH):
+            continue
+        length = tensors.get(f"{name}{_LENGTH}")
+        whole[name] = tensor if length is None else pad(tensor, (0, 0, 0, int(length) - tensor.shape[1]))
+    return Conditioning(whole)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int) -> Path | None:
@@ -91,6 +165,7 @@ def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_
     if wanted == "none" or (wanted == "auto" and sum(stat.st_size for stat in sizes) <= _LARGE):
         return None
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrove" / "embeddings" if wanted == "auto" else Path(wanted)
-    identity = [recipe.model.adapter, recipe.model.dtype, str(prompt_tokens)]
+    identity = ["1", recipe.model.adapter, recipe.model.dtype, str(prompt_tokens), diffusers.__version__, transformers.__version__]
+    identity.append(f"ftfy {find_spec('ftfy') is not None}")  # Wan's pipeline cleans prompts with it where it is installed
     identity += [f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, sizes, strict=True)]
     return root.expanduser() / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]

@@ -23,6 +23,11 @@ class Geometry:
     text_tokens: int  # of the longest prompt, that stand beside the picture's in the transformer
 
     @property
+    def pixels(self) -> int:
+        """Of a sample, all frames."""
+        return self.height * self.width * (self.frames or 1)
+
+    @property
     def tokens(self) -> int:
         return self.picture_tokens + self.text_tokens
 

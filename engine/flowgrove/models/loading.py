@@ -7,7 +7,7 @@ import torch
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
-from flowgrove.models.embeddings import Encoder, LoadedEncoder, StoredEncoder, cache_folder
+from flowgrove.models.embeddings import MOST_UNASKED, Encoder, LoadedEncoder, OffloadedEncoder, StoredEncoder, TooManyPromptsError, cache_folder
 from flowgrove.models.flux import Flux
 from flowgrove.models.folders import model_folder
 from flowgrove.models.geometry import read_geometry
@@ -19,19 +19,32 @@ from flowgrove.recipe import Recipe
 ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
 
 
-def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str]) -> tuple[Adapter, Encoder]:
-    """The adapter and what encodes its prompts; `texts` are those that will be asked for. Raises UserError."""
+def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None) -> tuple[Adapter, Encoder]:
+    """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will be decoded. Raises UserError."""
     model, folder, family = recipe.model, model_folder(recipe.model), ADAPTERS[recipe.model.adapter]
     diffusers.utils.logging.disable_progress_bar()
+
+    def load(place: torch.device, without: tuple[str, ...] = ()) -> Adapter:
+        try:
+            return family.load(folder, model, place, dtype, without)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
+
+    def load_encoders(place: torch.device) -> Adapter:
+        return load(place, family.parts_beside_text(folder))
+
+    if texts is None:
+        adapter = load(device, (*family.TEXT, "vae"))
+        return adapter, LoadedEncoder(adapter)
     store = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
+    if store is None:
+        adapter = load(device)
+        return adapter, LoadedEncoder(adapter)
+    encoder: Encoder = StoredEncoder(store, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
     try:
-        if store is None:
-            adapter = family.load(folder, model, device, dtype)
-            return adapter, LoadedEncoder(adapter)
-        encoder = StoredEncoder(store, lambda: family.load(folder, model, device, dtype, family.parts_beside_text(folder)), device)
-        encoder.prepare(texts)
-        return family.load(folder, model, device, dtype, family.TEXT), encoder
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
+        encoder.prepare(dict.fromkeys([*texts, family.uncond_text]) if texts else ())
+    except TooManyPromptsError:
+        encoder = OffloadedEncoder(load_encoders, device)
+    return load(device, family.TEXT), encoder

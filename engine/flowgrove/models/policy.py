@@ -48,9 +48,9 @@ class Velocity(NamedTuple):
 
 
 class Policy:
-    """Raises UserError for a missing or unsuitable model folder. `texts`: prompts that will be asked for (see `embeddings`)."""
+    """Raises UserError for a missing or unsuitable model folder. `texts`: prompts that will be asked for; None: only weights will."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, texts: Iterable[str] = ()) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, texts: Iterable[str] | None = ()) -> None:
         model = recipe.model
         self.device = device
         self.compute_dtype = COMPUTE_DTYPES[model.dtype]
@@ -63,7 +63,7 @@ class Policy:
         diffusers.utils.logging.disable_progress_bar()
         self.adapter, self.encoder = load_model(recipe, device, self.compute_dtype, texts)
         self.transformer = self.adapter.transformer
-        use_attention(self.transformer, recipe.engine.attention, model.adapter, device)
+        use_attention(self.transformer, recipe.engine.attention, model, device)
         self._reference: Any = None
         self._prepare_weights(recipe)
         self.rows_per_pass = rows_per_pass(recipe, self.adapter.geometry, device.type)
@@ -73,7 +73,7 @@ class Policy:
         if self.state_dtype == torch.float64:
             keep_float64(self.transformer)
         if lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1):
-            self._reference = copy.deepcopy(self.transformer).requires_grad_(False)
+            self._reference = copy.deepcopy(self.transformer).requires_grad_(False).to(self.compute_dtype)
         choose_trainable(self.transformer, lora, self.adapter.lora_targets, recipe.run.seed)
         master = self.state_dtype
         for parameter in self.trainable().values():
@@ -90,7 +90,7 @@ class Policy:
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         rows = torch.tensor([place[text] for text in texts], device=self.device)
-        return Prompts(texts, self.encoder(distinct)[rows], self.encoder([""]) if self.doubles else None)
+        return Prompts(texts, self.encoder(distinct)[rows], self.encoder([self.adapter.uncond_text]) if self.doubles else None)
 
     @property
     def doubles(self) -> bool:
@@ -137,7 +137,14 @@ class Policy:
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""
-        return torch.cat([self.adapter.decode(some) for some in x.split(self.adapter.samples_per_decode)])
+        parts = x.split(self.adapter.samples_per_decode)
+        first = self.adapter.decode(parts[0])
+        if len(parts) == 1:
+            return first
+        whole = first.new_empty(len(x), *first.shape[1:])  # filled part by part: never held twice
+        for start, part in zip(range(0, len(x), len(parts[0])), parts, strict=True):
+            whole[start : start + len(part)] = first if start == 0 else self.adapter.decode(part)
+        return whole
 
     def passes(self, rows: int, most: int | None = None) -> Iterator[slice]:
         """Slices of at most `rows_per_pass` (or `most`) rows that differ by one in length."""

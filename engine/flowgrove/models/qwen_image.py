@@ -17,6 +17,7 @@ class QwenImage(Adapter):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
+    uncond_text = " "
     TEXT = ("text_encoder", "tokenizer")
 
     @torch.no_grad()
