@@ -19,7 +19,7 @@ ALLOW = "FLOWGROVE_ALLOW_PYTHON"
 class PythonReward:
     """`file`: a Python file; `function`: its function (pictures [B, 3, H, W] in [0, 1], prompts) → B numbers, as a tensor, an array or a list.
 
-    With `video: true` it gets videos [B, F, 3, H, W] whole.
+    Pictures are fp32 on the run's device, some of an iteration's at a time. With `video: true` it gets videos [B, F, 3, H, W] whole.
     """
 
     def __init__(self, file: str, function: str = "score", video: bool = False) -> None:
