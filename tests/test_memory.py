@@ -70,6 +70,16 @@ def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing,
     assert found.resident["gradients"] == sum(p.numel() * 4 for p in policy.trainable().values())
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_norms_in_fp32_as_a_gpu_computes_them_need_more(folders, name, checkpointing):
+    model = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": "bf16", "lora": LORA, "gradient_checkpointing": checkpointing}
+    recipe = small_recipe(model=model, data={"prompts": "unused.txt", "prompts_per_iteration": 2})
+    plan = make_plan(recipe, 0)
+    cpu, cuda = (predict_memory(recipe, plan, device).stages["training"] for device in ("cpu", "cuda"))
+    assert cpu < cuda < 2 * cpu
+
+
 @pytest.mark.long
 def test_checkpointing_and_lora_need_less_and_kl_of_full_training_more():
     def predicted(**changes):

@@ -5,8 +5,8 @@ Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode
 
 import json
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import group_norm, layer_norm, rms_norm
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -73,8 +72,8 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
             rows, states = max(rows, 2), 2 * states
         cond = adapter.blank(prompts, compute)
         counted = {
-            "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute, like_cuda)),
-            "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute, like_cuda)),
+            "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute), like_cuda),
+            "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute), like_cuda),
             "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode, prompts * plan.leaves), *latent, dtype=master))),
         }
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -98,31 +97,46 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     return Memory(resident, counted, rows)
 
 
-def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype, like_cuda: bool) -> None:
+def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> None:
     """A training pass. Gradients stay: they are counted as resident, so the caller's peak leaves them out."""
-    v = _velocity(adapter, rows, latent, master, compute, like_cuda)
+    v = _velocity(adapter, rows, latent, master, compute)
     v.backward(torch.empty_like(v))
 
 
 @torch.no_grad()
-def _roll(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype, like_cuda: bool) -> Tensor:
-    return _velocity(adapter, rows, latent, master, compute, like_cuda)
+def _roll(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
+    return _velocity(adapter, rows, latent, master, compute)
 
 
-def _velocity(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype, like_cuda: bool) -> Tensor:
+def _velocity(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
     cond = adapter.blank(1, compute)
     expanded = Conditioning({name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()})
-    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16), _LikeCuda() if like_cuda else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
         return adapter.velocity(torch.empty(rows, *latent, dtype=master), torch.empty(rows), expanded, 1.0)
 
 
-class _LikeCuda(TorchFunctionMode):
-    """Autocast computes norms in fp32 on a GPU, but not on the CPU, whose rules the tensors without storage follow."""
+@contextmanager
+def _norms_in_fp32() -> Iterator[None]:
+    """Autocast computes norms in fp32 on a GPU, but not on the CPU, whose rules the tensors without storage follow.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (layer_norm, group_norm, rms_norm):
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    The functions themselves are exchanged: a mode would be off where checkpoints recompute.
+    """
+    kept = {name: getattr(functional, name) for name in ("layer_norm", "group_norm", "rms_norm")}
+
+    def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            return norm(*args, **kwargs)
+
+        return run
+
+    try:
+        for name, norm in kept.items():
+            setattr(functional, name, in_fp32(norm))
+        yield
+    finally:
+        for name, norm in kept.items():
+            setattr(functional, name, norm)
 
 
 def _from_config(folder: Path) -> Any:
@@ -149,9 +163,9 @@ def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -
     return total
 
 
-def _peak(run: Callable[[], object]) -> int:
+def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
     """Most bytes alive at once while `run` runs, of storages that it makes itself and that are gone when it has ended."""
-    with _Alive() as alive:
+    with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
         run()
     return alive.most - alive.bytes
 
