@@ -2,7 +2,7 @@
 
 `python profiling/compare_recipes.py rewards` trains every recipe on several seeds and writes the held-out reward before and after.
 `python profiling/compare_recipes.py timings` times some iterations of each and of the loop that runs every trajectory and every edge alone
-(engine.share: false), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
+(engine.share: false, engine.token_budget: 1), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
 """
 
 import argparse
@@ -49,9 +49,9 @@ def timings(name: str, iterations: list[int]) -> dict[str, Any]:
     """Passes and seconds of an iteration, the mean over `iterations` (windows move), shared and unshared in turn in one process."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = []
-        for share in ("true", "false"):
-            recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0", f"engine.share={share}"))
-            trainers.append(Trainer(recipe, Path(folder) / share))
+        for side, engine in (("shared", ()), ("alone", ("engine.share=false", "engine.token_budget=1"))):
+            recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0", *engine))
+            trainers.append(Trainer(recipe, Path(folder) / side))
         trainers[0].iterate(0)  # warms caches up
         pairs = [[trainer.iterate(iteration) for trainer in trainers] for iteration in iterations]
     row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations))}

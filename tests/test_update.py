@@ -278,7 +278,7 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
 
 @pytest.mark.parametrize("case", ["flat", "tree"])
 def test_unshared_rows_equal_the_planned_counts_of_the_published_loop(case):
-    recipe, policy = small_recipe(**CASES[case], engine={"device": "cpu", "share": False}), policy_of()
+    recipe, policy = small_recipe(**CASES[case], engine={"device": "cpu", "share": False}), policy_of(tokens=1)
     plan, rows = plan_and_rows(recipe)
     prompts = encoded(policy)
     seen = []

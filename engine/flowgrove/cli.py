@@ -201,6 +201,29 @@ def ops(
         raise typer.Exit(1)
 
 
+@partial(_command, group=bench_app)
+def engine(
+    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
+    model: Annotated[str, typer.Option(help="tiny, or sd3_mid with random weights")] = "tiny",
+    recipes: Annotated[str, typer.Option(help="algorithms, with commas between")] = "dance,mix,mix_flash,branch,branch_mix,branch_mix_flash",
+    prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Time iterations of the published loop, and of Flowgrove with each lever added in turn."""
+    from flowgrove.bench.engine import Settings, bench_engine
+    from flowgrove.bench.machine import pick_device
+    from flowgrove.bench.table import draw_engine
+
+    names = tuple(name.strip() for name in recipes.split(","))
+    rows = bench_engine(Settings(pick_device(device), model, names, prompts, rounds), _say, out)
+    if as_json:
+        sys.stdout.write(json.dumps(rows) + "\n")
+    else:
+        draw_engine(rows, Console(highlight=False))
+
+
 @_command
 def doctor() -> None:
     """Say what this installation has: versions, devices, backends, and what is missing."""

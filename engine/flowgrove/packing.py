@@ -59,7 +59,7 @@ def edges_of_update(
 ) -> Edges:
     """The edges that `update` trains, weighted ω(step)/N_u. Edges without advantage are left out unless a KL term needs them.
 
-    packing: "states" runs each state once for all its children; "levels" runs whole levels, as the rollout did; "edges" each edge alone.
+    packing: "states" runs each state once for all its children; "levels" runs whole levels, as the rollout did; "edges" a row for each edge.
     """
     plan, parts, selected = forest.plan, [], 0
     for step in plan.trained_steps:
@@ -92,11 +92,9 @@ def _rows_of_step(forest: Forest, step: Step, mask: NDArray[np.bool_], advantage
 
 
 def pass_bounds(edges: Edges, policy: Policy, packing: str) -> list[slice]:
-    """Where passes begin and end: full passes over all rows; for "levels" the rollout's own passes, those without an edge left out; for "edges" each row."""
-    if packing == "states":
+    """Where passes begin and end: full passes over all rows; for "levels" the rollout's own passes, those without an edge left out."""
+    if packing != "levels":
         return list(policy.passes(len(edges)))
-    if packing == "edges":
-        return list(policy.passes(len(edges), 1))
     bounds, start = [], 0
     for _, count in zip(*np.unique(edges.step, return_counts=True), strict=True):
         bounds += [slice(start + rows.start, start + rows.stop) for rows in policy.passes(int(count))]

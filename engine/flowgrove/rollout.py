@@ -19,7 +19,7 @@ def rollout(
 ) -> Forest:  # fmt: skip
     """Runs the plan for `prompts`, of which the first is number `first_prompt` of the iteration. `rows`: the plan's rows on the policy's device.
 
-    `share` False runs every leaf's trajectory alone, a batch of one, as the published loops do: the same forest, at their cost.
+    `share` False runs every leaf's trajectory for itself, as the published loops do: the same forest, at their cost.
     `tuned_steps`: the steps that the trained model runs, the untouched one those after them; None: all.
     """
     count, shape = len(prompts.texts), policy.adapter.latent_shape
@@ -36,7 +36,7 @@ def rollout(
         with span(f"step {step.index}"):
             untouched = tuned_steps is not None and step.index >= tuned_steps
             with span("transformer"), policy.untouched() if untouched else nullcontext():
-                v, v_uncond, scale = policy.velocity_in_passes(x, sigma, prompts, prompt_of, None if share else 1)
+                v, v_uncond, scale = policy.velocity_in_passes(x, sigma, prompts, prompt_of)
             lanes *= fanout
             parent = node.repeat_interleave(fanout)
             child_prompt, node = _rows(count, lanes, step.nodes_out, policy.device)

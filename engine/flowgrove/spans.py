@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 _path: ContextVar[str] = ContextVar("span_path", default="")
+_totals: ContextVar[dict[str, float] | None] = ContextVar("span_totals", default=None)
 
 
 @contextmanager
@@ -17,12 +18,25 @@ def span(name: str) -> Iterator[None]:
     """A range that ends with the block; its full name is its parents' names and its own, joined by "/"."""
     parent = _path.get()
     full = f"{parent}/{name}" if parent else name
-    token = _path.set(full)
+    token, totals, start = _path.set(full), _totals.get(), time.perf_counter()
     try:
         with torch.profiler.record_function(full), _nvtx_range(name):
             yield
     finally:
         _path.reset(token)
+        if totals is not None:
+            totals[name] = totals.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def span_totals() -> Iterator[dict[str, float]]:
+    """Seconds that the host spent in the spans of each name inside the block; on a GPU, whose queue it only fills, no measure of the work."""
+    totals: dict[str, float] = {}
+    token = _totals.set(totals)
+    try:
+        yield totals
+    finally:
+        _totals.reset(token)
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""The training loop: plan → rollout → reward → credit → update, and what is kept of each iteration."""
+"""The training loop: iterations, and what is kept of each: metrics, checkpoints, evaluations."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,23 +8,20 @@ from typing import Any
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
 from flowgrove.checkpoint import load_checkpoint, save_checkpoint
-from flowgrove.credit import advantage_by_step, assign_credit
 from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
-from flowgrove.evaluation import Evaluated, evaluate, score_leaves
+from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import write_text
-from flowgrove.forest import leaf_path_logp
 from flowgrove.grids import save_grid
+from flowgrove.iteration import run_iteration
 from flowgrove.models.policy import Policy
 from flowgrove.plan import make_plan
 from flowgrove.recipe import Recipe, dump_recipe
 from flowgrove.resume import choose_checkpoint, fingerprint
 from flowgrove.rewards.registry import Rewards
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
-from flowgrove.spans import Clock, span
+from flowgrove.spans import span
 from flowgrove.update import Updater
 
 Report = Callable[[dict[str, Any]], None]
@@ -94,33 +91,7 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
-        recipe, policy, clock = self.recipe, self.policy, Clock(self.policy.device)
-        with clock("plan"):
-            plan = make_plan(recipe, iteration, self.table)
-            rows = plan_rows(plan).to(policy.device)
-            prompts = policy.encode(self._prompts(iteration))
-        with clock("rollout"):
-            forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration, share=recipe.engine.share)
-        with clock("reward"):
-            scores = score_leaves(policy, self.rewards, forest.leaves, [text for text in prompts.texts for _ in range(plan.leaves)])
-        with clock("credit"):
-            grouped = scores.view(len(prompts.texts), plan.leaves, -1).numpy()
-            path_logp = leaf_path_logp(forest).double().cpu().numpy() if recipe.credit.fusion_beta else None
-            credit = assign_credit(plan, recipe.credit, grouped, self.rewards.weights, path_logp)
-        with clock("update"):
-            stats = self.updater.run(forest, prompts, credit, rows)
-        counts = plan.counts
-        return {
-            "iteration": iteration,
-            "reward": metrics.reward_summary(list(self.rewards.scorers), scores),
-            **metrics.update_summary(stats),
-            "advantage_by_step": advantage_by_step(credit),
-            "rollout_forwards": (counts.rollout_forwards if recipe.engine.share else counts.unshared_rollout_forwards) * len(prompts.texts),
-            "train_passes": stats.train_passes,
-            "seconds": clock.seconds,
-            "samples_per_second": len(scores) / sum(clock.seconds.values()),
-            "peak_memory_bytes": metrics.peak_memory(policy.device),
-        }
+        return run_iteration(self.recipe, self.policy, self.updater, self.rewards, self.table, self._prompts(iteration), iteration)
 
     def evaluate(self, iteration: int) -> Evaluated | None:
         """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts."""

@@ -4,9 +4,7 @@ Everything of one case, shape and dtype is built, checked against the formulas i
 bytes as the case has to move. A contender that is wrong, or does not fit into memory, gets no row.
 """
 
-import csv
 import gc
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +16,9 @@ from flowgrove.bench import machine
 from flowgrove.bench.cases import CASES, Case, Contender, contenders
 from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs
+from flowgrove.bench.table import write_columns
 from flowgrove.bench.timing import copier, interleave, make_clock
 from flowgrove.errors import UserError
-from flowgrove.files import write_text
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import takes
 
@@ -122,11 +120,7 @@ def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
 
 def write_csv(rows: list[Row], path: Path) -> None:
     """One line per contender."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_columns(rows, COLUMNS, path)
 
 
 def _measure(case: Case, inputs: Inputs, settings: Settings, wrong: list[str], say: Say) -> list[Row]:

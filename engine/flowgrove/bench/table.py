@@ -1,9 +1,14 @@
-"""The op benchmark as a table on the terminal."""
+"""Benchmarks as tables: on the terminal, and as CSV files."""
 
+import csv
+import io
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from flowgrove.files import write_text
 
 _HEADINGS = ("contender", "µs", "q10", "q90", "% copy", "× eager", "launches", "MiB")  # 80 columns hold no more; the CSV has the rest
 
@@ -32,3 +37,33 @@ def draw_rows(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(title, style="bold", soft_wrap=True)
         console.print(table)
         console.print()
+
+
+def draw_engine(rows: list[dict[str, Any]], console: Console) -> None:
+    """One table: passes, seconds, and how many times as fast as the published loop each lever is, beside what the counted passes predict."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for heading in ("recipe", "lever", "passes", "s", "outside", "samples/s", "×", "predicted"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "lever") else "right", no_wrap=True)
+    last = None
+    for row in rows:
+        table.add_row(
+            "" if row["recipe"] == last else row["recipe"],
+            row["lever"],
+            f"{row['rollout_forwards']:.0f}+{row['train_passes']:.0f}",
+            f"{row['seconds']:.2f}",
+            f"{row['percent_outside']:.0f} %",
+            f"{row['samples_per_second']:.1f}",
+            f"{row['speedup']:.1f}",
+            f"{row['predicted_speedup']:.1f}",
+        )
+        last = row["recipe"]
+    console.print(table)
+
+
+def write_columns(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
+    """A CSV with a line per row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

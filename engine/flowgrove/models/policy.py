@@ -108,9 +108,9 @@ class Policy:
         guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
-    def velocity_in_passes(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, most: int | None = None) -> Velocity:
-        """`velocity` of any number of rows, in as few passes as the token budget (or `most` rows a pass) allows."""
-        parts = [self.velocity(x[rows], sigma[rows], prompts, prompt_of[rows]) for rows in self.passes(len(x), most)]
+    def velocity_in_passes(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
+        """`velocity` of any number of rows, in as few passes as the token budget allows."""
+        parts = [self.velocity(x[rows], sigma[rows], prompts, prompt_of[rows]) for rows in self.passes(len(x))]
         uncond = [part.uncond for part in parts if part.uncond is not None]
         return Velocity(torch.cat([part.v for part in parts]), torch.cat(uncond) if uncond else None, parts[0].scale)
 
@@ -146,10 +146,10 @@ class Policy:
             whole[start : start + len(part)] = first if start == 0 else self.adapter.decode(part)
         return whole
 
-    def passes(self, rows: int, most: int | None = None) -> Iterator[slice]:
-        """Slices of at most `rows_per_pass` (or `most`) rows that differ by one in length."""
+    def passes(self, rows: int) -> Iterator[slice]:
+        """Slices of at most `rows_per_pass` rows that differ by one in length."""
         fit = max(1, self.rows_per_pass // 2) if self.doubles else self.rows_per_pass
-        count = -(-rows // (most or fit))
+        count = -(-rows // fit)
         return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
 
     @contextmanager

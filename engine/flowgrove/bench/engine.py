@@ -1,0 +1,193 @@
+"""The engine benchmark: an iteration of the published loop, and of Flowgrove with each lever added in turn, in one interleaved run.
+
+The published loop runs every trajectory and every edge as a batch of one, with the step, log-probability and loss in eager PyTorch. Beside the seconds
+stands what the counted passes should take at the measured time per row, so that a lever that saves less than its passes shows.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flowgrove.allocator import keep_freed_memory
+from flowgrove.bench import machine
+from flowgrove.bench.models import bench_model
+from flowgrove.bench.table import write_columns
+from flowgrove.device import pick_backend
+from flowgrove.errors import UserError
+from flowgrove.iteration import run_iteration
+from flowgrove.models.policy import Policy, rows_per_pass
+from flowgrove.recipe import Recipe, parse_recipe
+from flowgrove.rewards.registry import Rewards
+from flowgrove.sigmas import recipe_sigmas
+from flowgrove.spans import span_totals
+from flowgrove.update import Updater
+
+COLUMNS = (
+    "model", "recipe", "lever", "rollout_forwards", "train_passes", "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s",
+    "transformer_s", "percent_outside", "predicted_s", "samples_per_second", "peak_memory_bytes", "speedup", "predicted_speedup", "rounds",
+    "device", "threads", "torch", "triton", "compiler", "date",
+)  # fmt: skip
+
+_TREE = {"splits": [0, 3, 6, 9], "fanout": 2}
+_DANCE = {"dynamics": "dance_sde", "noise_level": 0.3}
+_WINDOW = {"strategy": "progressive", "size": 4, "start": 0}
+_FLASH = {"tail": {"compress": 0.4}}
+RECIPES: dict[str, dict[str, Any]] = {  # 20 steps and 16 leaves, as BranchGRPO compares them
+    "dance": {**_DANCE, "window": {"strategy": "all"}},
+    "mix": {"window": _WINDOW},
+    "mix_flash": {"window": _WINDOW, **_FLASH},
+    "branch": {**_DANCE, "tree": _TREE, "window": {"strategy": "all"}},
+    "branch_mix": {**_DANCE, "tree": _TREE, "window": _WINDOW},
+    "branch_mix_flash": {**_DANCE, "tree": _TREE, "window": _WINDOW, **_FLASH},
+}
+
+
+class Lever(NamedTuple):
+    """What is switched on besides the levers before it, as the whole `engine` section of the recipe."""
+
+    name: str
+    engine: dict[str, Any]
+
+
+LEVERS = (
+    Lever("published loop", {"share": False, "token_budget": 1, "backend": "reference"}),
+    Lever("+ fused ops", {"share": False, "token_budget": 1}),
+    Lever("+ full batches", {"share": False}),
+    Lever("+ shared states", {}),
+)
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: `model` of bench.models, recipes and levers by name, iterations timed of each."""
+
+    device: torch.device
+    model: str
+    recipes: tuple[str, ...]
+    prompts: int
+    rounds: int
+
+
+def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
+    """Measures everything and returns rows as COLUMNS names them; with `out`, a CSV and a bar chart there."""
+    for name in settings.recipes:
+        if name not in RECIPES:
+            raise UserError(f"--recipes names {name}: write some of {', '.join(RECIPES)}")
+    keep_freed_memory()
+    rows: list[Row] = []
+    with bench_model(settings.model, settings.device) as model:
+        policy = Policy(_recipe(model, settings, settings.recipes[0], LEVERS[-1]), settings.device)
+        per_row = {full: _seconds_per_row(policy, full) for full in (False, True)}
+        say(f"{settings.model}: a row takes {_ms(per_row[False])} alone and {_ms(per_row[True])} in a full pass (forward; forward and backward)")
+        for name in settings.recipes:
+            rows += _measure(model, policy, settings, name, per_row, say)
+    stem = machine.file_stem(settings.device).replace("ops", f"engine_{settings.model}")
+    if out is not None:
+        from flowgrove.bench.engine_plot import plot_engine
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_columns(rows, COLUMNS, out / f"{stem}.csv")
+        plot_engine(rows, out / f"{stem}.png")
+        say(f"wrote {out / stem}.csv and .png")
+    return rows
+
+
+def _recipe(model: dict[str, Any], settings: Settings, name: str, lever: Lever) -> Recipe:
+    return parse_recipe({
+        "model": model,
+        "data": {"prompts": "unused.txt", "prompts_per_iteration": settings.prompts, "embedding_cache": "none"},
+        "rollout": {"steps": 20, "shift": 3.0, "group_size": 16, **RECIPES[name]},
+        "reward": [{"name": "jpeg_size"}],
+        "update": {"lr": 1e-6, "clip_range": 1e-3, "updates_per_iteration": 1},
+        "engine": {"device": settings.device.type, **lever.engine},
+    })  # fmt: skip
+
+
+def _measure(model: dict[str, Any], policy: Policy, settings: Settings, name: str, per_row: dict[bool, tuple[float, float]], say: Say) -> list[Row]:
+    """The levers of one recipe, in turn, `rounds` times after one round to warm up the batched ones."""
+    recipes = [_recipe(model, settings, name, lever) for lever in LEVERS]
+    updaters, rewards = [Updater(recipe, policy) for recipe in recipes], Rewards(recipes[0], policy.device)
+    texts = [f"a picture number {number}" for number in range(settings.prompts)]
+    found: list[list[Row]] = [[] for _ in LEVERS]
+    for number in range(settings.rounds + 1):
+        for place, (recipe, lever) in enumerate(zip(recipes, LEVERS, strict=True)):
+            alone = recipe.engine.token_budget == 1
+            if number == 0 and alone:
+                continue
+            policy.rows_per_pass = rows_per_pass(recipe, policy.adapter.geometry, settings.device.type)
+            if settings.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(settings.device)
+            with pick_backend(recipe), span_totals() as totals:
+                line = run_iteration(recipe, policy, updaters[place], rewards, recipe_sigmas(recipe), texts, 0)
+            if number:
+                found[place].append(_row(line, lever.name, totals, per_row[not alone]))
+        say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")
+    rows = [_median(rounds) for rounds in found]
+    where = {"model": settings.model, "recipe": name, "rounds": settings.rounds, **machine.describe(settings.device)}
+    for row in rows:
+        row |= {"speedup": rows[0]["seconds"] / row["seconds"], "predicted_speedup": rows[0]["predicted_s"] / row["predicted_s"], **where}
+    return rows
+
+
+def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: tuple[float, float]) -> Row:
+    seconds = sum(line["seconds"].values())
+    transformer = totals.get("transformer", 0.0) + totals.get("backward", 0.0)
+    return {
+        "lever": lever,
+        "rollout_forwards": line["rollout_forwards"],
+        "train_passes": line["train_passes"],
+        "seconds": seconds,
+        **{f"{stage}_s": spent for stage, spent in line["seconds"].items()},
+        "transformer_s": transformer,
+        "percent_outside": 100 * (1 - transformer / seconds),
+        "predicted_s": line["rollout_forwards"] * per_row[0] + line["train_passes"] * per_row[1],
+        "samples_per_second": line["samples_per_second"],
+        "peak_memory_bytes": line["peak_memory_bytes"],
+    }
+
+
+def _median(rounds: list[Row]) -> Row:
+    return {key: value if isinstance(value, str) else statistics.median(row[key] for row in rounds) for key, value in rounds[0].items()}
+
+
+def _seconds_per_row(policy: Policy, full: bool, repeats: int = 5) -> tuple[float, float]:
+    """(forward, forward and backward) of one row, in passes of one row or of as many as the token budget allows; medians."""
+    rows = policy.rows_per_pass if full else 1
+    prompts = policy.encode(["a picture"])
+    x = torch.randn(rows, *policy.adapter.latent_shape, device=policy.device)
+    sigma, prompt_of = torch.full((rows,), 0.5, device=policy.device), torch.zeros(rows, dtype=torch.int64, device=policy.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            policy.velocity(x, sigma, prompts, prompt_of)
+
+    def train() -> None:
+        v = policy.velocity(x, sigma, prompts, prompt_of).v
+        v.backward(torch.ones_like(v))
+
+    times = tuple(_median_seconds(run, policy.device, repeats) / rows for run in (forward, train))
+    policy.transformer.zero_grad(set_to_none=True)
+    return times[0], times[1]
+
+
+def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _ms(pair: tuple[float, float]) -> str:
+    return f"{1e3 * pair[0]:.2f} and {1e3 * pair[1]:.2f} ms"

@@ -1,0 +1,35 @@
+"""The engine benchmark as a picture: how many times as fast as the published loop each lever makes an iteration."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from flowgrove.files import write_file
+
+_COLOURS = ("#b9b9b9", "#d9a441", "#8fa8c8", "#1f4e8c", "#5b9a55", "#8c5b9a")
+_MUTED = "#666666"
+
+
+def plot_engine(rows: list[dict[str, Any]], path: Path) -> None:
+    """A group of bars per recipe, one bar per lever; a tick where the counted passes would put it."""
+    recipes, levers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("recipe", "lever"))
+    figure, axes = pyplot.subplots(figsize=(2.2 * len(recipes) + 1.5, 4.4), layout="constrained")
+    for row in rows:
+        place = recipes.index(row["recipe"]) * (len(levers) + 1) + levers.index(row["lever"])
+        axes.bar(place, row["speedup"], width=0.9, color=_COLOURS[levers.index(row["lever"])])
+        axes.plot([place - 0.45, place + 0.45], [row["predicted_speedup"]] * 2, color="black", lw=1.2)
+        axes.annotate(f"{row['speedup']:.1f}", (place, row["speedup"]), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks([index * (len(levers) + 1) + (len(levers) - 1) / 2 for index in range(len(recipes))], recipes)
+    axes.set_ylabel("× as fast as the published loop")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.1)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS[: len(levers)]] + [pyplot.Line2D([], [], color="black", lw=1.2)]
+    figure.legend(handles, [*levers, "predicted from passes"], loc="outside lower center", ncols=len(levers) + 1, fontsize=9, frameon=False)
+    first = rows[0]
+    figure.suptitle(f"{first['model']}, {first['device']}, {first['threads']} threads, torch {first['torch']}", fontsize=10, color=_MUTED)
+    write_file(path, lambda partial: figure.savefig(partial, dpi=120))
+    pyplot.close(figure)

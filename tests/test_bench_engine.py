@@ -1,0 +1,66 @@
+"""flowgrove bench engine: passes are those of MATH §5, ratios are of one table, and the numbers of a lever come from that lever."""
+
+import csv
+import json
+
+import pytest
+
+from engine_cases import refuse, succeed
+from flowgrove.bench.engine import COLUMNS, LEVERS, RECIPES
+
+# rollout forwards and train passes per prompt: every trajectory and edge for itself, and shared (MATH §5, T = 20, 16 leaves, one update)
+COUNTS = {
+    "dance": ((320, 304), (1 + 16 * 19, 1 + 16 * 18)),
+    "mix": ((320, 64), (1 + 16 * 19, 1 + 16 * 3)),
+    "mix_flash": ((160, 64), (1 + 16 * 9, 1 + 16 * 3)),
+    "branch": ((320, 202), (203, 187)),
+    "branch_mix": ((320, 34), (203, 19)),
+    "branch_mix_flash": ((224, 34), (107, 19)),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    told = succeed("bench", "engine", "--recipes", "branch_mix_flash", "--prompts", "1", "--rounds", "1", "--device", "cpu", "--json", "--out", folder)
+    return json.loads(told.stdout), folder
+
+
+def test_every_lever_has_a_row_with_its_counted_passes(measured):
+    rows, _ = measured
+    assert [row["lever"] for row in rows] == [lever.name for lever in LEVERS]
+    alone, shared = COUNTS["branch_mix_flash"]
+    assert [(row["rollout_forwards"], row["train_passes"]) for row in rows] == [alone, alone, alone, shared]
+
+
+def test_ratios_are_against_the_published_loop_of_the_same_run(measured):
+    rows, _ = measured
+    for row in rows:
+        assert row["speedup"] == pytest.approx(rows[0]["seconds"] / row["seconds"])
+        assert row["predicted_speedup"] == pytest.approx(rows[0]["predicted_s"] / row["predicted_s"])
+        assert 0 < row["transformer_s"] < row["seconds"]
+        assert row["percent_outside"] == pytest.approx(100 * (1 - row["transformer_s"] / row["seconds"]))
+        stages = sum(row[f"{stage}_s"] for stage in ("plan", "rollout", "reward", "credit", "update"))
+        assert stages == pytest.approx(row["seconds"])
+
+
+def test_csv_and_plot_are_written(measured):
+    rows, folder = measured
+    with (folder / "engine_tiny_cpu.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == COLUMNS
+    assert [float(line["speedup"]) for line in lines] == [row["speedup"] for row in rows]
+    assert (folder / "engine_tiny_cpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RECIPES)
+def test_passes_of_every_recipe(name):
+    told = succeed("bench", "engine", "--recipes", name, "--prompts", "1", "--rounds", "1", "--device", "cpu", "--json")
+    alone, shared = COUNTS[name]
+    assert [(row["rollout_forwards"], row["train_passes"]) for row in json.loads(told.stdout)] == [alone, alone, alone, shared]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [(("--recipes", "nothing"), "--recipes names nothing"), (("--model", "huge"), "--model is huge")])
+def test_unknown_names_are_refused(arguments, text):
+    assert text in refuse("bench", "engine", "--device", "cpu", *arguments)
