@@ -209,6 +209,7 @@ def engine(
     recipes: Annotated[str, typer.Option(help="algorithms, with commas between")] = "dance,mix,mix_flash,branch,branch_mix,branch_mix_flash",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
+    compiled: Annotated[bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Time iterations of the published loop, and of Flowgrove with each lever added in turn."""
@@ -217,7 +218,7 @@ def engine(
     from flowgrove.bench.table import draw_engine
 
     names = tuple(name.strip() for name in recipes.split(","))
-    rows = bench_engine(Settings(pick_device(device), model, names, prompts, rounds), _say, out)
+    rows = bench_engine(Settings(pick_device(device), model, names, prompts, rounds, compiled), _say, out)
     if as_json:
         sys.stdout.write(json.dumps(rows) + "\n")
     else:

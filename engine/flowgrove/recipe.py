@@ -155,8 +155,8 @@ class Engine(Section):
     share: bool = True
     exact_replay: bool = False
     attention: str = "auto"  # sdpa, flash, flash3, xformers, or another name of diffusers' attention dispatch
+    compile: bool = False  # torch.compile of each transformer block
     # recipes may say these; other values than the plain ones are refused until there is code behind them
-    compile: Literal[False] = False
     cuda_graphs: Literal[False] = False
     reuse_rollout_graph: Literal["auto", False] = "auto"
     distributed: Literal["none"] = "none"

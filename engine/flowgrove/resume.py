@@ -14,7 +14,7 @@ from flowgrove.recipe import Recipe
 _OPERATION = {
     "model": ("gradient_checkpointing", "vae_tiling"),
     "data": ("embedding_cache", "prompt_key"),
-    "engine": ("token_budget", "device", "backend", "attention"),
+    "engine": ("token_budget", "device", "backend", "attention", "compile"),
 }
 _REWARD_OPERATION = (
     "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency", "max_answer_mb", "key_variable",

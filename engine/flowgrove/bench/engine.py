@@ -60,6 +60,7 @@ LEVERS = (
     Lever("+ full batches", {"share": False}),
     Lever("+ shared states", {}),
 )
+COMPILED = Lever("+ compiled blocks", {"compile": True})
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -67,13 +68,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: `model` of bench.models, recipes and levers by name, iterations timed of each."""
+    """What is measured: `model` of bench.models, recipes by name, iterations timed of each; `compiled`: the lever that takes minutes to warm up too."""
 
     device: torch.device
     model: str
     recipes: tuple[str, ...]
     prompts: int
     rounds: int
+    compiled: bool = False
+
+    @property
+    def levers(self) -> tuple[Lever, ...]:
+        return (*LEVERS, COMPILED) if self.compiled else LEVERS
 
 
 def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
@@ -84,11 +90,11 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
     keep_freed_memory()
     rows: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
-        policy = Policy(_recipe(model, settings, settings.recipes[0], LEVERS[-1]), settings.device)
-        per_row = {full: _seconds_per_row(policy, full) for full in (False, True)}
-        say(f"{settings.model}: a row takes {_ms(per_row[False])} alone and {_ms(per_row[True])} in a full pass (forward; forward and backward)")
+        eager = _Model(Policy(_recipe(model, settings, settings.recipes[0], LEVERS[-1]), settings.device))
+        say(f"{settings.model}: a row takes {_ms(eager.alone)} alone and {_ms(eager.full)} in a full pass (forward; forward and backward)")
+        compiled = _Model(Policy(_recipe(model, settings, settings.recipes[0], COMPILED), settings.device)) if settings.compiled else eager
         for name in settings.recipes:
-            rows += _measure(model, policy, settings, name, per_row, say)
+            rows += _measure(model, {False: eager, True: compiled}, settings, name, say)
     stem = machine.file_stem(settings.device).replace("ops", f"engine_{settings.model}")
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
@@ -111,15 +117,25 @@ def _recipe(model: dict[str, Any], settings: Settings, name: str, lever: Lever) 
     })  # fmt: skip
 
 
-def _measure(model: dict[str, Any], policy: Policy, settings: Settings, name: str, per_row: dict[bool, tuple[float, float]], say: Say) -> list[Row]:
+class _Model:
+    """A policy, and the seconds that a row takes in it, (forward, forward and backward), in a pass of one and in a full one."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.alone, self.full = (_seconds_per_row(policy, full) for full in (False, True))
+
+
+def _measure(model: dict[str, Any], loaded: dict[bool, _Model], settings: Settings, name: str, say: Say) -> list[Row]:
     """The levers of one recipe, in turn, `rounds` times after one round to warm up the batched ones."""
-    recipes = [_recipe(model, settings, name, lever) for lever in LEVERS]
-    updaters, rewards = [Updater(recipe, policy) for recipe in recipes], Rewards(recipes[0], policy.device)
+    levers = settings.levers
+    recipes = [_recipe(model, settings, name, lever) for lever in levers]
+    models = [loaded[recipe.engine.compile] for recipe in recipes]
+    updaters, rewards = [Updater(recipe, m.policy) for recipe, m in zip(recipes, models, strict=True)], Rewards(recipes[0], settings.device)
     texts = [f"a picture number {number}" for number in range(settings.prompts)]
-    found: list[list[Row]] = [[] for _ in LEVERS]
+    found: list[list[Row]] = [[] for _ in levers]
     for number in range(settings.rounds + 1):
-        for place, (recipe, lever) in enumerate(zip(recipes, LEVERS, strict=True)):
-            alone = recipe.engine.token_budget == 1
+        for place, (recipe, lever) in enumerate(zip(recipes, levers, strict=True)):
+            alone, policy = recipe.engine.token_budget == 1, models[place].policy
             if number == 0 and alone:
                 continue
             policy.rows_per_pass = rows_per_pass(recipe, policy.adapter.geometry, settings.device.type)
@@ -128,7 +144,7 @@ def _measure(model: dict[str, Any], policy: Policy, settings: Settings, name: st
             with pick_backend(recipe), span_totals() as totals:
                 line = run_iteration(recipe, policy, updaters[place], rewards, recipe_sigmas(recipe), texts, 0)
             if number:
-                found[place].append(_row(line, lever.name, totals, per_row[not alone]))
+                found[place].append(_row(line, lever.name, totals, models[place].alone if alone else models[place].full))
         say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")
     rows = [_median(rounds) for rounds in found]
     where = {"model": settings.model, "recipe": name, "rounds": settings.rounds, **machine.describe(settings.device)}

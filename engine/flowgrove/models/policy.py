@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowgrove.errors import UserError
 from flowgrove.models.attention import use_attention
+from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.geometry import Geometry
@@ -66,6 +67,8 @@ class Policy:
         use_attention(self.transformer, recipe.engine.attention, model, device)
         self._reference: Any = None
         self._prepare_weights(recipe)
+        if recipe.engine.compile:
+            compile_blocks(self.transformer)
         self.rows_per_pass = rows_per_pass(recipe, self.adapter.geometry, device.type)
 
     def _prepare_weights(self, recipe: Recipe) -> None:
