@@ -72,9 +72,9 @@ def test_three_iterations(folders, tmp_path, name, algorithm):
         assert line["grad_norm"] > 0
     first = lines[0]
     assert (first["ratio_mean"], first["ratio_min"], first["ratio_max"], first["clipped_high"], first["clipped_low"]) == (1, 1, 1, 0, 0)
-    from flowgrove.runs import open_model
+    from flowgrove.runs import open_model, open_recipe
 
-    after = open_model(tmp_path / "run").restore().policy.trainable()
+    after = open_model(*open_recipe(tmp_path / "run")).restore().policy.trainable()
     moved = [key for key, p in after.items() if not torch.equal(p, before[key])]
     assert len(moved) > 0.9 * len(before)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowgrove.errors import UserError
+from flowgrove.hub import cached_snapshot
 from flowgrove.prompt_files import complete, read_file, read_folder, read_text
 
 
@@ -85,14 +86,8 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 
 def _cached(name: str, named: NamedSet, key: str) -> list[Path]:
     """The set's files in the Hugging Face cache. Raises UserError with the command that puts them there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(named.repository, repo_type="dataset", local_files_only=True))
-        found = [sorted(folder.glob(pattern)) for pattern in named.files]
-    except LocalEntryNotFoundError:
-        found = []
+    folder = cached_snapshot(named.repository, "dataset")
+    found = [] if folder is None else [sorted(folder.glob(pattern)) for pattern in named.files]
     if not found or not all(files and complete(files) for files in found):
         wanted = " ".join(f"--include {shlex.quote(pattern)}" for pattern in named.files)
         command = f"hf download --repo-type dataset {named.repository} {wanted}"

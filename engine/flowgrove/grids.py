@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from flowgrove.evaluation import Evaluated
 from flowgrove.files import write_file
-from flowgrove.pixels import shrink, to_bytes
+from flowgrove.pixels import to_bytes
 
 _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 
@@ -31,7 +31,7 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
     scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
     rows, columns = scores.shape
-    tiles = to_bytes(shrink(evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]])).numpy()
+    tiles = to_bytes(evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]).numpy()
     prompts = [evaluated.prompts[index * samples] for index in chosen]
     info = PngInfo()
     info.add_itxt("flowgrove", json.dumps({"rows": rows, "columns": columns, "prompts": prompts, "scores": scores.tolist()}))

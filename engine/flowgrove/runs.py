@@ -48,9 +48,8 @@ def open_recipe(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, 
     return load_recipe(source / "recipe.yaml", overrides), checkpoints[-1]
 
 
-def open_model(source: Path, overrides: tuple[str, ...] = (), texts: Sequence[str] | None = ()) -> Model:
-    """The base model of a run folder or a recipe. `texts`: prompts that it will encode; None: only its weights are wanted. Raises UserError."""
-    recipe, checkpoint = open_recipe(source, overrides)
+def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | None = ()) -> Model:
+    """The base model of what `open_recipe` found. `texts`: prompts that it will encode; None: only its weights are wanted. Raises UserError."""
     untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})  # no copy of the reference model
     return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoint)
 
@@ -60,12 +59,12 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = ()) -> dict[str, dict[s
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    recipe, _ = open_recipe(run, overrides)
+    recipe, checkpoint = open_recipe(run, overrides)
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
     prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
     rewards = Rewards(recipe, pick_device(recipe))
-    policy = open_model(run, overrides, prompts).restore().policy
+    policy = open_model(recipe, checkpoint, prompts).restore().policy
     with pick_backend(recipe):
         evaluated = evaluate(recipe, policy, rewards, prompts)
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
@@ -86,8 +85,8 @@ def export_run(run: Path, out: Path) -> str:
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    model = open_model(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto"), None).restore()  # the transformer alone
-    recipe, policy = model.recipe, model.policy
+    recipe, checkpoint = open_recipe(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto"))
+    policy = open_model(recipe, checkpoint, None).restore().policy  # the transformer alone
     is_lora = recipe.model.lora is not None
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -16,7 +16,7 @@ from flowgrove.grids import Grid
 from flowgrove.models.policy import Policy
 from flowgrove.pixels import shrink, to_bytes
 from flowgrove.recipe import Recipe
-from flowgrove.runs import open_model
+from flowgrove.runs import open_model, open_recipe
 from flowgrove.side_by_side import draw_side_by_side
 from flowgrove.video import write_mp4
 
@@ -30,7 +30,7 @@ def write_samples(source: Path, overrides: tuple[str, ...], prompts: list[str], 
     """
     if compare and not source.is_dir():
         raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
-    model = open_model(source, overrides, prompts)
+    model = open_model(*open_recipe(source, overrides), prompts)
     out.mkdir(parents=True, exist_ok=True)
     with pick_backend(model.recipe):
         base = _write(model.recipe, model.policy, prompts, out, "_base") if compare else []

@@ -95,7 +95,7 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
         compiled = _Model(Policy(_recipe(model, settings, settings.recipes[0], COMPILED), settings.device)) if settings.compiled else eager
         for name in settings.recipes:
             rows += _measure(model, {False: eager, True: compiled}, settings, name, say)
-    stem = machine.file_stem(settings.device).replace("ops", f"engine_{settings.model}")
+    stem = machine.file_stem(f"engine_{settings.model}", settings.device)
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
 

@@ -37,10 +37,10 @@ def describe(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def file_stem(device: torch.device) -> str:
-    """ops_cpu, or ops_ and the GPU's name."""
+def file_stem(kind: str, device: torch.device) -> str:
+    """`kind` and cpu, or the GPU's name: ops_cpu."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return "ops_" + re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return f"{kind}_" + re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def free_memory(device: torch.device) -> int | None:

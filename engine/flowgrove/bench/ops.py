@@ -92,7 +92,7 @@ def available_contenders(device: torch.device) -> tuple[str, ...]:
 def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
     """Measures everything; `say` gets lines on how it goes. With `out`, a CSV there grows with each group, and a plot against eager follows."""
     result, where = Result(), machine.describe(settings.device)
-    stem = machine.file_stem(settings.device)
+    stem = machine.file_stem("ops", settings.device)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     for shape in settings.shapes:

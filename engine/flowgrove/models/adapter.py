@@ -1,7 +1,6 @@
 """What the engine asks of a model family: prompts in, velocity, pictures out. Everything else (guidance, batching, precision, replay) is the policy's."""
 
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,11 +18,18 @@ from flowgrove.recipe import Model
 _PIXELS_PER_DECODE = 1 << 21  # two pictures of 1024²: decoders need one to three kilobytes per pixel
 
 
+JOINT_ATTENTION = (  # of blocks in which picture and text attend together
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
+
 class Adapter(ABC):
     """One family of diffusers pipelines. States are fp32 (float64 for model.dtype fp64). `velocity` needs the transformer alone, the rest the pipeline."""
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
+    masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
     uncond_text: ClassVar[str] = ""  # the prompt that guidance leads away from
     TEXT: ClassVar[tuple[str, ...]]
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
@@ -96,7 +102,7 @@ class Adapter(ABC):
         return None
 
     def save_pipeline(self, folder: Path) -> None:
-        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and the files of all other parts as they are."""
+        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and copies of all other parts' files."""
         if self.folder is None:
             raise ValueError("this adapter was not loaded from a pipeline folder")
         folder.mkdir(parents=True)
@@ -104,7 +110,7 @@ class Adapter(ABC):
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
         for part in index:
             if part != "transformer" and (self.folder / part).is_dir():
-                shutil.copytree(self.folder / part, folder / part, copy_function=_link_or_copy)
+                shutil.copytree(self.folder / part, folder / part)
         self.transformer.save_pretrained(folder / "transformer")
 
     def save_lora(self, folder: Path) -> None:
@@ -114,10 +120,12 @@ class Adapter(ABC):
         self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    """A second name for the same file where the file system allows it: text encoders are large."""
-    real = os.path.realpath(source)  # the hub's cache holds links
-    try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
+def normalised_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, F, h, w] as a VAE with statistics per channel decodes them."""
+    mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return latents * std + mean
+
+
+def in_unit_range(decoded: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a VAE decodes, [−1, 1] → [0, 1]."""
+    return (decoded.to(dtype) / 2 + 0.5).clamp(0, 1)

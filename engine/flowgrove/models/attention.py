@@ -1,13 +1,11 @@
 """Attention backends: which are usable here, and how a transformer is told to use one. All of them come through diffusers' attention dispatch."""
 
-from typing import Any
-
 import torch
 from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention_processor import XFormersJointAttnProcessor
-from torch import nn
 
 from flowgrove.errors import UserError
+from flowgrove.models.adapter import Adapter
 from flowgrove.recipe import Model
 
 _NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}  # ours for diffusers'; all others are diffusers' own
@@ -20,26 +18,28 @@ _INSTALL = {
 }
 
 
-def use_attention(transformer: nn.Module, wanted: str, recipe: Model, device: torch.device) -> None:
-    """Sets engine.attention on a transformer; auto leaves PyTorch's own. Raises UserError for a backend that cannot run here or on this model."""
-    adapter = recipe.adapter
+def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.device) -> None:
+    """Sets engine.attention on an adapter's transformer; auto leaves PyTorch's own. Raises UserError for a backend that cannot run here or on this model."""
     if wanted == "auto":
         return
     name = _NAMES.get(wanted, wanted)
     if (reason := missing(wanted, device)) is not None:
         raise UserError(f"engine.attention is {wanted}: {reason}; or write auto")
     if _takes_no_mask(name):
-        if adapter == "qwen_image":
-            raise UserError(f"engine.attention is {wanted}, which takes no mask, and qwen_image masks prompts of different lengths: write sdpa or flash_varlen")
+        if adapter.masks_prompts:
+            raise UserError(
+                f"engine.attention is {wanted}, which takes no mask, and {recipe.adapter} masks prompts of different lengths: write sdpa or flash_varlen"
+            )
         if recipe.dtype == "bf16" and recipe.lora is None:
             raise UserError(f"engine.attention is {wanted}, which wants bf16 throughout: with model.lora: null norms train in fp32; write sdpa, or give a lora")
+    transformer = adapter.transformer
     switchable = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules())
     if switchable:
-        _model(transformer).set_attention_backend(name)
+        transformer.set_attention_backend(name)
     elif name == "xformers":
-        _model(transformer).set_attn_processor(XFormersJointAttnProcessor())
+        transformer.set_attn_processor(XFormersJointAttnProcessor())
     elif name != "native":
-        raise UserError(f"engine.attention is {wanted}: the {adapter} transformer of diffusers takes sdpa (which itself runs flash kernels) or xformers")
+        raise UserError(f"engine.attention is {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself runs flash kernels) or xformers")
 
 
 def missing(wanted: str, device: torch.device) -> str | None:
@@ -67,7 +67,3 @@ def attention_names() -> list[str]:
     """All that engine.attention takes besides auto."""
     theirs = {ours: name for name, ours in _NAMES.items()}
     return sorted(theirs.get(backend.value, backend.value) for backend in dispatch.AttentionBackendName)
-
-
-def _model(transformer: nn.Module) -> Any:
-    return transformer

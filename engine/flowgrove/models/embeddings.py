@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import diffusers
 import torch
@@ -31,16 +30,7 @@ MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user'
 _LENGTH = ".length"
 
 
-class Encoder(Protocol):
-    """Where the policy gets its conditioning from."""
-
-    def prepare(self, texts: Iterable[str]) -> None:
-        """Announces texts that will be asked for."""
-        ...
-
-    def __call__(self, texts: list[str]) -> Conditioning:
-        """One row per text."""
-        ...
+Encoder = Callable[[list[str]], Conditioning]  # one row per text; where the policy gets its conditioning from
 
 
 class LoadedEncoder:
@@ -48,9 +38,6 @@ class LoadedEncoder:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-
-    def prepare(self, texts: Iterable[str]) -> None:
-        """Nothing to prepare."""
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
@@ -63,9 +50,6 @@ class OffloadedEncoder:
     def __init__(self, load: Callable[[torch.device], Adapter], device: torch.device) -> None:
         self.load, self.device = load, device
         self.adapter: Adapter | None = None
-
-    def prepare(self, texts: Iterable[str]) -> None:
-        """Nothing to prepare."""
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""

@@ -4,7 +4,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from flowgrove.models.adapter import Adapter
+from flowgrove.models.adapter import Adapter, in_unit_range
 from flowgrove.models.conditioning import Conditioning
 
 
@@ -52,4 +52,4 @@ class Flux(Adapter):
         vae, size = self.pipe.vae, self.geometry
         latents = self.pipeline._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)

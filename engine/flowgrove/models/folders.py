@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from flowgrove.errors import UserError
+from flowgrove.hub import cached_snapshot
 from flowgrove.recipe import Model
 
 TINY = Path(__file__).parents[1] / "tiny" / "pipeline"
@@ -22,8 +23,8 @@ def model_folder(model: Model) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
-        cached = _cached(model.path)
-        if cached is None:
+        cached = cached_snapshot(model.path)
+        if cached is None or not (cached / "model_index.json").is_file():
             raise UserError(f"model.path {model.path} is not on this machine: hf download {model.path}, or give the folder of a downloaded diffusers pipeline")
         return cached
     raise UserError(f"model.path {model.path} holds no model_index.json: give the folder of a downloaded diffusers pipeline, or `tiny`")
@@ -37,14 +38,3 @@ def configuration_folder(model: Model) -> Path:
         if model.path not in _KNOWN:
             raise
         return _ARCHITECTURES / _KNOWN[model.path]
-
-
-def _cached(repository: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return folder if (folder / "model_index.json").is_file() else None

@@ -37,14 +37,15 @@ def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: 
 
     if texts is None:
         adapter = load(device, (*family.TEXT, "vae"))
-        return adapter, LoadedEncoder(adapter)
-    store = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
-    if store is None:
+        return adapter, adapter.encode
+    folder_of_embeddings = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
+    if folder_of_embeddings is None:
         adapter = load(device)
         return adapter, LoadedEncoder(adapter)
-    encoder: Encoder = StoredEncoder(store, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
+    stored = StoredEncoder(folder_of_embeddings, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
+    encoder: Encoder = stored
     try:
-        encoder.prepare(dict.fromkeys([*texts, family.uncond_text]) if texts else ())
+        stored.prepare([*texts, family.uncond_text] if texts else ())
     except TooManyPromptsError:
         encoder = OffloadedEncoder(load_encoders, device)
     return load(device, family.TEXT), encoder

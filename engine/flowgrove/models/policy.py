@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -61,10 +60,9 @@ class Policy:
             raise UserError(f"model.dtype is fp64: the {model.adapter} transformer computes positions and norms in fp32; write fp32")
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        diffusers.utils.logging.disable_progress_bar()
         self.adapter, self.encoder = load_model(recipe, device, self.compute_dtype, texts)
         self.transformer = self.adapter.transformer
-        use_attention(self.transformer, recipe.engine.attention, model, device)
+        use_attention(self.adapter, recipe.engine.attention, model, device)
         self._reference: Any = None
         self._prepare_weights(recipe)
         if recipe.engine.compile:

@@ -5,7 +5,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from flowgrove.models.adapter import Adapter
+from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
 
 
@@ -13,11 +13,9 @@ class QwenImage(Adapter):
     """Qwen2.5-VL as the text encoder; states are packed latents [tokens, 4·C], each token a patch of 2×2."""
 
     pipeline = QwenImagePipeline
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets = JOINT_ATTENTION
     uncond_text = " "
+    masks_prompts = True
     TEXT = ("text_encoder", "tokenizer")
 
     @torch.no_grad()
@@ -55,5 +53,4 @@ class QwenImage(Adapter):
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae, size = self.pipe.vae, self.geometry
         latents = self.pipeline._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
-        mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-        return (vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(vae.decode(normalised_latents(vae, latents), return_dict=False)[0][:, :, 0], x.dtype)

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from flowgrove.models.adapter import Adapter
+from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range
 from flowgrove.models.conditioning import Conditioning
 
 
@@ -14,10 +14,7 @@ class SD3(Adapter):
     """Two CLIP encoders and T5; states are latents [C, h, w]."""
 
     pipeline = StableDiffusion3Pipeline
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets = JOINT_ATTENTION
     TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
     @classmethod
@@ -47,4 +44,4 @@ class SD3(Adapter):
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
         latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)

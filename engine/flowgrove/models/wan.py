@@ -4,7 +4,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from flowgrove.models.adapter import Adapter
+from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
 
 
@@ -34,7 +34,5 @@ class Wan(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Videos [B, frames, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
-        latents = x.to(vae.dtype)
-        mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-        videos = vae.decode(latents * std + mean, return_dict=False)[0]
-        return (videos.transpose(1, 2).to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        videos = vae.decode(normalised_latents(vae, x.to(vae.dtype)), return_dict=False)[0]
+        return in_unit_range(videos.transpose(1, 2), x.dtype)

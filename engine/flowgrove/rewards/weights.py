@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.errors import UserError
+from flowgrove.hub import cached_snapshot
 
 DType = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,16 +49,11 @@ class Source:
         return _matches(self.folder(place), self.files[0])[0]
 
     def _cached(self, repository: str) -> Path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(repository, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
+        folder = cached_snapshot(repository)
+        if folder is None:
             command = self._command(repository)
-            raise UserError(
-                f"reward {self.reward} needs {repository}, which is not in the hub cache: run `{command}`, or give its folder as {self.option}"
-            ) from None
+            raise UserError(f"reward {self.reward} needs {repository}, which is not in the hub cache: run `{command}`, or give its folder as {self.option}")
+        return folder
 
     def _command(self, repository: str, folder: Path | None = None) -> str:
         return f"hf download {repository} {self.fetch}" + (f" --local-dir {folder}" if folder else "")
