@@ -3,6 +3,7 @@
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,9 +97,10 @@ def test_guidance_keeps_a_pass_within_the_token_budget():
     from policy_cases import policy_of
 
     plain, guided = policy_of(dtype="fp32", tokens=350), policy_of(dtype="fp32", guidance=3.0, tokens=350)
-    assert plain.rows_per_pass == guided.rows_per_pass == 10
-    assert max(rows.stop - rows.start for rows in plain.passes(40)) == 10
-    assert max(rows.stop - rows.start for rows in guided.passes(40)) == 5
+    assert plain.budget.rows == guided.budget.rows == 10
+    for policy, rows in ((plain, 10), (guided, 5)):
+        tokens = np.repeat(policy.encode(["a red circle"]).tokens, 40)
+        assert [len(part) for part in policy.budget.passes(tokens)] == [rows] * (40 // rows)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_leaves_do_not_depend_on_prompt_order_batch_or_micro_batch():
     together = leaves(policy_of(), TEXTS, 0)
     alone = torch.cat([leaves(policy_of(), [text], index) for index, text in enumerate(TEXTS)])
     small_passes = leaves(policy_of(tokens=80), TEXTS, 0)
-    assert policy_of(tokens=80).rows_per_pass == 2
+    assert policy_of(tokens=80).budget.rows == 2
     assert torch.allclose(together, alone, rtol=0, atol=1e-11)
     assert torch.allclose(together, small_passes, rtol=0, atol=1e-11)
     assert not torch.allclose(together[0], together[1], atol=0.1), "prompts must differ, or the comparison proves nothing"

@@ -4,6 +4,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.recipe import Recipe
@@ -38,3 +39,8 @@ def pick_backend(recipe: Recipe) -> AbstractContextManager[None]:
         if not takes(backend, device):
             raise UserError(f"{source} is {backend}, which takes no {device} tensors: write one of {choices}")
     return nullcontext() if recipe.engine.backend == "auto" else use_backend(recipe.engine.backend)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host tensor that the host does not wait for."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -3,18 +3,30 @@
 Row order inside a level is (prompt, node), so children of a node are contiguous and siblings stay together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from flowgrove.models.policy import Velocity
+from flowgrove.packing import Ints
 from flowgrove.plan import RolloutPlan
+
+
+@dataclass
+class KeptPass:
+    """A pass of the rollout whose graph waits for the first update's backward: its step, prompts and nodes of its rows, and its velocity (None: given up)."""
+
+    step: int
+    prompt: Ints
+    node: Ints
+    velocity: Velocity | None
 
 
 @dataclass
 class Forest:
     """`states` [S, ...] and `logp` [S] on the device; `first_row[t]`: where level t begins; `leaves` [prompts · leaves, ...]: clean latents;
-    `path_logp` [prompts, nodes]: of the newest level's nodes, the logp of their whole path."""
+    `path_logp` [prompts, nodes]: of the newest level's nodes, the logp of their whole path; `kept`: passes that training need not run again."""
 
     plan: RolloutPlan
     prompts: int
@@ -23,6 +35,7 @@ class Forest:
     first_row: dict[int, int]
     leaves: Tensor
     path_logp: Tensor
+    kept: list[KeptPass] = field(default_factory=list)
 
     @classmethod
     def allocate(cls, plan: RolloutPlan, prompts: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Forest":
@@ -35,6 +48,26 @@ class Forest:
         logp = torch.zeros(rows, dtype=dtype, device=device)
         path_logp = torch.zeros((prompts, plan.roots), dtype=dtype, device=device)
         return cls(plan, prompts, states, logp, first_row, torch.empty(0, device=device), path_logp)
+
+    @classmethod
+    def joined(cls, parts: list["Forest"]) -> "Forest":
+        """The forests of some prompts each, of one plan, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        whole = cls.allocate(first.plan, sum(part.prompts for part in parts), first.states.shape[1:], first.states.dtype, first.states.device)
+        whole.leaves, whole.path_logp = (torch.cat([getattr(part, name) for part in parts]) for name in ("leaves", "path_logp"))
+        before = 0
+        for part in parts:
+            for level, start in part.first_row.items():
+                count, offset = part.prompts * nodes_at(first.plan, level), whole.first_row[level] + before * nodes_at(first.plan, level)
+                whole.states[offset : offset + count] = part.states[start : start + count]
+                whole.logp[offset : offset + count] = part.logp[start : start + count]
+            for kept in part.kept:
+                kept.prompt = kept.prompt + before
+            whole.kept += part.kept
+            before += part.prompts
+        return whole
 
     def keep(self, level: int, x: Tensor, logp: Tensor | None) -> None:
         """Takes in a level: its distinct states, if training needs them, and the logp of the edges into them (None for the roots).

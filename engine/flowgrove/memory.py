@@ -26,7 +26,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.folders import configuration_folder
 from flowgrove.models.geometry import read_geometry
 from flowgrove.models.loading import ADAPTERS
-from flowgrove.models.policy import COMPUTE_DTYPES, rows_per_pass
+from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
@@ -60,7 +60,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         vae = _from_config(folder / "vae")
     if recipe.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    rows = rows_per_pass(recipe, geometry, device_type)
+    rows = max(1, tokens_per_pass(recipe, device_type) // geometry.tokens)
     like_cuda = device_type == "cuda" and compute == torch.bfloat16
     prompts, width = recipe.data.prompts_per_iteration, max(step.nodes_out for step in plan.steps)
     latent, states = geometry.latent_shape, prompts * max(step.nodes_in for step in plan.steps)

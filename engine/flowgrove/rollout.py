@@ -1,60 +1,150 @@
-"""The rollout: every level of the forest in one batch, every distinct state through the model once."""
+"""The rollout: level by level, each in as few passes as the token budget allows, every distinct state through the model once."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrove.forest import Forest
+from flowgrove.budget import fitting
+from flowgrove.denoise import Denoised, States, StepKind, denoise
+from flowgrove.device import to_device
+from flowgrove.forest import Forest, KeptPass
+from flowgrove.kept_graphs import GraphKeeper, first_update_states
 from flowgrove.models.policy import Policy, Prompts
-from flowgrove.plan import RolloutPlan
+from flowgrove.packing import Ints
+from flowgrove.plan import RolloutPlan, Step
 from flowgrove.spans import span
-from flowgrove_kernels import INITIAL_STEP, NoiseKey, StepCoefficients, clean_estimate, flow_step, philox_normal
+from flowgrove_kernels import INITIAL_STEP, NoiseKey, StepCoefficients, philox_normal
 
 
 @torch.no_grad()
 def rollout(
     plan: RolloutPlan, rows: StepCoefficients, policy: Policy, prompts: Prompts, *,
-    seed: int, iteration: int, first_prompt: int = 0, share: bool = True, tuned_steps: int | None = None,
+    seed: int, iteration: int, first_prompt: int = 0, share: bool = True, tuned_steps: int | None = None, keeper: GraphKeeper | None = None,
 ) -> Forest:  # fmt: skip
     """Runs the plan for `prompts`, of which the first is number `first_prompt` of the iteration. `rows`: the plan's rows on the policy's device.
 
     `share` False runs every leaf's trajectory for itself, as the published loops do: the same forest, at their cost.
     `tuned_steps`: the steps that the trained model runs, the untouched one those after them; None: all.
+    `keeper`: says which passes keep their graph; they are left in the forest's `kept`.
+    Where the device's memory is too small, kept graphs are given up, then passes halved.
     """
-    count, shape = len(prompts.texts), policy.adapter.latent_shape
-    forest = Forest.allocate(plan, count, shape, policy.state_dtype, policy.device)
-    lanes = plan.roots if share else plan.leaves  # rows per prompt
-    prompt_of, node = _rows(count, lanes, plan.roots, policy.device)
-    x = philox_normal((len(node), *shape), NoiseKey(seed, iteration, INITIAL_STEP, first_prompt + prompt_of, node)).to(policy.state_dtype)
+    level = _Level(plan, rows, policy, prompts, seed, iteration, first_prompt, keeper)
+    forest = Forest.allocate(plan, len(prompts), policy.adapter.latent_shape, policy.state_dtype, policy.device)
+    x = level.initial_states(plan.roots if share else plan.leaves)
     logp: Tensor | None = None
-    history: Tensor | None = None
+    estimate: Tensor | None = None
     for step in plan.steps:
         forest.keep(step.index, x, logp)
-        fanout = step.fanout if share else 1
-        sigma = torch.full((len(x),), step.sigma, dtype=torch.float32, device=policy.device)
-        with span(f"step {step.index}"):
-            untouched = tuned_steps is not None and step.index >= tuned_steps
-            with span("transformer"), policy.untouched() if untouched else nullcontext():
-                v, v_uncond, scale = policy.velocity_in_passes(x, sigma, prompts, prompt_of)
-            lanes *= fanout
-            parent = node.repeat_interleave(fanout)
-            child_prompt, node = _rows(count, lanes, step.nodes_out, policy.device)
-            key = NoiseKey(seed, iteration, step.index, first_prompt + child_prompt, node, parent) if step.stochastic else None
-            with span("flow_step"):
-                x_next, logp = flow_step(
-                    x, v, rows[torch.full_like(prompt_of, step.index)], key=key, history=history, fanout=fanout,
-                    sibling_correlation=plan.sibling_correlation if key else 0.0, v_uncond=v_uncond, guidance_scale=scale,
-                )  # fmt: skip
-                multistep = step.index + 1 < len(plan.steps) and plan.steps[step.index + 1].solver == step.solver == "dpmpp_2m"
-                history = clean_estimate(x, v, sigma, v_uncond=v_uncond, guidance_scale=scale) if multistep else None
-        x, prompt_of = x_next, child_prompt
+        untouched = tuned_steps is not None and step.index >= tuned_steps
+        with span(f"step {step.index}"), policy.untouched() if untouched else nullcontext():
+            done = fitting(lambda: level.advance(step, x, estimate, step.fanout if share else 1), level.shrink)  # noqa: B023 (called before the next step)
+        x, logp, estimate = done.x_next, done.logp, done.estimate
+        forest.kept += done.kept
     forest.keep(len(plan.steps), x, logp)
     forest.leaves = x
     return forest
 
 
-def _rows(prompts: int, lanes: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(prompt, node) of every row of a level with `nodes` distinct states in `lanes` rows per prompt: int64 [prompts · lanes]."""
-    rows = torch.arange(prompts * lanes, device=device)
-    return rows // lanes, rows % lanes // (lanes // nodes)
+@dataclass(frozen=True)
+class _Advanced:
+    x_next: Tensor
+    logp: Tensor
+    estimate: Tensor | None
+    kept: list[KeptPass]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Takes the states of all prompts, in (prompt, lane) order, over one step. With sharing a lane is a node, without it a leaf."""
+
+    plan: RolloutPlan
+    rows: StepCoefficients
+    policy: Policy
+    prompts: Prompts
+    seed: int
+    iteration: int
+    first_prompt: int
+    keeper: GraphKeeper | None
+
+    def initial_states(self, lanes: int) -> Tensor:
+        """x_T [prompts · lanes, ...]; lanes of one root start alike."""
+        prompt, node = self._rows(lanes, self.plan.roots)
+        key = NoiseKey(self.seed, self.iteration, INITIAL_STEP, self.first_prompt + prompt, node)
+        return philox_normal((len(node), *self.policy.adapter.latent_shape), key).to(self.policy.state_dtype)
+
+    def advance(self, step: Step, x: Tensor, estimate: Tensor | None, fanout: int) -> _Advanced:
+        """All passes of the step."""
+        steps = self.plan.steps
+        after = steps[step.index + 1] if step.index + 1 < len(steps) else None
+        kind = StepKind(fanout, self.plan.sibling_correlation if step.stochastic else 0.0, after is not None and after.solver == step.solver == "dpmpp_2m")
+        lanes = len(x) // len(self.prompts)
+        prompt, node = self._rows(lanes, step.nodes_in)
+        child_prompt, child = (column.view(len(x), fanout) for column in self._rows(lanes * fanout, step.nodes_out))
+        host_prompt = np.arange(len(x)) // lanes
+        parts: list[tuple[slice | Tensor, Denoised]] = []
+        kept = []
+        for rows, keeps in self._passes(step, host_prompt, lanes):
+            index = as_index(rows, x.device)
+            key = None
+            if step.stochastic:
+                parents = node[index].repeat_interleave(fanout)
+                key = NoiseKey(self.seed, self.iteration, step.index, self.first_prompt + child_prompt[index].flatten(), child[index].flatten(), parents)
+            sigma = torch.full((len(rows),), step.sigma, dtype=torch.float32, device=x.device)
+            coef = self.rows[torch.full((len(rows),), step.index, device=x.device)]
+            states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
+            done = denoise(self.policy, self.prompts, states, kind, int(self.prompts.lengths[host_prompt[rows]].max()), keeps)
+            parts.append((index, done))
+            if keeps and self.keeper is not None:
+                kept.append(KeptPass(step.index, host_prompt[rows], rows % lanes, done.velocity))
+                self.keeper.passes.append(kept[-1])
+        return _Advanced(
+            _whole([(index, done.x_next) for index, done in parts], len(x), fanout),
+            _whole([(index, done.logp) for index, done in parts], len(x), fanout),
+            _whole([(index, done.estimate) for index, done in parts if done.estimate is not None], len(x), 1) if kind.estimates else None,
+            kept,
+        )
+
+    def shrink(self) -> bool:
+        """What to do where the memory is too small; False if nothing is left to do."""
+        return (self.keeper is not None and self.keeper.give_up()) or self.policy.budget.halve()
+
+    def _passes(self, step: Step, host_prompt: Ints, lanes: int) -> Iterator[tuple[Ints, bool]]:
+        """The rows of every pass, and whether it keeps its graph."""
+        tokens, rest = self.prompts.tokens[host_prompt], np.arange(len(host_prompt))
+        if self.keeper is not None:
+            numbers = range(self.first_prompt, self.first_prompt + len(self.prompts))
+            trained = np.flatnonzero(first_update_states(self.plan, step, numbers).ravel())
+            for rows in (trained[some] for some in self.policy.budget.passes(tokens[trained])):
+                if self.keeper.takes(len(rows)):
+                    rest = np.setdiff1d(rest, rows, assume_unique=True)
+                    yield rows, True
+        for some in self.policy.budget.passes(tokens[rest]):
+            yield rest[some], False
+
+    def _rows(self, lanes: int, nodes: int) -> tuple[Tensor, Tensor]:
+        """(prompt, node) of every row of a level with `nodes` distinct states in `lanes` rows per prompt: int64 [prompts · lanes]."""
+        rows = torch.arange(len(self.prompts) * lanes, device=self.policy.device)
+        return rows // lanes, rows % lanes // (lanes // nodes)
+
+
+def as_index(rows: Ints, device: torch.device) -> slice | Tensor:
+    """Row numbers as tensors are indexed: a slice if they follow each other, else int64 on the device, without a wait."""
+    first, count = int(rows[0]), len(rows)
+    if np.array_equal(rows, np.arange(first, first + count)):
+        return slice(first, first + count)
+    return to_device(torch.from_numpy(np.ascontiguousarray(rows)), device)
+
+
+def _whole(parts: list[tuple[slice | Tensor, Tensor]], rows: int, fanout: int) -> Tensor:
+    """The children of all rows, [rows · fanout, ...], from those of each pass."""
+    first = parts[0][1]
+    if len(parts) == 1:
+        return first
+    whole = first.new_empty(rows, fanout, *first.shape[1:])
+    for index, part in parts:
+        whole[index] = part.view(-1, fanout, *first.shape[1:])
+    return whole.flatten(0, 1)

@@ -20,7 +20,7 @@ from flowgrove.bench.table import write_columns
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import run_iteration
-from flowgrove.models.policy import Policy, rows_per_pass
+from flowgrove.models.policy import Policy, tokens_per_pass
 from flowgrove.recipe import Recipe, parse_recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.sigmas import recipe_sigmas
@@ -107,14 +107,23 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
 
 
 def _recipe(model: dict[str, Any], settings: Settings, name: str, lever: Lever) -> Recipe:
+    return bench_recipe(model, settings.prompts, {"group_size": 16, **RECIPES[name]}, {"device": settings.device.type, **lever.engine})
+
+
+def bench_recipe(model: dict[str, Any], prompts: int, rollout: dict[str, Any], engine: dict[str, Any]) -> Recipe:
+    """20 steps and one update per iteration, with the sections `model` and `engine` and the rest of `rollout` as given. Raises UserError."""
     return parse_recipe({
         "model": model,
-        "data": {"prompts": "unused.txt", "prompts_per_iteration": settings.prompts, "embedding_cache": "none"},
-        "rollout": {"steps": 20, "shift": 3.0, "group_size": 16, **RECIPES[name]},
+        "data": {"prompts": "unused.txt", "prompts_per_iteration": prompts, "embedding_cache": "none"},
+        "rollout": {"steps": 20, "shift": 3.0, **rollout},
         "reward": [{"name": "jpeg_size"}],
         "update": {"lr": 1e-6, "clip_range": 1e-3, "updates_per_iteration": 1},
-        "engine": {"device": settings.device.type, **lever.engine},
+        "engine": engine,
     })  # fmt: skip
+
+
+def bench_prompts(count: int) -> list[str]:
+    return [f"a picture number {number}" for number in range(count)]
 
 
 class _Model:
@@ -131,14 +140,14 @@ def _measure(model: dict[str, Any], loaded: dict[bool, _Model], settings: Settin
     recipes = [_recipe(model, settings, name, lever) for lever in levers]
     models = [loaded[recipe.engine.compile] for recipe in recipes]
     updaters, rewards = [Updater(recipe, m.policy) for recipe, m in zip(recipes, models, strict=True)], Rewards(recipes[0], settings.device)
-    texts = [f"a picture number {number}" for number in range(settings.prompts)]
+    texts = bench_prompts(settings.prompts)
     found: list[list[Row]] = [[] for _ in levers]
     for number in range(settings.rounds + 1):
         for place, (recipe, lever) in enumerate(zip(recipes, levers, strict=True)):
             alone, policy = recipe.engine.token_budget == 1, models[place].policy
             if number == 0 and alone:
                 continue
-            policy.rows_per_pass = rows_per_pass(recipe, policy.adapter.geometry, settings.device.type)
+            policy.budget.tokens = tokens_per_pass(recipe, settings.device.type)
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
             with pick_backend(recipe), span_totals() as totals:
@@ -176,7 +185,7 @@ def _median(rounds: list[Row]) -> Row:
 
 def _seconds_per_row(policy: Policy, full: bool, repeats: int = 5) -> tuple[float, float]:
     """(forward, forward and backward) of one row, in passes of one row or of as many as the token budget allows; medians."""
-    rows = policy.rows_per_pass if full else 1
+    rows = policy.budget.rows if full else 1
     prompts = policy.encode(["a picture"])
     x = torch.randn(rows, *policy.adapter.latent_shape, device=policy.device)
     sigma, prompt_of = torch.full((rows,), 0.5, device=policy.device), torch.zeros(rows, dtype=torch.int64, device=policy.device)

@@ -1,10 +1,18 @@
 """What the transformer is told besides state and time."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
+
+
+def padded_length(tokens: Any) -> Any:
+    """To how many tokens a text (or an array of them) is padded: steps of 16, so that few shapes occur."""
+    return -(-tokens // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -24,18 +32,38 @@ class Conditioning:
         """All rows of `parts`, in order, as long as the longest."""
         return Conditioning({name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each prompt's text, on the host; without a mask, of the padded one."""
+        mask = self._mask()
+        if mask is None:
+            return np.full(len(self), max((tensor.shape[1] for tensor in self.tensors.values() if tensor.ndim > 2), default=0), dtype=np.int64)
+        return mask.sum(1).cpu().numpy().astype(np.int64)
+
+    def trimmed(self, longest: int | None) -> "Conditioning":
+        """Without the padding behind the `padded_length` of `longest`; without a mask, as it is."""
+        mask = self._mask()
+        if longest is None or mask is None:
+            return self
+        end = padded_length(longest)
+        return Conditioning({name: tensor[:, :end] if name in self._padded(mask) else tensor for name, tensor in self.tensors.items()})
+
     def split(self) -> list["Conditioning"]:
         """One Conditioning [1, ...] per prompt, without padding."""
-        masks = [tensor for name, tensor in self.tensors.items() if name.endswith("_mask")]
-        if not masks:
+        mask = self._mask()
+        if mask is None:
             return [self[i : i + 1] for i in range(len(self))]
-        whole = masks[0].shape[1]
-        padded = {name for name, tensor in self.tensors.items() if tensor.ndim > 1 and tensor.shape[1] == whole}
-        lengths = masks[0].sum(1).tolist()
+        padded = self._padded(mask)
         return [
             Conditioning({name: tensor[i : i + 1, :n] if name in padded else tensor[i : i + 1] for name, tensor in self.tensors.items()})
-            for i, n in enumerate(lengths)
+            for i, n in enumerate(self.lengths())
         ]
+
+    def _mask(self) -> Tensor | None:
+        return next((tensor for name, tensor in self.tensors.items() if name.endswith("_mask")), None)
+
+    def _padded(self, mask: Tensor) -> set[str]:
+        """The tensors whose dimension 1 is the text."""
+        return {name for name, tensor in self.tensors.items() if tensor.ndim > 1 and tensor.shape[1] == mask.shape[1]}
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

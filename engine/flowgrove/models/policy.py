@@ -6,37 +6,50 @@ Whatever trains has fp32 master weights; with model.dtype bf16 the passes run in
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowgrove.budget import PassBudget, fitting
 from flowgrove.errors import UserError
 from flowgrove.models.attention import use_attention
 from flowgrove.models.compiling import compile_blocks
-from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.float64 import keep_float64
-from flowgrove.models.geometry import Geometry
 from flowgrove.models.loading import load_model
 from flowgrove.models.trainable import choose_trainable
+from flowgrove.packing import Ints
 from flowgrove.recipe import Recipe
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
 
 
-def rows_per_pass(recipe: Recipe, geometry: Geometry, device_type: str) -> int:
-    """Rows that a pass may hold; guidance runs two for one."""
+def tokens_per_pass(recipe: Recipe, device_type: str) -> int:
+    """Tokens that a pass may hold."""
     budget = recipe.engine.token_budget
-    return max(1, (_TOKENS_PER_PASS[device_type] if budget == "auto" else budget) // geometry.tokens)
+    return _TOKENS_PER_PASS[device_type] if budget == "auto" else budget
 
 
-class Prompts(NamedTuple):
-    """Encoded prompts: texts, their conditioning [P], and the unconditional one [1] where guidance needs it."""
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts: texts, their conditioning [P], and the unconditional one [1] where guidance needs it; on the host [P], `lengths` of the texts in
+    tokens, and `tokens` that a row of each costs, picture and text, both rows of guidance."""
 
     texts: list[str]
     cond: Conditioning
     uncond: Conditioning | None
+    lengths: Ints
+    tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, some: slice) -> "Prompts":
+        return Prompts(self.texts[some], self.cond[some], self.uncond, self.lengths[some], self.tokens[some])
 
 
 class Velocity(NamedTuple):
@@ -67,7 +80,8 @@ class Policy:
         self._prepare_weights(recipe)
         if recipe.engine.compile:
             compile_blocks(self.transformer)
-        self.rows_per_pass = rows_per_pass(recipe, self.adapter.geometry, device.type)
+        self.budget = PassBudget(tokens_per_pass(recipe, device.type), self.adapter.geometry.tokens)
+        self._samples_per_decode = self.adapter.samples_per_decode
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
@@ -91,29 +105,27 @@ class Policy:
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         rows = torch.tensor([place[text] for text in texts], device=self.device)
-        return Prompts(texts, self.encoder(distinct)[rows], self.encoder([self.adapter.uncond_text]) if self.doubles else None)
+        cond, uncond = self.encoder(distinct)[rows], self.encoder([self.adapter.uncond_text]) if self.doubles else None
+        lengths, size = cond.lengths(), self.adapter.geometry
+        longer = lengths if uncond is None else np.maximum(lengths, uncond.lengths())
+        beside = padded_length(longer) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)  # what a pass need not pad, it need not run
+        return Prompts(texts, cond, uncond, lengths, (size.picture_tokens + beside) * (1 if uncond is None else 2))
 
     @property
     def doubles(self) -> bool:
         """Whether guidance needs an unconditional velocity, two rows for one."""
         return self.guidance_scale != 1.0 and not self.adapter.embeds_guidance
 
-    def velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
-        """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows."""
+    def velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None) -> Velocity:
+        """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows. `longest`: the pass's longest text."""
         with self._precision():
-            cond = prompts.cond[prompt_of]
+            cond = prompts.cond[prompt_of].trimmed(longest)
             if prompts.uncond is None:
                 return Velocity(self.adapter.velocity(x, sigma, cond, self.guidance_scale))
             both = Conditioning.cat([cond, prompts.uncond[torch.zeros_like(prompt_of)]])
             v, uncond = self.adapter.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale).chunk(2)
         guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
-
-    def velocity_in_passes(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
-        """`velocity` of any number of rows, in as few passes as the token budget allows."""
-        parts = [self.velocity(x[rows], sigma[rows], prompts, prompt_of[rows]) for rows in self.passes(len(x))]
-        uncond = [part.uncond for part in parts if part.uncond is not None]
-        return Velocity(torch.cat([part.v for part in parts]), torch.cat(uncond) if uncond else None, parts[0].scale)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -131,14 +143,17 @@ class Policy:
                 self.transformer.enable_adapters()
 
     @torch.no_grad()
-    def reference_velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor) -> Velocity:
+    def reference_velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None) -> Velocity:
         """The untouched model's velocity."""
         with self.untouched():
-            return self.velocity(x, sigma, prompts, prompt_of)
+            return self.velocity(x, sigma, prompts, prompt_of, longest)
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""
-        parts = x.split(self.adapter.samples_per_decode)
+        return fitting(lambda: self._decode(x), self._decode_fewer)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        parts = x.split(self._samples_per_decode)
         first = self.adapter.decode(parts[0])
         if len(parts) == 1:
             return first
@@ -147,11 +162,10 @@ class Policy:
             whole[start : start + len(part)] = first if start == 0 else self.adapter.decode(part)
         return whole
 
-    def passes(self, rows: int) -> Iterator[slice]:
-        """Slices of at most `rows_per_pass` rows that differ by one in length."""
-        fit = max(1, self.rows_per_pass // 2) if self.doubles else self.rows_per_pass
-        count = -(-rows // fit)
-        return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
+    def _decode_fewer(self) -> bool:
+        several = self._samples_per_decode > 1
+        self._samples_per_decode = max(1, self._samples_per_decode // 2)
+        return several
 
     @contextmanager
     def guided_by(self, scale: float | None) -> Iterator[None]:

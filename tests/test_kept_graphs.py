@@ -1,0 +1,92 @@
+"""engine.reuse_rollout_graph: the rollout's own graph gives the first update the losses and gradients of running its passes again, and saves their forward."""
+
+import numpy as np
+import pytest
+import torch
+
+from flowgrove.credit import assign_credit
+from flowgrove.kept_graphs import GraphKeeper
+from flowgrove.rollout import rollout
+from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from test_update import CASES, Recorder, policy_with_reference
+
+MANY = 10**6
+
+
+def trained(recipe, policy, keeper, planted=None):
+    """(forest, stats, gradients per update, forwards of the update's own) of one iteration; `planted`: scores [prompts, leaves, 1]."""
+    prompts = encoded(policy)
+    plan, rows = plan_and_rows(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, keeper=keeper)
+    scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)) if planted is None else planted
+    credit = assign_credit(plan, recipe.credit, scores, [1.0])
+    seen = []
+    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    recorder = Recorder(recipe, policy)
+    stats = recorder.run(forest, prompts, credit, rows)
+    hook.remove()
+    return forest, stats, [torch.cat([g.flatten() for g in update]) for update in recorder.gradients], seen
+
+
+def agree(first, second):
+    for one, other in zip(first[2], second[2], strict=True):
+        assert float(one.norm()) > 1e-6
+        assert float((one - other).norm()) <= 1e-10 * float(one.norm())
+    assert float(torch.stack(first[1].loss).sum()) == pytest.approx(float(torch.stack(second[1].loss).sum()), rel=1e-10)
+    assert torch.allclose(first[0].leaves, second[0].leaves, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kept_graphs_give_the_same_losses_and_gradients(case):
+    recipe = small_recipe(**CASES[case])
+    policy = policy_with_reference(recipe, 1.0) if recipe.update.kl_weight else policy_of()
+    plain, kept = trained(recipe, policy, None), trained(recipe, policy, GraphKeeper(MANY))
+    agree(plain, kept)
+    assert sum(kept[3]) < sum(plain[3]), "the first update's forwards were saved"
+    if recipe.update.updates_per_iteration == 1:
+        assert not kept[3]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_kept_graphs_serve_guidance(guidance):
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(guidance=guidance)
+    plain, kept = trained(recipe, policy, None), trained(recipe, policy, GraphKeeper(MANY))
+    agree(plain, kept)
+    assert plain[3]
+    assert not kept[3]
+
+
+@pytest.mark.parametrize("room", [0, 3, 6, 7, 20])
+def test_room_for_some_rows_keeps_some_passes(room):
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(tokens=140)  # 4 rows a pass
+    keeper = GraphKeeper(room)
+    plain, kept = trained(recipe, policy, None), trained(recipe, policy, keeper)
+    agree(plain, kept)
+    held = sum(len(each.node) for each in keeper.passes)
+    assert held <= room
+    assert sum(plain[3]) - sum(kept[3]) == held
+
+
+def test_small_passes_are_not_worth_keeping():
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of()
+    keeper = GraphKeeper(MANY, least=4)
+    trained(recipe, policy, keeper)
+    assert [len(each.node) for each in keeper.passes] == [4 * len(TEXTS)], "the window's first level has one state per prompt, the second four"
+
+
+def test_passes_without_signal_run_no_backward():
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(tokens=35)  # a row a pass
+    scores = np.random.default_rng(0).random((len(TEXTS), 4, 1))
+    scores[1] = 0.5
+    keeper = GraphKeeper(MANY)
+    _, stats, _, _ = trained(recipe, policy, keeper, scores)
+    assert len(keeper.passes) == len(TEXTS) * 5
+    assert stats.train_passes == (len(TEXTS) - 1) * 5
+
+
+def test_drift_is_exactly_zero_where_the_rollouts_own_velocity_serves():
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(dtype="fp32")
+    _, stats, _, seen = trained(recipe, policy, GraphKeeper(MANY))
+    assert not seen
+    assert float(torch.cat(stats.drift).abs().max()) == 0.0
+    assert len(torch.cat(stats.drift)) > 0

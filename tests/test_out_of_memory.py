@@ -1,0 +1,117 @@
+"""A device that is too small: passes are halved, the work is repeated, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from flowgrove.credit import assign_credit
+from flowgrove.kept_graphs import GraphKeeper
+from flowgrove.models.policy import Policy
+from flowgrove.rollout import rollout
+from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from test_update import Recorder
+
+
+class Small:
+    """A device on which a pass of more than `rows` rows does not fit; `where`: in the forward of any pass, only with a graph, or in the backward."""
+
+    def __init__(self, policy, rows, where, monkeypatch):
+        self.failures, inner = 0, policy.adapter.velocity
+
+        def fail():
+            self.failures += 1
+            raise torch.OutOfMemoryError("out of memory")
+
+        def velocity(x, *rest):
+            graph = torch.is_grad_enabled()
+            if len(x) > rows and (where == "forward" or (where == "training" and graph)):
+                fail()
+            v = inner(x, *rest)
+            if len(x) > rows and where == "backward" and graph:
+                v.register_hook(lambda gradient: fail())
+            return v
+
+        monkeypatch.setattr(policy.adapter, "velocity", velocity)
+
+
+def fresh_policy():
+    return Policy(small_recipe(), CPU)
+
+
+def iteration(recipe, policy, keeper=None):
+    prompts = encoded(policy)
+    plan, rows = plan_and_rows(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, keeper=keeper)
+    credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+    recorder = Recorder(recipe, policy)
+    stats = recorder.run(forest, prompts, credit, rows)
+    return forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), stats
+
+
+@pytest.mark.parametrize("where", ["forward", "training", "backward"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_passes_are_halved_until_they_fit_and_results_stay(where, rows, monkeypatch, caplog):
+    recipe, policy = small_recipe(), fresh_policy()
+    leaves, gradient, stats = iteration(recipe, policy_of())
+    small = Small(policy, rows, where, monkeypatch)
+    found, other, again = iteration(recipe, policy)
+    assert 1 <= small.failures <= 5, "every attempt is half as large as the pass that failed"
+    assert policy.budget.tokens < policy_of().budget.tokens
+    assert "engine.token_budget" in caplog.text
+    assert torch.allclose(found, leaves, rtol=0, atol=1e-11)
+    assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
+    assert again.train_passes == stats.train_passes, "passes of the failed attempt do not count"
+    assert len(torch.cat(again.ratio)) == len(torch.cat(stats.ratio))
+
+
+def test_kept_graphs_are_given_up_before_passes_are_halved(monkeypatch):
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), fresh_policy()
+    whole, (_, gradient, _) = policy.budget.tokens, iteration(recipe, policy_of())
+    failing = iter([False, True])  # the first graph is made, the second has no room
+    inner = policy.adapter.velocity
+
+    def velocity(x, *rest):
+        if torch.is_grad_enabled() and next(failing, False):
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(x, *rest)
+
+    monkeypatch.setattr(policy.adapter, "velocity", velocity)
+    keeper = GraphKeeper(10**6)
+    _, other, _ = iteration(recipe, policy, keeper)
+    assert [kept.velocity for kept in keeper.passes] == [None]
+    assert policy.budget.tokens == whole
+    assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
+
+
+def test_a_backward_without_room_gives_kept_graphs_up(monkeypatch):
+    recipe, policy = small_recipe(update={"updates_per_iteration": 1}), fresh_policy()
+    _, gradient, _ = iteration(recipe, policy_of())
+    small = Small(policy, 5, "backward", monkeypatch)
+    _, other, _ = iteration(recipe, policy, GraphKeeper(10**6))
+    assert small.failures >= 2, "once with the kept graph, once with a pass as large"
+    assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_single_row_without_room_is_an_error(guidance, monkeypatch):
+    policy = fresh_policy()
+    policy.guidance_scale = guidance  # a row is then two of the transformer's
+    Small(policy, 0, "forward", monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        iteration(small_recipe(), policy)
+
+
+def test_decoding_takes_fewer_samples_at_a_time(monkeypatch):
+    policy = fresh_policy()
+    latents = torch.randn(6, *policy.adapter.latent_shape, dtype=torch.float64)
+    whole, sizes, inner = policy.decode(latents), [], policy.adapter.decode
+
+    def decode(x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(x))
+        return inner(x)
+
+    monkeypatch.setattr(policy.adapter, "decode", decode)
+    assert torch.allclose(policy.decode(latents), whole, rtol=0, atol=1e-12)
+    assert max(sizes) <= 2

@@ -1,0 +1,84 @@
+"""The packer: every row once, the budget kept, few and even passes, and passes that depend on the rows' costs alone."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowgrove.packing import pack
+
+ROWS = st.lists(st.tuples(st.integers(1, 600), st.integers(0, 2)), max_size=60)
+BUDGET = st.integers(1, 2000)
+
+
+def columns(rows):
+    return np.array([tokens for tokens, _ in rows], dtype=np.int64), np.array([bucket for _, bucket in rows], dtype=np.int64)
+
+
+def shapes(passes, tokens, bucket):
+    """What the transformer sees of each pass: its bucket and the costs of its rows."""
+    return sorted((int(bucket[rows[0]]), *sorted(tokens[rows].tolist())) for rows in passes)
+
+
+@given(ROWS, BUDGET)
+def test_every_row_is_in_one_pass(rows, budget):
+    tokens, bucket = columns(rows)
+    passes = pack(tokens, budget, bucket)
+    assert sorted(np.concatenate(passes).tolist() if passes else []) == list(range(len(rows)))
+    assert all(len(part) for part in passes)
+
+
+@given(ROWS, BUDGET)
+def test_padded_tokens_keep_the_budget_and_buckets_are_never_mixed(rows, budget):
+    tokens, bucket = columns(rows)
+    for part in pack(tokens, budget, bucket):
+        assert len(part) == 1 or len(part) * tokens[part].max() <= budget
+        assert len(set(bucket[part].tolist())) == 1
+
+
+@given(ROWS, BUDGET, st.randoms(use_true_random=False))
+def test_passes_do_not_depend_on_the_order_of_the_rows(rows, budget, random):
+    tokens, bucket = columns(rows)
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    mixed = (tokens[order], bucket[order]) if rows else (tokens, bucket)
+    assert shapes(pack(mixed[0], budget, mixed[1]), *mixed) == shapes(pack(tokens, budget, bucket), tokens, bucket)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 80))
+def test_no_division_has_fewer_passes(tokens, budget):
+    fewest = fewest_passes(tuple(sorted(tokens)), budget)
+    assert len(pack(np.array(tokens), budget)) == fewest
+
+
+def fewest_passes(tokens, budget):
+    """By trying every division into passes."""
+    best = len(tokens)
+
+    def place(left, parts):
+        nonlocal best
+        if len(parts) >= best and left:
+            return
+        if not left:
+            best = min(best, len(parts))
+            return
+        row, rest = left[-1], left[:-1]
+        for index, part in enumerate(parts):
+            if (len(part) + 1) * max(*part, row) <= budget:
+                place(rest, [*parts[:index], (*part, row), *parts[index + 1 :]])
+        place(rest, [*parts, (row,)])
+
+    place(tokens, [])
+    return best
+
+
+@given(st.integers(1, 500), st.integers(1, 64), BUDGET)
+def test_equal_rows_are_spread_evenly_in_their_order(count, tokens, budget):
+    passes = pack(np.full(count, tokens), budget)
+    fit = max(1, budget // tokens)
+    assert len(passes) == -(-count // fit)
+    assert max(map(len, passes)) - min(map(len, passes)) <= 1
+    assert np.concatenate(passes).tolist() == list(range(count)), "rows that follow each other need no copy"
+
+
+def test_no_rows_make_no_pass():
+    assert pack(np.array([], dtype=np.int64), 100) == []
