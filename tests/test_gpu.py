@@ -10,6 +10,7 @@ from flowgrove.credit import assign_credit
 from flowgrove.models.policy import Policy
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater
+from flowgrove.update_passes import Rolled
 from flowgrove_kernels import NoiseKey, StepCoefficients, available_backends, flow_logprob, flow_step, grpo_loss_and_grad, philox_normal, use_backend
 from kernel_cases import randn, stochastic_rows
 from op_calls import CLIP, batch_of, different, every_op, rows_of
@@ -174,6 +175,6 @@ def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
         torch.cuda.set_sync_debug_mode("default")
         credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
         torch.cuda.set_sync_debug_mode(mode)
-        stats = updater.run(forest, prompts, credit, rows)
+        stats = updater.run([Rolled(policy, forest, prompts, credit, rows)])
     torch.cuda.set_sync_debug_mode("default")
     assert torch.stack([t.double().sum() for t in stats.loss]).isfinite().all()

@@ -7,6 +7,7 @@ import torch
 from flowgrove.credit import assign_credit
 from flowgrove.kept_graphs import GraphKeeper
 from flowgrove.rollout import rollout
+from flowgrove.update_passes import Rolled
 from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 from test_update import CASES, Recorder, policy_with_reference
 
@@ -23,7 +24,7 @@ def trained(recipe, policy, keeper, planted=None):
     seen = []
     hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
     recorder = Recorder(recipe, policy)
-    stats = recorder.run(forest, prompts, credit, rows)
+    stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
     return forest, stats, [torch.cat([g.flatten() for g in update]) for update in recorder.gradients], seen
 

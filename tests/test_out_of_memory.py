@@ -8,6 +8,7 @@ from flowgrove.credit import assign_credit
 from flowgrove.kept_graphs import GraphKeeper
 from flowgrove.models.policy import Policy
 from flowgrove.rollout import rollout
+from flowgrove.update_passes import Rolled
 from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 from test_update import Recorder
 
@@ -44,7 +45,7 @@ def iteration(recipe, policy, keeper=None):
     forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, keeper=keeper)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     recorder = Recorder(recipe, policy)
-    stats = recorder.run(forest, prompts, credit, rows)
+    stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
     return forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), stats
 
 

@@ -11,6 +11,7 @@ from flowgrove import metrics
 from flowgrove.credit import assign_credit
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater, UpdateStats
+from flowgrove.update_passes import Rolled
 from flowgrove_kernels import flow_logprob, grpo_loss_and_grad, step_coefficients
 from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 
@@ -59,7 +60,7 @@ def test_mistake_10_every_step_of_the_optimiser_is_clipped_also_the_last_and_sma
             super()._step(stats, trained, number)
             self.optimizer.step = step
 
-    stats = Spy(recipe, policy).run(forest, prompts, credit, rows)
+    stats = Spy(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     assert len(norms) == 3
     assert all(norm <= 1.001e-3 for norm in norms)
     assert min(float(norm) for norm in stats.grad_norm) > 1e-3, "without clipping each would be larger"

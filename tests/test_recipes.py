@@ -12,6 +12,7 @@ from flowgrove.plan import make_plan
 from flowgrove.recipe import load_recipe
 from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
+from flowgrove.update_passes import Rolled
 from policy_cases import CPU, TEXTS
 from test_update import Recorder
 
@@ -46,7 +47,7 @@ def one_iteration(name: str, share: bool):
     recorder = Recorder(recipe, policy)
     generator = torch.Generator().manual_seed(1)
     forest.logp += 1e-3 * torch.randn(forest.logp.shape, generator=generator, dtype=torch.float64)  # ratios of later updates away from 1
-    stats = recorder.run(forest, prompts, credit, rows)
+    stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
     gradient = torch.cat([g.flatten() for update in recorder.gradients for g in update])
     return forest.leaves, gradient, float(torch.stack(stats.loss).sum()), plan.counts, forwards, sum(backward), recipe

@@ -42,7 +42,7 @@ def test_ode_rollout_equals_the_diffusers_pipeline(pipe, guidance, height, width
         prompt=[text for text in texts for _ in range(2)], height=height, width=width, num_inference_steps=6, guidance_scale=guidance,
         latents=latents, output_type="latent", max_sequence_length=policy.adapter.geometry.prompt_tokens,
     )  # fmt: skip
-    assert (forest.leaves - result.images).abs().max() <= 1e-4
+    assert (forest.leaves - result.images).abs().max() <= 3e-5 * (1 + guidance)  # guidance multiplies what the encoders' batches round
     assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.1
 
 
@@ -190,11 +190,10 @@ def test_the_reference_stays_the_untouched_model_while_the_policy_moves(model):
     for parameter in policy.trainable().values():
         parameter.add_(0.02 * torch.randn_like(parameter))
     base = policy_of(dtype="fp32", guidance=2.0)
-    expected, reference, moved = (
-        base.velocity(x, sigma, encoded(base), prompt),
-        policy.reference_velocity(x, sigma, prompts, prompt),
-        policy.velocity(x, sigma, prompts, prompt),
-    )
+    expected = base.velocity(x, sigma, encoded(base), prompt)
+    with policy.untouched():
+        reference = policy.velocity(x, sigma, prompts, prompt)
+    moved = policy.velocity(x, sigma, prompts, prompt)
     assert torch.allclose(reference.v, expected.v, atol=1e-6)
     assert torch.allclose(reference.uncond, expected.uncond, atol=1e-6)
     assert (moved.v - expected.v).abs().max() > 1e-2, "the policy is switched back on"

@@ -10,6 +10,7 @@ from flowgrove import spans
 from flowgrove.credit import assign_credit
 from flowgrove.rollout import rollout
 from flowgrove.spans import Clock, span
+from flowgrove.update_passes import Rolled
 from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 from test_update import Recorder
 
@@ -35,7 +36,7 @@ def test_stages_of_an_iteration_show_in_the_profiler():
             forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
         credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
         with span("update"):
-            Recorder(recipe, policy).run(forest, prompts, credit, rows)
+            Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     names = {event.name for event in profile.events()}
     assert {f"rollout/step {step.index}/transformer" for step in plan.steps} <= names
     assert {f"update/update {u}/{part}" for u in range(2) for part in ("transformer", "grpo_loss", "backward", "optimizer")} <= names

@@ -9,7 +9,7 @@ import torch
 from flowgrove.credit import assign_credit
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater, learning_rate
-from flowgrove.update_passes import step_weights
+from flowgrove.update_passes import Rolled, step_weights
 from flowgrove_kernels import NoiseKey, philox_normal, use_backend
 from host_reads import count_host_reads
 from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
@@ -96,7 +96,8 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
         kl = 0.0
         if update.kl_weight:
-            reference = guided(policy.reference_velocity(x, sigma, prompts, prompt_of))
+            with torch.no_grad(), policy.untouched():
+                reference = guided(policy.velocity(x, sigma, prompts, prompt_of))
             kl = b**2 * ((v - reference) ** 2).mean() / (2 * s**2)
         loss = weights[step.index] / len(edges) * (surrogate + update.kl_weight * kl)
         loss.backward()
@@ -120,7 +121,7 @@ def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
         policy = policy_with_reference(recipe, guidance)
     forest, prompts, credit, rows = rolled_out(recipe, policy)
     recorder = Recorder(recipe, policy)
-    stats = recorder.run(forest, prompts, credit, rows)
+    stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
     losses = iter(stats.loss)
     edges = 0
     for number, packed in enumerate(recorder.gradients):
@@ -156,7 +157,7 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(tokens):
     reference = None
     for policy in (policy_of(), policy_of(tokens=tokens)):
         recorder = Recorder(recipe, policy)
-        recorder.run(*rolled_out(recipe, policy))
+        recorder.run([Rolled(policy, *rolled_out(recipe, policy))])
         flat = torch.cat([g.flatten() for update in recorder.gradients for g in update])
         reference = flat if reference is None else reference
         assert float((flat - reference).norm()) <= 1e-10 * float(reference.norm())
@@ -175,7 +176,7 @@ def test_rows_that_train_equal_the_planned_passes(case):
         output[0].register_hook(lambda gradient: seen.append(len(gradient)))
 
     hook = policy.transformer.register_forward_hook(watch)
-    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
     assert sum(seen) == stats.train_passes
     if case != "step_fraction":  # there prompts draw their own steps; the plan counts prompt 0
@@ -185,7 +186,7 @@ def test_rows_that_train_equal_the_planned_passes(case):
 def test_edges_without_advantage_cost_no_pass_but_count_in_the_mean():
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of()
     forest, prompts, credit, rows = rolled_out(recipe, policy)
-    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     assert stats.train_passes == forest.plan.counts.train_passes * (len(TEXTS) - 1), "prompt 1 has no signal"
     only = {index: type(edge)(edge.advantage[[0, 2]], edge.trains[[0, 2]]) for index, edge in credit.items()}
     assert all((edge.advantage != 0).all() for edge in only.values())
@@ -193,7 +194,7 @@ def test_edges_without_advantage_cost_no_pass_but_count_in_the_mean():
 
 def test_first_update_has_ratio_exactly_one_and_later_ones_do_not():
     recipe, policy = small_recipe(), policy_of()
-    stats = Recorder(recipe, policy).run(*rolled_out(recipe, policy))
+    stats = Recorder(recipe, policy).run([Rolled(policy, *rolled_out(recipe, policy))])
     assert torch.equal(stats.ratio[0], torch.ones_like(stats.ratio[0]))
     assert not torch.equal(stats.ratio[-1], torch.ones_like(stats.ratio[-1]))
     assert float(torch.cat(stats.drift).abs().max()) > 1e-4, "the planted offset of the stored logp must show as drift"
@@ -206,7 +207,7 @@ def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     wide = policy_of(dtype="fp32")  # other micro-batches than the rollout's
-    stats = Recorder(recipe, wide).run(forest, prompts, credit, rows)
+    stats = Recorder(recipe, wide).run([Rolled(policy, forest, prompts, credit, rows)])
     assert wide.budget.rows > policy.budget.rows
     assert float(torch.cat(stats.drift).abs().max()) <= 5e-7
 
@@ -219,8 +220,8 @@ def test_no_host_read_in_update():
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     updater = Updater(recipe, policy)
     kept = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    updater.run(forest, prompts, credit, rows)  # the optimiser's state exists from here on
-    assert count_host_reads(lambda: updater.run(forest, prompts, credit, rows)) == 0
+    updater.run([Rolled(policy, forest, prompts, credit, rows)])  # the optimiser's state exists from here on
+    assert count_host_reads(lambda: updater.run([Rolled(policy, forest, prompts, credit, rows)])) == 0
     assert any(not torch.equal(p, kept[name]) for name, p in policy.trainable().items())
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
@@ -233,7 +234,7 @@ def test_gradient_that_is_not_finite_skips_the_step_and_nothing_else():
     kept = [p.detach().clone() for p in updater.parameters]
     forest, prompts, credit, rows = rolled_out(recipe, policy)
     forest.states[forest.first_row[1]] = float("nan")
-    updater.run(forest, prompts, credit, rows)
+    updater.run([Rolled(policy, forest, prompts, credit, rows)])
     assert all(torch.equal(p, before) for p, before in zip(updater.parameters, kept, strict=True))
     assert all(torch.isfinite(p).all() for p in updater.parameters)
 
@@ -267,7 +268,7 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
         forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, share=recipe.engine.share)
         credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
         recorder = Recorder(recipe, policy)
-        stats = recorder.run(forest, prompts, credit, rows)
+        stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
         loss = float(torch.stack(stats.loss).sum())
         found.append((forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), loss, stats.train_passes))
     (leaves, gradient, loss, passes), (other_leaves, other_gradient, other_loss, other_passes) = found
@@ -287,7 +288,7 @@ def test_unshared_rows_equal_the_planned_counts_of_the_published_loop(case):
     forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, share=False)
     forwards = list(seen)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
-    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
     assert set(seen) == {1}, "the published loop runs batches of one"
     assert sum(forwards) == plan.counts.unshared_rollout_forwards * len(TEXTS)
@@ -302,6 +303,6 @@ def test_exact_replay_has_no_drift_at_all(case):
     plan, rows = plan_and_rows(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
-    stats = Recorder(recipe, policy).run(forest, prompts, credit, rows)
+    stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     assert sum(map(len, stats.drift)) > 0
     assert float(torch.cat(stats.drift).abs().max()) == 0.0

@@ -225,6 +225,27 @@ def engine(
         draw_engine(rows, Console(highlight=False))
 
 
+@partial(_command, group=bench_app)
+def scaling(
+    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
+    model: Annotated[str, typer.Option(help="tiny, or sd3_mid with random weights")] = "tiny",
+    leaves: Annotated[str, typer.Option(help="pictures per prompt, with commas between; for 2 prompts")] = "1,2,4,8,16,32,64,128,256",
+    prompts: Annotated[str, typer.Option(help="prompts of an iteration, with commas between; of 16 pictures each")] = "1,2,4,8,16,32,64",
+    rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Time iterations over leaves and over prompts: seconds, and what the engine spends per node outside the transformer."""
+    from flowgrove.bench.scaling import bench_scaling, settings_of
+    from flowgrove.bench.table import draw_scaling
+
+    rows = bench_scaling(settings_of(model, leaves, prompts, rounds, device), _say, out)
+    if as_json:
+        sys.stdout.write(json.dumps(rows) + "\n")
+    else:
+        draw_scaling(rows, Console(highlight=False))
+
+
 @_command
 def doctor() -> None:
     """Say what this installation has: versions, devices, backends, and what is missing."""

@@ -44,6 +44,11 @@ def assign_credit(
     return result
 
 
+def part_of(credit: dict[int, EdgeCredit], prompts: slice) -> dict[int, EdgeCredit]:
+    """The credit of some prompts."""
+    return {index: EdgeCredit(edges.advantage[prompts], edges.trains[prompts]) for index, edges in credit.items()}
+
+
 def advantage_by_step(credit: dict[int, EdgeCredit]) -> dict[str, float]:
     """Mean |advantage| of the edges that train, for every trained step (its index as JSON keys are) that has some."""
     return {str(index): float(np.abs(edges.advantage[edges.trains]).mean()) for index, edges in credit.items() if edges.trains.any()}

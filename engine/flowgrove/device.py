@@ -44,3 +44,27 @@ def pick_backend(recipe: Recipe) -> AbstractContextManager[None]:
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy of a host tensor that the host does not wait for."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Its values on the host, which waits for them alone and not for what is queued behind."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+    copied.synchronize()
+    return host
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has; of a CPU, the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def allocated_memory(device: torch.device) -> int:
+    """Bytes of tensors on the device; on a CPU, where nobody counts them, 0."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

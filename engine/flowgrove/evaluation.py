@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowgrove.judging import PIXELS_AT_ONCE
 from flowgrove.models.policy import Policy
 from flowgrove.pixels import shrink
 from flowgrove.plan import make_plan, round_half_up
@@ -15,7 +16,7 @@ from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
 from flowgrove.sigmas import recipe_sigmas
 
-PIXELS_AT_ONCE, _PROMPTS_AT_ONCE = 1 << 25, 32  # 400 MB of decoded pictures
+_PROMPTS_AT_ONCE = 32
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
 
@@ -77,10 +78,3 @@ def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str
         small.append(shrink(pictures).cpu())
         done += len(pictures)
     return Evaluated(torch.cat(small), repeated, torch.cat(scores))
-
-
-def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
-    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a time."""
-    some = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels)
-    parts = zip(leaves.split(some), range(0, len(leaves), some), strict=True)
-    return torch.cat([rewards(policy.decode(part), prompts[start : start + some]) for part, start in parts])

@@ -1,48 +1,117 @@
 """One iteration: plan → rollout → reward → credit → update, and the line that tells of it."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flowgrove import metrics
-from flowgrove.credit import advantage_by_step, assign_credit
-from flowgrove.evaluation import score_leaves
-from flowgrove.forest import leaf_path_logp
-from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
+from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_of
+from flowgrove.device import to_host
+from flowgrove.forest import Forest, leaf_path_logp
+from flowgrove.judging import Judging
+from flowgrove.kept_graphs import GraphRoom
+from flowgrove.models.policy import Policy, Prompts
+from flowgrove.plan import RolloutPlan, make_plan
 from flowgrove.recipe import Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import rollout
 from flowgrove.rows import plan_rows
-from flowgrove.sigmas import SigmaTable
+from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import Clock
 from flowgrove.update import Updater
+from flowgrove.update_passes import Rolled
+from flowgrove_kernels import StepCoefficients
 
 
-def run_iteration(recipe: Recipe, policy: Policy, updater: Updater, rewards: Rewards, table: SigmaTable, texts: list[str], iteration: int) -> dict[str, Any]:
-    """Trains on `texts` and returns the metrics line."""
-    clock = Clock(policy.device)
-    with clock("plan"):
-        plan = make_plan(recipe, iteration, table)
-        rows = plan_rows(plan).to(policy.device)
-        prompts = policy.encode(texts)
-    with clock("rollout"):
-        forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=iteration, share=recipe.engine.share)
-    with clock("reward"):
-        scores = score_leaves(policy, rewards, forest.leaves, [text for text in texts for _ in range(plan.leaves)])
-    with clock("credit"):
-        grouped = scores.view(len(texts), plan.leaves, -1).numpy()
-        path_logp = leaf_path_logp(forest).double().cpu().numpy() if recipe.credit.fusion_beta else None
-        credit = assign_credit(plan, recipe.credit, grouped, rewards.weights, path_logp)
-    with clock("update"):
-        stats = updater.run(forest, prompts, credit, rows)
-    counts = plan.counts
-    return {
-        "iteration": iteration,
-        "reward": metrics.reward_summary(list(rewards.scorers), scores),
-        **metrics.update_summary(stats),
-        "advantage_by_step": advantage_by_step(credit),
-        "rollout_forwards": (counts.rollout_forwards if recipe.engine.share else counts.unshared_rollout_forwards) * len(texts),
-        "train_passes": stats.train_passes,
-        "seconds": clock.seconds,
-        "samples_per_second": len(scores) / sum(clock.seconds.values()),
-        "peak_memory_bytes": metrics.peak_memory(policy.device),
-    }
+@dataclass(frozen=True)
+class Bucket:
+    """The prompts of an iteration that are drawn at one size; `first_prompt`: the number of the first of them."""
+
+    policy: Policy
+    plan: RolloutPlan
+    rows: StepCoefficients
+    prompts: Prompts
+    first_prompt: int
+
+    @property
+    def numbers(self) -> slice:
+        """Of its prompts in the iteration."""
+        return slice(self.first_prompt, self.first_prompt + len(self.prompts))
+
+    def parts(self, together: int) -> Iterator[slice]:
+        """The prompts, `together` at a time."""
+        return (slice(start, start + together) for start in range(0, len(self.prompts), together))
+
+
+class Stages:
+    """The stages of an iteration, wired together."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, updater: Updater, rewards: Rewards) -> None:
+        self.recipe, self.updater, self.rewards, self.device = recipe, updater, rewards, policy.device
+        self.sizes = [(policy.sized(sized), recipe_sigmas(sized)) for sized in recipe.at_sizes()]
+        self.room = GraphRoom.of(recipe, policy)
+
+    def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
+        """Trains on `texts` and returns the metrics line."""
+        clock = Clock(self.device)
+        with clock("plan"):
+            buckets = self._buckets(texts, iteration)
+        with Judging(self.rewards, self.device) as judging:
+            with clock("rollout"):
+                forests = self._roll_out(buckets, judging, iteration)
+            with clock("reward"):
+                scores = judging.scores()
+        with clock("credit"):
+            credit = self._credit(buckets[0].plan, forests, scores.numpy())
+        with clock("update"):
+            rolled = zip(buckets, forests, strict=True)
+            stats = self.updater.run([Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.rows, b.first_prompt) for b, forest in rolled])
+        numbers = metrics.update_summary(stats)
+        counts = buckets[0].plan.counts
+        return {
+            "iteration": iteration,
+            "reward": metrics.reward_summary(list(self.rewards.scorers), scores),
+            **numbers,
+            "advantage_by_step": advantage_by_step(credit),
+            "rollout_forwards": (counts.rollout_forwards if self.recipe.engine.share else counts.unshared_rollout_forwards) * len(texts),
+            "train_passes": stats.train_passes,
+            "seconds": clock.seconds,
+            "samples_per_second": len(scores) / sum(clock.seconds.values()),
+            "peak_memory_bytes": metrics.peak_memory(self.device),
+        }
+
+    def _buckets(self, texts: list[str], iteration: int) -> list[Bucket]:
+        """Prompt i is drawn at size i modulo their number; prompts are numbered bucket after bucket."""
+        buckets: list[Bucket] = []
+        first = 0
+        for place, (policy, table) in enumerate(self.sizes):
+            some = texts[place :: len(self.sizes)]
+            if some:
+                plan = make_plan(self.recipe, iteration, table)
+                buckets.append(Bucket(policy, plan, plan_rows(plan).to(self.device, non_blocking=True), policy.encode(some), first))
+                first += len(some)
+        return buckets
+
+    def _roll_out(self, buckets: list[Bucket], judging: Judging, iteration: int) -> list[Forest]:
+        """One forest per bucket. Where judging runs beside it, some prompts at a time: as many as fill half a pass at the forest's narrowest."""
+        seed, share, forests, keeper = self.recipe.run.seed, self.recipe.engine.share, [], self.room.keeper()
+        for bucket in buckets:
+            policy, plan, leaves = bucket.policy, bucket.plan, bucket.plan.leaves
+            narrowest = int(bucket.prompts.tokens.min()) * (plan.roots if share else leaves)
+            together = -(-policy.budget.tokens // (2 * narrowest)) if judging.beside else len(bucket.prompts)
+            parts: list[Forest] = []
+            for some in (bucket.prompts[part] for part in bucket.parts(together)):
+                first = bucket.first_prompt + sum(part.prompts for part in parts)
+                parts.append(rollout(plan, bucket.rows, policy, some, seed=seed, iteration=iteration, first_prompt=first, share=share, keeper=keeper))
+                judging.submit(policy, parts[-1].leaves, [text for text in some.texts for _ in range(leaves)])
+            forests.append(Forest.joined(parts))
+        return forests
+
+    def _credit(self, plan: RolloutPlan, forests: list[Forest], scores: NDArray[np.float64]) -> dict[int, EdgeCredit]:
+        """Of all prompts' edges. The buckets' plans differ in σ alone, so that any of them serves."""
+        settings = self.recipe.credit
+        path_logp = np.concatenate([to_host(leaf_path_logp(forest)).double().numpy() for forest in forests]) if settings.fusion_beta else None
+        return assign_credit(plan, settings, scores.reshape(-1, plan.leaves, scores.shape[-1]), self.rewards.weights, path_logp)

@@ -1,10 +1,47 @@
 """Passes of the rollout that keep their graph, so that the first update, whose policy is still the rollout's own, need not run them again."""
 
+import sys
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from flowgrove.device import allocated_memory, total_memory
 from flowgrove.forest import KeptPass
-from flowgrove.plan import RolloutPlan, Step
+from flowgrove.memory import predict_memory
+from flowgrove.models.policy import Policy
+from flowgrove.plan import RolloutPlan, Step, make_plan
+from flowgrove.recipe import Recipe
+from flowgrove.sigmas import recipe_sigmas
+
+_USABLE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
+
+
+class GraphRoom(NamedTuple):
+    """How many rows' graphs a run may keep, and the fewest that a pass must have; (0, 0): none."""
+
+    rows: int
+    least: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
+        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into nine tenths of the device's memory, beside all that a run needs
+        there; none where the rewards decide which edges train, since most graphs would then be made for nothing."""
+        engine, prune = recipe.engine, recipe.credit.prune
+        if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
+            return cls(0, 0)
+        if engine.reuse_rollout_graph is True:
+            return cls(sys.maxsize, 1)
+        if prune is not None and prune.kind != "depth":
+            return cls(0, 0)
+        memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
+        foreign = max(0, allocated_memory(policy.device) - memory.loaded)  # models of rewards
+        room = int(_USABLE * total_memory(policy.device)) - memory.peak - foreign
+        return cls(max(0, room // memory.graph), max(1, policy.budget.rows // (4 if policy.doubles else 2)))
+
+    def keeper(self) -> "GraphKeeper | None":
+        """For one iteration."""
+        return GraphKeeper(self.rows, self.least) if self.rows else None
 
 
 class GraphKeeper:

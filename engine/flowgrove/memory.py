@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowgrove.evaluation import PIXELS_AT_ONCE
+from flowgrove.judging import PIXELS_AT_ONCE
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.folders import configuration_folder
@@ -36,15 +36,22 @@ _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per tr
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `rows`: rows of a full pass."""
+    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a row of the rollout holds until the first
+    update if its graph is kept; `rows`: rows of a full pass."""
 
     resident: dict[str, int]
     stages: dict[str, int]
+    graph: int
     rows: int
 
     @property
     def peak(self) -> int:
         return sum(self.resident.values()) + max(self.stages.values())
+
+    @property
+    def loaded(self) -> int:
+        """What lies on the device when the model is loaded."""
+        return sum(self.resident[name] for name in ("transformer", "VAE", "untouched copy"))
 
 
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
@@ -74,8 +81,9 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         counted = {
             "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute), like_cuda),
             "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute), like_cuda),
-            "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode, prompts * plan.leaves), *latent, dtype=master))),
+            "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode(device_type), prompts * plan.leaves), *latent, dtype=master))),
         }
+        graphs = [_held(lambda n=n: _velocity(adapter, n, latent, master, compute), like_cuda) for n in (1, 2)]  # type: ignore[misc]
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     copies = recipe.model.lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1)
     elements = torch.Size(latent).numel() * master.itemsize
@@ -94,7 +102,9 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         "prompts": sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values()),
     }
     counted["rollout"] += 4 * prompts * width * elements  # x, v, x' and a history of the widest level
-    return Memory(resident, counted, rows)
+    if device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
+        counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding")
+    return Memory(resident, counted, graphs[1] - graphs[0], rows)
 
 
 def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> None:
@@ -168,6 +178,15 @@ def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
     with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
         run()
     return alive.most - alive.bytes
+
+
+def _held(run: Callable[[], object], like_cuda: bool = False) -> int:
+    """Bytes of storages that `run` makes and that are alive as long as its result."""
+    with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
+        result = run()
+        held = alive.bytes
+        del result
+    return held
 
 
 class _Alive(TorchDispatchMode):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrove.device import to_host
 from flowgrove.files import write_text
 from flowgrove.update import UpdateStats
 
@@ -34,9 +35,9 @@ def update_summary(stats: UpdateStats) -> dict[str, float | int | None]:
         "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # Schulman's k3
         "loss": torch.stack(stats.loss).double().sum(),
         "grad_norm": torch.stack(stats.grad_norm).double().mean(),
-        "logp_drift": torch.cat(stats.drift).double().abs().max() if stats.drift and sum(map(len, stats.drift)) else torch.zeros((), dtype=torch.float64),
+        "logp_drift": torch.cat(stats.drift).double().abs().max() if stats.drift and sum(map(len, stats.drift)) else ratio.new_zeros(()),
     }
-    values = torch.stack([value.to("cpu") for value in numbers.values()]).tolist()
+    values = to_host(torch.stack(list(numbers.values()))).tolist()
     return {name: value if math.isfinite(value) else None for name, value in zip(numbers, values, strict=True)}
 
 

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from flowgrove.device import to_host
+
 _LARGEST_TILE = 256
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
     """[..., 3, H, W] in [0, 1] → uint8 [..., H, W, 3] on the CPU, rounded."""
-    return (pictures.detach().float() * 255).round().to(torch.uint8).movedim(-3, -1).contiguous().cpu()
+    return to_host((pictures.detach().float() * 255).round().to(torch.uint8).movedim(-3, -1).contiguous())
 
 
 def shrink(samples: Tensor) -> Tensor:

@@ -42,9 +42,19 @@ class Model(Section):
     height: Count | None = None
     width: Count | None = None
     frames: Count | None = None
+    sizes: Annotated[list[tuple[Count, Count]], Field(min_length=1)] | None = None  # heights and widths that the prompts of an iteration take in turn
     text_tokens: Count | None = None  # longest prompt that the model reads; null: the pipeline's own
     gradient_checkpointing: bool = True
     vae_tiling: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_size(cls, content: Any) -> Any:
+        """Evaluation draws at height and width: the first size, unless they are given."""
+        sizes = content.get("sizes") if isinstance(content, dict) else None
+        if isinstance(sizes, list) and sizes and isinstance(sizes[0], list | tuple) and len(sizes[0]) == 2:
+            return {**content, "height": content.get("height") or sizes[0][0], "width": content.get("width") or sizes[0][1]}
+        return content
 
 
 class Data(Section):
@@ -158,7 +168,7 @@ class Engine(Section):
     compile: bool = False  # torch.compile of each transformer block
     # recipes may say these; other values than the plain ones are refused until there is code behind them
     cuda_graphs: Literal[False] = False
-    reuse_rollout_graph: Literal["auto", False] = "auto"
+    reuse_rollout_graph: Literal["auto"] | bool = "auto"  # the rollout's forward of trained steps serves the first update, where memory allows
     distributed: Literal["none"] = "none"
 
 
@@ -191,6 +201,13 @@ class Recipe(Section):
     update: Update = Update()
     engine: Engine = Engine()
     run: Run = Run()
+
+    def at_sizes(self) -> list["Recipe"]:
+        """This recipe once for each of model.sizes, with that height and width; without sizes, itself."""
+        sizes = self.model.sizes
+        if sizes is None:
+            return [self]
+        return [self.model_copy(update={"model": self.model.model_copy(update={"height": height, "width": width})}) for height, width in sizes]
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:

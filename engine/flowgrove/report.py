@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, PackageLoader
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from flowgrove.files import write_file, write_text
+from flowgrove.figures import pyplot, save_figure
+from flowgrove.files import write_text
 from flowgrove.grids import load_grid
 from flowgrove.metrics import read_metrics
 from flowgrove.recipe import Recipe
@@ -100,8 +97,7 @@ def _each_reward(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
         axes.set(ylabel=f"{reward.name} (weight {reward.weight:g})")
         _tidy(axes)
     panels[-1, 0].set(xlabel="iteration")
-    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _ratio_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
@@ -144,8 +140,7 @@ def _advantage_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> 
 
 def _finish(figure: Any, axes: Axes, path: Path) -> None:
     _tidy(axes)
-    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _tidy(axes: Axes) -> None:

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-from flowgrove.files import write_file
+from flowgrove.figures import pyplot, save_figure
 from flowgrove.grids import Grid
 
 _MUTED = "#666666"
@@ -43,5 +39,4 @@ def draw_side_by_side(left: Grid, right: Grid, names: tuple[str, str], path: Pat
         figure.text(0.012, top + (0.17 if scored else 0.05) / inches, text, fontsize=8, va="bottom")
     for name, cell in ((names[0], axes[0][0]), (names[1], axes[0][columns + 1])):
         figure.text(cell.get_position().x0, 1 - 0.18 / inches, name, fontsize=10, weight="bold", va="center")
-    write_file(path, lambda partial: figure.savefig(partial, dpi=150))
-    pyplot.close(figure)
+    save_figure(figure, path)

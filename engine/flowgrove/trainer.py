@@ -14,7 +14,7 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import write_text
 from flowgrove.grids import save_grid
-from flowgrove.iteration import run_iteration
+from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.plan import make_plan
 from flowgrove.recipe import Recipe, dump_recipe
@@ -37,14 +37,14 @@ class Trainer:
         self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key) if recipe.data.eval_prompts else []
         self.rewards = Rewards(recipe, pick_device(recipe))
         self.rewards.check(self.train_prompts + self.eval_prompts)
-        self.table = recipe_sigmas(recipe)
-        plan = make_plan(recipe, 0, self.table)  # a plan that cannot be made is an error before a model is loaded
+        plan = make_plan(recipe, 0, recipe_sigmas(recipe))  # a plan that cannot be made is an error before a model is loaded
         if not any(step.stochastic for step in plan.steps):
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
         pick_backend(recipe)
         checkpoint = choose_checkpoint(recipe, out, resume)
         self.policy = Policy(recipe, pick_device(recipe), self._texts())
         self.updater = Updater(recipe, self.policy)
+        self.stages = Stages(recipe, self.policy, self.updater, self.rewards)
         self.fingerprint = fingerprint(recipe)  # of the prompts that this run has read, whatever their file holds later
         self.completed, self.last_line = 0, None
         if checkpoint is not None:
@@ -91,7 +91,7 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
-        return run_iteration(self.recipe, self.policy, self.updater, self.rewards, self.table, self._prompts(iteration), iteration)
+        return self.stages.run(self._prompts(iteration), iteration)
 
     def evaluate(self, iteration: int) -> Evaluated | None:
         """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts."""

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 
 from flowgrove.budget import fitting
-from flowgrove.credit import EdgeCredit
 from flowgrove.ema import Ema
-from flowgrove.forest import Forest
 from flowgrove.micro_batches import MicroBatch
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
 from flowgrove.optimizers import make_optimizer
 from flowgrove.recipe import Recipe
 from flowgrove.spans import span
-from flowgrove.update_passes import UpdatePasses
-from flowgrove_kernels import NoiseKey, StepCoefficients, grpo_loss_and_grad
+from flowgrove.update_passes import Rolled, UpdatePasses
+from flowgrove_kernels import NoiseKey, grpo_loss_and_grad
 from flowgrove_kernels.affine import guided
 
 
@@ -48,46 +46,45 @@ class Updater:
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
         self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay)
 
-    def run(self, forest: Forest, prompts: Prompts, credit: dict[int, EdgeCredit], rows: StepCoefficients, first_prompt: int = 0) -> UpdateStats:
-        """All updates of the iteration. `rows`: the plan's rows on the device. Where the device's memory is too small, kept graphs are given up, then
-        passes halved, and the update's work is repeated."""
-        stats = UpdateStats()
-        if not forest.plan.trained_steps:  # pruning may leave an iteration without any
+    def run(self, parts: list[Rolled]) -> UpdateStats:
+        """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then passes halved, and the update's
+        work is repeated."""
+        stats, plan = UpdateStats(), parts[0].forest.plan
+        if not plan.trained_steps:  # pruning may leave an iteration without any
             return stats
-        work = UpdatePasses(self.recipe, self.policy, forest, prompts, credit, rows, first_prompt)
-        work.cut(0)
-        for number in range(self.recipe.update.updates_per_iteration):
+        passes = UpdatePasses(self.recipe, parts)
+        for number in range(passes.updates):
             with span(f"update {number}"):
-                stats.add(fitting(lambda: self._accumulate(work, number), lambda: work.shrink(number)))  # noqa: B023 (called before the next number)
+                stats.add(fitting(lambda: self._accumulate(passes, number), lambda: passes.shrink(number)))  # noqa: B023 (called before the next number)
                 with span("optimizer"):
-                    self._step(stats, bool(work.batches[number]), forest.plan.iteration * self.recipe.update.updates_per_iteration + number)
+                    self._step(stats, bool(passes.batches[number]), plan.iteration * passes.updates + number)
+            passes.batches[number] = []
         return stats
 
-    def _accumulate(self, work: UpdatePasses, number: int) -> UpdateStats:
-        """The gradient of update `number`, anew."""
+    def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
+        """The gradient of update `number`, from nothing."""
         self.optimizer.zero_grad(set_to_none=True)
         stats = UpdateStats()
-        for batch in work.batches[number]:
-            self._backward(work, batch, stats, on_policy=number == 0)
-        work.forest.kept.clear()
+        for part, batch in passes.batches[number]:
+            self._backward(part, batch, stats, on_policy=number == 0)
+        passes.drop_graphs()
         return stats
 
-    def _backward(self, work: UpdatePasses, batch: MicroBatch, stats: UpdateStats, on_policy: bool) -> None:
-        update, plan, policy, forest = self.recipe.update, work.forest.plan, self.policy, work.forest
-        x, rolled_logp = forest.states[batch.state], forest.logp[batch.child]
+    def _backward(self, part: Rolled, batch: MicroBatch, stats: UpdateStats, on_policy: bool) -> None:
+        update, plan, states = self.recipe.update, part.forest.plan, part.forest.states
+        x, rolled_logp = states[batch.state], part.forest.logp[batch.child]
         guard = update.step_weight == "guard"
         key = None
         if guard:
-            key = NoiseKey(self.recipe.run.seed, plan.iteration, batch.child_step, work.first_prompt + batch.child_prompt, batch.node, batch.parent)
+            key = NoiseKey(self.recipe.run.seed, plan.iteration, batch.child_step, part.first_prompt + batch.child_prompt, batch.node, batch.parent)
         reference = None
         if update.kl_weight > 0:
-            with span("reference"):
-                v_ref, uncond_ref, scale = policy.reference_velocity(x, batch.sigma, work.prompts, batch.prompt, work.longest(batch))
-                reference = guided(v_ref, uncond_ref, scale or 1.0, policy.state_dtype)
-        v, v_uncond, scale = batch.velocity or work.velocity(batch)
+            v_ref, uncond_ref, scale = part.reference_velocity(batch)
+            reference = guided(v_ref, uncond_ref, scale or 1.0, part.policy.state_dtype)
+        v, v_uncond, scale = part.velocity(batch)
         with span("grpo_loss"):
             result, grad_v, grad_uncond = grpo_loss_and_grad(
-                x, v, forest.states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
+                x, v, states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
                 clip_range=update.clip_range, child_offsets=batch.offsets, ratio="guard" if guard else "density", key=key,
                 sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference, kl_weight=update.kl_weight,
                 v_uncond=v_uncond, guidance_scale=scale,

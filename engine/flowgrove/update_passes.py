@@ -1,6 +1,7 @@
 """The passes of an iteration's updates: which rows train together, and again in smaller passes where the device's memory is too small."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,85 +19,118 @@ from flowgrove.spans import span
 from flowgrove_kernels import StepCoefficients, flow_logprob
 
 
+@dataclass
+class Rolled:
+    """What an update trains on: prompts of one size after their rollout. `rows`: the plan's rows on the device; `first_prompt`: the first one's number in the
+    iteration."""
+
+    policy: Policy
+    forest: Forest
+    prompts: Prompts
+    credit: dict[int, EdgeCredit]
+    rows: StepCoefficients
+    first_prompt: int = 0
+
+    @torch.no_grad()
+    def reference_velocity(self, batch: MicroBatch) -> Velocity:
+        """The untouched model's, of the same rows in the same pass."""
+        with span("reference"), self.policy.untouched():
+            return self._velocity(batch)
+
+    def velocity(self, batch: MicroBatch) -> Velocity:
+        """Of a pass; the rollout's own where its graph was kept."""
+        if batch.velocity is not None:
+            return batch.velocity
+        with span("transformer"):
+            return self._velocity(batch)
+
+    def _velocity(self, batch: MicroBatch) -> Velocity:
+        longest = int(self.prompts.lengths[batch.prompts].max())
+        return self.policy.velocity(self.forest.states[batch.state], batch.sigma, self.prompts, batch.prompt, longest)
+
+
 class UpdatePasses:
-    """What the updates of one iteration have to do: `batches[u]`: the passes of update u."""
+    """`batches[u]`: the passes of update u, each with what it is a pass of; `selected[u]`: the edges that plan and pruning give it, N_u."""
 
-    def __init__(
-        self, recipe: Recipe, policy: Policy, forest: Forest, prompts: Prompts, credit: dict[int, EdgeCredit], rows: StepCoefficients, first_prompt: int
-    ) -> None:
-        self.recipe, self.policy, self.forest, self.prompts, self.rows, self.first_prompt = recipe, policy, forest, prompts, rows, first_prompt
+    def __init__(self, recipe: Recipe, parts: list[Rolled]) -> None:
+        self.parts, self.budget = parts, parts[0].policy.budget
         update, engine = recipe.update, recipe.engine
+        self.updates = update.updates_per_iteration
         self.replays = engine.exact_replay and engine.share
-        weights = step_weights(forest.plan, update.step_weight)
-        kinds = ["edges" if not engine.share else "levels" if self.replays or (number == 0 and forest.kept) else "states" for number in range(self.updates)]
-        self.edges = [edges_of_update(forest, credit, number, weights, update.kl_weight > 0, kind) for number, kind in enumerate(kinds)]
-        self.batches: list[list[MicroBatch]] = []
-
-    @property
-    def updates(self) -> int:
-        return self.recipe.update.updates_per_iteration
+        noisy = parts[0].policy.compute_dtype == torch.bfloat16
+        self.refreshes_logp = noisy and engine.share and not self.replays and update.step_weight != "guard"  # guard needs no logp, replay has it
+        self.edges: list[list[Edges]] = []
+        for number in range(self.updates):
+            self.edges.append([])
+            for part in parts:
+                rows = "edges" if not engine.share else "levels" if self.replays or (number == 0 and part.forest.kept) else "states"
+                weights = step_weights(part.forest.plan, update.step_weight)
+                self.edges[number].append(edges_of_update(part.forest, part.credit, number, weights, update.kl_weight > 0, rows))
+        self.batches: list[list[tuple[Rolled, MicroBatch]]] = []
+        self.cut(0)
 
     def cut(self, first: int) -> None:
         """Divides updates `first` and later into passes of the budget's size."""
-        self.batches[first:] = [self._micro_batches(number) for number in range(first, self.updates)]
-        engine, update = self.recipe.engine, self.recipe.update
-        noisy = self.policy.compute_dtype == torch.bfloat16 and engine.share and not self.replays
-        if first == 0 and noisy and update.step_weight != "guard":  # guard needs no logp, replay has it
-            self._replay_old_logp()
+        self.batches[first:] = [self._batches_of(number) for number in range(first, self.updates)]
+        if first == 0 and self.refreshes_logp:
+            self._refresh_old_logp()
 
     def shrink(self, number: int) -> bool:
         """Makes update `number` and those after it smaller; False if nothing is left to do."""
-        held = any(kept.velocity is not None for kept in self.forest.kept)
-        self.forest.kept.clear()
-        if not held and not self.policy.budget.halve():
+        held = any(kept.velocity is not None for part in self.parts for kept in part.forest.kept)
+        self.drop_graphs()
+        if not held and not self.budget.halve():
             return False
         self.batches[number] = []
         self.cut(number)
         return True
 
-    def velocity(self, batch: MicroBatch) -> Velocity:
-        """The model's, of a pass."""
-        with span("transformer"):
-            return self.policy.velocity(self.forest.states[batch.state], batch.sigma, self.prompts, batch.prompt, self.longest(batch))
+    def drop_graphs(self) -> None:
+        """Lets go of the rollout's graphs: they are used up, or too large."""
+        for part in self.parts:
+            part.forest.kept.clear()
 
-    def longest(self, batch: MicroBatch) -> int:
-        """Tokens of the pass's longest text."""
-        return int(self.prompts.lengths[batch.prompts].max())
+    def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
+        scale = 1 / max(sum(edges.selected for edges in self.edges[number]), 1)
+        parts = zip(self.parts, self.edges[number], strict=True)
+        return [(part, batch) for part, edges in parts for batch in self._batches_of_part(part, edges, number == 0, scale)]
 
-    def _micro_batches(self, number: int) -> list[MicroBatch]:
-        edges = self.edges[number]
-        kept = [(self._rows_of(kept, edges), kept.velocity) for kept in self.forest.kept if number == 0 and kept.velocity is not None]
-        kept = [(rows, velocity) for rows, velocity in kept if edges.children[rows].any()]
+    def _batches_of_part(self, part: Rolled, edges: Edges, first: bool, scale: float) -> list[MicroBatch]:
+        kept = [(_rows_of(each, part.forest, edges), each.velocity) for each in part.forest.kept if first and each.velocity is not None]
         taken = np.zeros(len(edges), dtype=bool)
         for rows, _ in kept:
             taken[rows] = True
-        passes = [rows for rows, _ in kept] + list(self._passes(edges, np.flatnonzero(~taken)))
+        kept = [(rows, velocity) for rows, velocity in kept if edges.children[rows].any()]
+        passes = [rows for rows, _ in kept] + list(self._passes(part, edges, np.flatnonzero(~taken)))
         velocities = [velocity for _, velocity in kept]
-        return micro_batches(edges, self.forest.plan, self.rows, passes, velocities, 1 / max(edges.selected, 1), self.policy.state_dtype)
+        return micro_batches(edges, part.forest.plan, part.rows, passes, velocities, scale, part.policy.state_dtype)
 
-    def _passes(self, edges: Edges, rows: Ints) -> Iterator[Ints]:
+    def _passes(self, part: Rolled, edges: Edges, rows: Ints) -> Iterator[Ints]:
         """`rows` in as few passes as can be; to replay the rollout, its own passes, those without an edge left out."""
-        tokens = self.prompts.tokens[edges.prompt]
+        tokens = part.prompts.tokens[edges.prompt]
         if not self.replays:
             rows = rows[edges.children[rows] > 0]
-            yield from (rows[some] for some in self.policy.budget.passes(tokens[rows]))
+            yield from (rows[some] for some in self.budget.passes(tokens[rows]))
             return
-        for step in self.forest.plan.trained_steps:
+        for step in part.forest.plan.trained_steps:
             level = rows[edges.step[rows] == step.index]
-            yield from (level[some] for some in self.policy.budget.passes(tokens[level]) if edges.children[level[some]].any())
+            yield from (level[some] for some in self.budget.passes(tokens[level]) if edges.children[level[some]].any())
 
     @torch.no_grad()
-    def _replay_old_logp(self) -> None:
+    def _refresh_old_logp(self) -> None:
         """bf16 passes depend on their batch: later updates compare with the old policy's logp in the very batches that they train in."""
-        for batch in (batch for passes in self.batches[1:] for batch in passes):
-            v, v_uncond, scale = self.velocity(batch)
-            x, x_next = self.forest.states[batch.state], self.forest.states[batch.child]
-            self.forest.logp[batch.child] = flow_logprob(x, v, x_next, batch.coef, child_offsets=batch.offsets, v_uncond=v_uncond, guidance_scale=scale)
+        for part, batch in (batch for passes in self.batches[1:] for batch in passes):
+            v, v_uncond, scale = part.velocity(batch)
+            states, logp = part.forest.states, part.forest.logp
+            logp[batch.child] = flow_logprob(
+                states[batch.state], v, states[batch.child], batch.coef, child_offsets=batch.offsets, v_uncond=v_uncond, guidance_scale=scale
+            )
 
-    def _rows_of(self, kept: KeptPass, edges: Edges) -> Ints:
-        """Where the states of a kept pass stand in `edges`, whose rows are whole levels."""
-        step = self.forest.plan.steps[kept.step]
-        return np.searchsorted(edges.state, self.forest.first_row[kept.step] + kept.prompt * step.nodes_in + kept.node)
+
+def _rows_of(kept: KeptPass, forest: Forest, edges: Edges) -> Ints:
+    """Where the states of a kept pass stand in `edges`, whose rows are whole levels."""
+    step = forest.plan.steps[kept.step]
+    return np.searchsorted(edges.state, forest.first_row[kept.step] + kept.prompt * step.nodes_in + kept.node)
 
 
 def step_weights(plan: RolloutPlan, kind: str) -> dict[int, float]:

@@ -19,11 +19,10 @@ from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
-from flowgrove.iteration import run_iteration
+from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy, tokens_per_pass
 from flowgrove.recipe import Recipe, parse_recipe
 from flowgrove.rewards.registry import Rewards
-from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import span_totals
 from flowgrove.update import Updater
 
@@ -58,7 +57,8 @@ LEVERS = (
     Lever("published loop", {"share": False, "token_budget": 1, "backend": "reference"}),
     Lever("+ fused ops", {"share": False, "token_budget": 1}),
     Lever("+ full batches", {"share": False}),
-    Lever("+ shared states", {}),
+    Lever("+ shared states", {"reuse_rollout_graph": False}),
+    Lever("+ reused graphs", {"reuse_rollout_graph": True}),
 )
 COMPILED = Lever("+ compiled blocks", {"compile": True})
 
@@ -139,7 +139,8 @@ def _measure(model: dict[str, Any], loaded: dict[bool, _Model], settings: Settin
     levers = settings.levers
     recipes = [_recipe(model, settings, name, lever) for lever in levers]
     models = [loaded[recipe.engine.compile] for recipe in recipes]
-    updaters, rewards = [Updater(recipe, m.policy) for recipe, m in zip(recipes, models, strict=True)], Rewards(recipes[0], settings.device)
+    rewards = Rewards(recipes[0], settings.device)
+    stages = [Stages(recipe, m.policy, Updater(recipe, m.policy), rewards) for recipe, m in zip(recipes, models, strict=True)]
     texts = bench_prompts(settings.prompts)
     found: list[list[Row]] = [[] for _ in levers]
     for number in range(settings.rounds + 1):
@@ -151,7 +152,7 @@ def _measure(model: dict[str, Any], loaded: dict[bool, _Model], settings: Settin
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
             with pick_backend(recipe), span_totals() as totals:
-                line = run_iteration(recipe, policy, updaters[place], rewards, recipe_sigmas(recipe), texts, 0)
+                line = stages[place].run(texts, 0)
             if number:
                 found[place].append(_row(line, lever.name, totals, models[place].alone if alone else models[place].full))
         say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")

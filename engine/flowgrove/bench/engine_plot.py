@@ -3,12 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-from flowgrove.files import write_file
+from flowgrove.figures import pyplot, save_figure
 
 _COLOURS = ("#b9b9b9", "#d9a441", "#8fa8c8", "#1f4e8c", "#5b9a55", "#8c5b9a")
 _MUTED = "#666666"
@@ -31,5 +26,4 @@ def plot_engine(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(handles, [*levers, "predicted from passes"], loc="outside lower center", ncols=len(levers) + 1, fontsize=9, frameon=False)
     first = rows[0]
     figure.suptitle(f"{first['model']}, {first['device']}, {first['threads']} threads, torch {first['torch']}", fontsize=10, color=_MUTED)
-    write_file(path, lambda partial: figure.savefig(partial, dpi=120))
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=120)

@@ -4,15 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from flowgrove.bench.inputs import find_shape
-from flowgrove.files import write_file
+from flowgrove.figures import pyplot, save_figure
 
 _COLOURS = {"eager": "#888888", "compiled": "#d9a441", "reference": "#b9b9b9", "cpu": "#1f4e8c", "triton": "#5b9a55", "cuda": "#1f4e8c"}
 _MUTED = "#666666"
@@ -36,8 +32,7 @@ def plot_ops(rows: list[Row], path: Path) -> None:
     handles = [pyplot.Rectangle((0, 0), 1, 1, **_style(name)) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
     figure.suptitle(_title(rows[0]), fontsize=10)
-    write_file(path, lambda partial: figure.savefig(partial, dpi=120))
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _panel(axes: Axes, rows: list[Row], shapes: list[str]) -> None:

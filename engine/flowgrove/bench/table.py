@@ -60,6 +60,25 @@ def draw_engine(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def draw_scaling(rows: list[dict[str, Any]], console: Console) -> None:
+    """One table: passes, nodes and seconds of every point, and the microseconds per node outside the transformer where the host's clock tells them."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for heading in ("sweep", "leaves", "prompts", "passes", "nodes", "s", "µs/node", "exponent"):
+        table.add_column(heading, justify="left" if heading == "sweep" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["sweep"],
+            str(row["leaves"]),
+            str(row["prompts"]),
+            f"{row['rollout_forwards']}+{row['train_passes']}",
+            str(row["nodes"]),
+            f"{row['seconds']:.3f}",
+            "" if row["outside_us_per_node"] is None else f"{row['outside_us_per_node']:.0f}",
+            f"{row['exponent']:.3f}",
+        )
+    console.print(table)
+
+
 def write_columns(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
     """A CSV with a line per row."""
     text = io.StringIO()

@@ -1,8 +1,10 @@
 """What the engine asks of a model family: prompts in, velocity, pictures out. Everything else (guidance, batching, precision, replay) is the policy's."""
 
+import copy
 import json
 import shutil
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,11 +13,13 @@ from diffusers import DiffusionPipeline
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from flowgrove.device import to_device
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, read_geometry
 from flowgrove.recipe import Model
 
-_PIXELS_PER_DECODE = 1 << 21  # two pictures of 1024²: decoders need one to three kilobytes per pixel
+# Two pictures of 1024²: decoders need one to three kilobytes per pixel. On a CPU, what its caches bear.
+_PIXELS_PER_DECODE = {"cuda": 1 << 21, "cpu": 1 << 17}
 
 
 JOINT_ATTENTION = (  # of blocks in which picture and text attend together
@@ -66,6 +70,19 @@ class Adapter(ABC):
         """What an adapter that only encodes leaves on disk."""
         return cls.PICTURE
 
+    def sized(self, recipe: Model) -> Self:
+        """This adapter at the height and width of `recipe`, with the same transformer and pipeline. Raises UserError."""
+        if self.folder is None:
+            raise ValueError("this adapter was not loaded from a pipeline folder")
+        other = copy.copy(self)
+        other.geometry = read_geometry(self.folder, recipe)
+        return other
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The transformer's. Kept, because diffusers looks it up through all modules, in every pass."""
+        return self.transformer.dtype
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one sample, without the batch."""
@@ -76,10 +93,9 @@ class Adapter(ABC):
         """Whether the transformer takes the guidance scale as an input (distilled guidance) instead of an unconditional pass."""
         return bool(self.transformer.config.get("guidance_embeds", False))
 
-    @property
-    def samples_per_decode(self) -> int:
+    def samples_per_decode(self, device_type: str) -> int:
         """Samples that are decoded together."""
-        return max(1, _PIXELS_PER_DECODE // self.geometry.pixels)
+        return max(1, _PIXELS_PER_DECODE[device_type] // self.geometry.pixels)
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -122,7 +138,9 @@ class Adapter(ABC):
 
 def normalised_latents(vae: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, F, h, w] as a VAE with statistics per channel decodes them."""
-    mean, std = (torch.tensor(values).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        to_device(torch.tensor(values), latents.device).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return latents * std + mean
 
 

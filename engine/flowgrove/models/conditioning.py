@@ -27,6 +27,11 @@ class Conditioning:
     def __getitem__(self, rows: Tensor | slice) -> "Conditioning":
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors' storage."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
     @staticmethod
     def cat(parts: list["Conditioning"]) -> "Conditioning":
         """All rows of `parts`, in order, as long as the longest."""

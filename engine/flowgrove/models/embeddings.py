@@ -7,6 +7,7 @@ import gc
 import hashlib
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.recipe import Recipe
 
 _AT_ONCE = 16  # prompts per pass of the encoders
+_KEPT = 1 << 28  # bytes of embeddings that stay on the device
 _LARGE = 1 << 30  # bytes of text encoders that `auto` rather frees
 MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user's cache folder
 _LENGTH = ".length"
@@ -34,14 +36,26 @@ Encoder = Callable[[list[str]], Conditioning]  # one row per text; where the pol
 
 
 class LoadedEncoder:
-    """Asks the adapter's own encoders every time."""
+    """Asks the adapter's own encoders once per text and keeps what they said, up to `most` bytes; what was said longest ago goes first.
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    One text at a time: its embedding does not depend on its company, so a run that resumes meets the same bits.
+    """
+
+    def __init__(self, adapter: Adapter, most: int = _KEPT) -> None:
+        self.adapter, self.most = adapter, most
+        self._said: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
-        return Conditioning.cat([self.adapter.encode(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)])
+        found = {text: self._said.get(text) or self.adapter.encode([text]) for text in texts}
+        for text, cond in found.items():
+            if text not in self._said:
+                self._said[text] = cond
+                self._bytes += cond.nbytes
+        while self._bytes > self.most:
+            self._bytes -= self._said.popitem(last=False)[1].nbytes
+        return Conditioning.cat([found[text] for text in texts])
 
 
 class OffloadedEncoder:
@@ -55,7 +69,7 @@ class OffloadedEncoder:
         """One row per text."""
         self.adapter = self.adapter or self.load(torch.device("cpu"))
         self.adapter.pipe.to(self.device)
-        cond = LoadedEncoder(self.adapter)(texts)
+        cond = Conditioning.cat([self.adapter.encode(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)])
         self.adapter.pipe.to("cpu")
         _release(self.device)
         return cond

@@ -31,7 +31,7 @@ class Flux(Adapter):
         """v [B, tokens, 4·C] in the transformer's dtype."""
         positions = self._positions(x.device)
         return self.transformer(
-            hidden_states=x.to(self.transformer.dtype),
+            hidden_states=x.to(self.dtype),
             timestep=sigma,
             guidance=torch.full_like(sigma, guidance_scale) if self.embeds_guidance else None,
             txt_ids=positions.new_zeros(cond.tensors["encoder_hidden_states"].shape[1], 3),
@@ -44,7 +44,7 @@ class Flux(Adapter):
         """(0, row, column) of every picture token, [tokens, 3]; made on the device, where diffusers' own function would copy them to it in every pass."""
         rows, columns = (side // self.geometry.unit for side in (self.geometry.height, self.geometry.width))
         row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-        return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).to(self.transformer.dtype)
+        return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

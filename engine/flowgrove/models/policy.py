@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrove.budget import PassBudget, fitting
+from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.models.attention import use_attention
 from flowgrove.models.compiling import compile_blocks
@@ -81,7 +82,7 @@ class Policy:
         if recipe.engine.compile:
             compile_blocks(self.transformer)
         self.budget = PassBudget(tokens_per_pass(recipe, device.type), self.adapter.geometry.tokens)
-        self._samples_per_decode = self.adapter.samples_per_decode
+        self._samples_per_decode = self.adapter.samples_per_decode(device.type)
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
@@ -100,11 +101,20 @@ class Policy:
         """Name → parameter, in the transformer's order."""
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
+    def sized(self, recipe: Recipe) -> "Policy":
+        """This policy at the height and width of `recipe`: the same weights and the same budget. Raises UserError."""
+        if recipe.model.sizes is None:
+            return self
+        other = copy.copy(self)
+        other.adapter = self.adapter.sized(recipe.model)
+        other._samples_per_decode = other.adapter.samples_per_decode(self.device.type)
+        return other
+
     def encode(self, texts: list[str]) -> Prompts:
         """Each distinct text is encoded once."""
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
-        rows = torch.tensor([place[text] for text in texts], device=self.device)
+        rows = to_device(torch.tensor([place[text] for text in texts]), self.device)
         cond, uncond = self.encoder(distinct)[rows], self.encoder([self.adapter.uncond_text]) if self.doubles else None
         lengths, size = cond.lengths(), self.adapter.geometry
         longer = lengths if uncond is None else np.maximum(lengths, uncond.lengths())
@@ -141,12 +151,6 @@ class Policy:
             self.adapter.transformer = self.transformer
             if adapters_off:
                 self.transformer.enable_adapters()
-
-    @torch.no_grad()
-    def reference_velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None) -> Velocity:
-        """The untouched model's velocity."""
-        with self.untouched():
-            return self.velocity(x, sigma, prompts, prompt_of, longest)
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""

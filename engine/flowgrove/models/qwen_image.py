@@ -35,7 +35,7 @@ class QwenImage(Adapter):
         """v [B, tokens, 4·C] in the transformer's dtype."""
         size = self.geometry
         return self.transformer(
-            hidden_states=x.to(self.transformer.dtype),
+            hidden_states=x.to(self.dtype),
             timestep=sigma,
             guidance=torch.full_like(sigma, guidance_scale) if self.embeds_guidance else None,
             img_shapes=[[(1, size.height // size.unit, size.width // size.unit)]] * len(x),

@@ -28,7 +28,7 @@ class Wan(Adapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, frames, h, w] in the transformer's dtype; σ reaches the model unrounded."""
-        return self.transformer(hidden_states=x.to(self.transformer.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors)[0]
+        return self.transformer(hidden_states=x.to(self.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors)[0]
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

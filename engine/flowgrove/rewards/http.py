@@ -5,7 +5,7 @@ the server answers {"scores": [one finite number each]}. Whatever else it does e
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 class HttpReward:
     """`timeout`: seconds for one try; `retries`: further ones; `concurrency`: requests at once; `key_variable`: the environment variable of a bearer token."""
+
+    remote: ClassVar = True
 
     def __init__(
         self,

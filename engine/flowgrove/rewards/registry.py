@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError, create_model
 from torch import Tensor
 
+from flowgrove.device import to_host
 from flowgrove.errors import UserError
 from flowgrove.recipe import Recipe, Reward
 from flowgrove.rewards.aesthetic import AestheticReward
@@ -26,8 +27,8 @@ from flowgrove.rewards.unified_reward import UnifiedReward
 class Scorer(Protocol):
     """Made from the options of its recipe entry, and from `device` if its signature has one.
 
-    With `takes_video` true it is given videos [B, F, 3, H, W] whole; otherwise their frames, and its scores are averaged over them. `check(prompts)`, if it
-    has one, raises UserError for prompts that it cannot judge.
+    With `remote` true a server does the work, and training goes on meanwhile. With `takes_video` true it is given videos [B, F, 3, H, W] whole; otherwise
+    their frames, and its scores are averaged over them. `check(prompts)`, if it has one, raises UserError for prompts that it cannot judge.
     """
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -60,6 +61,7 @@ class Rewards:
         self.weights = [reward.weight for reward in recipe.reward]
         prepared = [(reward.name, _options(reward)) for reward in recipe.reward]  # a mistake in the last entry is told before the first one's model is read
         self.scorers = {name: _build(name, options, device) for name, options in prepared}
+        self.remote = any(getattr(scorer, "remote", False) for scorer in self.scorers.values())
 
     def check(self, prompts: list[str]) -> None:
         """Raises UserError for a prompt that a reward cannot judge, before anything is trained on it."""
@@ -73,7 +75,7 @@ class Rewards:
 
         Raises UserError for pictures or scores that are not finite: never a silent 0.
         """
-        if not bool(torch.isfinite(pictures).all()):
+        if not bool(to_host(torch.isfinite(pictures).all())):
             raise UserError("the model drew pictures that are not numbers: resume from an earlier checkpoint with a lower update.lr")
         return torch.stack([_scores(name, scorer, pictures, prompts) for name, scorer in self.scorers.items()], dim=1)
 
@@ -85,7 +87,7 @@ def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> 
         raise UserError(f"reward {name} has video: true, but the model makes pictures: leave it out")
     if pictures.ndim == 5 and not whole:
         pictures, prompts = pictures.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
-    scores = scorer(pictures, prompts).detach().to("cpu", torch.float64)
+    scores = to_host(scorer(pictures, prompts).detach()).double()
     if scores.shape != (len(prompts),) or not bool(torch.isfinite(scores).all()):
         raise UserError(f"reward {name} gave {list(scores.shape)} scores, not all finite, for {len(prompts)} pictures: it must give one finite number each")
     return scores if whole else scores.view(-1, frames).mean(1)

@@ -4,7 +4,7 @@ One chat request per picture, several at a time. The score is what stands after 
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class UnifiedReward:
     """`url`: the server, with or without /v1; `model`: its name there; `instruction`: the question, with {prompt} in it (the default says in our words what the
     model was trained on; a model card's own wording goes here).
     """
+
+    remote: ClassVar = True
 
     def __init__(
         self,
