@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from flowgrove.credit import assign_credit
+from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater
 from flowgrove.update_passes import Rolled
@@ -178,3 +180,23 @@ def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
         stats = updater.run([Rolled(policy, forest, prompts, credit, rows)])
     torch.cuda.set_sync_debug_mode("default")
     assert torch.stack([t.double().sum() for t in stats.loss]).isfinite().all()
+
+
+def test_a_whole_iteration_never_waits_for_the_gpu_unasked(no_syncs, tmp_path):
+    """Decoding, a reward on the host, credit and metrics included: what they read is copied beside the queue."""
+    torch.cuda.set_sync_debug_mode("default")
+    recipe = small_recipe(
+        model={"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False},
+        data={"prompts": "unused.txt", "embedding_cache": str(tmp_path)},  # encoders read their own tokens back
+        reward=[{"name": "jpeg_size"}],
+        engine={"device": "cuda"},
+    )
+    policy = Policy(recipe, torch.device("cuda"), TEXTS)
+    stages = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, policy.device))
+    for mode in ("default", "error"):  # the first round loads and compiles kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        line = stages.run(TEXTS, 0)
+    torch.cuda.set_sync_debug_mode("default")
+    assert line["train_passes"] > 0
+    assert line["loss"] is not None
+    assert all(seconds >= 0 for seconds in line["seconds"].values())

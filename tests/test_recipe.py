@@ -19,6 +19,7 @@ DEFAULTS = {
         "height": None,
         "width": None,
         "frames": None,
+        "sizes": None,
         "text_tokens": None,
         "gradient_checkpointing": True,
         "vae_tiling": False,

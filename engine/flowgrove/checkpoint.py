@@ -34,7 +34,8 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
     except SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {error}; free some space and give the same command again") from None
-    (partial / "state.json").write_text(json.dumps({"format": _FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line}))
+    state = {"format": _FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line, "token_budget": policy.budget.tokens}
+    (partial / "state.json").write_text(json.dumps(state))
     for file in partial.iterdir():
         _sync(file)
     shutil.rmtree(folder, ignore_errors=True)
@@ -100,7 +101,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: completed_iterations, recipe, line. Raises UserError if it does not."""
+    """What a checkpoint says of itself: completed_iterations, recipe, line, and token_budget unless it is older than that. Raises UserError."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not {"completed_iterations", "recipe", "line"} <= set(state):

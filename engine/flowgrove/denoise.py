@@ -1,10 +1,12 @@
 """One pass of a denoising step: the velocity of some states of one timestep, and the step that it drives. All it takes are tensors on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowgrove.cuda_graphs import CudaGraphs, Tensors
+from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.spans import span
 from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_step
@@ -34,17 +36,46 @@ class StepKind:
 
 @dataclass(frozen=True)
 class Denoised:
-    """x_next [R·fanout, ...], logp [R·fanout], the clean estimate [R, ...] if the next step takes it, and the velocity, with its graph where one was made."""
+    """x_next [R·fanout, ...], logp [R·fanout], the clean estimate [R, ...] if the next step takes it, and the velocity where it can be differentiated."""
 
     x_next: Tensor
     logp: Tensor
     estimate: Tensor | None
-    velocity: Velocity
+    velocity: Velocity | None
 
 
-def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, with_graph: bool = False) -> Denoised:
-    """`longest`: tokens of the pass's longest text; `with_graph`: the velocity can be differentiated."""
-    with span("transformer"), torch.set_grad_enabled(with_graph):
+def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool = False) -> Denoised:
+    """One pass; `longest`: tokens of its longest text."""
+    if policy.graphs is None or differentiable:
+        return _denoise(policy, prompts, states, kind, longest, differentiable)
+    with span("transformer"):
+        return _replay(policy, policy.graphs, prompts, states, kind, longest)
+
+
+def _replay(policy: Policy, graphs: CudaGraphs, prompts: Prompts, states: States, kind: StepKind, longest: int) -> Denoised:
+    """The same from a recording: σ, coefficients, noise key and embeddings go in as tensors, so that one serves every timestep and prompt."""
+    rows, cond = len(states.x), prompts.cond[states.prompt].trimmed(longest)
+    names, uncond = list(cond.tensors), prompts.uncond
+    key = None if states.key is None else states.key.pack(rows * kind.fanout, states.x.device)
+
+    def function(x: Tensor, sigma: Tensor, key: Tensor | None, history: Tensor | None, *rest: Tensor) -> Tensors:
+        mine = Conditioning(dict(zip(names, rest[6:], strict=False)))
+        other = None if uncond is None else Conditioning(dict(zip(names, rest[6 + len(names) :], strict=True)))
+        alone = Prompts([], mine, other, prompts.lengths, prompts.tokens)
+        row = torch.arange(rows, device=x.device)
+        noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
+        done = _denoise(policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False)
+        return done.x_next, done.logp, done.estimate
+
+    inputs = [states.x, states.sigma, key, states.history, *states.coef.tensors(), *cond.tensors.values(), *(uncond.tensors.values() if uncond else ())]
+    x_next, logp, estimate = graphs((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs)
+    if x_next is None or logp is None:
+        raise ValueError("a recording lost its outputs")
+    return Denoised(x_next, logp, estimate, None)
+
+
+def _denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool) -> Denoised:
+    with span("transformer"), torch.set_grad_enabled(differentiable):
         velocity = policy.velocity(states.x, states.sigma, prompts, states.prompt, longest)
     v, uncond = velocity.v.detach(), None if velocity.uncond is None else velocity.uncond.detach()
     with span("flow_step"), torch.no_grad():
@@ -53,4 +84,4 @@ def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, lo
             sibling_correlation=kind.sibling_correlation, v_uncond=uncond, guidance_scale=velocity.scale,
         )  # fmt: skip
         estimate = clean_estimate(states.x, v, states.sigma, v_uncond=uncond, guidance_scale=velocity.scale) if kind.estimates else None
-    return Denoised(x_next, logp, estimate, velocity)
+    return Denoised(x_next, logp, estimate, velocity if differentiable else None)

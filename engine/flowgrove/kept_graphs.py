@@ -4,17 +4,19 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flowgrove.device import allocated_memory, total_memory
 from flowgrove.forest import KeptPass
-from flowgrove.memory import predict_memory
-from flowgrove.models.policy import Policy
+from flowgrove.memory import graph_bytes, predict_memory
+from flowgrove.models.policy import Policy, Velocity
 from flowgrove.plan import RolloutPlan, Step, make_plan
 from flowgrove.recipe import Recipe
 from flowgrove.sigmas import recipe_sigmas
 
-_USABLE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
+_GPU_SHARE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
+_CPU_SHARE = 0.25
 
 
 class GraphRoom(NamedTuple):
@@ -25,8 +27,8 @@ class GraphRoom(NamedTuple):
 
     @classmethod
     def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
-        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into nine tenths of the device's memory, beside all that a run needs
-        there; none where the rewards decide which edges train, since most graphs would then be made for nothing."""
+        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into the device's memory, and passes of at least half the budget; none
+        where the rewards decide which edges train, since most graphs would then be made for nothing."""
         engine, prune = recipe.engine, recipe.credit.prune
         if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
             return cls(0, 0)
@@ -34,14 +36,30 @@ class GraphRoom(NamedTuple):
             return cls(sys.maxsize, 1)
         if prune is not None and prune.kind != "depth":
             return cls(0, 0)
-        memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
-        foreign = max(0, allocated_memory(policy.device) - memory.loaded)  # models of rewards
-        room = int(_USABLE * total_memory(policy.device)) - memory.peak - foreign
-        return cls(max(0, room // memory.graph), max(1, policy.budget.rows // (4 if policy.doubles else 2)))
+        room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(recipe, policy)
+        return cls(max(0, room // graph), max(1, policy.budget.rows // (4 if policy.doubles else 2)))
 
     def keeper(self) -> "GraphKeeper | None":
         """For one iteration."""
         return GraphKeeper(self.rows, self.least) if self.rows else None
+
+
+def _room_of_gpu(recipe: Recipe, policy: Policy) -> tuple[int, int]:
+    """(bytes for graphs beside all that a run needs, bytes of a row's graph)."""
+    memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
+    foreign = max(0, allocated_memory(policy.device) - memory.loaded)  # models of rewards
+    return int(_GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
+
+
+def _room_of_cpu(policy: Policy) -> tuple[int, int]:
+    """The same where memory is shared with others; the model itself is asked what a row holds."""
+    prompts = policy.encode([""])
+
+    def velocity(rows: int) -> Velocity:
+        x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
+        return policy.velocity(x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
+
+    return int(_CPU_SHARE * total_memory(policy.device)), graph_bytes(velocity)
 
 
 class GraphKeeper:

@@ -57,7 +57,7 @@ class Memory:
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
     """Peak memory of an iteration on one device. Text encoders are taken to be freed. Raises UserError without configuration files."""
     folder = configuration_folder(recipe.model)
-    geometry = read_geometry(folder, recipe.model)
+    geometry = max((read_geometry(folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens)
     compute = COMPUTE_DTYPES[recipe.model.dtype]
     master = torch.float64 if compute == torch.float64 else torch.float32
     family = ADAPTERS[recipe.model.adapter]
@@ -83,7 +83,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
             "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute), like_cuda),
             "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode(device_type), prompts * plan.leaves), *latent, dtype=master))),
         }
-        graphs = [_held(lambda n=n: _velocity(adapter, n, latent, master, compute), like_cuda) for n in (1, 2)]  # type: ignore[misc]
+        graph = graph_bytes(lambda rows: _velocity(adapter, rows, latent, master, compute), like_cuda)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     copies = recipe.model.lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1)
     elements = torch.Size(latent).numel() * master.itemsize
@@ -104,7 +104,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     counted["rollout"] += 4 * prompts * width * elements  # x, v, x' and a history of the widest level
     if device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
         counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding")
-    return Memory(resident, counted, graphs[1] - graphs[0], rows)
+    return Memory(resident, counted, graph, rows)
 
 
 def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> None:
@@ -180,13 +180,15 @@ def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
     return alive.most - alive.bytes
 
 
-def _held(run: Callable[[], object], like_cuda: bool = False) -> int:
-    """Bytes of storages that `run` makes and that are alive as long as its result."""
-    with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
-        result = run()
-        held = alive.bytes
-        del result
-    return held
+def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> int:
+    """What a row more holds as long as the differentiable velocity of a pass lives; `velocity` takes the pass's rows."""
+    held = []
+    for rows in (1, 2):
+        with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
+            result = velocity(rows)
+            held.append(alive.bytes)
+            del result
+    return held[1] - held[0]
 
 
 class _Alive(TorchDispatchMode):

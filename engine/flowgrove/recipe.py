@@ -47,15 +47,6 @@ class Model(Section):
     gradient_checkpointing: bool = True
     vae_tiling: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _first_size(cls, content: Any) -> Any:
-        """Evaluation draws at height and width: the first size, unless they are given."""
-        sizes = content.get("sizes") if isinstance(content, dict) else None
-        if isinstance(sizes, list) and sizes and isinstance(sizes[0], list | tuple) and len(sizes[0]) == 2:
-            return {**content, "height": content.get("height") or sizes[0][0], "width": content.get("width") or sizes[0][1]}
-        return content
-
 
 class Data(Section):
     prompts: str
@@ -166,9 +157,9 @@ class Engine(Section):
     exact_replay: bool = False
     attention: str = "auto"  # sdpa, flash, flash3, xformers, or another name of diffusers' attention dispatch
     compile: bool = False  # torch.compile of each transformer block
-    # recipes may say these; other values than the plain ones are refused until there is code behind them
-    cuda_graphs: Literal[False] = False
+    cuda_graphs: bool = False  # of the rollout's passes
     reuse_rollout_graph: Literal["auto"] | bool = "auto"  # the rollout's forward of trained steps serves the first update, where memory allows
+    # another value is refused until there is code behind it
     distributed: Literal["none"] = "none"
 
 
@@ -225,9 +216,14 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def parse_recipe(content: dict[str, Any]) -> Recipe:
     """Validates a mapping. Raises UserError with the first mistake: its key, what is wrong, what to write."""
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+    model = recipe.model
+    if model.sizes is None:
+        return recipe
+    height, width = model.sizes[0]  # evaluation draws at the first size, unless another is given
+    return recipe.model_copy(update={"model": model.model_copy(update={"height": model.height or height, "width": model.width or width})})
 
 
 def dump_recipe(recipe: Recipe) -> str:

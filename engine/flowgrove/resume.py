@@ -14,7 +14,7 @@ from flowgrove.recipe import Recipe
 _OPERATION = {
     "model": ("gradient_checkpointing", "vae_tiling"),
     "data": ("embedding_cache", "prompt_key"),
-    "engine": ("token_budget", "device", "backend", "attention", "compile"),
+    "engine": ("token_budget", "device", "backend", "attention", "compile", "cuda_graphs", "reuse_rollout_graph"),
 }
 _REWARD_OPERATION = (
     "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency", "max_answer_mb", "key_variable",
@@ -70,3 +70,11 @@ def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:
     if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
         raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
     return folder
+
+
+def stored_budget(checkpoint: Path | None, own: str) -> int | None:
+    """Tokens per pass of the run that goes on from `checkpoint`; None for a new run, a checkpoint of another recipe than that of fingerprint `own`, and
+    one from before they were stored."""
+    state = {} if checkpoint is None else read_state(checkpoint)
+    tokens = state.get("token_budget")
+    return tokens if state.get("recipe") == own and isinstance(tokens, int) and tokens > 0 else None

@@ -10,7 +10,40 @@ from typing import Any
 import torch
 
 _path: ContextVar[str] = ContextVar("span_path", default="")
-_totals: ContextVar[dict[str, float] | None] = ContextVar("span_totals", default=None)
+_totals: ContextVar["Totals | None"] = ContextVar("span_totals", default=None)
+
+
+class Totals:
+    """Seconds by name. On a GPU they lie between two events in the stream, so that taking them stops nothing; reading them waits for the last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._host: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds what the block takes."""
+        self._host.setdefault(name, 0.0)
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(torch.cuda.current_stream(self.device))
+            yield
+            end.record(torch.cuda.current_stream(self.device))
+            self._events.append((name, start, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._host[name] += time.perf_counter() - begun
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of all blocks that have ended, by name, in the order in which the names first came."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._host[name] += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        return dict(self._host)
 
 
 @contextmanager
@@ -18,20 +51,18 @@ def span(name: str) -> Iterator[None]:
     """A range that ends with the block; its full name is its parents' names and its own, joined by "/"."""
     parent = _path.get()
     full = f"{parent}/{name}" if parent else name
-    token, totals, start = _path.set(full), _totals.get(), time.perf_counter()
+    token, totals = _path.set(full), _totals.get()
     try:
-        with torch.profiler.record_function(full), _nvtx_range(name):
+        with torch.profiler.record_function(full), _nvtx_range(name), nullcontext() if totals is None else totals(name):
             yield
     finally:
         _path.reset(token)
-        if totals is not None:
-            totals[name] = totals.get(name, 0.0) + time.perf_counter() - start
 
 
 @contextmanager
-def span_totals() -> Iterator[dict[str, float]]:
-    """Seconds that the host spent in the spans of each name inside the block; on a GPU, whose queue it only fills, no measure of the work."""
-    totals: dict[str, float] = {}
+def span_totals(device: torch.device) -> Iterator[Totals]:
+    """Adds up the spans of each name inside the block."""
+    totals = Totals(device)
     token = _totals.set(totals)
     try:
         yield totals
@@ -40,20 +71,20 @@ def span_totals() -> Iterator[dict[str, float]]:
 
 
 class Clock:
-    """Seconds per stage, each stage a span. On a GPU a stage ends with its queue empty, so that it is charged for its own work."""
+    """Seconds per stage, each stage a span."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
+        self._totals = Totals(device)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with span(stage):
+        with span(stage), self._totals(stage):
             yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of every stage."""
+        return self._totals.seconds
 
 
 def _nvtx_range(name: str) -> AbstractContextManager[Any]:

@@ -18,10 +18,11 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.plan import make_plan
 from flowgrove.recipe import Recipe, dump_recipe
-from flowgrove.resume import choose_checkpoint, fingerprint
+from flowgrove.resume import choose_checkpoint, fingerprint, stored_budget
 from flowgrove.rewards.registry import Rewards
 from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import span
+from flowgrove.tuning import settle_token_budget, with_budget
 from flowgrove.update import Updater
 
 Report = Callable[[dict[str, Any]], None]
@@ -42,10 +43,11 @@ class Trainer:
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
         pick_backend(recipe)
         checkpoint = choose_checkpoint(recipe, out, resume)
-        self.policy = Policy(recipe, pick_device(recipe), self._texts())
-        self.updater = Updater(recipe, self.policy)
-        self.stages = Stages(recipe, self.policy, self.updater, self.rewards)
         self.fingerprint = fingerprint(recipe)  # of the prompts that this run has read, whatever their file holds later
+        self.policy = Policy(recipe, pick_device(recipe), self._texts())
+        settle_token_budget(recipe, self.policy, stored_budget(checkpoint, self.fingerprint))
+        self.updater = Updater(recipe, self.policy)
+        self.stages = Stages(with_budget(recipe, self.policy.budget.tokens), self.policy, self.updater, self.rewards)
         self.completed, self.last_line = 0, None
         if checkpoint is not None:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)

@@ -151,10 +151,10 @@ def _measure(model: dict[str, Any], loaded: dict[bool, _Model], settings: Settin
             policy.budget.tokens = tokens_per_pass(recipe, settings.device.type)
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
-            with pick_backend(recipe), span_totals() as totals:
+            with pick_backend(recipe), span_totals(settings.device) as totals:
                 line = stages[place].run(texts, 0)
             if number:
-                found[place].append(_row(line, lever.name, totals, models[place].alone if alone else models[place].full))
+                found[place].append(_row(line, lever.name, totals.seconds, models[place].alone if alone else models[place].full))
         say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")
     rows = [_median(rounds) for rounds in found]
     where = {"model": settings.model, "recipe": name, "rounds": settings.rounds, **machine.describe(settings.device)}

@@ -133,10 +133,10 @@ def _interleave(recipes: list[Recipe], points: list[Point], settings: Settings, 
     runs: list[list[Run]] = [[] for _ in points]
     for number in range(settings.rounds + 1):
         for place, (recipe, point) in enumerate(zip(recipes, points, strict=True)):
-            with pick_backend(recipe), span_totals() as totals:
+            with pick_backend(recipe), span_totals(settings.device) as totals:
                 line = stages[place].run(bench_prompts(point.prompts), 0)
             if number:
-                runs[place].append(Run(line, totals.get("transformer", 0.0) + totals.get("backward", 0.0)))
+                runs[place].append(Run(line, totals.seconds.get("transformer", 0.0) + totals.seconds.get("backward", 0.0)))
         say(f"round {number} of {settings.rounds}" if number else "warm")
     return runs
 
@@ -145,7 +145,8 @@ def _row(point: Point, recipe: Recipe, runs: list[Run], settings: Settings) -> R
     """Counts of the point and medians of its runs. Outside: all stages but the reward, less the transformer."""
     plan, line = make_plan(recipe, 0), runs[-1].line
     nodes = (plan.roots + plan.counts.edges) * point.prompts
-    row = {
+    outside = statistics.median(sum(run.line["seconds"].values()) - run.line["seconds"]["reward"] - run.transformer for run in runs)
+    return {
         "model": settings.model,
         **point._asdict(),
         "rollout_forwards": line["rollout_forwards"],
@@ -154,11 +155,9 @@ def _row(point: Point, recipe: Recipe, runs: list[Run], settings: Settings) -> R
         "nodes": nodes,
         "seconds": statistics.median(sum(run.line["seconds"].values()) for run in runs),
         **{f"{stage}_s": statistics.median(run.line["seconds"][stage] for run in runs) for stage in line["seconds"]},
-        "transformer_s": None,
-        "outside_s": None,
-        "outside_us_per_node": None,
+        "transformer_s": statistics.median(run.transformer for run in runs),
+        "outside_s": outside,
+        "outside_us_per_node": 1e6 * outside / nodes,
+        "rounds": settings.rounds,
+        **machine.describe(settings.device),
     }
-    if settings.device.type == "cpu":  # on a GPU the host's clock tells when work was queued, not how long it took
-        outside = statistics.median(sum(run.line["seconds"].values()) - run.line["seconds"]["reward"] - run.transformer for run in runs)
-        row |= {"transformer_s": statistics.median(run.transformer for run in runs), "outside_s": outside, "outside_us_per_node": 1e6 * outside / nodes}
-    return {**row, "rounds": settings.rounds, **machine.describe(settings.device)}

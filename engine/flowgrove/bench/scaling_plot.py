@@ -16,23 +16,19 @@ Row = dict[str, Any]
 
 
 def plot_scaling(rows: list[Row], path: Path) -> None:
-    """A column of panels per sweep; without the engine's share of the time (on a GPU), the upper panels only."""
+    """A column of panels per sweep."""
     sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
-    split = rows[0]["outside_us_per_node"] is not None
     figure, grid = pyplot.subplots(
-        1 + split, len(sweeps), figsize=(4.6 * len(sweeps), 3.6 + 2.4 * split), layout="constrained",
-        squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2][: 1 + split],
+        2, len(sweeps), figsize=(4.6 * len(sweeps), 6), layout="constrained", squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2]
     )  # fmt: skip
     for column, sweep in zip(grid.T, sweeps, strict=True):
         members = [row for row in rows if row["sweep"] == sweep]
         _seconds(column[0], members, sweep)
-        if split:
-            _overhead(column[1], members, sweep)
+        _overhead(column[1], members, sweep)
         column[-1].set_xlabel(f"{sweep} per {'prompt' if sweep == 'leaves' else 'iteration'}")
         column[-1].set_xticks([row[sweep] for row in members], [str(row[sweep]) for row in members])
     grid[0, 0].set_ylabel("seconds per iteration")
-    if split:
-        grid[1, 0].set_ylabel("µs per node outside\ntransformer and reward")
+    grid[1, 0].set_ylabel("µs per node outside\ntransformer and reward")
     first = rows[0]
     figure.suptitle(
         f"{first['model']}, {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch']}\n"

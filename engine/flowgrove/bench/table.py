@@ -73,7 +73,7 @@ def draw_scaling(rows: list[dict[str, Any]], console: Console) -> None:
             f"{row['rollout_forwards']}+{row['train_passes']}",
             str(row["nodes"]),
             f"{row['seconds']:.3f}",
-            "" if row["outside_us_per_node"] is None else f"{row['outside_us_per_node']:.0f}",
+            f"{row['outside_us_per_node']:.0f}",
             f"{row['exponent']:.3f}",
         )
     console.print(table)

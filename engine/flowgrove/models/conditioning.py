@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowgrove.device import to_device, to_host
+
 
 def padded_length(tokens: Any) -> Any:
     """To how many tokens a text (or an array of them) is padded: steps of 16, so that few shapes occur."""
@@ -27,6 +29,10 @@ class Conditioning:
     def __getitem__(self, rows: Tensor | slice) -> "Conditioning":
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def to(self, device: torch.device) -> "Conditioning":
+        """On `device`; the host does not wait."""
+        return Conditioning({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
+
     @property
     def nbytes(self) -> int:
         """Of its tensors' storage."""
@@ -42,7 +48,7 @@ class Conditioning:
         mask = self._mask()
         if mask is None:
             return np.full(len(self), max((tensor.shape[1] for tensor in self.tensors.values() if tensor.ndim > 2), default=0), dtype=np.int64)
-        return mask.sum(1).cpu().numpy().astype(np.int64)
+        return to_host(mask.sum(1)).numpy().astype(np.int64)
 
     def trimmed(self, longest: int | None) -> "Conditioning":
         """Without the padding behind the `padded_length` of `longest`; without a mask, as it is."""

@@ -104,7 +104,7 @@ class StoredEncoder:
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
         self.prepare(texts)
-        return Conditioning.cat([_with_end(load_file(self._file(text), device=str(self.device))) for text in texts])
+        return Conditioning.cat([_with_end(load_file(self._file(text))) for text in texts]).to(self.device)
 
     def _check_room(self, some: list[str], count: int) -> None:
         needed = sum(self._file(text).stat().st_size for text in some) * count // len(some)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrove.budget import PassBudget, fitting
+from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.models.attention import use_attention
@@ -78,11 +79,15 @@ class Policy:
         self.transformer = self.adapter.transformer
         use_attention(self.adapter, recipe.engine.attention, model, device)
         self._reference: Any = None
+        self._tuned = True  # False while the untouched model runs
         self._prepare_weights(recipe)
         if recipe.engine.compile:
             compile_blocks(self.transformer)
         self.budget = PassBudget(tokens_per_pass(recipe, device.type), self.adapter.geometry.tokens)
         self._samples_per_decode = self.adapter.samples_per_decode(device.type)
+        if recipe.engine.cuda_graphs and device.type != "cuda":
+            raise UserError(f"engine.cuda_graphs is true, but the run is on a {device.type}: write false")
+        self.graphs = CudaGraphs(device) if recipe.engine.cuda_graphs else None
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
@@ -94,6 +99,7 @@ class Policy:
         master = self.state_dtype
         for parameter in self.trainable().values():
             parameter.data = parameter.data.to(master)
+        self._first_trained = next(iter(self.trainable().values()))
         if recipe.model.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
@@ -122,6 +128,11 @@ class Policy:
         return Prompts(texts, cond, uncond, lengths, (size.picture_tokens + beside) * (1 if uncond is None else 2))
 
     @property
+    def weights_in_use(self) -> tuple[int, ...]:
+        """Names the weights that a pass would read now: the trained ones, their average, or the untouched model."""
+        return id(self.adapter.geometry), id(self.adapter.transformer), self._first_trained.data_ptr() if self._tuned else 0
+
+    @property
     def doubles(self) -> bool:
         """Whether guidance needs an unconditional velocity, two rows for one."""
         return self.guidance_scale != 1.0 and not self.adapter.embeds_guidance
@@ -141,6 +152,7 @@ class Policy:
     def untouched(self) -> Iterator[None]:
         """The model as it was before training, inside the block: LoRA switched off, or the frozen copy."""
         adapters_off = self._reference is None
+        self._tuned = False
         if adapters_off:
             self.transformer.disable_adapters()
         else:
@@ -148,6 +160,7 @@ class Policy:
         try:
             yield
         finally:
+            self._tuned = True
             self.adapter.transformer = self.transformer
             if adapters_off:
                 self.transformer.enable_adapters()

@@ -1,0 +1,109 @@
+"""engine.cuda_graphs: a pass recorded once and replayed for every timestep, prompt and key gives the eager results.
+
+Without a GPU the recording is a function that runs again on the recording's own tensors: what a replay would miss, because it did not come in as a tensor,
+is missed here too.
+"""
+
+import pytest
+import torch
+
+from flowgrove.cuda_graphs import CudaGraphs, _Recorded
+from flowgrove.ema import Ema
+from flowgrove.errors import UserError
+from flowgrove.models.policy import Policy
+from flowgrove.rollout import rollout
+from policy_cases import CPU, TEXTS, plan_and_rows, small_recipe
+from test_rollout import CPS, FLAT, TAIL, TREE
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+MODEL = {"adapter": "sd3", "path": "tiny", "gradient_checkpointing": False}
+
+
+class Replayed(CudaGraphs):
+    """Runs the recorded function again instead of a graph, and counts."""
+
+    replays = 0
+
+    def _record(self, function, inputs):
+        outputs = [None if tensor is None else tensor.clone() for tensor in function(*inputs)]
+
+        def replay():
+            self.replays += 1
+            for place, tensor in zip(outputs, function(*inputs), strict=True):
+                if place is not None:
+                    place.copy_(tensor)
+
+        return _Recorded(inputs, outputs, replay)
+
+
+def policy_on(device, dtype="fp32", **model):
+    policy = Policy(small_recipe(model={**MODEL, "dtype": dtype, **model}, engine={"device": device}), torch.device(device))
+    return policy, (CudaGraphs(policy.device) if device == "cuda" else Replayed(policy.device))
+
+
+def leaves_of(policy, recipe, iteration=0, texts=TEXTS, seed=5, **options):
+    plan, rows = plan_and_rows(recipe, iteration)
+    forest = rollout(plan, rows.to(policy.device), policy, policy.encode(texts), seed=seed, iteration=iteration, **options)
+    return forest.leaves, forest.logp
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sections", [FLAT, TREE, TAIL, CPS], ids=["flat", "tree", "tail", "cps"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iterations(device, sections, guidance):
+    policy, graphs = policy_on(device, guidance_scale=guidance)
+    recipe = small_recipe(**sections)
+    for iteration, texts, seed in ((0, TEXTS, 5), (1, TEXTS[::-1], 6)):
+        policy.graphs = None
+        eager = leaves_of(policy, recipe, iteration, texts, seed)
+        policy.graphs = graphs
+        recorded = leaves_of(policy, recipe, iteration, texts, seed)
+        assert all(torch.equal(one, other) for one, other in zip(eager, recorded, strict=True))
+    plan, _ = plan_and_rows(recipe)
+    assert 0 < len(graphs) < len(plan.steps) + 1, "a recording serves more than one timestep"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_replay_follows_trained_weights_their_average_and_the_untouched_model(device):
+    policy, graphs = policy_on(device, lora={"rank": 4, "alpha": 8})
+    recipe = small_recipe()
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.05)
+    ema = Ema(policy.trainable(), 0.9)
+    kinds = []
+    for move in (0.0, 0.02):
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.add_(move)
+
+        def three():
+            trained = leaves_of(policy, recipe)[0]
+            with ema.swapped_in():
+                average = leaves_of(policy, recipe)[0]
+            return trained, average, leaves_of(policy, recipe, tuned_steps=0)[0]
+
+        policy.graphs = None
+        eager = three()
+        policy.graphs = graphs
+        assert all(torch.equal(one, other) for one, other in zip(eager, three(), strict=True))
+        kinds.append(eager)
+    assert not torch.allclose(kinds[0][0], kinds[1][0], atol=1e-3), "training moved the leaves"
+    assert torch.equal(kinds[0][1], kinds[1][1])
+    assert torch.equal(kinds[0][2], kinds[1][2])
+
+
+def test_recordings_are_counted_by_shape():
+    policy, graphs = policy_on("cpu")
+    policy.graphs = graphs
+    recipe = small_recipe(rollout={"steps": 8, "window": {"strategy": "frozen", "size": 2, "start": 3}})
+    for seed in range(3):
+        leaves_of(policy, recipe, seed=seed)
+    # one state per prompt without noise; with noise, four children each; four states with noise; four without
+    assert len(graphs) == 4
+    assert graphs.replays == 3 * 8
+
+
+def test_cuda_graphs_without_a_gpu_are_refused():
+    with pytest.raises(UserError, match="cuda_graphs"):
+        Policy(small_recipe(engine={"device": "cpu", "cuda_graphs": True}), CPU)

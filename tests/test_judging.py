@@ -1,0 +1,116 @@
+"""Judging beside the rollout: bounded, in order, with the scores of doing one after the other, and with errors that are not lost."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from flowgrove.errors import UserError
+from flowgrove.iteration import Stages
+from flowgrove.judging import Judging, score_leaves
+from flowgrove.models.policy import Policy
+from flowgrove.rewards.registry import Rewards
+from flowgrove.update import Updater
+from policy_cases import CPU, TEXTS, policy_of, small_recipe
+
+
+class Remote:
+    """A server's part: brightness, after a while; says when it works."""
+
+    remote = True
+
+    def __init__(self, seconds=0.0, fails_at=None):
+        self.seconds, self.fails_at, self.calls, self.threads = seconds, fails_at, [], set()
+
+    def __call__(self, pictures, prompts):
+        self.calls.append((time.perf_counter(), list(prompts)))
+        self.threads.add(threading.current_thread().name)
+        time.sleep(self.seconds)
+        if len(self.calls) == self.fails_at:
+            raise UserError("reward http: the server said 500")
+        return pictures.mean((1, 2, 3))
+
+
+def rewards_of(scorer):
+    rewards = Rewards(small_recipe(), CPU)
+    rewards.scorers, rewards.weights, rewards.remote = {"remote": scorer}, [1.0], getattr(scorer, "remote", False)
+    return rewards
+
+
+def latents(count, seed=0):
+    return torch.randn(count, *policy_of().adapter.latent_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_scores_come_in_order_and_equal_those_of_one_call():
+    policy, scorer = policy_of(), Remote(0.02)
+    whole = latents(12)
+    with Judging(rewards_of(scorer), CPU) as judging:
+        assert judging.beside
+        for start in range(0, 12, 3):
+            judging.submit(policy, whole[start : start + 3], [f"prompt {i}" for i in range(start, start + 3)])
+        scores = judging.scores()
+    expected = score_leaves(policy, rewards_of(Remote()), whole, [f"prompt {i}" for i in range(12)])
+    assert torch.allclose(scores, expected, rtol=0, atol=1e-12)
+    assert [prompts[0] for _, prompts in scorer.calls] == ["prompt 0", "prompt 3", "prompt 6", "prompt 9"]
+    assert scorer.threads == {"rewards_0"}
+
+
+def test_the_rollout_does_not_wait_for_a_server_but_runs_at_most_two_ahead():
+    policy, scorer = policy_of(), Remote(0.2)
+    waited = []
+    with Judging(rewards_of(scorer), CPU) as judging:
+        for _ in range(4):
+            start = time.perf_counter()
+            judging.submit(policy, latents(1), ["a prompt"])
+            waited.append(time.perf_counter() - start)
+            done = sum(future.done() for future in judging._futures)
+            assert len(judging._futures) - done <= 2
+        judging.scores()
+    assert max(waited[:2]) < 0.1
+    assert max(waited[2:]) > 0.1
+
+
+def test_without_a_server_a_cpu_judges_when_it_is_asked():
+    scorer = Remote()
+    rewards = rewards_of(scorer)
+    rewards.remote = False
+    with Judging(rewards, CPU) as judging:
+        judging.submit(policy_of(), latents(2), ["one", "two"])
+        assert not scorer.calls
+        assert judging.scores().shape == (2, 1)
+    assert scorer.threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_an_error_of_a_reward_reaches_the_caller(fails_at):
+    with Judging(rewards_of(Remote(fails_at=fails_at)), CPU) as judging:
+
+        def all_of_it():
+            for _ in range(4):
+                judging.submit(policy_of(), latents(1), ["a prompt"])
+            judging.scores()
+
+        with pytest.raises(UserError, match="the server said 500"):
+            all_of_it()
+    assert not any(thread.name.startswith("rewards") for thread in threading.enumerate())
+
+
+def test_an_iteration_in_parts_equals_one_in_one():
+    """Where judging runs beside it the rollout goes some prompts at a time."""
+    recipe = small_recipe(update={"updates_per_iteration": 1}, engine={"device": "cpu", "token_budget": 70, "reuse_rollout_graph": True})
+    lines = []
+    for remote in (False, True):
+        scorer = Remote()
+        rewards = rewards_of(scorer)
+        rewards.remote = remote
+        policy = Policy(recipe, CPU)
+        lines.append(Stages(recipe, policy, Updater(recipe, policy), rewards).run(TEXTS, 0))
+        assert len(scorer.calls) == (3 if remote else 1)
+    whole, parts = lines
+    for key in ("reward", "advantage_by_step"):
+        for name, value in whole[key].items():
+            assert parts[key][name] == pytest.approx(value, rel=1e-9)
+    for key in ("loss", "grad_norm", "approx_kl"):
+        assert parts[key] == pytest.approx(whole[key], rel=1e-8, abs=1e-12)
+    assert parts["train_passes"] == whole["train_passes"]
