@@ -247,6 +247,20 @@ def scaling(
 
 
 @_command
+def tune(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the recipe to write; default: NAME_tuned.yaml beside NAME.yaml")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="also measure engine.compile, which takes minutes")] = False,
+) -> None:
+    """Measure which engine settings run a recipe fastest on this machine, and write a recipe that extends it with them."""
+    from flowgrove.tuned_recipe import tune_recipe
+
+    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say)
+    _say(f"wrote {target}: train with `flowgrove train {target}`")
+
+
+@_command
 def doctor() -> None:
     """Say what this installation has: versions, devices, backends, and what is missing."""
     from flowgrove.doctor import findings

@@ -27,7 +27,7 @@ class GraphRoom(NamedTuple):
 
     @classmethod
     def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
-        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into the device's memory, and passes of at least half the budget; none
+        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into the device's memory, and passes of at least a quarter of the budget; none
         where the rewards decide which edges train, since most graphs would then be made for nothing."""
         engine, prune = recipe.engine, recipe.credit.prune
         if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
@@ -37,7 +37,7 @@ class GraphRoom(NamedTuple):
         if prune is not None and prune.kind != "depth":
             return cls(0, 0)
         room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(recipe, policy)
-        return cls(max(0, room // graph), max(1, policy.budget.rows // (4 if policy.doubles else 2)))
+        return cls(max(0, room // graph), max(1, policy.budget.rows // (8 if policy.doubles else 4)))
 
     def keeper(self) -> "GraphKeeper | None":
         """For one iteration."""

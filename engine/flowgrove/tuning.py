@@ -104,51 +104,55 @@ class Passes:
         size, cond = policy.adapter.geometry, self._longest()
         uncond = self._longest() if policy.doubles else None
         self.tokens = size.tokens * (2 if policy.doubles else 1)
-        self._prompts = Prompts([""], cond, uncond, np.array([size.prompt_tokens]), np.array([self.tokens]))
+        self.prompts = Prompts([""], cond, uncond, np.array([size.prompt_tokens]), np.array([self.tokens]))
 
-    def forward(self, rows: int) -> Tensor:
-        """A pass of the rollout: the velocity [rows, ...]."""
-        with torch.no_grad():
-            return self._velocity(self._states(rows))
+    def states(self, rows: int) -> Tensor:
+        """[rows, ...]."""
+        return self._normal((rows, *self.policy.adapter.latent_shape), self.policy.state_dtype)
 
-    def train(self, rows: int) -> None:
+    def velocity(self, x: Tensor) -> Tensor:
+        """Of states [B, ...]."""
+        sigma = torch.full((len(x),), 0.5, device=self.device)
+        return self.policy.velocity(x, sigma, self.prompts, torch.zeros(len(x), dtype=torch.int64, device=self.device)).v
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> None:
+        """A pass of the rollout."""
+        self.velocity(x)
+
+    def train(self, x: Tensor) -> None:
         """A training pass. Gradients are left behind."""
-        v = self._velocity(self._states(rows))
+        v = self.velocity(x)
         v.backward(torch.ones_like(v))
 
     def timed(self, rows: int, repeats: int = 1) -> Timed:
         """Medians, after a pass of each kind that is not timed."""
-        return Timed(*(self._seconds(run, rows, repeats) / rows for run in (self.forward, self.train)))
+        return Timed(self.seconds_per_row(self.forward, rows, repeats), self.seconds_per_row(self.train, rows, repeats))
+
+    def seconds_per_row(self, run: Callable[[Tensor], object], rows: int, repeats: int = 1) -> float:
+        """The median of `run` on `rows` states, after one call that is not timed."""
+        x = self.states(rows)
+        run(x)
+        return statistics.median(self._clock(run, x) for _ in range(repeats)) / rows
 
     def release(self) -> None:
-        """Gives gradients and cached memory back."""
+        """Gives gradients and, on a GPU, what a failed pass and the allocator hold back."""
         self.policy.transformer.zero_grad(set_to_none=True)
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
-    def _seconds(self, run: Callable[[int], object], rows: int, repeats: int) -> float:
-        run(rows)
-        return statistics.median(self._clock(run, rows) for _ in range(repeats))
-
-    def _clock(self, run: Callable[[int], object], rows: int) -> float:
+    def _clock(self, run: Callable[[Tensor], object], x: Tensor) -> float:
         if self.device.type != "cuda":
             began = time.perf_counter()
-            run(rows)
+            run(x)
             return time.perf_counter() - began
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run(rows)
+        run(x)
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3
-
-    def _velocity(self, x: Tensor) -> Tensor:
-        sigma = torch.full((len(x),), 0.5, device=self.device)
-        return self.policy.velocity(x, sigma, self._prompts, torch.zeros(len(x), dtype=torch.int64, device=self.device)).v
-
-    def _states(self, rows: int) -> Tensor:
-        return self._normal((rows, *self.policy.adapter.latent_shape), self.policy.state_dtype)
 
     def _longest(self) -> Conditioning:
         blank = self.policy.adapter.blank(1, self.policy.compute_dtype).tensors

@@ -58,7 +58,7 @@ LEVERS = (
     Lever("+ fused ops", {"share": False, "token_budget": 1}),
     Lever("+ full batches", {"share": False}),
     Lever("+ shared states", {"reuse_rollout_graph": False}),
-    Lever("+ reused graphs", {"reuse_rollout_graph": True}),
+    Lever("+ reused graphs", {}),
 )
 COMPILED = Lever("+ compiled blocks", {"compile": True})
 

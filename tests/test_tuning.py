@@ -1,0 +1,320 @@
+"""Token budgets that are measured: the search, what is kept of it in the cache and in checkpoints, and the recipe that `flowgrove tune` writes. No test
+looks at a real clock: measurements are made up, or only their form counts."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine_cases import metrics_of, refuse, succeed, tiny_recipe
+from flowgrove import tuned_recipe, tuning
+from flowgrove.errors import UserError
+from flowgrove.models.policy import Policy
+from flowgrove.recipe import load_recipe
+from flowgrove.resume import fingerprint, stored_budget
+from flowgrove.tuned_recipe import Candidate, choose
+from flowgrove.tuning import Passes, Timed, Work, cache_budget, cache_key, cached_budget, fastest_rows, measured_budget, settle_token_budget
+from policy_cases import CPU, plan_and_rows, policy_of, small_recipe
+
+WORK = Work(forwards=100, passes=30, widest=8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache file of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "flowgrove" / "budgets.json"
+
+
+def on_device(seconds, room):
+    """A measure by `seconds(rows)` where more than `room` rows do not fit, and the list of what it was asked."""
+    asked = []
+
+    def measure(rows):
+        asked.append(rows)
+        if rows > room:
+            raise torch.OutOfMemoryError("out of memory")
+        return seconds(rows)
+
+    return measure, asked
+
+
+# The search
+
+SEARCHES = {
+    "the faster the larger": (lambda rows: 1 / rows, 10**6, 64, 64, [1, 2, 4, 8, 16, 32, 64]),
+    "no larger than what there is": (lambda rows: 1 / rows, 10**6, 50, 32, [1, 2, 4, 8, 16, 32]),
+    "no room for 16": (lambda rows: 1 / rows, 12, 64, 8, [1, 2, 4, 8, 16]),
+    "a plateau from 4 on": (lambda rows: 1 / min(rows, 4), 10**6, 64, 4, [1, 2, 4, 8]),
+    "the last step gains too little": (lambda rows: {1: 1.0, 2: 0.5, 4: 0.495}[rows], 10**6, 64, 2, [1, 2, 4]),
+    "slower from 4 on": (lambda rows: {1: 1.0, 2: 0.5, 4: 0.6}[rows], 10**6, 64, 2, [1, 2, 4]),
+    "one row is as fast as any": (lambda rows: 1.0, 10**6, 64, 1, [1, 2]),
+    "a single row": (lambda rows: 1.0, 10**6, 1, 1, [1]),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_fewest_rows_that_are_as_fast_as_the_fastest(name):
+    seconds, room, most, expected, tried = SEARCHES[name]
+    measure, asked = on_device(seconds, room)
+    assert fastest_rows(measure, most) == expected
+    assert asked == tried
+
+
+def test_no_room_for_a_row_is_one_line_that_says_what_to_do():
+    measure, _ = on_device(lambda rows: 1.0, 0)
+    with pytest.raises(UserError, match="model.gradient_checkpointing: true") as caught:
+        fastest_rows(measure, 64)
+    assert "\n" not in str(caught.value)
+
+
+def test_work_is_that_of_the_first_iteration():
+    recipe = small_recipe()
+    counts = plan_and_rows(recipe)[0].counts
+    assert Work.of(recipe) == (3 * counts.rollout_forwards, 3 * counts.train_passes, 3 * counts.leaves)
+    alone = Work.of(small_recipe(engine={"share": False}))
+    assert alone == (3 * counts.unshared_rollout_forwards, 3 * counts.unshared_train_passes, 3 * counts.leaves)
+    assert WORK.seconds(Timed(0.5, 2.0)) == 110
+
+
+# Passes of a real model
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_budget_holds_the_rows_that_fit_and_leaves_nothing_behind(guidance, monkeypatch):
+    policy = policy_of(dtype="fp32", guidance=guidance)
+    inner, of_a_row = policy.adapter.velocity, 2 if guidance != 1 else 1
+    before = torch.get_rng_state()
+
+    def velocity(x, *rest):
+        if len(x) > 5 * of_a_row and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(x, *rest)
+
+    monkeypatch.setattr(policy.adapter, "velocity", velocity)
+    monkeypatch.setattr(tuning, "NEAR", -10.0)  # every doubling gains enough ...
+    monkeypatch.setattr(tuning, "first_near_best", max)  # ... and the largest is taken: no clock decides
+    tokens = measured_budget(small_recipe(), policy)
+    assert tokens == 4 * int(policy.encode(["a red circle"]).tokens[0]) == 4 * policy.budget.row * of_a_row
+    assert all(parameter.grad is None for parameter in policy.trainable().values())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_passes_are_what_training_runs(monkeypatch):
+    policy, rows = policy_of(dtype="fp32"), []
+    inner = policy.adapter.velocity
+    monkeypatch.setattr(policy.adapter, "velocity", lambda x, *rest: rows.append((len(x), torch.is_grad_enabled())) or inner(x, *rest))
+    passes = Passes(policy)
+    timed = passes.timed(3, repeats=3)
+    assert rows == [(3, False)] * 4 + [(3, True)] * 4  # one more to warm up
+    assert timed.forward > 0 < timed.train
+    assert any(bool(parameter.grad.any()) for parameter in policy.trainable().values())
+    passes.release()
+
+
+# Where a run's budget comes from
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for a policy on a GPU, which is measured at 777 tokens; and how often it was."""
+    asked = []
+    monkeypatch.setattr(tuning, "measured_budget", lambda recipe, policy: asked.append(recipe) or 777)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device.type + " 1")
+    return SimpleNamespace(device=torch.device("cuda"), budget=SimpleNamespace(tokens=5), asked=asked)
+
+
+def test_a_gpu_is_measured_once(gpu):
+    for seed in (1, 2):
+        gpu.budget.tokens = 5
+        settle_token_budget(small_recipe(run={"seed": seed}), gpu, None)
+        assert gpu.budget.tokens == 777
+    assert len(gpu.asked) == 1
+    settle_token_budget(small_recipe(rollout={"steps": 6}), gpu, None)
+    assert len(gpu.asked) == 2
+
+
+def test_a_checkpoint_goes_before_cache_and_measurement_and_the_recipe_before_all(gpu):
+    settle_token_budget(small_recipe(), gpu, 60)
+    assert gpu.budget.tokens == 60
+    settle_token_budget(small_recipe(engine={"token_budget": 5}), gpu, 70)
+    assert gpu.budget.tokens == 60
+    assert gpu.asked == []
+
+
+def test_a_cpu_is_never_measured(gpu):
+    gpu.device = CPU
+    settle_token_budget(small_recipe(), gpu, None)
+    assert (gpu.budget.tokens, gpu.asked) == (5, [])
+    settle_token_budget(small_recipe(), gpu, 60)
+    assert gpu.budget.tokens == 60
+
+
+# The cache
+
+
+def test_the_cache_tells_recipes_and_devices_apart(cache):
+    mine, other = cache_key(small_recipe(), "GPU A"), cache_key(small_recipe(), "GPU B")
+    assert mine == cache_key(small_recipe(run={"iterations": 7}), "GPU A")
+    assert len({mine, other, cache_key(small_recipe(engine={"compile": True}), "GPU A")}) == 3
+    assert cached_budget(mine) is None
+    cache_budget(mine, 100)
+    cache_budget(other, 200)
+    assert (cached_budget(mine), cached_budget(other)) == (100, 200)
+    assert set(json.loads(cache.read_text())) == {mine, other}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"mine": "many"}', '{"mine": 0}', "\x00"])
+def test_a_damaged_cache_is_ignored_and_rewritten(cache, damage):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(damage)
+    assert cached_budget("mine") is None
+    cache_budget("mine", 100)
+    assert cached_budget("mine") == 100
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(cache, caplog):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file where the folder should be")
+    assert cached_budget("mine") is None
+    cache_budget("mine", 100)
+    assert "measures engine.token_budget again" in caplog.text
+
+
+# Checkpoints
+
+
+def test_a_resumed_run_has_the_passes_of_its_first_part(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={"iterations": 2, "eval_every": 0})
+    run = tmp_path / "run"
+    succeed("train", recipe, "--out", run, "--set", "engine.token_budget=70", "--set", "run.iterations=1")
+    checkpoint = run / "checkpoints" / "step_000001"
+    own = fingerprint(load_recipe(recipe))
+    assert stored_budget(checkpoint, own) == 70
+    assert stored_budget(checkpoint, "of another recipe") is None
+    assert stored_budget(None, own) is None
+    succeed("train", recipe, "--out", run)
+    assert stored_budget(run / "checkpoints" / "step_000002", own) == 70
+
+
+def test_a_checkpoint_from_before_budgets_were_stored_still_loads(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={"iterations": 2, "eval_every": 0})
+    run = tmp_path / "run"
+    succeed("train", recipe, "--out", run, "--set", "run.iterations=1")
+    file = run / "checkpoints" / "step_000001" / "state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("token_budget") == 4096
+    file.write_text(json.dumps(state))
+    succeed("train", recipe, "--out", run)
+    assert len(metrics_of(run)) == 2
+
+
+# flowgrove tune
+
+
+def measured(name, rows, asked=None):
+    def measure():
+        if asked is not None:
+            asked.append(name)
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+    return Candidate(name, name, measure)
+
+
+def test_candidates_are_measured_in_turn_and_the_first_near_the_best_is_taken():
+    asked = []
+    candidates = [measured("slow", Timed(2e-3, 3e-3), asked), measured("near", Timed(1.02e-3, 2e-3), asked), measured("best", Timed(1e-3, 2e-3), asked)]
+    key, value, lines = choose("attention", candidates, WORK, ("a note",))
+    assert (key, value) == ("attention", "near")
+    assert asked == ["slow", "near", "best"] * 4
+    assert lines == ["slow: 2 + 3 ms, 0.29 s", "near: 1.02 + 2 ms, 0.162 s, chosen", "best: 1 + 2 ms, 0.16 s", "a note"]
+
+
+def test_candidates_that_do_not_run_are_said_and_not_asked_again():
+    asked = []
+    failing = [measured("large", torch.OutOfMemoryError("no"), asked), measured("broken", RuntimeError("no kernel\nfor this"), asked)]
+    choice = choose("attention", [*failing, measured("plain", Timed(1e-3, 1e-3))], WORK)
+    assert choice.value == "plain"
+    assert asked == ["large", "broken"]
+    assert choice.lines[:2] == ["large: does not fit into the memory", "broken: fails: no kernel"]
+    with pytest.raises(UserError, match="does not hold a training pass"):
+        choose("token_budget", failing[:1], WORK)
+    with pytest.raises(UserError, match="engine.attention: nothing that was tried runs here"):
+        choose("attention", failing[1:], WORK)
+
+
+def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
+    recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "exact_replay": True}, run={"iterations": 1, "eval_every": 0})
+    result = succeed("tune", recipe)
+    written = tmp_path / "mine_tuned.yaml"
+    assert str(written) in result.stderr
+    old, new = load_recipe(recipe), load_recipe(written)
+    assert new.model_dump(exclude={"engine", "run"}) == old.model_dump(exclude={"engine", "run"})
+    assert new.run.model_dump(exclude={"out"}) == old.run.model_dump(exclude={"out"})
+    assert new.engine.model_dump(exclude={"token_budget", "attention"}) == old.engine.model_dump(exclude={"token_budget", "attention"})
+    assert new.engine.token_budget in [35 * rows for rows in (1, 2, 4, 8)]  # 2 prompts of 4 leaves
+    assert new.engine.attention == "sdpa"
+    assert fingerprint(new) == fingerprint(old), "it goes on with the runs of the old one"
+    text = written.read_text()
+    assert "extends: mine.yaml" in text
+    assert [f"{35 * rows} tokens ({rows} rows): " in text for rows in (1, 2, 4, 8, 16)] == [True] * 4 + [False]
+    assert torch.__version__ in text
+    assert "not measured: give --compile" in text
+    succeed("train", written, "--out", tmp_path / "run")
+
+
+def test_what_is_set_by_hand_is_kept_and_written_down(tmp_path):
+    recipe = tiny_recipe(tmp_path, rollout={"steps": 4, "shift": 1.0, "group_size": 4, "window": {"strategy": "progressive", "size": 2, "every": 1}})
+    (tmp_path / "other.txt").write_text("a red circle at the centre\n")
+    options = [
+        "engine.token_budget=70", "engine.exact_replay=true", "rollout.window={strategy: frozen, start: 1}", "data.prompts=other.txt", "model.lora.rank=2",
+        "model.lora.alpha=4",
+    ]  # fmt: skip
+    written = tmp_path / "elsewhere" / "tuned.yaml"
+    succeed("tune", recipe, "--out", written, *[part for option in options for part in ("--set", option)])
+    found, wanted = load_recipe(written), load_recipe(recipe, tuple(options))
+    assert "extends: ../mine.yaml" in written.read_text()
+    assert found.model_dump(exclude={"engine", "run"}) == wanted.model_dump(exclude={"engine", "run"})
+    assert found.rollout.window.size == 4, "a section given as a whole takes the place of the recipe's"
+    assert (found.engine.token_budget, found.engine.exact_replay) == (70, True)
+    assert "70 tokens" not in written.read_text(), "nothing is measured in its place"
+
+
+def test_an_existing_file_stays_as_it_is(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    for options, file in (((), tmp_path / "mine_tuned.yaml"), (("--out", recipe), recipe)):
+        if not file.exists():
+            file.write_text("mine")
+        before = file.read_text()
+        line = refuse("tune", recipe, *options)
+        assert "--out" in line
+        assert str(file) in line
+        assert file.read_text() == before
+    assert "run.iterations" in refuse("tune", recipe, "--out", tmp_path / "new.yaml", "--set", "run.iteratons=2")
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
+    recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, engine={"device": "cpu", "token_budget": 70})
+    monkeypatch.setattr(tuned_recipe, "attention_names", lambda: ["exact", "quantised", "broken", "sdpa", "far_hub", "gone"])
+    monkeypatch.setattr(tuned_recipe, "missing", lambda name, device: "not installed" if name == "gone" else None)
+    used = ["sdpa"]
+    monkeypatch.setattr(tuned_recipe, "use_attention", lambda adapter, name, model, device: used.append(name))
+    inner = Policy.velocity
+
+    def velocity(self, *arguments):
+        if used[-1] == "broken":
+            raise TypeError("takes no float32\nat all")
+        found = inner(self, *arguments)
+        return found._replace(v=found.v * (1.1 if used[-1] == "quantised" else 1.0))
+
+    monkeypatch.setattr(Policy, "velocity", velocity)
+    tuner = tuned_recipe._Tuner(recipe, {"token_budget": 70}, WORK, False)
+    choice = tuner.attention()
+    assert choice.value in ("sdpa", "exact")
+    assert choice.lines[2:] == ["quantised: left out, its velocity or gradient is not that of sdpa", "broken: fails: takes no float32"]
+    assert set(used) == {"sdpa", "exact", "quantised", "broken"}
+    assert used[-1] == choice.value
