@@ -1,11 +1,16 @@
 """engine.reuse_rollout_graph: the rollout's own graph gives the first update the losses and gradients of running its passes again, and saves their forward."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from flowgrove import kept_graphs
 from flowgrove.credit import assign_credit
-from flowgrove.kept_graphs import GraphKeeper
+from flowgrove.kept_graphs import GraphKeeper, GraphRoom
+from flowgrove.memory import predict_memory
+from flowgrove.plan import make_plan
 from flowgrove.rollout import rollout
 from flowgrove.update_passes import Rolled
 from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
@@ -91,3 +96,37 @@ def test_drift_is_exactly_zero_where_the_rollouts_own_velocity_serves():
     assert not seen
     assert float(torch.cat(stats.drift).abs().max()) == 0.0
     assert len(torch.cat(stats.drift)) > 0
+
+
+def room(engine=None, policy=None, **sections):
+    recipe = small_recipe(engine={"device": "cpu", **(engine or {})}, **sections)
+    return GraphRoom.of(recipe, policy or policy_of())
+
+
+def test_the_recipe_decides_whether_graphs_are_kept():
+    assert room({"reuse_rollout_graph": False}).keeper() is None
+    assert room({"share": False}).keeper() is None
+    assert room({"exact_replay": True}).keeper() is None
+    assert room({"reuse_rollout_graph": True}) == (sys.maxsize, 1)
+    automatic = room()
+    assert automatic.rows > 1000
+    assert automatic.least == policy_of().budget.rows // 4
+    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).keeper() is None, "most graphs would be made for nothing"
+    assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).rows == automatic.rows
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
+    recipe, policy = small_recipe(), policy_of()
+    memory = predict_memory(recipe, make_plan(recipe, 0), "cpu")
+    monkeypatch.setattr(kept_graphs, "total_memory", lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / kept_graphs._GPU_SHARE))
+    found, graph = kept_graphs._room_of_gpu(recipe, policy)
+    assert graph == memory.graph
+    assert found // graph == rows
+    monkeypatch.setattr(kept_graphs, "allocated_memory", lambda device: memory.loaded + 3 * graph)  # three rows' worth of reward models
+    assert kept_graphs._room_of_gpu(recipe, policy)[0] // graph == rows - 3
+
+
+def test_predicted_bytes_of_a_graph_are_what_the_model_holds():
+    recipe, policy = small_recipe(), policy_of()
+    assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(kept_graphs._room_of_cpu(policy)[1], rel=0.1)

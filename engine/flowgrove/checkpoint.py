@@ -70,6 +70,7 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tu
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+    policy.refresh()
     if updater is not None and updater.ema is not None:
         updater.ema.average = {name: tensor.to(policy.device) for name, tensor in _tensors(averages).items()}
     return int(state["completed_iterations"]), state["line"]

@@ -1,6 +1,6 @@
 """An exponential moving average of the trained weights: kept on the device, swapped in for evaluation, sampling and export."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Ema:
     """average ← decay·average + (1 − decay)·weight after every update."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, after_swap: Callable[[], None] = lambda: None) -> None:
+        self.parameters, self.decay, self.after_swap = parameters, decay, after_swap
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
@@ -31,3 +31,4 @@ class Ema:
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.data, self.average[name] = self.average[name], parameter.data
+        self.after_swap()

@@ -26,6 +26,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.folders import configuration_folder
 from flowgrove.models.geometry import read_geometry
 from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.masters import Masters
 from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.plan import RolloutPlan
@@ -51,7 +52,7 @@ class Memory:
     @property
     def loaded(self) -> int:
         """What lies on the device when the model is loaded."""
-        return sum(self.resident[name] for name in ("transformer", "VAE", "untouched copy"))
+        return sum(self.resident[name] for name in ("transformer", "master weights", "VAE", "untouched copy"))
 
 
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
@@ -72,7 +73,9 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     prompts, width = recipe.data.prompts_per_iteration, max(step.nodes_out for step in plan.steps)
     latent, states = geometry.latent_shape, prompts * max(step.nodes_in for step in plan.steps)
     with FakeTensorMode():
-        weights = _materialise(transformer, compute, master)
+        _materialise(transformer, compute, master)
+        masters = sum(p.numel() * p.element_size() for p in Masters(transformer, compute).of.values()) if compute == torch.bfloat16 else 0
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in (*transformer.parameters(), *transformer.buffers()))
         decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
         adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
         if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance:
@@ -93,6 +96,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     counted["decoding"] += 2 * pictures * torch.float32.itemsize  # what is scored together, and what judging it takes beside it
     resident = {
         "transformer": weights,
+        "master weights": masters,
         "VAE": decoder,
         "untouched copy": sum(p.numel() for p in transformer.parameters()) * compute.itemsize if copies else 0,
         "gradients": trained * master.itemsize,

@@ -152,7 +152,7 @@ class Update(Section):
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    token_budget: Literal["auto"] | Count = "auto"
+    token_budget: Literal["auto"] | Count = "auto"  # of a pass; auto: on a GPU measured when a run begins, on a CPU 4096
     share: bool = True
     exact_replay: bool = False
     attention: str = "auto"  # sdpa, flash, flash3, xformers, or another name of diffusers' attention dispatch

@@ -24,7 +24,7 @@ from flowgrove.models.attention import attention_names, missing, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.recipe import Recipe, load_recipe
-from flowgrove.tuning import NEAR, Passes, Timed, Work, first_near_best, no_room
+from flowgrove.tuning import NEAR, Passes, Timed, Work, first_near_best, no_room, room_beside
 from flowgrove_kernels import step_coefficients
 
 _ROUNDS = 3
@@ -109,8 +109,9 @@ class _Tuner:
         self.measures_compile = with_compile and "compile" not in fixed
         plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | ({"compile": False} if with_compile else {})
         engine = recipe.engine.model_copy(update={key: value for key, value in plain.items() if key not in fixed})
-        self.policy = Policy(recipe.model_copy(update={"engine": engine}), self.device, None)
+        self.policy = Policy(recipe.model_copy(update={"engine": engine}), self.device)
         self.passes = Passes(self.policy)
+        self._beside = room_beside(recipe, self.policy) if self.device.type == "cuda" else None  # taken while passes are measured
         self._processors = dict(self.policy.transformer.attn_processors)
         self._stance = "default"  # of torch.compile, once the blocks are compiled
 
@@ -123,8 +124,8 @@ class _Tuner:
         """Powers of two of rows, up to all that an iteration has beside each other."""
         if "token_budget" in self.fixed:
             return Choice("token_budget", self.policy.budget.tokens, [])
-        sizes = [2**power for power in range(self.work.widest.bit_length())]
-        candidates = [Candidate(rows * self.passes.tokens, f"{rows * self.passes.tokens} tokens ({rows} rows)", self._timed(rows)) for rows in sizes]
+        row, sizes = self.passes.tokens, [2**power for power in range(self.work.widest.bit_length())]
+        candidates = [Candidate(rows * row, f"{rows} × {row} tokens", self._timed(rows)) for rows in sizes]
         choice = choose("token_budget", candidates, self.work)
         self.policy.budget.tokens = int(choice.value)
         return choice
@@ -133,10 +134,10 @@ class _Tuner:
         """What can be selected here for this model, trains, and computes what PyTorch's own attention does."""
         if "attention" in self.fixed:
             return Choice("attention", self.recipe.engine.attention, [])
-        x, notes, usable = self.passes.states(1), [], []
+        x, notes, usable = self.passes.states(1), [], ["sdpa"]
         self._use("sdpa")
         expected = self._differentiated(x)
-        for name in ["sdpa", *(name for name in attention_names() if name != "sdpa" and "hub" not in name and missing(name, self.device) is None)]:
+        for name in (name for name in attention_names() if name != "sdpa" and "hub" not in name and missing(name, self.device) is None):  # a hub's downloads
             try:
                 self._use(name)
                 close = all(float((a - b).norm()) <= _DIFFERENCE * float(b.norm()) for a, b in zip(self._differentiated(x), expected, strict=True))

@@ -138,6 +138,8 @@ class Passes:
     def release(self) -> None:
         """Gives gradients and, on a GPU, what a failed pass and the allocator hold back."""
         self.policy.transformer.zero_grad(set_to_none=True)
+        for master in self.policy.trainable().values():
+            master.grad = None
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -192,7 +194,7 @@ def measured_budget(recipe: Recipe, policy: Policy) -> int:
         return work.seconds(passes.timed(rows, _REPEATS))
 
     try:
-        beside = torch.empty(_kept_beside(recipe, policy), dtype=torch.uint8, device=policy.device)
+        beside = room_beside(recipe, policy)
         rows = fastest_rows(measure, work.widest)
         del beside
     except torch.OutOfMemoryError:
@@ -203,10 +205,11 @@ def measured_budget(recipe: Recipe, policy: Policy) -> int:
     return rows * passes.tokens
 
 
-def _kept_beside(recipe: Recipe, policy: Policy) -> int:
-    """Bytes that a run keeps besides model and gradients: the optimiser's, averages, forest, prompts."""
+def room_beside(recipe: Recipe, policy: Policy) -> Tensor:
+    """As many bytes as a run keeps besides model and gradients: the optimiser's, averages, forest, prompts."""
     memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
-    return sum(memory.resident.values()) - memory.loaded - memory.resident["gradients"]
+    size = sum(memory.resident.values()) - memory.loaded - memory.resident["gradients"]
+    return torch.empty(size, dtype=torch.uint8, device=policy.device)
 
 
 def cache_key(recipe: Recipe, device_name: str) -> str:

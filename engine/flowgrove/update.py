@@ -44,7 +44,7 @@ class Updater:
         update = recipe.update
         self.parameters = list(policy.trainable().values())
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
-        self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay)
+        self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay, policy.refresh)
 
     def run(self, parts: list[Rolled]) -> UpdateStats:
         """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then passes halved, and the update's
@@ -112,6 +112,7 @@ class Updater:
         setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010 (read by every optimiser's step, in no annotation)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.policy.refresh()
         if self.ema is not None:
             self.ema.update()
         stats.grad_norm.append(norm)

@@ -200,7 +200,8 @@ def _seconds_per_row(policy: Policy, full: bool, repeats: int = 5) -> tuple[floa
         v.backward(torch.ones_like(v))
 
     times = tuple(_median_seconds(run, policy.device, repeats) / rows for run in (forward, train))
-    policy.transformer.zero_grad(set_to_none=True)
+    for parameter in policy.trainable().values():
+        parameter.grad = None
     return times[0], times[1]
 
 

@@ -1,6 +1,6 @@
 """The policy: an adapter with trainable weights, guidance, precision and micro-batches. Rollout and update see only this.
 
-Whatever trains has fp32 master weights; with model.dtype bf16 the passes run in bf16 under autocast, frozen weights are stored in bf16.
+Whatever trains has fp32 master weights; with model.dtype bf16 the passes run under autocast on bf16 copies of them, frozen weights are stored in bf16.
 """
 
 import copy
@@ -22,6 +22,7 @@ from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.loading import load_model
+from flowgrove.models.masters import Masters
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.packing import Ints
 from flowgrove.recipe import Recipe
@@ -80,7 +81,11 @@ class Policy:
         use_attention(self.adapter, recipe.engine.attention, model, device)
         self._reference: Any = None
         self._tuned = True  # False while the untouched model runs
+        self._masters: Masters | None = None
         self._prepare_weights(recipe)
+        if self.compute_dtype == torch.bfloat16 and texts is not None:
+            self._masters = Masters(self.transformer, self.compute_dtype)
+        self._first_trained = next(iter(self.trainable().values()))
         if recipe.engine.compile:
             compile_blocks(self.transformer)
         self.budget = PassBudget(tokens_per_pass(recipe, device.type), self.adapter.geometry.tokens)
@@ -99,13 +104,18 @@ class Policy:
         master = self.state_dtype
         for parameter in self.trainable().values():
             parameter.data = parameter.data.to(master)
-        self._first_trained = next(iter(self.trainable().values()))
         if recipe.model.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name → parameter, in the transformer's order."""
-        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        """Name → master weight, in the transformer's order. Whoever changes one calls `refresh`."""
+        masters = self._masters.of if self._masters is not None else {}
+        return {name: masters.get(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    def refresh(self) -> None:
+        """The weights that passes read follow the masters."""
+        if self._masters is not None:
+            self._masters.refresh()
 
     def sized(self, recipe: Recipe) -> "Policy":
         """This policy at the height and width of `recipe`: the same weights and the same budget. Raises UserError."""

@@ -1,0 +1,49 @@
+"""bf16 compute over fp32 masters: what trains is fp32, what the passes read are bf16 copies, rounded once per update.
+
+Autocast alone would round every trained weight anew in every pass; the products, and so velocities and gradients, are the same to the bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose weights autocast rounds
+
+
+class Masters:
+    """The fp32 masters of a transformer's trained linear and convolution layers, whose own parameters become copies in `dtype`.
+
+    A gradient goes to the master as soon as it is complete, and the copy's is freed.
+    """
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype) -> None:
+        self.of: dict[str, nn.Parameter] = {}
+        self._copies: list[Tensor] = []
+        for name, copy in list(transformer.named_parameters()):
+            if copy.requires_grad and isinstance(transformer.get_submodule(name.rpartition(".")[0]), _ROUNDED):
+                master = nn.Parameter(copy.data)
+                copy.data = copy.data.to(dtype)
+                copy.register_post_accumulate_grad_hook(_to_master(master))
+                self.of[name] = master
+                self._copies.append(copy)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The copies follow the masters."""
+        if self._copies:
+            masters: list[Tensor] = list(self.of.values())
+            torch._foreach_copy_(self._copies, masters)
+
+
+def _to_master(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def move(copy: Tensor) -> None:
+        if copy.grad is None:
+            return
+        if master.grad is None:
+            master.grad = copy.grad.to(master.dtype)
+        else:
+            master.grad += copy.grad
+        copy.grad = None
+
+    return move

@@ -1,0 +1,115 @@
+"""bf16 copies of fp32 masters: the bits of autocast, gradients in fp32, and copies that follow wherever masters change."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine_cases import succeed, tiny_recipe
+from flowgrove.checkpoint import load_checkpoint, save_checkpoint
+from flowgrove.ema import Ema
+from flowgrove.models.masters import Masters
+from flowgrove.models.policy import Policy
+from flowgrove.update import Updater
+from policy_cases import CPU, encoded, small_recipe
+
+FULL = {"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False}
+KINDS = {"full": {}, "lora": {"lora": {"rank": 4, "alpha": 8}}, "checkpointed": {"gradient_checkpointing": True}}
+
+
+def policy_with(copies, **model):
+    """With `copies` False, fp32 weights under autocast alone."""
+    policy = Policy(small_recipe(model={**FULL, **model}), CPU, () if copies else None)
+    if not copies:
+        whole = Policy(small_recipe(model={**FULL, **model}), CPU)
+        policy.adapter.pipe, policy.encoder = whole.adapter.pipe, whole.encoder
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in policy.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    policy.refresh()
+    return policy
+
+
+def passes(policy, count=2):
+    """Velocity of the last of some training passes, and the gradients that they add up to."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = encoded(policy)
+    for _ in range(count):
+        x = torch.randn(3, *policy.adapter.latent_shape, generator=generator)
+        v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.2]), prompts, torch.tensor([0, 1, 2])).v
+        v.backward(torch.randn(v.shape, generator=generator).to(v.dtype))
+    return v.detach(), {name: p.grad for name, p in policy.trainable().items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_velocities_and_gradients_have_the_bits_of_autocast(kind):
+    (v, gradients), (expected, plain) = (passes(policy_with(copies, **KINDS[kind])) for copies in (True, False))
+    assert torch.equal(v, expected)
+    assert set(gradients) == set(plain)
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (plain[name] is None)
+        if gradient is not None:
+            assert gradient.dtype == torch.float32
+            assert torch.equal(gradient, plain[name]), name
+
+
+def test_masters_are_fp32_and_what_the_passes_read_is_bf16():
+    policy = policy_with(True)
+    linear = {name for name, p in policy.transformer.named_parameters() if p.dtype == torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in policy.trainable().values())
+    assert len(linear) > 0.8 * len(policy.trainable())
+    held = sum(p.numel() for name, p in policy.transformer.named_parameters() if name in linear)
+    assert held > 0.95 * sum(p.numel() for p in policy.transformer.parameters())
+    passes(policy)
+    assert all(p.grad is None for name, p in policy.transformer.named_parameters() if name in linear), "no gradient is held twice"
+
+
+def test_copies_follow_updates_averages_and_checkpoints(tmp_path):
+    recipe = small_recipe(model=FULL, update={"lr": 1e-2, "ema_decay": 0.5})
+    policy = Policy(recipe, CPU)
+    updater = Updater(recipe, policy)
+    assert isinstance(updater.ema, Ema)
+
+    def in_step():
+        params = dict(policy.transformer.named_parameters())
+        return all(torch.equal(params[name].data, master.data.to(params[name].dtype)) for name, master in policy.trainable().items())
+
+    start = passes(policy)[0]
+    save_checkpoint(tmp_path, policy, updater, 0, "recipe", 3, {})
+    updater._step(type("S", (), {"grad_norm": []})(), True, 0)
+    assert in_step()
+    moved = passes(policy)[0]
+    assert not torch.equal(moved, start)
+    with updater.ema.swapped_in():
+        assert in_step()
+        average = passes(policy)[0]
+    assert not torch.equal(average, moved)
+    assert in_step()
+    assert torch.equal(passes(policy)[0], moved)
+    load_checkpoint(tmp_path / "checkpoints" / "step_000000", policy, None)
+    assert in_step()
+
+
+def test_small_updates_are_not_lost_to_rounding():
+    """A weight of 1 that moves by 1e-4 a step stays 1 in bf16 for good, but not in its master."""
+    linear = torch.nn.Linear(1, 1, bias=False)
+    linear.weight.data.fill_(1.0)
+    masters = Masters(linear, torch.bfloat16)
+    for _ in range(100):
+        with torch.no_grad():
+            masters.of["weight"] += 1e-4
+        masters.refresh()
+    assert linear.weight.dtype == torch.bfloat16
+    assert float(linear.weight.detach()) == pytest.approx(1.01, abs=4e-3)
+
+
+def test_checkpoints_and_exports_hold_the_masters(tmp_path):
+    path = tiny_recipe(tmp_path, model={"dtype": "bf16"}, run={"iterations": 1, "eval_every": 0})
+    succeed("train", path, "--out", tmp_path / "run")
+    succeed("export", tmp_path / "run", "--out", tmp_path / "pipeline")
+    masters = load_file(next((tmp_path / "run" / "checkpoints").glob("*/weights.safetensors")))
+    exported = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in masters.values())
+    assert all(torch.equal(exported[name], tensor) for name, tensor in masters.items())
+    assert any(not torch.equal(tensor, tensor.to(torch.bfloat16).float()) for tensor in masters.values())
