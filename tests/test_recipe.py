@@ -46,6 +46,8 @@ DEFAULTS = {
         },
         "tree": None,
         "tail": None,
+        "guidance_range": None,
+        "cache": None,
     },
     "credit": {"normalise": "per_reward", "std": "group", "fusion_beta": 0.0, "adv_clip": 5.0, "prune": None},
     "update": {
@@ -89,6 +91,7 @@ DEFAULTS = {
 NULL_SECTIONS = {
     "rollout.tree": ({}, {"splits": [0, 3, 6, 9], "fanout": 2, "sibling_correlation": 0.0588, "split_noise_scale": 1.0}),
     "rollout.tail": ({}, {"solver": "dpmpp_2m", "compress": 0.4}),
+    "rollout.cache": ({}, {"interval": 3, "order": 1}),
     "credit.prune": ({"kind": "depth"}, {"kind": "depth", "depths": 4, "first": 10, "stop": 19, "every": 30, "direction": "later"}),
     "model.lora": ({"rank": 32, "alpha": 64}, {"rank": 32, "alpha": 64.0}),
 }

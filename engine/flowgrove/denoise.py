@@ -46,7 +46,7 @@ class Denoised:
 
 def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool = False) -> Denoised:
     """One pass; `longest`: tokens of its longest text."""
-    if policy.graphs is None or differentiable:
+    if policy.graphs is None or differentiable or policy.caches:  # a cache decides on the host what a step computes
         return _denoise(policy, prompts, states, kind, longest, differentiable)
     with span("transformer"):
         return _replay(policy, policy.graphs, prompts, states, kind, longest)

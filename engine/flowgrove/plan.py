@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flowgrove.errors import UserError
-from flowgrove.recipe import Prune, Recipe, Rollout, Tree
+from flowgrove.recipe import Cache, Prune, Recipe, Rollout, Tree
 from flowgrove.sigmas import SigmaTable, shifted_sigmas
 from flowgrove.windows import window_steps
 
@@ -59,6 +59,8 @@ class RolloutPlan:
     step_fraction: float
     prune: Prune | None
     seed: int
+    guidance_range: tuple[int, int] | None
+    cache: Cache | None
 
     @property
     def roots(self) -> int:
@@ -71,6 +73,22 @@ class RolloutPlan:
     @cached_property
     def trained_steps(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.trained)
+
+    def guided(self, step: Step) -> bool:
+        """Whether guidance runs at the step: everywhere, or in rollout.guidance_range (Kynkäänniemi et al. 2404.07724) and wherever there is noise."""
+        return self.guidance_range is None or step.stochastic or self.guidance_range[0] <= step.index < self.guidance_range[1]
+
+    def caches(self, step: Step) -> bool:
+        """Whether the step may extrapolate its attention: nothing after the last stochastic step needs a gradient or a ratio."""
+        return self.cache is not None and step.index > max((other.index for other in self.steps if other.stochastic), default=-1)
+
+    def extrapolates(self, step: Step) -> bool:
+        """Whether it does: as many steps as the extrapolation has terms are computed first, then every `interval`-th."""
+        if self.cache is None or not self.caches(step):
+            return False
+        first = next(other.index for other in self.steps if self.caches(other))
+        place, computed = step.index - first, self.cache.order + 1
+        return place >= computed and (place - computed - 1) % self.cache.interval != 0
 
     def width(self, step: Step) -> int:
         """Leaves below each child of the step."""
@@ -173,6 +191,8 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
         step_fraction=recipe.update.step_fraction,
         prune=prune,
         seed=recipe.run.seed,
+        guidance_range=rollout.guidance_range,
+        cache=rollout.cache,
     )
 
 

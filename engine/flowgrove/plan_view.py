@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from flowgrove.plan import RolloutPlan
+from flowgrove.plan import RolloutPlan, Step
 from flowgrove.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
     """Steps, forest, counts and the cost against the unshared loop. `schedule`: where the σ table comes from."""
     window = f"window {plan.window[0]}…{plan.window[-1]}" if plan.window else "no window"
     table = Table(title=f"iteration {plan.iteration}: {window}, per prompt", title_justify="left", box=None, pad_edge=False, header_style="dim")
-    for name in ("step", "σ", "σ′", "solver", "nodes", "fanout", "trained"):
-        table.add_column(name, justify="left" if name in ("solver", "trained") else "right")
+    cheaper = [_cheaper(plan, step, recipe) for step in plan.steps]
+    for name in ("step", "σ", "σ′", "solver", "nodes", "fanout", "trained", *(["cheaper"] if any(cheaper) else [])):
+        table.add_column(name, justify="left" if name in ("solver", "trained", "cheaper") else "right")
     for step in plan.steps:
         fanout = f"×{step.fanout}" if step.fanout > 1 else ""
         kind = f"[bold]{step.solver}[/]" if step.stochastic else step.solver
         trained = "yes" if step.trained else "pruned" if step.stochastic else ""
-        table.add_row(str(step.index), f"{step.sigma:.4f}", f"{step.sigma_next:.4f}", kind, str(step.nodes_in), fanout, trained)
+        cells = (str(step.index), f"{step.sigma:.4f}", f"{step.sigma_next:.4f}", kind, str(step.nodes_in), fanout, trained)
+        table.add_row(*cells, *([cheaper[step.index]] if any(cheaper) else []))
     console.print(table)
     console.print(f"[dim]σ: {schedule}[/]")
     console.print()
@@ -51,6 +53,12 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
     # a training pass costs about three forwards: forward, and a backward twice as dear
     shared, loop = (f + 3 * p for f, p in ((counts.rollout_forwards, counts.train_passes), (counts.unshared_rollout_forwards, counts.unshared_train_passes)))
     console.print(f"cost against the unshared loop: {shared / loop:.0%} (one train pass counted as three forwards)")
+
+
+def _cheaper(plan: RolloutPlan, step: Step, recipe: Recipe) -> str:
+    """What a step leaves out of its forward."""
+    unguided = "unguided" if recipe.model.guidance_scale != 1 and not plan.guided(step) else ""
+    return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "") if part)
 
 
 def draw_memory(memory: "Memory", device_type: str, console: Console) -> None:

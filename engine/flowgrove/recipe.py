@@ -87,6 +87,13 @@ class Tail(Section):
     compress: Share = 0.4
 
 
+class Cache(Section):
+    """diffusers' TaylorSeer cache (Liu et al. 2503.06923)."""
+
+    interval: Annotated[int, Field(ge=2)] = 3  # steps from one computation of the attention layers to the next
+    order: Annotated[int, Field(ge=0, le=3)] = 1  # of the extrapolation between them
+
+
 class Rollout(Section):
     steps: Annotated[int, Field(ge=2)] = 25
     shift: Positive | None = 3.0
@@ -97,6 +104,8 @@ class Rollout(Section):
     window: Window = Window()
     tree: Tree | None = None
     tail: Tail | None = None
+    guidance_range: tuple[Annotated[int, Field(ge=0)], Count] | None = None  # [lo, hi): other steps without noise run unguided
+    cache: Cache | None = None  # attention of the steps after the last stochastic one
 
     @model_validator(mode="after")
     def _cps_noise(self) -> "Rollout":

@@ -1,7 +1,7 @@
 """The rollout: level by level, each in as few passes as the token budget allows, every distinct state through the model once."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,16 @@ def rollout(
     x = level.initial_states(plan.roots if share else plan.leaves)
     logp: Tensor | None = None
     estimate: Tensor | None = None
-    for step in plan.steps:
-        forest.keep(step.index, x, logp)
-        untouched = tuned_steps is not None and step.index >= tuned_steps
-        with span(f"step {step.index}"), policy.untouched() if untouched else nullcontext():
-            done = fitting(lambda: level.advance(step, x, estimate, step.fanout if share else 1), level.shrink)  # noqa: B023 (called before the next step)
-        x, logp, estimate = done.x_next, done.logp, done.estimate
-        forest.kept += done.kept
+    with ExitStack() as cheaper:
+        for step in plan.steps:
+            forest.keep(step.index, x, logp)
+            if plan.cache is not None and plan.caches(step) and not policy.caches:
+                cheaper.enter_context(policy.caching(plan.cache))
+            untouched = tuned_steps is not None and step.index >= tuned_steps
+            with span(f"step {step.index}"), policy.untouched() if untouched else nullcontext():
+                done = fitting(lambda: level.advance(step, x, estimate, step.fanout if share else 1), level.shrink)  # noqa: B023 (called before the next)
+            x, logp, estimate = done.x_next, done.logp, done.estimate
+            forest.kept += done.kept
     forest.keep(len(plan.steps), x, logp)
     forest.leaves = x
     return forest
@@ -87,7 +90,8 @@ class _Level:
         host_prompt = np.arange(len(x)) // lanes
         parts: list[tuple[slice | Tensor, Denoised]] = []
         kept = []
-        for rows, keeps in self._passes(step, host_prompt, lanes):
+        prompts = self.prompts if self.plan.guided(step) else self.prompts.unguided()
+        for number, (rows, keeps) in enumerate(self._passes(step, prompts.tokens[host_prompt])):
             index = as_index(rows, x.device)
             key = None
             if step.stochastic:
@@ -96,7 +100,8 @@ class _Level:
             sigma = torch.full((len(rows),), step.sigma, dtype=torch.float32, device=x.device)
             coef = self.rows[torch.full((len(rows),), step.index, device=x.device)]
             states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
-            done = denoise(self.policy, self.prompts, states, kind, int(self.prompts.lengths[host_prompt[rows]].max()), keeps)
+            with self.policy.cache_name(f"{number} of {len(rows)} rows"):
+                done = denoise(self.policy, prompts, states, kind, int(prompts.lengths[host_prompt[rows]].max()), keeps)
             parts.append((index, done))
             if keeps and self.keeper is not None:
                 kept.append(KeptPass(step.index, host_prompt[rows], rows % lanes, done.velocity))
@@ -112,9 +117,9 @@ class _Level:
         """What to do where the memory is too small; False if nothing is left to do."""
         return (self.keeper is not None and self.keeper.give_up()) or self.policy.budget.halve()
 
-    def _passes(self, step: Step, host_prompt: Ints, lanes: int) -> Iterator[tuple[Ints, bool]]:
+    def _passes(self, step: Step, tokens: Ints) -> Iterator[tuple[Ints, bool]]:
         """The rows of every pass, and whether it keeps its graph."""
-        tokens, rest = self.prompts.tokens[host_prompt], np.arange(len(host_prompt))
+        rest = np.arange(len(tokens))
         if self.keeper is not None:
             numbers = range(self.first_prompt, self.first_prompt + len(self.prompts))
             trained = np.flatnonzero(first_update_states(self.plan, step, numbers).ravel())

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import TaylorSeerCacheConfig
 from torch import Tensor, nn
 
 from flowgrove.budget import PassBudget, fitting
@@ -25,7 +26,7 @@ from flowgrove.models.loading import load_model
 from flowgrove.models.masters import Masters
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.packing import Ints
-from flowgrove.recipe import Recipe
+from flowgrove.recipe import Cache, Recipe
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
@@ -50,6 +51,10 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def unguided(self) -> "Prompts":
+        """The same for passes without guidance."""
+        return self if self.uncond is None else Prompts(self.texts, self.cond, None, self.lengths, self.tokens // 2)
 
     def __getitem__(self, some: slice) -> "Prompts":
         return Prompts(self.texts[some], self.cond[some], self.uncond, self.lengths[some], self.tokens[some])
@@ -80,6 +85,8 @@ class Policy:
         self.transformer = self.adapter.transformer
         use_attention(self.adapter, recipe.engine.attention, model, device)
         self._reference: Any = None
+        self.caches = False
+        self._check_cheaper_forwards(recipe)
         self._tuned = True  # False while the untouched model runs
         self._masters: Masters | None = None
         self._prepare_weights(recipe)
@@ -106,6 +113,13 @@ class Policy:
             parameter.data = parameter.data.to(master)
         if recipe.model.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+
+    def _check_cheaper_forwards(self, recipe: Recipe) -> None:
+        if recipe.rollout.guidance_range is not None and not self.doubles:
+            why = "the model takes guidance as an input" if self.adapter.embeds_guidance else "model.guidance_scale is 1"
+            raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
+        if recipe.rollout.cache is not None and not hasattr(self.transformer, "enable_cache"):
+            raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name → master weight, in the transformer's order. Whoever changes one calls `refresh`."""
@@ -174,6 +188,26 @@ class Policy:
             self.adapter.transformer = self.transformer
             if adapters_off:
                 self.transformer.enable_adapters()
+
+    @contextmanager
+    def caching(self, cache: Cache) -> Iterator[None]:
+        """Inside the block the attention layers of some steps are extrapolated from the steps before, each pass under its `cache_name`."""
+        config = TaylorSeerCacheConfig(
+            cache_interval=cache.interval, disable_cache_before_step=cache.order + 1, max_order=cache.order,
+            taylor_factors_dtype=self.compute_dtype, cache_identifiers=[r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"],
+        )  # fmt: skip
+        self.transformer.enable_cache(config)
+        self.caches = True
+        try:
+            yield
+        finally:
+            self.caches = False
+            self.transformer.disable_cache()
+
+    def cache_name(self, name: str) -> AbstractContextManager[object]:
+        """The passes of one name are successive steps of the same rows."""
+        context: AbstractContextManager[object] = self.transformer.cache_context(name) if self.caches else nullcontext()
+        return context
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""
