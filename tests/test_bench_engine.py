@@ -6,7 +6,13 @@ import json
 import pytest
 
 from engine_cases import refuse, succeed
-from flowgrove.bench.engine import COLUMNS, LEVERS, RECIPES
+from flowgrove.bench.engine import COLUMNS, LEVERS, RECIPES, bench_prompts, bench_recipe
+from flowgrove.bench.models import write_flux
+from flowgrove.iteration import Stages
+from flowgrove.models.policy import Policy
+from flowgrove.rewards.registry import Rewards
+from flowgrove.update import Updater
+from policy_cases import CPU
 
 # rollout forwards and train passes per prompt: every trajectory and edge for itself, and shared (MATH §5, T = 20, 16 leaves, one update)
 COUNTS = {
@@ -61,6 +67,21 @@ def test_passes_of_every_recipe(name):
     assert [(row["rollout_forwards"], row["train_passes"]) for row in json.loads(told.stdout)] == [alone] * 3 + [shared] * 2
 
 
-@pytest.mark.parametrize(("arguments", "text"), [(("--recipes", "nothing"), "--recipes names nothing"), (("--model", "huge"), "--model is huge")])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(("--recipes", "nothing"), "--recipes names nothing"), (("--model", "huge"), "--model is huge"), (("--model", "flux"), "wants a GPU")],
+)
 def test_unknown_names_are_refused(arguments, text):
     assert text in refuse("bench", "engine", "--device", "cpu", *arguments)
+
+
+def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
+    """Its architecture at a size for a CPU."""
+    changes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 64}
+    write_flux(tmp_path / "pipeline", changes, CPU)
+    model = {"adapter": "flux", "path": str(tmp_path / "pipeline"), "dtype": "bf16", "height": 32, "width": 32, "lora": {"rank": 2, "alpha": 4}}
+    recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES["branch_mix_flash"]}, {"device": "cpu"})
+    policy = Policy(recipe, CPU)
+    line = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)
+    assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][1]
+    assert line["grad_norm"] > 0

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from flowgrove.credit import assign_credit
+from flowgrove.kept_graphs import GraphKeeper
+from flowgrove.models.policy import Policy
 from flowgrove.rollout import rollout
 from flowgrove.update import Updater, learning_rate
 from flowgrove.update_passes import Rolled, step_weights
 from flowgrove_kernels import NoiseKey, philox_normal, use_backend
 from host_reads import count_host_reads
-from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
 
 TREE = {"steps": 6, "tree": {"splits": [0, 2], "fanout": 2}, "window": {"strategy": "frozen", "size": 3}}
 CASES = {
@@ -140,9 +142,6 @@ def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
 
 def policy_with_reference(recipe, guidance):
     """The reference is a copy of the model as it was; the trained one has moved since."""
-    from flowgrove.models.policy import Policy
-    from policy_cases import CPU
-
     moved = Policy(recipe.model_copy(update={"model": recipe.model.model_copy(update={"guidance_scale": guidance})}), CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -161,6 +160,35 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(tokens):
         flat = torch.cat([g.flatten() for update in recorder.gradients for g in update])
         reference = flat if reference is None else reference
         assert float((flat - reference).norm()) <= 1e-10 * float(reference.norm())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("case", ["flat", "tree"])
+def test_losses_and_gradients_do_not_depend_on_how_rows_are_packed(case, seed, monkeypatch):
+    """Any division of any rows into passes, in any order: in the rollout, in training, and with some of the rollout's graphs kept."""
+    recipe, found = small_recipe(**CASES[case]), []
+    policy = Policy(recipe, CPU)
+    random = np.random.default_rng(seed)
+
+    def at_random(tokens):
+        order = random.permutation(len(tokens))
+        cuts = random.choice(np.arange(1, max(len(order), 2)), size=min(max(len(order) - 1, 0), 3), replace=False)
+        return [part for part in np.split(order, np.sort(cuts)) if len(part)]
+
+    for packing in (policy.budget.passes, at_random):
+        monkeypatch.setattr(policy.budget, "passes", packing)
+        prompts = encoded(policy)
+        plan, rows = plan_and_rows(recipe)
+        keeper = GraphKeeper(int(random.integers(0, 12))) if packing is at_random else None
+        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, keeper=keeper)
+        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        recorder = Recorder(recipe, policy)
+        stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
+        found.append((forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), float(torch.stack(stats.loss).sum())))
+    (leaves, gradient, loss), (others, other, other_loss) = found
+    assert torch.allclose(leaves, others, rtol=0, atol=1e-11)
+    assert float((gradient - other).norm()) <= 1e-10 * float(gradient.norm())
+    assert loss == pytest.approx(other_loss, rel=1e-10)
 
 
 @pytest.mark.parametrize("case", ["flat", "one_update", "unshared_noise", "parents", "tree", "step_fraction"])

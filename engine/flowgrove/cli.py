@@ -205,7 +205,7 @@ def ops(
 def engine(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny, or sd3_mid with random weights")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux")] = "tiny",
     recipes: Annotated[str, typer.Option(help="algorithms, with commas between")] = "dance,mix,mix_flash,branch,branch_mix,branch_mix_flash",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
@@ -229,7 +229,7 @@ def engine(
 def scaling(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny, or sd3_mid with random weights")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux")] = "tiny",
     leaves: Annotated[str, typer.Option(help="pictures per prompt, with commas between; for 2 prompts")] = "1,2,4,8,16,32,64,128,256",
     prompts: Annotated[str, typer.Option(help="prompts of an iteration, with commas between; of 16 pictures each")] = "1,2,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each")] = 5,

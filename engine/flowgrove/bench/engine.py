@@ -7,6 +7,7 @@ stands what the counted passes should take at the measured time per row, so that
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from flowgrove.allocator import keep_freed_memory
 from flowgrove.bench import machine
 from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns
+from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
@@ -27,8 +29,8 @@ from flowgrove.spans import span_totals
 from flowgrove.update import Updater
 
 COLUMNS = (
-    "model", "recipe", "lever", "rollout_forwards", "train_passes", "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s",
-    "transformer_s", "percent_outside", "predicted_s", "samples_per_second", "peak_memory_bytes", "speedup", "predicted_speedup", "rounds",
+    "model", "recipe", "prompts", "lever", "rollout_forwards", "train_passes", "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s",
+    "transformer_s", "decode_s", "percent_outside", "predicted_s", "samples_per_second", "peak_memory_bytes", "speedup", "predicted_speedup", "rounds",
     "device", "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 
@@ -60,6 +62,7 @@ LEVERS = (
     Lever("+ shared states", {"reuse_rollout_graph": False}),
     Lever("+ reused graphs", {}),
 )
+GRAPHS = Lever("+ CUDA graphs", {"cuda_graphs": True})
 COMPILED = Lever("+ compiled blocks", {"compile": True})
 
 Row = dict[str, Any]
@@ -79,7 +82,8 @@ class Settings:
 
     @property
     def levers(self) -> tuple[Lever, ...]:
-        return (*LEVERS, COMPILED) if self.compiled else LEVERS
+        """On a GPU with CUDA graphs; the compiled blocks without them."""
+        return (*LEVERS, *([GRAPHS] if self.device.type == "cuda" else []), *([COMPILED] if self.compiled else []))
 
 
 def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
@@ -90,11 +94,13 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
     keep_freed_memory()
     rows: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
-        eager = _Model(Policy(_recipe(model, settings, settings.recipes[0], LEVERS[-1]), settings.device))
-        say(f"{settings.model}: a row takes {_ms(eager.alone)} alone and {_ms(eager.full)} in a full pass (forward; forward and backward)")
-        compiled = _Model(Policy(_recipe(model, settings, settings.recipes[0], COMPILED), settings.device)) if settings.compiled else eager
+        policy = Policy(_recipe(model, settings, settings.recipes[0], COMPILED if settings.compiled else LEVERS[-1]), settings.device)
+        per_row = {False: _RowSeconds.of(policy, compiled=False)}
+        say(f"{settings.model}: a row takes {per_row[False].alone} alone and {per_row[False].full} in a full pass (forward; forward and backward)")
+        if settings.compiled:
+            per_row[True] = _RowSeconds.of(policy, compiled=True)
         for name in settings.recipes:
-            rows += _measure(model, {False: eager, True: compiled}, settings, name, say)
+            rows += _measure(model, policy, per_row, settings, name, say)
     stem = machine.file_stem(f"engine_{settings.model}", settings.device)
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
@@ -126,44 +132,63 @@ def bench_prompts(count: int) -> list[str]:
     return [f"a picture number {number}" for number in range(count)]
 
 
-class _Model:
-    """A policy, and the seconds that a row takes in it, (forward, forward and backward), in a pass of one and in a full one."""
+class _Seconds(NamedTuple):
+    """Of a row: forward; forward and backward."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.alone, self.full = (_seconds_per_row(policy, full) for full in (False, True))
+    forward: float
+    train: float
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.forward:.2f} and {1e3 * self.train:.2f} ms"
 
 
-def _measure(model: dict[str, Any], loaded: dict[bool, _Model], settings: Settings, name: str, say: Say) -> list[Row]:
+class _RowSeconds(NamedTuple):
+    """What a row takes in a pass of one and in a full one."""
+
+    alone: _Seconds
+    full: _Seconds
+
+    @classmethod
+    def of(cls, policy: Policy, compiled: bool) -> "_RowSeconds":
+        with _stance(compiled):
+            return cls(*(_seconds_per_row(policy, rows) for rows in (1, policy.budget.rows)))
+
+
+def _stance(compiled: bool) -> AbstractContextManager[None]:
+    """One policy serves all levers: where it has compiled blocks, those run uncompiled in here unless they are wanted."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("default" if compiled else "force_eager")
+    return stance
+
+
+def _measure(model: dict[str, Any], policy: Policy, per_row: dict[bool, _RowSeconds], settings: Settings, name: str, say: Say) -> list[Row]:
     """The levers of one recipe, in turn, `rounds` times after one round to warm up the batched ones."""
-    levers = settings.levers
+    levers, rewards = settings.levers, Rewards(_recipe(model, settings, name, LEVERS[0]), settings.device)
     recipes = [_recipe(model, settings, name, lever) for lever in levers]
-    models = [loaded[recipe.engine.compile] for recipe in recipes]
-    rewards = Rewards(recipes[0], settings.device)
-    stages = [Stages(recipe, m.policy, Updater(recipe, m.policy), rewards) for recipe, m in zip(recipes, models, strict=True)]
-    texts = bench_prompts(settings.prompts)
+    stages = [Stages(recipe, policy, Updater(recipe, policy), rewards) for recipe in recipes]
+    graphs = CudaGraphs(settings.device)
     found: list[list[Row]] = [[] for _ in levers]
     for number in range(settings.rounds + 1):
         for place, (recipe, lever) in enumerate(zip(recipes, levers, strict=True)):
-            alone, policy = recipe.engine.token_budget == 1, models[place].policy
+            alone, compiled = recipe.engine.token_budget == 1, recipe.engine.compile
             if number == 0 and alone:
                 continue
             policy.budget.tokens = tokens_per_pass(recipe, settings.device.type)
+            policy.graphs = graphs if recipe.engine.cuda_graphs else None
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
-            with pick_backend(recipe), span_totals(settings.device) as totals:
-                line = stages[place].run(texts, 0)
+            with pick_backend(recipe), _stance(compiled), span_totals(settings.device) as totals:
+                line = stages[place].run(bench_prompts(settings.prompts), 0)
             if number:
-                found[place].append(_row(line, lever.name, totals.seconds, models[place].alone if alone else models[place].full))
+                found[place].append(_row(line, lever.name, totals.seconds, per_row[compiled].alone if alone else per_row[compiled].full))
         say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")
     rows = [_median(rounds) for rounds in found]
-    where = {"model": settings.model, "recipe": name, "rounds": settings.rounds, **machine.describe(settings.device)}
+    where = {"model": settings.model, "recipe": name, "prompts": settings.prompts, "rounds": settings.rounds, **machine.describe(settings.device)}
     for row in rows:
         row |= {"speedup": rows[0]["seconds"] / row["seconds"], "predicted_speedup": rows[0]["predicted_s"] / row["predicted_s"], **where}
     return rows
 
 
-def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: tuple[float, float]) -> Row:
+def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: _Seconds) -> Row:
     seconds = sum(line["seconds"].values())
     transformer = totals.get("transformer", 0.0) + totals.get("backward", 0.0)
     return {
@@ -173,8 +198,9 @@ def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: tu
         "seconds": seconds,
         **{f"{stage}_s": spent for stage, spent in line["seconds"].items()},
         "transformer_s": transformer,
+        "decode_s": totals.get("decode", 0.0),
         "percent_outside": 100 * (1 - transformer / seconds),
-        "predicted_s": line["rollout_forwards"] * per_row[0] + line["train_passes"] * per_row[1],
+        "predicted_s": line["rollout_forwards"] * per_row.forward + line["train_passes"] * per_row.train,
         "samples_per_second": line["samples_per_second"],
         "peak_memory_bytes": line["peak_memory_bytes"],
     }
@@ -184,9 +210,8 @@ def _median(rounds: list[Row]) -> Row:
     return {key: value if isinstance(value, str) else statistics.median(row[key] for row in rounds) for key, value in rounds[0].items()}
 
 
-def _seconds_per_row(policy: Policy, full: bool, repeats: int = 5) -> tuple[float, float]:
-    """(forward, forward and backward) of one row, in passes of one row or of as many as the token budget allows; medians."""
-    rows = policy.budget.rows if full else 1
+def _seconds_per_row(policy: Policy, rows: int, repeats: int = 5) -> _Seconds:
+    """Medians, in passes of `rows` rows."""
     prompts = policy.encode(["a picture"])
     x = torch.randn(rows, *policy.adapter.latent_shape, device=policy.device)
     sigma, prompt_of = torch.full((rows,), 0.5, device=policy.device), torch.zeros(rows, dtype=torch.int64, device=policy.device)
@@ -199,10 +224,10 @@ def _seconds_per_row(policy: Policy, full: bool, repeats: int = 5) -> tuple[floa
         v = policy.velocity(x, sigma, prompts, prompt_of).v
         v.backward(torch.ones_like(v))
 
-    times = tuple(_median_seconds(run, policy.device, repeats) / rows for run in (forward, train))
+    found = _Seconds(*(_median_seconds(run, policy.device, repeats) / rows for run in (forward, train)))
     for parameter in policy.trainable().values():
         parameter.grad = None
-    return times[0], times[1]
+    return found
 
 
 def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
@@ -214,7 +239,3 @@ def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int)
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _ms(pair: tuple[float, float]) -> str:
-    return f"{1e3 * pair[0]:.2f} and {1e3 * pair[1]:.2f} ms"

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from flowgrove.errors import UserError
-from flowgrove.models.folders import TINY
+from flowgrove.models.folders import ARCHITECTURES, TINY
 
 # The architecture of SD3 at a size that two CPU cores can train: 12 M weights, 64 picture tokens.
 _MID = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64, "caption_projection_dim": 384, "sample_size": 16}
-NAMES = ("tiny", "sd3_mid")
+NAMES = ("tiny", "sd3_mid", "flux")
 
 
 @contextmanager
@@ -25,13 +25,26 @@ def bench_model(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     if name == "tiny":
         yield {**plain, "path": "tiny"}
     elif name == "sd3_mid":
-        with tempfile.TemporaryDirectory() as folder:
-            yield {**plain, "path": str(_write_mid(Path(folder) / "pipeline")), "height": 64, "width": 64}
+        with _written(write_mid) as path:
+            yield {**plain, "path": path, "height": 64, "width": 64}
+    elif name == "flux" and device.type == "cuda":
+        with _written(lambda folder: write_flux(folder, {}, device)) as path:
+            lora = {"rank": 32, "alpha": 64}
+            yield {"adapter": "flux", "path": path, "dtype": "bf16", "height": 720, "width": 720, "guidance_scale": 3.5, "lora": lora}
+    elif name == "flux":
+        raise UserError("--model flux is FLUX.1-dev's transformer of 12 billion weights, which wants a GPU: write --model sd3_mid")
     else:
         raise UserError(f"--model is {name}: write one of {', '.join(NAMES)}")
 
 
-def _write_mid(folder: Path) -> Path:
+@contextmanager
+def _written(write: Callable[[Path], None]) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "pipeline")
+        yield str(Path(folder) / "pipeline")
+
+
+def write_mid(folder: Path) -> None:
     """The embedded pipeline with a larger transformer of seeded random weights."""
     from diffusers import SD3Transformer2DModel
 
@@ -40,4 +53,37 @@ def _write_mid(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         SD3Transformer2DModel.from_config({**config, **_MID}).save_pretrained(folder / "transformer")
-    return folder
+
+
+def write_flux(folder: Path, changes: dict[str, Any], device: torch.device) -> None:
+    """FLUX.1-dev with random weights: its transformer (with `changes` to its configuration) and VAE, and text encoders of one layer, since a run encodes a
+    text once."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    def config(part: str, file: str = "config.json") -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((ARCHITECTURES / "flux1_dev" / part / file).read_text(encoding="utf-8"))
+        return content
+
+    settings = {**config("transformer"), **changes}
+    with torch.device("meta"):
+        empty = FluxTransformer2DModel.from_config(settings)
+    transformer = empty.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    clip, t5 = (AutoTokenizer.from_pretrained(TINY / name) for name in ("tokenizer", "tokenizer_3"))
+    width = settings["pooled_projection_dim"]
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(config("scheduler", "scheduler_config.json")),
+        vae=AutoencoderKL.from_config(config("vae")).to(torch.bfloat16),
+        text_encoder=CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(clip), hidden_size=width, intermediate_size=width, num_attention_heads=width // 64, num_hidden_layers=1,
+            bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+        )),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=settings["joint_attention_dim"], d_ff=64, d_kv=64, num_heads=1, num_layers=1)),
+        tokenizer_2=t5,
+        transformer=transformer.cpu(),
+    ).save_pretrained(folder)  # fmt: skip

@@ -8,7 +8,7 @@ from flowgrove.hub import cached_snapshot
 from flowgrove.recipe import Model
 
 TINY = Path(__file__).parents[1] / "tiny" / "pipeline"
-_ARCHITECTURES = Path(__file__).parent / "architectures"
+ARCHITECTURES = Path(__file__).parent / "architectures"
 _KNOWN = {
     "black-forest-labs/FLUX.1-dev": "flux1_dev",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
@@ -37,4 +37,4 @@ def configuration_folder(model: Model) -> Path:
     except UserError:
         if model.path not in _KNOWN:
             raise
-        return _ARCHITECTURES / _KNOWN[model.path]
+        return ARCHITECTURES / _KNOWN[model.path]
