@@ -100,12 +100,16 @@ def test_cached_steps_follow_the_last_stochastic_one():
 
 
 def test_plan_shows_what_is_cheaper(tmp_path):
-    path = tiny_recipe(tmp_path, model={"guidance_scale": 3.0}, rollout={"steps": 8, "guidance_range": [3, 6], "cache": {"interval": 2}})
-    lines = succeed("plan", path).stdout.splitlines()
-    steps = {int(line.split()[0]): line for line in lines if line.split() and line.split()[0].isdigit() and "." in line}
-    assert [index for index, line in steps.items() if "unguided" in line] == [2, 6, 7]
-    assert [index for index, line in steps.items() if "cached" in line] == [4, 6]
+    for keys, word, expected in (({"guidance_range": [3, 6]}, "unguided", [2, 6, 7]), ({"cache": {"interval": 2}}, "cached", [4, 6])):
+        lines = succeed("plan", tiny_recipe(tmp_path / word, model={"guidance_scale": 3.0}, rollout={"steps": 8, **keys})).stdout.splitlines()
+        steps = {int(line.split()[0]): line for line in lines if line.split() and line.split()[0].isdigit() and "." in line}
+        assert [index for index, line in steps.items() if word in line] == expected
     assert "cheaper" not in succeed("plan", tiny_recipe(tmp_path / "plain")).stdout
+
+
+def test_both_savings_together_are_refused():
+    with pytest.raises(UserError, match="remove one of them"):
+        small_recipe(rollout={"cache": {}, "guidance_range": [0, 2]})
 
 
 @pytest.mark.parametrize(

@@ -104,15 +104,18 @@ def room(engine=None, policy=None, **sections):
 
 
 def test_the_recipe_decides_whether_graphs_are_kept():
-    assert room({"reuse_rollout_graph": False}).keeper() is None
-    assert room({"share": False}).keeper() is None
-    assert room({"exact_replay": True}).keeper() is None
-    assert room({"reuse_rollout_graph": True}) == (sys.maxsize, 1)
+    policy, guided = policy_of(), policy_of(guidance=2.5)
+    for off in ({"reuse_rollout_graph": False}, {"share": False}, {"exact_replay": True}):
+        assert room(off).keeper(policy) is None
+    always = room({"reuse_rollout_graph": True}).keeper(policy)
+    assert (always.rows, always.least) == (sys.maxsize, 1)
     automatic = room()
-    assert automatic.rows > 1000
-    assert automatic.least == policy_of().budget.rows // 4
-    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).keeper() is None, "most graphs would be made for nothing"
-    assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).rows == automatic.rows
+    assert automatic.states > 1000
+    assert automatic.keeper(policy).least == policy.budget.rows // 4
+    assert automatic.keeper(guided).least == policy.budget.rows // 2 // 4
+    assert room(policy=guided).states == pytest.approx(automatic.states / 2, rel=0.05), "guidance runs two rows for a state"
+    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).keeper(policy) is None, "most graphs would be made for nothing"
+    assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).states == automatic.states
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -123,10 +126,11 @@ def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
     found, graph = kept_graphs._room_of_gpu(recipe, policy)
     assert graph == memory.graph
     assert found // graph == rows
-    monkeypatch.setattr(kept_graphs, "allocated_memory", lambda device: memory.loaded + 3 * graph)  # three rows' worth of reward models
+    monkeypatch.setattr(policy, "bytes_when_loaded", memory.loaded + 3 * graph)  # three states' worth of reward models
     assert kept_graphs._room_of_gpu(recipe, policy)[0] // graph == rows - 3
 
 
-def test_predicted_bytes_of_a_graph_are_what_the_model_holds():
-    recipe, policy = small_recipe(), policy_of()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_predicted_bytes_of_a_graph_are_what_the_model_holds(guidance):
+    recipe, policy = small_recipe(model={"guidance_scale": guidance}), policy_of(guidance=guidance)
     assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(kept_graphs._room_of_cpu(policy)[1], rel=0.1)

@@ -91,6 +91,26 @@ def test_copies_follow_updates_averages_and_checkpoints(tmp_path):
     assert in_step()
 
 
+def test_a_gradient_that_finds_no_room_does_not_count_twice(monkeypatch):
+    """The hook fails once, as where memory runs out; what autograd left on the copy must not join the next attempt's gradient."""
+    linear = torch.nn.Linear(3, 2, bias=False)
+    masters = Masters(linear, torch.bfloat16)
+    x, inner, calls = torch.ones(1, 3, dtype=torch.bfloat16), torch.Tensor.to, []
+
+    def to(tensor, *args, **kwargs):
+        if args and args[0] == torch.float32 and not calls:
+            calls.append(1)
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        linear(x).sum().backward()
+    linear(x).sum().backward()
+    assert calls
+    assert torch.equal(masters.of["weight"].grad, torch.ones(2, 3))
+
+
 def test_small_updates_are_not_lost_to_rounding():
     """A weight of 1 that moves by 1e-4 a step stays 1 in bf16 for good, but not in its master."""
     linear = torch.nn.Linear(1, 1, bias=False)

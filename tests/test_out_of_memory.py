@@ -102,6 +102,50 @@ def test_a_single_row_without_room_is_an_error(guidance, monkeypatch):
         iteration(small_recipe(), policy)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("failing", [2, 3, 5])
+def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, monkeypatch):
+    """Neither gradients, of masters or copies, nor statistics: the repeated update is the one that never failed, cut as the repetition was."""
+    recipe = small_recipe(engine={"device": "cpu", "token_budget": 140})  # 4 rows a pass: several passes per update
+    found = []
+    for fails in (True, False):
+        policy = Policy(recipe_of(recipe, dtype), CPU)
+        backwards, inner = [], policy.adapter.velocity
+
+        def velocity(x, *rest, inner=inner, backwards=backwards, fails=fails):
+            v = inner(x, *rest)
+            if v.requires_grad:
+
+                def count(gradient):
+                    backwards.append(len(gradient))
+                    if fails and len(backwards) == failing:
+                        raise torch.OutOfMemoryError("out of memory")
+
+                v.register_hook(count)
+            return v
+
+        monkeypatch.setattr(policy.adapter, "velocity", velocity)
+        torch.manual_seed(0)
+        prompts = encoded(policy)
+        plan, rows = plan_and_rows(recipe)
+        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
+        if not fails:
+            policy.budget.tokens = 70  # what the failed update was halved to
+        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        recorder = Recorder(recipe, policy)
+        stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
+        found.append((torch.cat([g.flatten() for g in recorder.gradients[0]]), stats))
+        assert len(backwards) > failing
+    (gradient, stats), (expected, clean) = found
+    assert float((gradient - expected).norm()) <= (2e-2 if dtype == "bf16" else 1e-5) * float(expected.norm())
+    assert stats.train_passes == clean.train_passes
+    assert len(torch.cat(stats.ratio)) == len(torch.cat(clean.ratio))
+
+
+def recipe_of(recipe, dtype):
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
+
 def test_decoding_takes_fewer_samples_at_a_time(monkeypatch):
     policy = fresh_policy()
     latents = torch.randn(6, *policy.adapter.latent_shape, dtype=torch.float64)

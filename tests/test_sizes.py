@@ -52,7 +52,7 @@ def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
         for sized, texts, first in zip(recipe.at_sizes(), (TEXTS[:2], TEXTS[2:]), (0, 2), strict=True):
             view = policy.sized(sized)
             prompts = view.encode(texts)
-            forest = rollout(plan, rows, view, prompts, seed=1, iteration=0, first_prompt=first, keeper=room.keeper())
+            forest = rollout(plan, rows, view, prompts, seed=1, iteration=0, first_prompt=first, keeper=room.keeper(policy))
             assert bool(forest.kept) == keeps
             found.append(Rolled(view, forest, prompts, part_of(credit, slice(first, first + len(texts))), rows, first))
         return found

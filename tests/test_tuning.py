@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from engine_cases import refuse, succeed, tiny_recipe
-from flowgrove import tuned_recipe, tuning
+from flowgrove import token_budget, tune
 from flowgrove.checkpoint import load_checkpoint, save_checkpoint
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
+from flowgrove.pass_times import Passes, Timed, Work
 from flowgrove.recipe import load_recipe
 from flowgrove.resume import fingerprint, stored_budget
+from flowgrove.token_budget import cache_budget, cache_key, cached_budget, fastest_rows, measured_budget, settle_token_budget
 from flowgrove.trainer import Trainer
-from flowgrove.tuned_recipe import Candidate, choose
-from flowgrove.tuning import Passes, Timed, Work, cache_budget, cache_key, cached_budget, fastest_rows, measured_budget, settle_token_budget
+from flowgrove.tune import Candidate, choose
 from flowgrove.update import Updater
 from policy_cases import CPU, plan_and_rows, policy_of, small_recipe
 
@@ -97,9 +98,9 @@ def test_a_budget_holds_the_rows_that_fit_and_leaves_nothing_behind(guidance, mo
 
     monkeypatch.setattr(policy.adapter, "velocity", velocity)
     if guidance == 1:  # predicting takes seconds: once is enough
-        monkeypatch.setattr(tuning, "room_beside", lambda recipe, policy: torch.empty(0))
-    monkeypatch.setattr(tuning, "NEAR", -10.0)  # every doubling gains enough ...
-    monkeypatch.setattr(tuning, "first_near_best", max)  # ... and the largest is taken: no clock decides
+        monkeypatch.setattr(token_budget, "room_beside", lambda recipe, policy: torch.empty(0))
+    monkeypatch.setattr(token_budget, "NEAR", -10.0)  # every doubling gains enough ...
+    monkeypatch.setattr(token_budget, "first_near_best", max)  # ... and the largest is taken: no clock decides
     tokens = measured_budget(small_recipe(), policy)
     assert tokens == 4 * int(policy.encode(["a red circle"]).tokens[0]) == 4 * policy.budget.row * of_a_row
     assert all(parameter.grad is None for parameter in (*policy.trainable().values(), *policy.transformer.parameters()))
@@ -125,7 +126,7 @@ def test_passes_are_what_training_runs(monkeypatch):
 def gpu(monkeypatch):
     """A stand-in for a policy on a GPU, which is measured at 777 tokens; and how often it was."""
     asked = []
-    monkeypatch.setattr(tuning, "measured_budget", lambda recipe, policy: asked.append(recipe) or 777)
+    monkeypatch.setattr(token_budget, "measured_budget", lambda recipe, policy: asked.append(recipe) or 777)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device.type + " 1")
     return SimpleNamespace(device=torch.device("cuda"), budget=SimpleNamespace(tokens=5), asked=asked)
 
@@ -307,10 +308,10 @@ def test_an_existing_file_stays_as_it_is(tmp_path):
 
 def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
     recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, engine={"device": "cpu", "token_budget": 70})
-    monkeypatch.setattr(tuned_recipe, "attention_names", lambda: ["exact", "quantised", "broken", "sdpa", "far_hub", "gone"])
-    monkeypatch.setattr(tuned_recipe, "missing", lambda name, device: "not installed" if name == "gone" else None)
+    monkeypatch.setattr(tune, "attention_names", lambda: ["exact", "quantised", "broken", "sdpa", "far_hub", "gone"])
+    monkeypatch.setattr(tune, "missing", lambda name, device: "not installed" if name == "gone" else None)
     used = ["sdpa"]
-    monkeypatch.setattr(tuned_recipe, "use_attention", lambda adapter, name, model, device: used.append(name))
+    monkeypatch.setattr(tune, "use_attention", lambda adapter, name, model, device: used.append(name))
     inner = Policy.velocity
 
     def velocity(self, *arguments):
@@ -320,7 +321,7 @@ def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
         return found._replace(v=found.v * (1.1 if used[-1] == "quantised" else 1.0))
 
     monkeypatch.setattr(Policy, "velocity", velocity)
-    tuner = tuned_recipe._Tuner(recipe, {"token_budget": 70}, WORK, False)
+    tuner = tune._Tuner(recipe, {"token_budget": 70}, WORK, False)
     choice = tuner.attention()
     assert choice.value in ("sdpa", "exact")
     assert choice.lines[2:] == ["quantised: left out, its velocity or gradient is not that of sdpa", "broken: fails: takes no float32"]

@@ -20,6 +20,7 @@ class PassBudget:
     def __init__(self, tokens: int, row: int) -> None:
         self.tokens, self.row = tokens, row
         self._largest = 0  # pass of several rows since it was last halved
+        self.attempts = 0  # how often something was made smaller
 
     @property
     def rows(self) -> int:
@@ -47,9 +48,10 @@ def fitting(work: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError:
-            if not shrink():
-                raise
-        gc.collect()  # the failed attempt's tensors went with its frames
+        except torch.OutOfMemoryError as error:
+            full = error.with_traceback(None)  # its frames hold the failed attempt's tensors
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if not shrink():
+            raise full

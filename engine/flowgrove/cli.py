@@ -254,7 +254,7 @@ def tune(
     compiled: Annotated[bool, typer.Option("--compile", help="also measure engine.compile, which takes minutes")] = False,
 ) -> None:
     """Measure which engine settings run a recipe fastest on this machine, and write a recipe that extends it with them."""
-    from flowgrove.tuned_recipe import tune_recipe
+    from flowgrove.tune import tune_recipe
 
     target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say)
     _say(f"wrote {target}: train with `flowgrove train {target}`")

@@ -1,12 +1,16 @@
 """CUDA graphs: a function of device tensors is recorded once per shape and replayed, so that the host launches one graph instead of thousands of kernels."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowgrove.errors import UserError
+
 Tensors = Sequence[Tensor | None]
+_MOST = 64  # recordings; the one that was longest out of use goes first
 _WARM_UP = 2  # calls before the recording: libraries allocate their workspaces, compilers compile
 
 
@@ -22,11 +26,18 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._recorded)
+
+    def clear(self) -> None:
+        """Gives their memory back."""
+        self._recorded.clear()
+        if self.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
 
     @torch.no_grad()
     def __call__(self, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
@@ -36,8 +47,11 @@ class CudaGraphs:
         """
         whole = (key, *((tuple(tensor.shape), tensor.dtype) if tensor is not None else None for tensor in inputs))
         if whole not in self._recorded:
+            if len(self._recorded) == _MOST:
+                self._recorded.popitem(last=False)
             own = [None if tensor is None else tensor.clone() for tensor in inputs]
             self._recorded[whole] = self._record(function, own)
+        self._recorded.move_to_end(whole)
         recorded = self._recorded[whole]
         for place, tensor in zip(recorded.inputs, inputs, strict=True):
             if place is not None and tensor is not None:
@@ -46,13 +60,19 @@ class CudaGraphs:
         return [None if tensor is None else tensor.clone() for tensor in recorded.outputs]
 
     def _record(self, function: Callable[..., Tensors], inputs: Tensors) -> _Recorded:
-        side = torch.cuda.Stream(self.device)
+        side = torch.cuda.Stream(self.device) if self._side is None else self._side
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 function(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = function(*inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):  # the rewards' thread may allocate meanwhile
+                outputs = function(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"engine.cuda_graphs: the model's forward cannot be recorded ({reason}): write engine.cuda_graphs: false") from None
         return _Recorded(inputs, outputs, graph.replay)

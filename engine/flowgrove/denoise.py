@@ -1,6 +1,7 @@
 """One pass of a denoising step: the velocity of some states of one timestep, and the step that it drives. All it takes are tensors on the device."""
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from flowgrove.cuda_graphs import CudaGraphs, Tensors
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.policy import Policy, Prompts, Velocity
-from flowgrove.spans import span
+from flowgrove.spans import span, untimed
 from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_step
 
 
@@ -64,13 +65,14 @@ def _replay(policy: Policy, graphs: CudaGraphs, prompts: Prompts, states: States
         alone = Prompts([], mine, other, prompts.lengths, prompts.tokens)
         row = torch.arange(rows, device=x.device)
         noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
-        done = _denoise(policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False)
+        with untimed():
+            done = _denoise(policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False)
         return done.x_next, done.logp, done.estimate
 
     inputs = [states.x, states.sigma, key, states.history, *states.coef.tensors(), *cond.tensors.values(), *(uncond.tensors.values() if uncond else ())]
-    x_next, logp, estimate = graphs((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs)
-    if x_next is None or logp is None:
-        raise ValueError("a recording lost its outputs")
+    x_next, logp, estimate = cast(
+        tuple[Tensor, Tensor, Tensor | None], graphs((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs)
+    )
     return Denoised(x_next, logp, estimate, None)
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flowgrove import metrics
@@ -50,16 +52,23 @@ class Stages:
     """The stages of an iteration, wired together."""
 
     def __init__(self, recipe: Recipe, policy: Policy, updater: Updater, rewards: Rewards) -> None:
-        self.recipe, self.updater, self.rewards, self.device = recipe, updater, rewards, policy.device
+        self.recipe, self.policy, self.updater, self.rewards, self.device = recipe, policy, updater, rewards, policy.device
+        # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those that graphs are recorded in
+        self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.sizes = [(policy.sized(sized), recipe_sigmas(sized)) for sized in recipe.at_sizes()]
-        self.room = GraphRoom.of(recipe, policy)
+
+    @cached_property
+    def room(self) -> GraphRoom:
+        """For graphs of the rollout."""
+        largest = max((policy for policy, _ in self.sizes), key=lambda policy: policy.adapter.geometry.tokens)
+        return GraphRoom.of(self.recipe, largest)
 
     def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
         """Trains on `texts` and returns the metrics line."""
         clock = Clock(self.device)
         with clock("plan"):
             buckets = self._buckets(texts, iteration)
-        with Judging(self.rewards, self.device) as judging:
+        with Judging(self.rewards, self.device, self._stream) as judging:
             with clock("rollout"):
                 forests = self._roll_out(buckets, judging, iteration)
             with clock("reward"):
@@ -96,12 +105,13 @@ class Stages:
         return buckets
 
     def _roll_out(self, buckets: list[Bucket], judging: Judging, iteration: int) -> list[Forest]:
-        """One forest per bucket. Where judging runs beside it, some prompts at a time: as many as fill half a pass at the forest's narrowest."""
-        seed, share, forests, keeper = self.recipe.run.seed, self.recipe.engine.share, [], self.room.keeper()
+        """One forest per bucket. Where judging runs beside it, some prompts at a time: as many as fill half a pass at the forest's narrowest. A replay
+        repeats whole levels, so there the rollout runs them whole."""
+        seed, share, forests, keeper = self.recipe.run.seed, self.recipe.engine.share, [], self.room.keeper(self.policy)
         for bucket in buckets:
             policy, plan, leaves = bucket.policy, bucket.plan, bucket.plan.leaves
             narrowest = int(bucket.prompts.tokens.min()) * (plan.roots if share else leaves)
-            together = -(-policy.budget.tokens // (2 * narrowest)) if judging.beside else len(bucket.prompts)
+            together = -(-policy.budget.tokens // (2 * narrowest)) if judging.beside and not self.recipe.engine.exact_replay else len(bucket.prompts)
             parts: list[Forest] = []
             for some in (bucket.prompts[part] for part in bucket.parts(together)):
                 first = bucket.first_prompt + sum(part.prompts for part in parts)

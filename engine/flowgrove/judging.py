@@ -8,6 +8,7 @@ from contextvars import copy_context
 import torch
 from torch import Tensor
 
+from flowgrove.budget import fitting
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span
@@ -17,19 +18,18 @@ _WAITING = 2  # rollouts whose leaves may wait to be judged
 
 
 class Judging:
-    """One iteration's. On a GPU, and where a reward waits for a server, a thread with a stream of its own does the work, at most `_WAITING` rollouts
-    behind; else it is done when the scores are asked for: on a CPU two threads would only take each other's cores.
+    """One iteration's. On a GPU, and where a reward waits for a server, a thread does the work, on a GPU in `stream`, at most `_WAITING` rollouts behind;
+    else it is done when the scores are asked for: on a CPU two threads would only take each other's cores.
 
     A context manager: when the block ends nothing runs any more.
     """
 
-    def __init__(self, rewards: Rewards, device: torch.device) -> None:
-        self.rewards, self.device = rewards, device
+    def __init__(self, rewards: Rewards, device: torch.device, stream: "torch.cuda.Stream | None" = None) -> None:
+        self.rewards, self.device, self._stream = rewards, device, stream
         self.beside = device.type == "cuda" or rewards.remote
         self._pending: list[Callable[[], Tensor]] = []
         self._futures: list[Future[Tensor]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards") if self.beside else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> "Judging":
         return self
@@ -66,11 +66,21 @@ class Judging:
 
 def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
     """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a time."""
-    some = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels)
-    scores = []
-    for start in range(0, len(leaves), some):
+    some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
+
+    def judge(mine: slice) -> Tensor:
         with span("decode"):
-            pictures = policy.decode(leaves[start : start + some])
+            pictures = policy.decode(leaves[mine])
         with span("score"):
-            scores.append(rewards(pictures, prompts[start : start + some]))
+            return rewards(pictures, prompts[mine])
+
+    def fewer() -> bool:
+        nonlocal some
+        several, some = some > 1, max(1, some // 2)
+        return several
+
+    done = 0
+    while done < len(leaves):
+        scores.append(fitting(lambda: judge(slice(done, done + some)), fewer))  # noqa: B023 (called before the next)
+        done += len(scores[-1])
     return torch.cat(scores)

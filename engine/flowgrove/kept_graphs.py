@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowgrove.device import allocated_memory, total_memory
+from flowgrove.device import total_memory
 from flowgrove.forest import KeptPass
 from flowgrove.memory import graph_bytes, predict_memory
 from flowgrove.models.policy import Policy, Velocity
@@ -17,13 +17,14 @@ from flowgrove.sigmas import recipe_sigmas
 
 _GPU_SHARE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
 _CPU_SHARE = 0.25
+_LEAST_SHARE = 0.25  # smaller passes train faster packed with others, though their forward runs again
 
 
 class GraphRoom(NamedTuple):
-    """How many rows' graphs a run may keep, and the fewest that a pass must have; (0, 0): none."""
+    """How many states' graphs a run may keep, and the share of the token budget that a pass must fill for it."""
 
-    rows: int
-    least: int
+    states: int
+    share: float
 
     @classmethod
     def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
@@ -31,23 +32,24 @@ class GraphRoom(NamedTuple):
         where the rewards decide which edges train, since most graphs would then be made for nothing."""
         engine, prune = recipe.engine, recipe.credit.prune
         if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
-            return cls(0, 0)
+            return cls(0, 0.0)
         if engine.reuse_rollout_graph is True:
-            return cls(sys.maxsize, 1)
+            return cls(sys.maxsize, 0.0)
         if prune is not None and prune.kind != "depth":
-            return cls(0, 0)
+            return cls(0, 0.0)
         room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(recipe, policy)
-        return cls(max(0, room // graph), max(1, policy.budget.rows // (8 if policy.doubles else 4)))
+        return cls(max(0, room // graph), _LEAST_SHARE)
 
-    def keeper(self) -> "GraphKeeper | None":
-        """For one iteration."""
-        return GraphKeeper(self.rows, self.least) if self.rows else None
+    def keeper(self, policy: Policy) -> "GraphKeeper | None":
+        """For one iteration of `policy`."""
+        full = policy.budget.rows // (2 if policy.doubles else 1)
+        return GraphKeeper(self.states, max(1, int(self.share * full))) if self.states else None
 
 
 def _room_of_gpu(recipe: Recipe, policy: Policy) -> tuple[int, int]:
     """(bytes for graphs beside all that a run needs, bytes of a row's graph)."""
     memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
-    foreign = max(0, allocated_memory(policy.device) - memory.loaded)  # models of rewards
+    foreign = max(0, policy.bytes_when_loaded - memory.loaded)  # models of rewards
     return int(_GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
 
 
@@ -68,17 +70,19 @@ class GraphKeeper:
     def __init__(self, rows: int, least: int = 1) -> None:
         self.rows, self.least = rows, least
         self.passes: list[KeptPass] = []
+        self._taken = False
 
     def takes(self, count: int) -> bool:
         """Whether a pass of `count` rows is to keep its graph; its room is then taken."""
         if not self.least <= count <= self.rows:
             return False
         self.rows -= count
+        self._taken = True
         return True
 
     def give_up(self) -> bool:
-        """Frees every graph and keeps no more; False if there was none."""
-        held, self.rows = any(kept.velocity is not None for kept in self.passes), 0
+        """Frees every graph and keeps no more; False if there was none, not even begun."""
+        held, self._taken, self.rows = self._taken, False, 0
         for kept in self.passes:
             kept.velocity = None
         return held

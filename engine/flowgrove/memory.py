@@ -37,7 +37,7 @@ _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per tr
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a row of the rollout holds until the first
+    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a state of the rollout holds until the first
     update if its graph is kept; `rows`: rows of a full pass."""
 
     resident: dict[str, int]
@@ -78,15 +78,15 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         weights = sum(tensor.numel() * tensor.element_size() for tensor in (*transformer.parameters(), *transformer.buffers()))
         decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
         adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
-        if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance:
-            rows, states = max(rows, 2), 2 * states
+        doubled = 2 if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance else 1
+        rows, states = max(rows, doubled), doubled * states
         cond = adapter.blank(prompts, compute)
         counted = {
             "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute), like_cuda),
             "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute), like_cuda),
             "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode(device_type), prompts * plan.leaves), *latent, dtype=master))),
         }
-        graph = graph_bytes(lambda rows: _velocity(adapter, rows, latent, master, compute), like_cuda)
+        graph = graph_bytes(lambda states: _velocity(adapter, states * doubled, latent, master, compute), like_cuda)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     copies = recipe.model.lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1)
     elements = torch.Size(latent).numel() * master.itemsize
@@ -106,6 +106,8 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         "prompts": sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values()),
     }
     counted["rollout"] += 4 * prompts * width * elements  # x, v, x' and a history of the widest level
+    if recipe.engine.cuda_graphs:  # recordings hold their memory for good
+        resident["CUDA graphs"] = counted["rollout"]
     if device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
         counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding")
     return Memory(resident, counted, graph, rows)

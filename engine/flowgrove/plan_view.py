@@ -68,6 +68,7 @@ def draw_memory(memory: "Memory", device_type: str, console: Console) -> None:
         for number, (name, size) in enumerate((name, size) for name, size in parts.items() if size):
             console.print(f"  {'' if number else title:<11}{name:<20}{_size(size):>12}")
     console.print(f"  [bold]{'peak':<31}{_size(memory.peak):>12}[/]")
+    console.print(f"  {'a state whose graph is kept':<31}{_size(memory.graph):>12}")
 
 
 def _size(count: int) -> str:

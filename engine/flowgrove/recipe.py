@@ -113,6 +113,12 @@ class Rollout(Section):
             raise ValueError("noise_level is at most 1 with dynamics: cps")
         return self
 
+    @model_validator(mode="after")
+    def _one_saving(self) -> "Rollout":
+        if self.cache is not None and self.guidance_range is not None:
+            raise ValueError("cache and guidance_range do not go together, since guided passes have other rows: remove one of them")
+        return self
+
 
 class Reward(BaseModel):
     """name, weight, and what the reward of that name takes besides."""

@@ -100,7 +100,7 @@ class _Level:
             sigma = torch.full((len(rows),), step.sigma, dtype=torch.float32, device=x.device)
             coef = self.rows[torch.full((len(rows),), step.index, device=x.device)]
             states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
-            with self.policy.cache_name(f"{number} of {len(rows)} rows"):
+            with self.policy.cache_name(f"{number} of {len(rows)} rows, attempt {self.policy.budget.attempts}"):
                 done = denoise(self.policy, prompts, states, kind, int(prompts.lengths[host_prompt[rows]].max()), keeps)
             parts.append((index, done))
             if keeps and self.keeper is not None:
@@ -115,6 +115,8 @@ class _Level:
 
     def shrink(self) -> bool:
         """What to do where the memory is too small; False if nothing is left to do."""
+        self.policy.budget.attempts += 1
+        self.policy.forget_recordings()
         return (self.keeper is not None and self.keeper.give_up()) or self.policy.budget.halve()
 
     def _passes(self, step: Step, tokens: Ints) -> Iterator[tuple[Ints, bool]]:

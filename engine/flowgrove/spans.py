@@ -70,6 +70,16 @@ def span_totals(device: torch.device) -> Iterator[Totals]:
         _totals.reset(token)
 
 
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Spans inside the block are not added up: a CUDA graph would record their events instead of timing them."""
+    token = _totals.set(None)
+    try:
+        yield
+    finally:
+        _totals.reset(token)
+
+
 class Clock:
     """Seconds per stage, each stage a span."""
 

@@ -22,7 +22,7 @@ from flowgrove.resume import choose_checkpoint, fingerprint, stored_budget
 from flowgrove.rewards.registry import Rewards
 from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import span
-from flowgrove.tuning import settle_token_budget, with_budget
+from flowgrove.token_budget import settle_token_budget, with_budget
 from flowgrove.update import Updater
 
 Report = Callable[[dict[str, Any]], None]

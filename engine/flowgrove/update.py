@@ -56,6 +56,8 @@ class Updater:
         for number in range(passes.updates):
             with span(f"update {number}"):
                 stats.add(fitting(lambda: self._accumulate(passes, number), lambda: passes.shrink(number)))  # noqa: B023 (called before the next number)
+                if number == 0:  # the old policy is still in place, and the rollout's graphs are gone
+                    fitting(passes.refresh_old_logp, lambda: passes.shrink(1))
                 with span("optimizer"):
                     self._step(stats, bool(passes.batches[number]), plan.iteration * passes.updates + number)
             passes.batches[number] = []
@@ -64,6 +66,7 @@ class Updater:
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.policy.transformer.zero_grad(set_to_none=True)  # copies of masters, of an attempt that failed in its backward
         stats = UpdateStats()
         for part, batch in passes.batches[number]:
             self._backward(part, batch, stats, on_policy=number == 0)

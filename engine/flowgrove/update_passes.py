@@ -72,16 +72,16 @@ class UpdatePasses:
     def cut(self, first: int) -> None:
         """Divides updates `first` and later into passes of the budget's size."""
         self.batches[first:] = [self._batches_of(number) for number in range(first, self.updates)]
-        if first == 0 and self.refreshes_logp:
-            self._refresh_old_logp()
 
     def shrink(self, number: int) -> bool:
         """Makes update `number` and those after it smaller; False if nothing is left to do."""
         held = any(kept.velocity is not None for part in self.parts for kept in part.forest.kept)
         self.drop_graphs()
+        for part in self.parts:
+            part.policy.forget_recordings()
         if not held and not self.budget.halve():
             return False
-        self.batches[number] = []
+        self.batches[number:] = []
         self.cut(number)
         return True
 
@@ -117,8 +117,10 @@ class UpdatePasses:
             yield from (level[some] for some in self.budget.passes(tokens[level]) if edges.children[level[some]].any())
 
     @torch.no_grad()
-    def _refresh_old_logp(self) -> None:
+    def refresh_old_logp(self) -> None:
         """bf16 passes depend on their batch: later updates compare with the old policy's logp in the very batches that they train in."""
+        if not self.refreshes_logp:
+            return
         for part, batch in (batch for passes in self.batches[1:] for batch in passes):
             v, v_uncond, scale = part.velocity(batch)
             states, logp = part.forest.states, part.forest.logp

@@ -1,11 +1,11 @@
 """The engine benchmark: an iteration of the published loop, and of Flowgrove with each lever added in turn, in one interleaved run.
 
 The published loop runs every trajectory and every edge as a batch of one, with the step, log-probability and loss in eager PyTorch. Beside the seconds
-stands what the counted passes should take at the measured time per row, so that a lever that saves less than its passes shows.
+stands what the counted passes should take at the time of a row, measured alone or in full passes right before, so that a lever that saves less than its
+passes shows.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy, tokens_per_pass
+from flowgrove.pass_times import Passes, Timed
 from flowgrove.recipe import Recipe, parse_recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span_totals
@@ -55,16 +56,18 @@ class Lever(NamedTuple):
     engine: dict[str, Any]
 
 
+REUSED = Lever("+ reused graphs", {})
 LEVERS = (
     Lever("published loop", {"share": False, "token_budget": 1, "backend": "reference"}),
     Lever("+ fused ops", {"share": False, "token_budget": 1}),
     Lever("+ full batches", {"share": False}),
     Lever("+ shared states", {"reuse_rollout_graph": False}),
-    Lever("+ reused graphs", {}),
+    REUSED,
 )
 GRAPHS = Lever("+ CUDA graphs", {"cuda_graphs": True})
 COMPILED = Lever("+ compiled blocks", {"compile": True})
 
+_REPEATS = 3  # of a pass whose rows are timed
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -95,12 +98,8 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
     rows: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
         policy = Policy(_recipe(model, settings, settings.recipes[0], COMPILED if settings.compiled else LEVERS[-1]), settings.device)
-        per_row = {False: _RowSeconds.of(policy, compiled=False)}
-        say(f"{settings.model}: a row takes {per_row[False].alone} alone and {per_row[False].full} in a full pass (forward; forward and backward)")
-        if settings.compiled:
-            per_row[True] = _RowSeconds.of(policy, compiled=True)
         for name in settings.recipes:
-            rows += _measure(model, policy, per_row, settings, name, say)
+            rows += _measure(model, policy, settings, name, say)
     stem = machine.file_stem(f"engine_{settings.model}", settings.device)
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
@@ -132,54 +131,37 @@ def bench_prompts(count: int) -> list[str]:
     return [f"a picture number {number}" for number in range(count)]
 
 
-class _Seconds(NamedTuple):
-    """Of a row: forward; forward and backward."""
-
-    forward: float
-    train: float
-
-    def __str__(self) -> str:
-        return f"{1e3 * self.forward:.2f} and {1e3 * self.train:.2f} ms"
-
-
-class _RowSeconds(NamedTuple):
-    """What a row takes in a pass of one and in a full one."""
-
-    alone: _Seconds
-    full: _Seconds
-
-    @classmethod
-    def of(cls, policy: Policy, compiled: bool) -> "_RowSeconds":
-        with _stance(compiled):
-            return cls(*(_seconds_per_row(policy, rows) for rows in (1, policy.budget.rows)))
-
-
 def _stance(compiled: bool) -> AbstractContextManager[None]:
     """One policy serves all levers: where it has compiled blocks, those run uncompiled in here unless they are wanted."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("default" if compiled else "force_eager")
     return stance
 
 
-def _measure(model: dict[str, Any], policy: Policy, per_row: dict[bool, _RowSeconds], settings: Settings, name: str, say: Say) -> list[Row]:
-    """The levers of one recipe, in turn, `rounds` times after one round to warm up the batched ones."""
+def _measure(model: dict[str, Any], policy: Policy, settings: Settings, name: str, say: Say) -> list[Row]:
+    """The levers of one recipe, in turn, `rounds` times after one round to warm up the batched ones; each beside the time of a row in its kind of pass."""
     levers, rewards = settings.levers, Rewards(_recipe(model, settings, name, LEVERS[0]), settings.device)
     recipes = [_recipe(model, settings, name, lever) for lever in levers]
     stages = [Stages(recipe, policy, Updater(recipe, policy), rewards) for recipe in recipes]
-    graphs = CudaGraphs(settings.device)
+    first = [lever.name for lever in levers].index(REUSED.name)
+    for stage in stages[first + 1 :]:
+        stage.room = stages[first].room  # the levers after it change nothing in the memory that it is predicted from
+    graphs, passes = CudaGraphs(settings.device), Passes(policy)
     found: list[list[Row]] = [[] for _ in levers]
     for number in range(settings.rounds + 1):
         for place, (recipe, lever) in enumerate(zip(recipes, levers, strict=True)):
-            alone, compiled = recipe.engine.token_budget == 1, recipe.engine.compile
-            if number == 0 and alone:
+            if number == 0 and recipe.engine.token_budget == 1:
                 continue
             policy.budget.tokens = tokens_per_pass(recipe, settings.device.type)
             policy.graphs = graphs if recipe.engine.cuda_graphs else None
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
-            with pick_backend(recipe), _stance(compiled), span_totals(settings.device) as totals:
-                line = stages[place].run(bench_prompts(settings.prompts), 0)
+            with pick_backend(recipe), _stance(recipe.engine.compile):
+                per_row = passes.timed(policy.budget.rows, _REPEATS)
+                passes.release()
+                with span_totals(settings.device) as totals:
+                    line = stages[place].run(bench_prompts(settings.prompts), 0)
             if number:
-                found[place].append(_row(line, lever.name, totals.seconds, per_row[compiled].alone if alone else per_row[compiled].full))
+                found[place].append(_row(line, lever.name, totals.seconds, per_row))
         say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")
     rows = [_median(rounds) for rounds in found]
     where = {"model": settings.model, "recipe": name, "prompts": settings.prompts, "rounds": settings.rounds, **machine.describe(settings.device)}
@@ -188,7 +170,7 @@ def _measure(model: dict[str, Any], policy: Policy, per_row: dict[bool, _RowSeco
     return rows
 
 
-def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: _Seconds) -> Row:
+def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: Timed) -> Row:
     seconds = sum(line["seconds"].values())
     transformer = totals.get("transformer", 0.0) + totals.get("backward", 0.0)
     return {
@@ -208,34 +190,3 @@ def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: _S
 
 def _median(rounds: list[Row]) -> Row:
     return {key: value if isinstance(value, str) else statistics.median(row[key] for row in rounds) for key, value in rounds[0].items()}
-
-
-def _seconds_per_row(policy: Policy, rows: int, repeats: int = 5) -> _Seconds:
-    """Medians, in passes of `rows` rows."""
-    prompts = policy.encode(["a picture"])
-    x = torch.randn(rows, *policy.adapter.latent_shape, device=policy.device)
-    sigma, prompt_of = torch.full((rows,), 0.5, device=policy.device), torch.zeros(rows, dtype=torch.int64, device=policy.device)
-
-    def forward() -> None:
-        with torch.no_grad():
-            policy.velocity(x, sigma, prompts, prompt_of)
-
-    def train() -> None:
-        v = policy.velocity(x, sigma, prompts, prompt_of).v
-        v.backward(torch.ones_like(v))
-
-    found = _Seconds(*(_median_seconds(run, policy.device, repeats) / rows for run in (forward, train)))
-    for parameter in policy.trainable().values():
-        parameter.grad = None
-    return found
-
-
-def _median_seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])

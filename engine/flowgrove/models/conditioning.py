@@ -30,8 +30,8 @@ class Conditioning:
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> "Conditioning":
-        """On `device`; the host does not wait."""
-        return Conditioning({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
+        """On `device`; the host does not wait for what goes to a GPU."""
+        return Conditioning({name: to_host(tensor) if device.type == "cpu" else to_device(tensor, device) for name, tensor in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +58,10 @@ class Conditioning:
         end = padded_length(longest)
         return Conditioning({name: tensor[:, :end] if name in self._padded(mask) else tensor for name, tensor in self.tensors.items()})
 
+    def without_padding(self) -> "Conditioning":
+        """As long as the longest text."""
+        return self.trimmed(int(self.lengths().max()))
+
     def split(self) -> list["Conditioning"]:
         """One Conditioning [1, ...] per prompt, without padding."""
         mask = self._mask()
@@ -74,7 +78,7 @@ class Conditioning:
 
     def _padded(self, mask: Tensor) -> set[str]:
         """The tensors whose dimension 1 is the text."""
-        return {name for name, tensor in self.tensors.items() if tensor.ndim > 1 and tensor.shape[1] == mask.shape[1]}
+        return {name for name, tensor in self.tensors.items() if (tensor.ndim > 2 or name.endswith("_mask")) and tensor.shape[1] == mask.shape[1]}
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

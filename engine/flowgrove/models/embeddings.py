@@ -26,7 +26,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.recipe import Recipe
 
 _AT_ONCE = 16  # prompts per pass of the encoders
-_KEPT = 1 << 28  # bytes of embeddings that stay on the device
+_KEPT_ON_DEVICE, _KEPT_ON_HOST = 1 << 28, 1 << 33  # bytes of embeddings
 _LARGE = 1 << 30  # bytes of text encoders that `auto` rather frees
 MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user's cache folder
 _LENGTH = ".length"
@@ -36,43 +36,58 @@ Encoder = Callable[[list[str]], Conditioning]  # one row per text; where the pol
 
 
 class LoadedEncoder:
-    """Asks the adapter's own encoders once per text and keeps what they said, up to `most` bytes; what was said longest ago goes first.
+    """Asks the adapter's own encoders, once per text while its embeddings are kept.
 
-    One text at a time: its embedding does not depend on its company, so a run that resumes meets the same bits.
+    One text at a time: an embedding does not depend on its company, so a run that resumes meets the same bits.
     """
 
-    def __init__(self, adapter: Adapter, most: int = _KEPT) -> None:
-        self.adapter, self.most = adapter, most
-        self._said: OrderedDict[str, Conditioning] = OrderedDict()
-        self._bytes = 0
+    def __init__(self, adapter: Adapter, most: int = _KEPT_ON_DEVICE) -> None:
+        self.adapter, self._kept = adapter, _Kept(most)
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
-        found = {text: self._said.get(text) or self.adapter.encode([text]) for text in texts}
-        for text, cond in found.items():
-            if text not in self._said:
-                self._said[text] = cond
-                self._bytes += cond.nbytes
-        while self._bytes > self.most:
-            self._bytes -= self._said.popitem(last=False)[1].nbytes
-        return Conditioning.cat([found[text] for text in texts])
+        return Conditioning.cat(self._kept.all_of(texts, lambda missing: [self.adapter.encode([text]) for text in missing]))
 
 
 class OffloadedEncoder:
-    """The encoders wait in the host's memory and come to the device only to encode."""
+    """The encoders wait in the host's memory and come to the device only for texts whose embeddings are not kept there too."""
 
-    def __init__(self, load: Callable[[torch.device], Adapter], device: torch.device) -> None:
-        self.load, self.device = load, device
+    def __init__(self, load: Callable[[torch.device], Adapter], device: torch.device, most: int = _KEPT_ON_HOST) -> None:
+        self.load, self.device, self._kept = load, device, _Kept(most)
         self.adapter: Adapter | None = None
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
+        return Conditioning.cat(self._kept.all_of(texts, self._encode)).to(self.device)
+
+    def _encode(self, texts: list[str]) -> list[Conditioning]:
         self.adapter = self.adapter or self.load(torch.device("cpu"))
         self.adapter.pipe.to(self.device)
-        cond = Conditioning.cat([self.adapter.encode(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)])
+        found = [self.adapter.encode([text]).to(torch.device("cpu")) for text in texts]
         self.adapter.pipe.to("cpu")
         _release(self.device)
-        return cond
+        return found
+
+
+class _Kept:
+    """Embeddings by text, up to `most` bytes; what was encoded longest ago goes first."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._of: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
+
+    def all_of(self, texts: list[str], encode: Callable[[list[str]], list[Conditioning]]) -> list[Conditioning]:
+        """Of `texts`; `encode` is asked for those that are not kept."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._of]
+        if missing:
+            for text, cond in zip(missing, encode(missing), strict=True):
+                self._of[text] = cond
+                self._bytes += cond.nbytes
+        found = [self._of[text] for text in texts]
+        while self._bytes > self.most:
+            self._bytes -= self._of.popitem(last=False)[1].nbytes
+        return found
 
 
 class StoredEncoder:

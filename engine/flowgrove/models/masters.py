@@ -38,12 +38,8 @@ class Masters:
 
 def _to_master(master: nn.Parameter) -> Callable[[Tensor], None]:
     def move(copy: Tensor) -> None:
-        if copy.grad is None:
-            return
-        if master.grad is None:
-            master.grad = copy.grad.to(master.dtype)
-        else:
-            master.grad += copy.grad
-        copy.grad = None
+        gradient, copy.grad = copy.grad, None  # first: where memory runs out below, nothing stays behind for the next attempt
+        if gradient is not None:
+            master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
 
     return move

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowgrove.budget import PassBudget, fitting
 from flowgrove.cuda_graphs import CudaGraphs
-from flowgrove.device import to_device
+from flowgrove.device import allocated_memory, to_device
 from flowgrove.errors import UserError
 from flowgrove.models.attention import use_attention
 from flowgrove.models.compiling import compile_blocks
@@ -95,11 +95,12 @@ class Policy:
         self._first_trained = next(iter(self.trainable().values()))
         if recipe.engine.compile:
             compile_blocks(self.transformer)
-        self.budget = PassBudget(tokens_per_pass(recipe, device.type), self.adapter.geometry.tokens)
         self._samples_per_decode = self.adapter.samples_per_decode(device.type)
+        self.budget = PassBudget(tokens_per_pass(recipe, device.type), max(self.sized(sized).adapter.geometry.tokens for sized in recipe.at_sizes()))
         if recipe.engine.cuda_graphs and device.type != "cuda":
             raise UserError(f"engine.cuda_graphs is true, but the run is on a {device.type}: write false")
         self.graphs = CudaGraphs(device) if recipe.engine.cuda_graphs else None
+        self.bytes_when_loaded = allocated_memory(device)  # with the models of rewards, which are loaded before it
 
     def _prepare_weights(self, recipe: Recipe) -> None:
         lora = recipe.model.lora
@@ -145,15 +146,21 @@ class Policy:
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         rows = to_device(torch.tensor([place[text] for text in texts]), self.device)
-        cond, uncond = self.encoder(distinct)[rows], self.encoder([self.adapter.uncond_text]) if self.doubles else None
+        whole = self.encoder([*distinct, self.adapter.uncond_text] if self.doubles else distinct)
+        cond, uncond = whole[rows], whole[len(distinct) :].without_padding() if self.doubles else None
         lengths, size = cond.lengths(), self.adapter.geometry
         longer = lengths if uncond is None else np.maximum(lengths, uncond.lengths())
         beside = padded_length(longer) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)  # what a pass need not pad, it need not run
         return Prompts(texts, cond, uncond, lengths, (size.picture_tokens + beside) * (1 if uncond is None else 2))
 
+    def forget_recordings(self) -> None:
+        """Gives the memory of recorded passes back."""
+        if self.graphs is not None:
+            self.graphs.clear()
+
     @property
     def weights_in_use(self) -> tuple[int, ...]:
-        """Names the weights that a pass would read now: the trained ones, their average, or the untouched model."""
+        """Names what a pass would run on now: the size, and the trained weights, their average or the untouched model."""
         return id(self.adapter.geometry), id(self.adapter.transformer), self._first_trained.data_ptr() if self._tuned else 0
 
     @property

@@ -23,8 +23,9 @@ from flowgrove.files import write_text
 from flowgrove.models.attention import attention_names, missing, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
+from flowgrove.pass_times import NEAR, Passes, Timed, Work, first_near_best
 from flowgrove.recipe import Recipe, load_recipe
-from flowgrove.tuning import NEAR, Passes, Timed, Work, first_near_best, no_room, room_beside
+from flowgrove.token_budget import no_room, room_beside
 from flowgrove_kernels import step_coefficients
 
 _ROUNDS = 3
