@@ -14,8 +14,10 @@ from flowgrove.models.policy import Policy
 from flowgrove.rollout import rollout
 from policy_cases import CPU, TEXTS, plan_and_rows, small_recipe
 from test_rollout import CPS, FLAT, TAIL, TREE
+from tiny_pipelines import MODELS, write_pipeline
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+RANGE = {"rollout": {"guidance_range": [0, 2]}}
 MODEL = {"adapter": "sd3", "path": "tiny", "gradient_checkpointing": False}
 
 
@@ -48,7 +50,7 @@ def leaves_of(policy, recipe, iteration=0, texts=TEXTS, seed=5, **options):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sections", [FLAT, TREE, TAIL, CPS], ids=["flat", "tree", "tail", "cps"])
+@pytest.mark.parametrize("sections", [FLAT, TREE, TAIL, CPS, RANGE], ids=["flat", "tree", "tail", "cps", "guidance_range"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iterations(device, sections, guidance):
     policy, graphs = policy_on(device, guidance_scale=guidance)
@@ -64,18 +66,20 @@ def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iteratio
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_replay_follows_trained_weights_their_average_and_the_untouched_model(device):
-    policy, graphs = policy_on(device, lora={"rank": 4, "alpha": 8})
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_replay_follows_trained_weights_their_average_and_the_untouched_model(device, dtype):
+    policy, graphs = policy_on(device, dtype, lora={"rank": 4, "alpha": 8})
     recipe = small_recipe()
     with torch.no_grad():
         for parameter in policy.trainable().values():
             parameter.normal_(std=0.05)
-    ema = Ema(policy.trainable(), 0.9)
+    ema = Ema(policy.trainable(), 0.9, policy.refresh)
     kinds = []
     for move in (0.0, 0.02):
         with torch.no_grad():
             for parameter in policy.trainable().values():
                 parameter.add_(move)
+        policy.refresh()
 
         def three():
             trained = leaves_of(policy, recipe)[0]
@@ -91,6 +95,18 @@ def test_a_replay_follows_trained_weights_their_average_and_the_untouched_model(
     assert not torch.allclose(kinds[0][0], kinds[1][0], atol=1e-3), "training moved the leaves"
     assert torch.equal(kinds[0][1], kinds[1][1])
     assert torch.equal(kinds[0][2], kinds[1][2])
+
+
+def test_prompts_of_other_lengths_are_other_recordings(tmp_path):
+    model = {**MODELS["qwen_image"], "path": str(write_pipeline("qwen_image", tmp_path / "qwen")), "dtype": "fp32", "gradient_checkpointing": False}
+    recipe = small_recipe(model=model)
+    policy, graphs = Policy(recipe, CPU, TEXTS), Replayed(CPU)
+    for texts in (TEXTS, ["a red circle " * 12, "a cross"], TEXTS[::-1]):
+        policy.graphs = None
+        eager = leaves_of(policy, recipe, texts=texts)
+        policy.graphs = graphs
+        assert all(torch.equal(one, other) for one, other in zip(eager, leaves_of(policy, recipe, texts=texts), strict=True))
+    assert graphs.replays == 3 * len(plan_and_rows(recipe)[0].steps)
 
 
 def test_recordings_are_counted_by_shape():

@@ -38,7 +38,7 @@ _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per tr
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a state of the rollout holds until the first
-    update if its graph is kept; `rows`: rows of a full pass."""
+    update if its graph is kept; `rows`: rows of the largest training pass."""
 
     resident: dict[str, int]
     stages: dict[str, int]
@@ -68,10 +68,10 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         vae = _from_config(folder / "vae")
     if recipe.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    rows = max(1, tokens_per_pass(recipe, device_type) // geometry.tokens)
+    budget = tokens_per_pass(recipe, device_type)
     like_cuda = device_type == "cuda" and compute == torch.bfloat16
     prompts, width = recipe.data.prompts_per_iteration, max(step.nodes_out for step in plan.steps)
-    latent, states = geometry.latent_shape, prompts * max(step.nodes_in for step in plan.steps)
+    latent = geometry.latent_shape
     with FakeTensorMode():
         _materialise(transformer, compute, master)
         masters = sum(p.numel() * p.element_size() for p in Masters(transformer, compute).of.values()) if compute == torch.bfloat16 else 0
@@ -79,11 +79,11 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
         adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
         doubled = 2 if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance else 1
-        rows, states = max(rows, doubled), doubled * states
+        rolled, trained_states = _largest_passes(recipe, plan, budget // (geometry.tokens * doubled))
         cond = adapter.blank(prompts, compute)
         counted = {
-            "training": _peak(lambda: _train(adapter, min(rows, states), latent, master, compute), like_cuda),
-            "rollout": _peak(lambda: _roll(adapter, min(rows, states), latent, master, compute), like_cuda),
+            "training": _peak(lambda: _train(adapter, trained_states * doubled, latent, master, compute), like_cuda),
+            "rollout": _peak(lambda: _roll(adapter, rolled * doubled, latent, master, compute), like_cuda),
             "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode(device_type), prompts * plan.leaves), *latent, dtype=master))),
         }
         graph = graph_bytes(lambda states: _velocity(adapter, states * doubled, latent, master, compute), like_cuda)
@@ -110,7 +110,20 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         resident["CUDA graphs"] = counted["rollout"]
     if device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
         counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding")
-    return Memory(resident, counted, graph, rows)
+    return Memory(resident, counted, graph, trained_states * doubled)
+
+
+def _largest_passes(recipe: Recipe, plan: RolloutPlan, fit: int) -> tuple[int, int]:
+    """States of the largest pass in the rollout and in training, where `fit` of them keep the budget: they are spread evenly over as few as can be."""
+    share, prompts, counts = recipe.engine.share, recipe.data.prompts_per_iteration, plan.counts
+
+    def largest(states: int) -> int:
+        passes = max(1, -(-states // max(1, fit)))
+        return max(1, -(-states // passes))
+
+    trained = counts.train_passes if share else counts.unshared_train_passes
+    levels = [step.nodes_in if share else plan.leaves for step in plan.steps]
+    return max(largest(prompts * nodes) for nodes in levels), largest(-(-prompts * trained // plan.updates))
 
 
 def _train(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> None:
