@@ -50,8 +50,8 @@ def fitting(work: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
             return work()
         except torch.OutOfMemoryError as error:
             full = error.with_traceback(None)  # its frames hold the failed attempt's tensors
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
         if not shrink():
             raise full

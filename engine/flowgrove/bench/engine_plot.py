@@ -24,7 +24,9 @@ def plot_engine(rows: list[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.1)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS[: len(levers)]] + [pyplot.Line2D([], [], color="black", lw=1.2)]
-    figure.legend(handles, [*levers, "predicted from passes"], loc="outside lower center", ncols=len(levers) + 1, fontsize=9, frameon=False)
+    figure.legend(
+        handles, [*levers, "predicted from passes"], loc="outside lower center", ncols=len(levers) + 1 if len(recipes) > 4 else 3, fontsize=9, frameon=False
+    )
     first = rows[0]
     where = f"{first['model']}, {first['prompts']} prompts × 16 pictures, {first['device']}, {first['threads']} threads, torch {first['torch']}"
     figure.suptitle(where, fontsize=10, color=_MUTED)
