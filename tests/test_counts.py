@@ -6,9 +6,9 @@ import pytest
 from flowgrove.credit import assign_credit
 from flowgrove.kept_graphs import GraphKeeper
 from flowgrove.rollout import rollout
-from flowgrove.update import Updater
 from flowgrove.update_passes import Rolled
 from policy_cases import plan_and_rows, policy_of, small_recipe
+from test_update import Recorder
 
 TREE = {"steps": 20, "group_size": 16, "dynamics": "dance_sde", "noise_level": 0.3, "tree": {"splits": [0, 3, 6, 9], "fanout": 2}}
 WINDOW = {"steps": 25, "group_size": 12, "window": {"strategy": "frozen", "size": 4, "start": 0}}
@@ -31,7 +31,7 @@ PUBLISHED = {"window_0": (300, 48), "window_7": (300, 48)}
 
 def counted(rollout_keys, updates, keeper=None, **engine):
     """(rows forward in the rollout, rows forward in the updates, rows backward) of one prompt in which every edge has an advantage."""
-    recipe = small_recipe(rollout=rollout_keys, update={"updates_per_iteration": updates, "lr": 1e-9}, engine={"device": "cpu", **engine})
+    recipe = small_recipe(rollout=rollout_keys, update={"updates_per_iteration": updates}, engine={"device": "cpu", **engine})
     policy = policy_of(dtype="fp32")
     forward, backward = [], []
 
@@ -48,7 +48,7 @@ def counted(rollout_keys, updates, keeper=None, **engine):
     credit = assign_credit(plan, recipe.credit, np.arange(float(plan.leaves)).reshape(1, -1, 1), [1.0])
     for edges in credit.values():
         edges.advantage[edges.advantage == 0] = 1e-3
-    Updater(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
+    Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])  # the policy is shared by tests: nothing may step
     hook.remove()
     return rolled, sum(forward) - rolled, sum(backward)
 
