@@ -96,7 +96,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cuda")
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(path, id=path.name, marks=() if path.stem in ("flow_step", "grpo_loss") else pytest.mark.long) for path in SOURCES],
+)
 def test_kernels_compile_without_spills_for_two_blocks_a_multiprocessor(source, folder):
     kernels = resources(source, folder)
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)

@@ -96,7 +96,7 @@ def test_prediction_of_an_iteration_holds(keeps):
     assert measured == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
+@pytest.mark.parametrize("name", ["flux", "wan", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd3", "qwen_image"))])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_norms_in_fp32_as_a_gpu_computes_them_need_more(folders, name, checkpointing):
     model = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": "bf16", "lora": LORA, "gradient_checkpointing": checkpointing}
