@@ -1,12 +1,12 @@
 """How large a pass of the transformer may be, and what happens when the device's memory disagrees."""
 
-import gc
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from flowgrove.device import release_memory
 from flowgrove.packing import Ints, pack
 
 Result = TypeVar("Result")
@@ -51,7 +51,6 @@ def fitting(work: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
         except torch.OutOfMemoryError as error:
             full = error.with_traceback(None)  # its frames hold the failed attempt's tensors
         if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory(torch.device("cuda"))
         if not shrink():
             raise full

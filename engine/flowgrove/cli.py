@@ -189,14 +189,11 @@ def ops(
 ) -> None:
     """Time step, log-probability and loss: the published loops' PyTorch, the same compiled, and every backend. Exit code 1 if one of them is wrong."""
     from flowgrove.bench.ops import bench_ops, settings_of
-    from flowgrove.bench.table import draw_rows
+    from flowgrove.bench.table import draw_rows, print_rows
 
     settings = settings_of(shapes=shapes, dtypes=dtypes, contenders=contenders, only=only, rounds=rounds, device=device)
     result = bench_ops(settings, _say, out)
-    if as_json:
-        sys.stdout.write(json.dumps(result.rows) + "\n")
-    else:
-        draw_rows(result.rows, Console(highlight=False))
+    print_rows(result.rows, as_json, draw_rows)
     if result.wrong:
         raise typer.Exit(1)
 
@@ -215,14 +212,11 @@ def engine(
     """Time iterations of the published loop, and of Flowgrove with each lever added in turn."""
     from flowgrove.bench.engine import Settings, bench_engine
     from flowgrove.bench.machine import pick_device
-    from flowgrove.bench.table import draw_engine
+    from flowgrove.bench.table import draw_engine, print_rows
 
     names = tuple(name.strip() for name in recipes.split(","))
     rows = bench_engine(Settings(pick_device(device), model, names, prompts, rounds, compiled), _say, out)
-    if as_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
-    else:
-        draw_engine(rows, Console(highlight=False))
+    print_rows(rows, as_json, draw_engine)
 
 
 @partial(_command, group=bench_app)
@@ -237,13 +231,10 @@ def scaling(
 ) -> None:
     """Time iterations over leaves and over prompts: seconds, and what the engine spends per node outside the transformer."""
     from flowgrove.bench.scaling import bench_scaling, settings_of
-    from flowgrove.bench.table import draw_scaling
+    from flowgrove.bench.table import draw_scaling, print_rows
 
     rows = bench_scaling(settings_of(model, leaves, prompts, rounds, device), _say, out)
-    if as_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
-    else:
-        draw_scaling(rows, Console(highlight=False))
+    print_rows(rows, as_json, draw_scaling)
 
 
 @_command

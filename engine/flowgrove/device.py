@@ -1,5 +1,6 @@
 """Which device a run uses, and which backend of the fused ops."""
 
+import gc
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -56,6 +57,13 @@ def to_host(tensor: Tensor) -> Tensor:
     copied.record(torch.cuda.current_stream(tensor.device))
     copied.synchronize()
     return host
+
+
+def release_memory(device: torch.device) -> None:
+    """Frees what only cycles hold, and on a GPU what the allocator keeps for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def total_memory(device: torch.device) -> int:

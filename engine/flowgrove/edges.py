@@ -50,7 +50,7 @@ def edges_of_update(
     """
     plan, parts, selected = forest.plan, [], 0
     for step in plan.trained_steps:
-        mine = credit[step.index].trains & _edges_in_update(plan, step, update)
+        mine = credit[step.index].trains & edges_in_update(plan, step, update)
         selected += int(mine.sum())
         advantage = credit[step.index].advantage
         parts.append(_rows_of_step(forest, step, mine if keep_zero_advantage else mine & (advantage != 0), advantage, step_weight[step.index], rows))
@@ -58,7 +58,8 @@ def edges_of_update(
     return Edges(state, index, prompt, children, child, node, parent, advantages, weights, selected)
 
 
-def _edges_in_update(plan: RolloutPlan, step: Step, update: int) -> NDArray[np.bool_]:
+def edges_in_update(plan: RolloutPlan, step: Step, update: int) -> NDArray[np.bool_]:
+    """[nodes_out]: the children whose edges belong to `update`."""
     return np.array([plan.update_of_edge(step, child) == update for child in range(step.nodes_out)])
 
 

@@ -78,12 +78,11 @@ class Stages:
         with clock("update"):
             rolled = zip(buckets, forests, strict=True)
             stats = self.updater.run([Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.rows, b.first_prompt) for b, forest in rolled])
-        numbers = metrics.update_summary(stats)
         counts = buckets[0].plan.counts
         return {
             "iteration": iteration,
             "reward": metrics.reward_summary(list(self.rewards.scorers), scores),
-            **numbers,
+            **metrics.update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
             "rollout_forwards": (counts.rollout_forwards if self.recipe.engine.share else counts.unshared_rollout_forwards) * len(texts),
             "train_passes": stats.train_passes,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from contextvars import copy_context
 
 import torch
@@ -57,10 +56,11 @@ class Judging:
         return torch.cat([work() for work in self._pending] + [future.result() for future in self._futures])
 
     def _judge(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            if ready is not None and self._stream is not None:
-                self._stream.wait_event(ready)
-                leaves.record_stream(self._stream)
+        if self._stream is None or ready is None:
+            return score_leaves(policy, self.rewards, leaves, prompts)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            leaves.record_stream(self._stream)
             return score_leaves(policy, self.rewards, leaves, prompts)
 
 

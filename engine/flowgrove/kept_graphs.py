@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from flowgrove.device import total_memory
+from flowgrove.edges import edges_in_update
 from flowgrove.forest import KeptPass
 from flowgrove.memory import graph_bytes, predict_memory
 from flowgrove.models.policy import Policy, Velocity
@@ -92,6 +93,5 @@ def first_update_states(plan: RolloutPlan, step: Step, prompts: range) -> NDArra
     """[prompts, nodes_in]: the states with an edge that the first update trains, as far as the plan can tell. `prompts`: their numbers in the iteration."""
     if not step.trained:
         return np.zeros((len(prompts), step.nodes_in), dtype=bool)
-    first = np.array([plan.update_of_edge(step, child) == 0 for child in range(step.nodes_out)])
-    edges = np.array([plan.kept_edges(step, prompt) for prompt in prompts]) & first
-    return edges.reshape(len(prompts), step.nodes_in, step.fanout).any(-1)
+    edges = np.array([plan.kept_edges(step, prompt) for prompt in prompts]) & edges_in_update(plan, step, 0)
+    return np.logical_or.reduce(edges.reshape(len(prompts), step.nodes_in, step.fanout), axis=-1)

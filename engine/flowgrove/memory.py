@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +30,7 @@ from flowgrove.models.loading import ADAPTERS
 from flowgrove.models.masters import Masters
 from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
+from flowgrove.packing import pack
 from flowgrove.plan import RolloutPlan
 from flowgrove.recipe import Recipe
 
@@ -79,7 +81,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
         adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
         doubled = 2 if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance else 1
-        rolled, trained_states = _largest_passes(recipe, plan, budget // (geometry.tokens * doubled))
+        rolled, trained_states = _largest_passes(recipe, plan, budget, geometry.tokens * doubled)
         cond = adapter.blank(prompts, compute)
         counted = {
             "training": _peak(lambda: _train(adapter, trained_states * doubled, latent, master, compute), like_cuda),
@@ -113,13 +115,12 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     return Memory(resident, counted, graph, trained_states * doubled)
 
 
-def _largest_passes(recipe: Recipe, plan: RolloutPlan, fit: int) -> tuple[int, int]:
-    """States of the largest pass in the rollout and in training, where `fit` of them keep the budget: they are spread evenly over as few as can be."""
+def _largest_passes(recipe: Recipe, plan: RolloutPlan, budget: int, tokens: int) -> tuple[int, int]:
+    """States of the largest pass in the rollout and in training; `tokens`: what a state costs."""
     share, prompts, counts = recipe.engine.share, recipe.data.prompts_per_iteration, plan.counts
 
     def largest(states: int) -> int:
-        passes = max(1, -(-states // max(1, fit)))
-        return max(1, -(-states // passes))
+        return max((len(rows) for rows in pack(np.full(states, tokens), budget)), default=1)
 
     trained = counts.train_passes if share else counts.unshared_train_passes
     levels = [step.nodes_in if share else plan.leaves for step in plan.steps]

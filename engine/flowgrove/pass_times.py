@@ -1,8 +1,6 @@
 """What a row costs in passes of a run's own model, and from it what an iteration costs."""
 
-import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -10,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrove.device import release_memory
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.plan import make_plan
 from flowgrove.recipe import Recipe
 from flowgrove.sigmas import recipe_sigmas
+from flowgrove.spans import Totals
 
 NEAR = 0.03  # of the best: what differs less is taken for equally fast
 Key = TypeVar("Key")
@@ -93,28 +93,19 @@ class Passes:
         """The median of `run` on `rows` states, after one call that is not timed."""
         x = self.states(rows)
         run(x)
-        return statistics.median(self._clock(run, x) for _ in range(repeats)) / rows
+        return statistics.median(self._seconds(run, x) for _ in range(repeats)) / rows
 
     def release(self) -> None:
         """Gives gradients and, on a GPU, what a failed pass and the allocator hold back."""
-        self.policy.transformer.zero_grad(set_to_none=True)
-        for master in self.policy.trainable().values():
-            master.grad = None
+        self.policy.drop_gradients()
         if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory(self.device)
 
-    def _clock(self, run: Callable[[Tensor], object], x: Tensor) -> float:
-        if self.device.type != "cuda":
-            began = time.perf_counter()
+    def _seconds(self, run: Callable[[Tensor], object], x: Tensor) -> float:
+        totals = Totals(self.device)
+        with totals("pass"):
             run(x)
-            return time.perf_counter() - began
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(x)
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
+        return totals.seconds["pass"]
 
     def _longest(self) -> Conditioning:
         blank = self.policy.adapter.blank(1, self.policy.compute_dtype).tensors

@@ -101,7 +101,7 @@ class _Level:
             coef = self.rows[torch.full((len(rows),), step.index, device=x.device)]
             states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
             with self.policy.cache_name(f"{number} of {len(rows)} rows, attempt {self.policy.budget.attempts}"):
-                done = denoise(self.policy, prompts, states, kind, int(prompts.lengths[host_prompt[rows]].max()), keeps)
+                done = denoise(self.policy, prompts, states, kind, prompts.longest(host_prompt[rows]), keeps)
             parts.append((index, done))
             if keeps and self.keeper is not None:
                 kept.append(KeptPass(step.index, host_prompt[rows], rows % lanes, done.velocity))

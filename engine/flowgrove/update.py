@@ -65,8 +65,7 @@ class Updater:
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.policy.transformer.zero_grad(set_to_none=True)  # copies of masters, of an attempt that failed in its backward
+        self.policy.drop_gradients()
         stats = UpdateStats()
         for part, batch in passes.batches[number]:
             self._backward(part, batch, stats, on_policy=number == 0)

@@ -45,12 +45,11 @@ class Rolled:
             return self._velocity(batch)
 
     def _velocity(self, batch: MicroBatch) -> Velocity:
-        longest = int(self.prompts.lengths[batch.prompts].max())
-        return self.policy.velocity(self.forest.states[batch.state], batch.sigma, self.prompts, batch.prompt, longest)
+        return self.policy.velocity(self.forest.states[batch.state], batch.sigma, self.prompts, batch.prompt, self.prompts.longest(batch.prompts))
 
 
 class UpdatePasses:
-    """`batches[u]`: the passes of update u, each with what it is a pass of; `selected[u]`: the edges that plan and pruning give it, N_u."""
+    """`batches[u]`: the passes of update u, each with what it is a pass of."""
 
     def __init__(self, recipe: Recipe, parts: list[Rolled]) -> None:
         self.parts, self.budget = parts, parts[0].policy.budget
@@ -59,13 +58,13 @@ class UpdatePasses:
         self.replays = engine.exact_replay and engine.share
         noisy = parts[0].policy.compute_dtype == torch.bfloat16
         self.refreshes_logp = noisy and engine.share and not self.replays and update.step_weight != "guard"  # guard needs no logp, replay has it
-        self.edges: list[list[Edges]] = []
+        weights = [step_weights(part.forest.plan, update.step_weight) for part in parts]
+        self.edges: list[list[Edges]] = []  # of every update and part
         for number in range(self.updates):
             self.edges.append([])
-            for part in parts:
+            for part, weight in zip(parts, weights, strict=True):
                 rows = "edges" if not engine.share else "levels" if self.replays or (number == 0 and part.forest.kept) else "states"
-                weights = step_weights(part.forest.plan, update.step_weight)
-                self.edges[number].append(edges_of_update(part.forest, part.credit, number, weights, update.kl_weight > 0, rows))
+                self.edges[number].append(edges_of_update(part.forest, part.credit, number, weight, update.kl_weight > 0, rows))
         self.batches: list[list[tuple[Rolled, MicroBatch]]] = []
         self.cut(0)
 

@@ -17,7 +17,7 @@ import torch
 from flowgrove.allocator import keep_freed_memory
 from flowgrove.bench import machine
 from flowgrove.bench.models import bench_model
-from flowgrove.bench.table import write_columns
+from flowgrove.bench.table import write_results
 from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
@@ -97,17 +97,13 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
     keep_freed_memory()
     rows: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
-        policy = Policy(_recipe(model, settings, settings.recipes[0], COMPILED if settings.compiled else LEVERS[-1]), settings.device)
+        policy = Policy(_recipe(model, settings, settings.recipes[0], COMPILED if settings.compiled else REUSED), settings.device)
         for name in settings.recipes:
             rows += _measure(model, policy, settings, name, say)
-    stem = machine.file_stem(f"engine_{settings.model}", settings.device)
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
 
-        out.mkdir(parents=True, exist_ok=True)
-        write_columns(rows, COLUMNS, out / f"{stem}.csv")
-        plot_engine(rows, out / f"{stem}.png")
-        say(f"wrote {out / stem}.csv and .png")
+        say(write_results(rows, COLUMNS, plot_engine, out / machine.file_stem(f"engine_{settings.model}", settings.device)))
     return rows
 
 
@@ -142,7 +138,7 @@ def _measure(model: dict[str, Any], policy: Policy, settings: Settings, name: st
     levers, rewards = settings.levers, Rewards(_recipe(model, settings, name, LEVERS[0]), settings.device)
     recipes = [_recipe(model, settings, name, lever) for lever in levers]
     stages = [Stages(recipe, policy, Updater(recipe, policy), rewards) for recipe in recipes]
-    first = [lever.name for lever in levers].index(REUSED.name)
+    first = levers.index(REUSED)
     for stage in stages[first + 1 :]:
         stage.room = stages[first].room  # the levers after it change nothing in the memory that it is predicted from
     graphs, passes = CudaGraphs(settings.device), Passes(policy)

@@ -4,7 +4,6 @@ Everything of one case, shape and dtype is built, checked against the formulas i
 bytes as the case has to move. A contender that is wrong, or does not fit into memory, gets no row.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs
 from flowgrove.bench.table import write_columns
 from flowgrove.bench.timing import copier, interleave, make_clock
+from flowgrove.device import release_memory
 from flowgrove.errors import UserError
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import takes
@@ -96,7 +96,7 @@ def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     for shape in settings.shapes:
-        _free_what_is_not_used(settings.device)
+        release_memory(settings.device)
         if (problem := _too_large(shape, settings.device)) is not None:
             say(f"{shape.name} is left out: {problem}")
             continue
@@ -191,12 +191,6 @@ def _refusal(case: Case, inputs: Inputs, contender: Contender) -> _Refusal | Non
         return _Refusal(f"it cannot be compiled here ({str(error).strip().splitlines()[0]})")
     told = [f"{found.output} is off by {found.error:.3g}, tolerance {found.tolerance:.3g}" for found in deviations if found.wrong]
     return _Refusal(f"it is wrong: {'; '.join(told)}", wrong=True) if told else None
-
-
-def _free_what_is_not_used(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _require_memory(settings: Settings) -> None:

@@ -19,7 +19,7 @@ from flowgrove.allocator import keep_freed_memory
 from flowgrove.bench import machine
 from flowgrove.bench.engine import RECIPES, Row, Say, bench_prompts, bench_recipe
 from flowgrove.bench.models import bench_model
-from flowgrove.bench.table import write_columns
+from flowgrove.bench.table import write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
@@ -84,14 +84,10 @@ def bench_scaling(settings: Settings, say: Say, out: Path | None = None) -> list
         for row in members:
             row["exponent"] = power
         say(f"{sweep}: seconds grow as forwards to the power {power:.3f} (least squares over the upper half of the points)")
-    stem = machine.file_stem(f"scaling_{settings.model}", settings.device)
     if out is not None:
         from flowgrove.bench.scaling_plot import plot_scaling
 
-        out.mkdir(parents=True, exist_ok=True)
-        write_columns(rows, COLUMNS, out / f"{stem}.csv")
-        plot_scaling(rows, out / f"{stem}.png")
-        say(f"wrote {out / stem}.csv and .png")
+        say(write_results(rows, COLUMNS, plot_scaling, out / machine.file_stem(f"scaling_{settings.model}", settings.device)))
     return rows
 
 

@@ -2,6 +2,9 @@
 
 import csv
 import io
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,13 @@ from rich.table import Table
 
 from flowgrove.files import write_text
 
+Row = dict[str, Any]
 _HEADINGS = ("contender", "µs", "q10", "q90", "% copy", "× eager", "launches", "MiB")  # 80 columns hold no more; the CSV has the rest
 
 
-def draw_rows(rows: list[dict[str, Any]], console: Console) -> None:
+def draw_rows(rows: list[Row], console: Console) -> None:
     """One table per case, shape and dtype: medians and quantiles, the share of the copy bandwidth, memory beyond the outputs."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         title = f"{row['op']}, {row['case']}, {row['shape']} ({row['rows']} × {row['elements']:,}), {row['dtype']}; copy {row['copy_gb_per_s']:.1f} GB/s"
         groups.setdefault(title, []).append(row)
@@ -39,7 +43,7 @@ def draw_rows(rows: list[dict[str, Any]], console: Console) -> None:
         console.print()
 
 
-def draw_engine(rows: list[dict[str, Any]], console: Console) -> None:
+def draw_engine(rows: list[Row], console: Console) -> None:
     """One table: passes, seconds, and how many times as fast as the published loop each lever is, beside what the counted passes predict."""
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for heading in ("recipe", "lever", "passes", "s", "outside", "samples/s", "×", "predicted"):
@@ -60,7 +64,7 @@ def draw_engine(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def draw_scaling(rows: list[dict[str, Any]], console: Console) -> None:
+def draw_scaling(rows: list[Row], console: Console) -> None:
     """One table: passes, nodes and seconds of every point, and the microseconds per node outside the transformer where the host's clock tells them."""
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for heading in ("sweep", "leaves", "prompts", "passes", "nodes", "s", "µs/node", "exponent"):
@@ -79,10 +83,27 @@ def draw_scaling(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def write_columns(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
+def write_columns(rows: list[Row], columns: tuple[str, ...], path: Path) -> None:
     """A CSV with a line per row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def write_results(rows: list[Row], columns: tuple[str, ...], plot: Callable[[list[Row], Path], None], stem: Path) -> str:
+    """`stem`.csv and `stem`.png, in a folder that need not exist; returns a line that says so."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    table, picture = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "png"))
+    write_columns(rows, columns, table)
+    plot(rows, picture)
+    return f"wrote {table} and .png"
+
+
+def print_rows(rows: list[Row], as_json: bool, draw: Callable[[list[Row], Console], None]) -> None:
+    """On stdout: one JSON array, or what `draw` makes of them for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(rows) + "\n")
+    else:
+        draw(rows, Console(highlight=False))

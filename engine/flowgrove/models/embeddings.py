@@ -3,7 +3,6 @@
 On disk each prompt is a safetensors file without padding, in a folder named after the encoders' files and what they were asked for.
 """
 
-import gc
 import hashlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowgrove.device import release_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_file
 from flowgrove.models.adapter import Adapter
@@ -65,7 +65,7 @@ class OffloadedEncoder:
         self.adapter.pipe.to(self.device)
         found = [self.adapter.encode([text]).to(torch.device("cpu")) for text in texts]
         self.adapter.pipe.to("cpu")
-        _release(self.device)
+        release_memory(self.device)
         return found
 
 
@@ -114,7 +114,7 @@ class StoredEncoder:
             if start == 0:
                 self._check_room(some, len(missing))
         del adapter
-        _release(self.device)
+        release_memory(self.device)
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
@@ -159,12 +159,6 @@ def _with_end(tensors: dict[str, Tensor]) -> Conditioning:
         length = tensors.get(f"{name}{_LENGTH}")
         whole[name] = tensor if length is None else pad(tensor, (0, 0, 0, int(length) - tensor.shape[1]))
     return Conditioning(whole)
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int) -> Path | None:

@@ -56,6 +56,10 @@ class Prompts:
         """The same for passes without guidance."""
         return self if self.uncond is None else Prompts(self.texts, self.cond, None, self.lengths, self.tokens // 2)
 
+    def longest(self, prompts: Ints) -> int:
+        """Tokens of the longest text of these prompts."""
+        return int(self.lengths[prompts].max())
+
     def __getitem__(self, some: slice) -> "Prompts":
         return Prompts(self.texts[some], self.cond[some], self.uncond, self.lengths[some], self.tokens[some])
 
@@ -126,6 +130,12 @@ class Policy:
         """Name → master weight, in the transformer's order. Whoever changes one calls `refresh`."""
         masters = self._masters.of if self._masters is not None else {}
         return {name: masters.get(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    def drop_gradients(self) -> None:
+        """Of masters, and of copies where a backward has failed on its way."""
+        self.transformer.zero_grad(set_to_none=True)
+        for master in self._masters.of.values() if self._masters is not None else ():
+            master.grad = None
 
     def refresh(self) -> None:
         """The weights that passes read follow the masters."""
