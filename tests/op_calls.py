@@ -10,6 +10,7 @@ from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_l
 from kernel_cases import randn, stochastic_rows
 
 GUIDANCE, CORRELATION, CLIP = 2.5, 1 / 17, (0.05, 0.1)
+GPU_SIZES = (1, 63, 1031, 4096, 20_000, 129_600, 300_007)
 
 
 @dataclass
@@ -124,3 +125,16 @@ def rows_of(found: dict[str, Tensor], index: Iterable[int], fanout: int) -> dict
 def different(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names of the results that are not the same bits; NaN is never the same."""
     return [name for name, value in expected.items() if not torch.equal(ours[name], value)]
+
+
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], part: float = 2e-5) -> None:
+    """Two orders of fp32 arithmetic: `part` of a value and of the largest of its tensor. Half precision is one more rounding,
+    which may go the other way: one unit in the last place, and between subnormal numbers the step from one to the next.
+    """
+    for name, value in expected.items():
+        half = value.dtype in (torch.bfloat16, torch.float16)
+        info = torch.finfo(value.dtype if half else torch.float32)
+        rtol, step = (info.eps, info.smallest_normal * info.eps) if half else (part, 0.0)
+        atol = part * value.float().abs().max().clamp_min(1e-6).item() + step
+        assert ours[name].dtype == value.dtype, name
+        torch.testing.assert_close(ours[name].float(), value.float(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")

@@ -25,7 +25,7 @@ from flowgrove_kernels import (
     use_backend,
 )
 from kernel_cases import randn, stochastic_rows
-from op_calls import CLIP, batch_of, different, every_op, rows_of
+from op_calls import CLIP, assert_close, batch_of, different, every_op, rows_of
 from test_op_layouts import every_second_row, one_element_off, rows_at_every_alignment, rows_in_wider_rows, transposed
 
 HERE = torch.cuda.is_available() and "cuda" in available_backends()
@@ -69,9 +69,7 @@ def test_results_are_those_of_the_reference(size, dtype):
     found = every_op(batch)
     with use_backend("reference"):
         expected = every_op(batch)
-    for name, value in expected.items():
-        half = "grad" in name and dtype != torch.float32
-        torch.testing.assert_close(found[name], value, rtol=2 ** -(7 if dtype == torch.bfloat16 else 10) if half else 2e-5, atol=3e-6, msg=name)
+    assert_close(found, expected)
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -87,8 +85,7 @@ def test_results_are_the_bits_of_the_emulated_kernels(size, dtype, request, monk
         emulated = every_op(batch)
     rounded = {name for name in found if name.startswith(("density", "guard")) and name.split()[-1] not in ("logp", "kl", "clipped")}
     assert set(different(found, emulated)) <= rounded
-    for name in rounded:
-        torch.testing.assert_close(found[name], emulated[name], rtol=1e-6 if found[name].dtype == torch.float32 else 2**-7, atol=1e-7, msg=name)
+    assert_close({name: found[name] for name in rounded}, {name: emulated[name] for name in rounded}, part=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
