@@ -5,16 +5,17 @@ The tests of REUSED run here once more, on these kernels. What is written here i
 
 import functools
 import importlib
+import itertools
 import re
 
 import pytest
 import torch
 
 import test_every_backend
-from cuda_on_cpu.emulator import CXX, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
+from cuda_on_cpu.emulator import CXX, FAIR, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
 from flowgrove_kernels import NoiseKey, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, libraries, native, philox_normal, use_backend
 from kernel_cases import LOSS_MODES, loss_arguments, randn, rollout, stochastic_rows
-from op_calls import CLIP, batch_of, different, every_op
+from op_calls import CLIP, assert_close, batch_of, different, every_op
 from test_op_layouts import one_element_off, rows_at_every_alignment, rows_in_wider_rows
 
 SMALL_CLUSTERS = (9, 232_448, 8)  # the capability, shared memory and cluster size of a device
@@ -82,6 +83,15 @@ def test_results_are_as_exact_as_those_of_the_reference(size, dtype):
             test_every_backend.test_grpo_loss_and_its_gradients(size, dtype, kind, mode, "cpu")
     test_every_backend.test_clean_estimate(size, dtype, True, "cpu")
     test_every_backend.test_noise(size, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 63, 1032, 20_003, 66_000])
+def test_results_are_as_close_to_those_of_the_reference_as_a_gpu_is_asked_for(size, dtype):
+    batch = batch_of(3, size, fanout=3, dtype=dtype)
+    found = every_op(batch)
+    with use_backend("reference"):
+        assert_close(found, every_op(batch))
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -198,6 +208,47 @@ def test_launches(device, size, expected, emulator):
         assert tuple(emulator.launches(call) for call in calls(size).values()) == expected
 
 
+FRESH = itertools.count(1)
+
+
+@pytest.fixture
+def unasked(emulator):
+    """A device of which nothing was asked yet: answers are kept for the life of the process."""
+    return SM_90[0], SM_90[1] - 16 * next(FRESH), SM_90[2]
+
+
+@pytest.mark.parametrize("size", [66_000, 66_001])  # accesses of 16 bytes, and of one element as those of empty batches are
+def test_an_empty_batch_first_leaves_one_pass_to_those_that_follow(size, unasked, emulator):
+    batch, empty = batch_of(2, size), batch_of(2, size).rows([])
+    expected = every_op(batch)
+    with emulator(unasked):
+        every_op(empty)
+        assert different(every_op(batch), expected) == []
+        assert tuple(emulator.launches(call) for call in calls(size).values()) == (1, 1, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("question", range(1, 13))
+def test_a_question_that_the_runtime_does_not_answer_is_asked_again(question, unasked, emulator):
+    """And what its failure leaves behind is not taken for the error of the next one that looks."""
+    b = batch_of(2, 66_000)
+
+    def step():
+        return flow_step(b.x, b.v, b.coef, key=b.key, fanout=2)
+
+    def loss():
+        return grpo_loss(*b.steps, *b.scores, clip_range=CLIP, fanout=2)
+
+    for call, at_once in ((step, 1), (loss, 2)):
+        expected = call()
+        with emulator(unasked):
+            emulator.library.emulated_leave_unanswered(question)
+            found = call()
+            emulator.library.emulated_leave_unanswered(0)
+            assert emulator.library.emulated_last_error() == 0
+            assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+            assert emulator.launches(call) == at_once
+
+
 TRAPS = {
     "NoiseKey.node holds a value outside [0, 2**32)": lambda b: philox_normal((4, 3), NoiseKey(1, 2, 3, 4, torch.tensor([0, 1, 2, 2**32]))),
     "NoiseKey.parent holds a value outside [0, 2**32)": lambda b: flow_step(
@@ -220,3 +271,16 @@ def test_a_kernel_ends_with_the_line_that_the_reference_says(message, size, devi
         TRAPS[message](batch)
     with use_backend("reference"), pytest.raises(RuntimeError, match=re.escape(message)):
         TRAPS[message](batch)
+
+
+@pytest.mark.parametrize("order", [FAIR, GREEDY, SHUFFLED])
+@pytest.mark.parametrize(("device", "blocks"), [(SM_80, 1), (SM_90, 3)])
+@pytest.mark.parametrize("message", TRAPS)
+def test_a_line_is_printed_at_most_once_a_block(message, device, blocks, order, emulator):
+    """Though a trap takes a while to reach the other threads. Where edges have keys of their own, one thread checks each."""
+    batch = batch_of(2, 9000)
+    before = emulator.library.emulated_lines()
+    with emulator(device, order), pytest.raises(RuntimeError, match=re.escape(message)):
+        TRAPS[message](batch)
+    edges_of_a_block = 2 if "parent" in message or "step" in message else 1
+    assert 1 <= emulator.library.emulated_lines() - before <= edges_of_a_block * blocks

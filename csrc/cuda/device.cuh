@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
@@ -106,8 +107,20 @@ DEVICE T* opaque(T* pointer) {
   __builtin_unreachable();
 }
 
+[[noreturn]] static __device__ __attribute__((noinline)) void fail_together(const char* message) {
+  if (threadIdx.x == 0) printf(message);
+  __syncthreads();  // or a trap could come before the line
+  __trap();
+  __builtin_unreachable();
+}
+
 DEVICE void require(bool fine, const char* message) {
   if (!fine) fail(message);
+}
+
+// Where all threads of a block find the same: one line a block, not one a thread.
+DEVICE void require_of_block(bool fine, const char* message) {
+  if (!fine) fail_together(message);
 }
 
 // ---- on the host ----
@@ -142,42 +155,56 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Whether a question to the device was answered; that it was not is no error of the caller's.
+inline bool answered(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess;
+}
+
+// 0 where the device does not answer.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
+  return answered(cudaGetDevice(&device)) && answered(cudaDeviceGetAttribute(&value, attribute, device)) ? value : 0;
 }
 
 inline size_t most_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-inline bool ask_whether_it_fits(const void* kernel, const Launch& how) {
-  if (how.shared_bytes > most_shared_bytes()) return false;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
+// Of one cluster, however many are launched: of an empty grid none would fit. No value where the device does not answer.
+inline std::optional<bool> ask_whether_it_fits(const void* kernel, Launch how) {
+  const size_t most = most_shared_bytes();
+  if (most == 0) return std::nullopt;
+  if (how.shared_bytes > most) return false;
+  if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)))) return std::nullopt;
   if (how.cluster == 1) return true;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);  // more than 8 blocks
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  if (major == 0) return std::nullopt;
+  if (major < 9) return false;
+  // More than 8 blocks.
+  if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))) return std::nullopt;
+  how.blocks = how.cluster;
   cudaLaunchAttribute attribute = {};
   const cudaLaunchConfig_t config = how.config(attribute, nullptr);
   int clusters = 0;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();  // not an error of the caller's
+  if (!answered(error) && error != cudaErrorInvalidClusterSize) return std::nullopt;
   return error == cudaSuccess && clusters > 0;
 }
 
-// Whether the current device can run such blocks and clusters; asked once, for asking takes longer than a launch.
+// Whether the current device can run such blocks and clusters. Its answer is kept, for asking takes longer than a launch; without one they do not fit this time.
 template <typename Kernel>
 bool fits(Kernel* kernel, const Launch& how) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel*, int, int, int, size_t>, bool> known;
   int device = 0;
-  cudaGetDevice(&device);
+  if (!answered(cudaGetDevice(&device))) return false;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, unknown] = known.try_emplace({kernel, device, how.threads, how.cluster, how.shared_bytes}, false);
-  if (unknown) entry->second = ask_whether_it_fits(reinterpret_cast<const void*>(kernel), how);
-  return entry->second;
+  const std::tuple key = {kernel, device, how.threads, how.cluster, how.shared_bytes};
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  const std::optional<bool> answer = ask_whether_it_fits(reinterpret_cast<const void*>(kernel), how);
+  if (answer) known.emplace(key, *answer);
+  return answer.value_or(false);
 }
 
 }  // namespace flowgrove::cuda

@@ -20,15 +20,17 @@ DEVICE EdgeNoise edge_noise(const Key& key, int64_t edge) {
   return {{word(SEED), word(ITERATION), word(STEP), word(PROMPT), word(NODE)}, word(PARENT)};
 }
 
+// REQUIRE: require, or require_of_block where all threads of a block check the same edge.
+template <void (*REQUIRE)(bool, const char*)>
 DEVICE void require_words(const Key& key, int64_t edge, bool shared) {
   const auto fits = [&](KeyWord which) { return static_cast<uint64_t>(key_word(key, edge, which)) >> 32 == 0; };
-  require(fits(SEED), "NoiseKey.seed holds a value outside [0, 2**32)\n");
-  require(fits(ITERATION), "NoiseKey.iteration holds a value outside [0, 2**32)\n");
-  require(fits(STEP), "NoiseKey.step holds a value outside [0, 2**32)\n");
-  require(fits(PROMPT), "NoiseKey.prompt holds a value outside [0, 2**32)\n");
-  require(fits(NODE), "NoiseKey.node holds a value outside [0, 2**32)\n");
-  require(fits(PARENT), "NoiseKey.parent holds a value outside [0, 2**32)\n");
-  require(!shared || key_word(key, edge, STEP) < SHARED_STEP - 1, "NoiseKey.step must be below 2**31 - 1 for correlated siblings\n");
+  REQUIRE(fits(SEED), "NoiseKey.seed holds a value outside [0, 2**32)\n");
+  REQUIRE(fits(ITERATION), "NoiseKey.iteration holds a value outside [0, 2**32)\n");
+  REQUIRE(fits(STEP), "NoiseKey.step holds a value outside [0, 2**32)\n");
+  REQUIRE(fits(PROMPT), "NoiseKey.prompt holds a value outside [0, 2**32)\n");
+  REQUIRE(fits(NODE), "NoiseKey.node holds a value outside [0, 2**32)\n");
+  REQUIRE(fits(PARENT), "NoiseKey.parent holds a value outside [0, 2**32)\n");
+  REQUIRE(!shared || key_word(key, edge, STEP) < SHARED_STEP - 1, "NoiseKey.step must be below 2**31 - 1 for correlated siblings\n");
 }
 
 DEVICE Octet octet_of(const Normals& low, const Normals& high) {

@@ -9,7 +9,7 @@ template <bool WHOLE>
 __global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE))
 philox_normal_kernel(const __grid_constant__ PhiloxNormal op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
-  require_words(op.key, part.row, false);
+  require_words<require_of_block>(op.key, part.row, false);
   const NoiseWords words = edge_noise(op.key, part.row).words;
 #pragma unroll 1
   for (int start = first_start(); start < part.count; start += stride()) {

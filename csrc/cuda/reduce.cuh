@@ -36,7 +36,7 @@ inline size_t gathered_bytes(int64_t sums, int threads) {
 DEVICE void name_edges(const Noise& noise, int64_t first, int count) {
   if (noise.key.data == nullptr) return;
   for (int c = threadIdx.x; c < count; c += threads()) {
-    require_words(noise.key, first + c, noise.root_rho > 0.0f);
+    require_words<require>(noise.key, first + c, noise.root_rho > 0.0f);
     gathered().noise[c] = edge_noise(noise.key, first + c);
   }
 }

@@ -19,7 +19,7 @@ struct Family {
 DEVICE Family family_of(const Children& children, int64_t rows, int64_t edges, int64_t row) {
   const int64_t first = first_child(children, row), end = first_child(children, row + 1);
   const bool rise = 0 <= first && first <= end && end <= edges, ends = (row > 0 || first == 0) && (row + 1 < rows || end == edges);
-  require(rise && ends, "child_offsets must rise from 0 to the number of rows of x_next\n");
+  require_of_block(rise && ends, "child_offsets must rise from 0 to the number of rows of x_next\n");
   return {first, end - first};
 }
 
@@ -30,7 +30,8 @@ struct MeanCoefficients {
 
 DEVICE MeanCoefficients mean_coefficients(const States& states, int64_t row) {
   const float prev = states.prev_coef == nullptr ? 0.0f : states.prev_coef[row];
-  require(states.history.data != nullptr || prev == 0.0f, "these coefficients need history=, the previous clean estimate: prev_coef is not 0\n");
+  const bool fine = states.history.data != nullptr || prev == 0.0f;
+  require_of_block(fine, "these coefficients need history=, the previous clean estimate: prev_coef is not 0\n");
   return {states.x_coef[row], states.v_coef[row], prev};
 }
 

@@ -13,6 +13,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/c/shim.h>
@@ -83,6 +84,10 @@ static Fiber* self = nullptr;
 static jmp_buf scheduler;
 static const std::function<void()>* program = nullptr;
 static std::string last_line;
+static int64_t lines = 0;         // printed in all launches
+static bool broken = false;       // a rule of the emulator, unlike a trap, ends the launch at once
+static int until_unanswered = 0;  // questions to the runtime up to the one that fails; 0: none does
+static cudaError_t last_error = cudaSuccess;
 static thread_local std::string failure;  // of the last launch from this thread of the program; launches take turns
 
 // ---- what a thread sees ----
@@ -127,16 +132,20 @@ void* of_block(void* own, unsigned rank) {
 
 void print(const char* line) {
   last_line = line;
+  ++lines;
 }
 
+// Other threads do not stop at once: they may go on until they wait, and print and trap themselves.
 void trap() {
   failure = last_line.empty() ? "a trap without a line" : last_line;
+  self->finished = true;
   _longjmp(scheduler, 1);
 }
 
 void require(bool fine, const char* message) {
   if (fine) return;
   failure = message;
+  broken = true;
   _longjmp(scheduler, 1);
 }
 
@@ -208,7 +217,7 @@ static void run_cluster(unsigned first_block, unsigned count, unsigned threads) 
   // Runs those of turns[first … end − 1] that can go on, once each.
   const auto run = [&](size_t first, size_t end) {
     bool moved = false;
-    for (size_t i = first; i < end && failure.empty(); ++i) {
+    for (size_t i = first; i < end && !broken; ++i) {
       if (!fibers[turns[i]].ready()) continue;
       resume(fibers[turns[i]], memory + turns[i] * STACK);
       moved = true;
@@ -269,6 +278,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   program = &thread;
   shared_bytes = config.dynamicSmemBytes;
   failure.clear();
+  broken = false;
   last_line.clear();
   const unsigned size = cluster_size(config);
   for (unsigned block = 0; block < config.gridDim.x && failure.empty(); block += size) run_cluster(block, size, config.blockDim.x);
@@ -279,18 +289,27 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 
 // ---- the runtime ----
 
+static bool unanswered() {
+  if (emulated::until_unanswered == 0 || --emulated::until_unanswered > 0) return false;
+  emulated::last_error = cudaErrorNotReady;
+  return true;
+}
+
 cudaError_t cudaGetDevice(int* device) {
+  if (unanswered()) return cudaErrorNotReady;
   *device = emulated::current_device;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (unanswered()) return cudaErrorNotReady;
   const emulated::Device& found = emulated::devices[device];
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? found.major : found.shared_bytes;
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (unanswered()) return cudaErrorNotReady;
   const emulated::Device& device = emulated::devices[emulated::current_device];
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > device.shared_bytes) return cudaErrorInvalidValue;
   emulated::attributes[attribute][{kernel, emulated::current_device}] = value;
@@ -298,12 +317,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  if (unanswered()) return cudaErrorNotReady;
   *clusters = emulated::can_launch(*config, kernel) ? 1 : 0;
   return cudaSuccess;
 }
 
 cudaError_t cudaGetLastError() {
-  return cudaSuccess;
+  return std::exchange(emulated::last_error, cudaSuccess);
 }
 
 // ---- what the tests steer: see test_cuda_emulated.py ----
@@ -321,6 +341,19 @@ extern "C" void emulated_use_order(int order) {
 
 extern "C" int64_t emulated_launches() {
   return emulated::launches;
+}
+
+extern "C" int64_t emulated_lines() {
+  return emulated::lines;
+}
+
+// The question after `which` − 1 others is not answered; 0: all are.
+extern "C" void emulated_leave_unanswered(int which) {
+  emulated::until_unanswered = which;
+}
+
+extern "C" int emulated_last_error() {
+  return emulated::last_error;
 }
 
 // ---- what torch exports only where it was built for CUDA, or does otherwise on a CPU ----
