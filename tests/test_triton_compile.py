@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton compiles the kernels: pip install t
 from triton_compile import Compiled, Launch, launches
 
 CAPABILITIES = (80, 90, 100)
-REGISTERS = 128  # a thread; two programs of eight warps then fit a multiprocessor
+REGISTERS = 128  # of a thread; two programs of eight warps then fit a multiprocessor
 ACCESSES = 4  # of four neighbours, by each thread for each row of a program
 B, D, FANOUT, E = 2, 2**16, 2, 4
 X, X_NEXT, NOISE, SCORES = torch.zeros(B, D), torch.zeros(E, D), torch.zeros(E, D), torch.zeros(E)
@@ -129,7 +129,9 @@ def test_arithmetic_is_rounded_as_written(name, kernel, capability):
 
 @pytest.mark.parametrize(("name", "kernel", "capability"), cases())
 def test_no_register_is_spilled(name, kernel, capability):
+    """Without the limit Triton 3.6 takes 149 to 155 registers for step_kernel and sums_kernel: one program a multiprocessor."""
     resources = compiled(name, kernel, capability).resources
+    assert launched(name)[kernel].options["maxnreg"] == REGISTERS
     assert resources["REG"] <= REGISTERS
     assert resources["STACK"] == resources["LOCAL"] == 0
 

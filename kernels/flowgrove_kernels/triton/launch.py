@@ -9,6 +9,8 @@ from torch import Tensor
 from flowgrove_kernels.checks import require_offsets
 
 _ONE_AT_A_TIME = Lock()  # the interpreter, which is what takes CPU tensors, holds the place of one program
+REGISTERS = 128  # of a thread at most, or two programs of eight warps do not fit a multiprocessor: Triton 3.6 would take up to 155
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": REGISTERS})  # ROCm's compiler has no such limit
 
 
 class Blocks(NamedTuple):
@@ -34,7 +36,7 @@ def launch(kernel: Any, programs: int, warps: int, on: Tensor, *arguments: Any, 
     if programs == 0:
         return
     with torch.cuda.device(on.device) if on.is_cuda else _ONE_AT_A_TIME:
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, **OPTIONS)
 
 
 def row_stride(rows: Tensor | None) -> int:
