@@ -32,6 +32,17 @@ def wanted_cuda(torch, cuda_home) -> bool:
     return possible and choice != "0"
 
 
+def architectures(chosen: str, visible: list[tuple[int, int]], of_torch: list[str]) -> str:
+    """What the CUDA ops are compiled for, as TORCH_CUDA_ARCH_LIST says it: what the user chose, else the visible GPUs as far as
+    torch knows their kind (`of_torch`: its own sm_…), else ARCHITECTURES.
+    """
+    if chosen not in ("", "native"):
+        return chosen
+    known = [divmod(int("".join(filter(str.isdigit, name))), 10) for name in of_torch if name.startswith("sm_")]
+    found = sorted({min(capability, max(known, default=capability)) for capability in visible})
+    return ";".join(f"{major}.{minor}" for major, minor in found) + "+PTX" if found else ARCHITECTURES
+
+
 def extensions() -> dict:
     """Arguments of setup() that compile the ops; none where torch is not installed."""
     try:
@@ -40,7 +51,11 @@ def extensions() -> dict:
     except ImportError:
         print("flowgrove: torch is not installed (or hidden by build isolation): the compiled ops are left out", file=sys.stderr)
         return {}
-    cuda = wanted_cuda(torch, cpp_extension.CUDA_HOME)
+    cuda, listed = wanted_cuda(torch, cpp_extension.CUDA_HOME), "none"
+    if cuda:
+        visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        listed = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), visible, torch.cuda.get_arch_list())
+        os.environ["TORCH_CUDA_ARCH_LIST"] = listed  # torch compiles for these
     include = [str(Path("csrc").absolute())]
     wide = ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []
     stable = {"include_dirs": include, "py_limited_api": True}
@@ -55,15 +70,13 @@ def extensions() -> dict:
             define_macros=[
                 ("FLOWGROVE_TORCH", torch.__version__),
                 ("FLOWGROVE_CUDA", torch.version.cuda if cuda else "none"),
-                ("FLOWGROVE_ARCHITECTURES", os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if cuda else "none"),
+                ("FLOWGROVE_ARCHITECTURES", listed),
             ],
             extra_compile_args={"cxx": CXX},
             language="c++",
         ),
     ]
     if cuda:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         flags = {"cxx": [*CXX, STABLE_ABI, "-DUSE_CUDA"], "nvcc": [*NVCC, STABLE_ABI]}
         found.append(cpp_extension.CUDAExtension("flowgrove_kernels._cuda", sources("cuda"), extra_compile_args=flags, **stable))
 

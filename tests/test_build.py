@@ -1,6 +1,8 @@
 """setup.py: the compiled ops are left out where they cannot be compiled, and what was compiled says how."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,52 @@ def test_what_is_insisted_on_and_impossible_is_one_line(checkout, value):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(("FLOWGROVE_CUDA=1 needs", "FLOWGROVE_CUDA is 'yes'"))
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """Runs setup.py: its names, and the arguments of the setup() that it calls."""
+    monkeypatch.chdir(ROOT)
+    called = {}
+    monkeypatch.setattr("setuptools.setup", called.update)
+    return lambda: (runpy.run_path("setup.py"), called)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "visible", "expected"),
+    [
+        ("", [], "8.0;9.0a;10.0+PTX"),
+        ("native", [], "8.0;9.0a;10.0+PTX"),
+        ("", [(9, 0)], "9.0+PTX"),
+        ("native", [(9, 0), (8, 0), (9, 0)], "8.0;9.0+PTX"),
+        ("", [(12, 1), (9, 0)], "9.0;12.0+PTX"),  # torch knows no 12.1
+        ("8.6", [(9, 0)], "8.6"),
+        ("Hopper", [], "Hopper"),
+    ],
+)
+def test_architectures_are_those_chosen_or_visible_or_the_usual_ones(chosen, visible, expected, setup_py, monkeypatch):
+    monkeypatch.setenv("FLOWGROVE_CUDA", "0")
+    assert setup_py()[0]["architectures"](chosen, visible, ["sm_75", "sm_90", "sm_120", "compute_120"]) == expected
+
+
+@pytest.mark.parametrize("chosen", ["", "8.0;9.0a"])
+def test_the_build_information_names_what_torch_compiles_for(chosen, setup_py, monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("FLOWGROVE_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    for name, value in {"is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_arch_list": ["sm_90"]}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    _, called = setup_py()
+    (information,) = (e for e in called["ext_modules"] if e.name == "flowgrove_kernels._build_info")
+    named = dict(information.define_macros)["FLOWGROVE_ARCHITECTURES"]
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    found = re.findall(r"code=sm_(\d+)(\d)(a?)", flags)
+    assert named == (chosen or "9.0+PTX")
+    assert {f"{major}.{minor}{a}" for major, minor, a in found} == set(named.removesuffix("+PTX").split(";"))
+    assert ("code=compute_" in flags) == named.endswith("+PTX")
 
 
 @compiled
