@@ -1,5 +1,6 @@
 # make quickstart and make test work from a clean clone: both install into .venv first.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,7 +9,7 @@ SEEDS ?= 42
 # Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
 INTERPRETED := tests/test_op_flow_step.py tests/test_op_flow_logprob.py tests/test_op_grpo_loss.py tests/test_op_clean_estimate.py tests/test_noise.py
 
-.PHONY: install quickstart test test-long test-gpu bench lint format clean
+.PHONY: install quickstart test test-long test-gpu gpu-kit bench lint format clean
 
 install: $(STAMP)
 
@@ -34,6 +35,10 @@ test-long: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# What profiling/gpu_check.py needs on a GPU machine without network, in .gpu-kit/.
+gpu-kit:
+	$(PYTHON) profiling/gpu_kit.py --python $(PYTHON312)
 
 bench: $(STAMP)
 	$(BIN)/python profiling/bench_ops.py

@@ -1,7 +1,7 @@
 """The shapes that are measured, and tensors of a shape."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -77,6 +77,11 @@ class Inputs:
     def device(self) -> torch.device:
         """Of every tensor."""
         return self.x.device
+
+    def copy(self) -> "Inputs":
+        """The same values in other memory; the numbers per row are shared."""
+        large = {name: getattr(self, name).clone() for name in ("x", "v", "noise", "x_next")}
+        return replace(self, **large)
 
 
 def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:

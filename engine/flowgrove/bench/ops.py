@@ -16,7 +16,7 @@ from flowgrove.bench.cases import CASES, Case, Contender, contenders
 from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs
 from flowgrove.bench.table import write_columns
-from flowgrove.bench.timing import copier, interleave, make_clock
+from flowgrove.bench.timing import Graph, Spread, calls_per_graph, copier, interleave, interleave_graphs, make_clock, record
 from flowgrove.device import release_memory
 from flowgrove.errors import UserError
 from flowgrove_kernels import available_backends, use_backend
@@ -24,7 +24,8 @@ from flowgrove_kernels.backends import takes
 
 COLUMNS = (
     "op", "case", "shape", "rows", "elements", "dtype", "contender", "median_us", "q10_us", "q90_us", "rounds", "bytes", "gb_per_s", "copy_gb_per_s",
-    "percent_of_copy", "speedup_vs_eager", "speedup_vs_compiled", "launches", "launches_are", "peak_bytes", "output_bytes", "peak_extra_bytes",
+    "percent_of_copy", "speedup_vs_eager", "speedup_vs_compiled", "graph_us", "graph_gb_per_s", "graph_copy_gb_per_s", "graph_percent_of_copy",
+    "graph_speedup_vs_eager", "graph_speedup_vs_compiled", "launches", "launches_are", "peak_bytes", "output_bytes", "peak_extra_bytes",
     "device", "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 _BYTES_PER_ELEMENT = 80  # at the peak: inputs 20, the buffers of the copy 16, and the hungriest contender 32
@@ -142,10 +143,10 @@ def _measure(case: Case, inputs: Inputs, settings: Settings, wrong: list[str], s
         return []
     traffic = case.traffic(inputs)
     times = interleave([*entrants, copier(traffic, inputs.device)], make_clock(inputs.device), settings.rounds)
+    replays = _replays(case, inputs, settings, {contender.name for contender in entrants}, say)
     rows = []
     for contender in entrants:
         used, spent = footprint(contender, inputs.device), times[contender.name]
-        ratio = {name: _figure(times[name].median / spent.median) if name in times else None for name in ("eager", "compiled")}
         rows.append(
             {
                 "op": case.op,
@@ -158,11 +159,9 @@ def _measure(case: Case, inputs: Inputs, settings: Settings, wrong: list[str], s
                 **{f"{name}_us": _figure(value) for name, value in spent._asdict().items()},
                 "rounds": settings.rounds,
                 "bytes": traffic,
-                "gb_per_s": _figure(traffic / spent.median / 1e3),
-                "copy_gb_per_s": _figure(traffic / times["copy"].median / 1e3),
-                "percent_of_copy": _figure(100 * times["copy"].median / spent.median),
-                "speedup_vs_eager": ratio["eager"],
-                "speedup_vs_compiled": ratio["compiled"],
+                **_compared(times, contender.name, traffic),
+                "graph_us": _figure(replays[contender.name].median) if contender.name in replays else None,
+                **{f"graph_{name}": value for name, value in _compared(replays, contender.name, traffic).items()},
                 "launches": used.launches,
                 "launches_are": "kernels" if inputs.device.type == "cuda" else "op calls",
                 "peak_bytes": used.peak_bytes,
@@ -172,6 +171,42 @@ def _measure(case: Case, inputs: Inputs, settings: Settings, wrong: list[str], s
         )
     say(f"{title}: " + ", ".join(f"{row['contender']} {row['median_us']:,.0f} µs" for row in rows))
     return rows
+
+
+def _compared(times: dict[str, Spread], name: str, traffic: int) -> dict[str, float | None]:
+    """Bandwidth and speed of a contender beside the copy, eager and compiled; nothing where it or the other was not timed."""
+
+    def figure(value: Callable[[], float]) -> float | None:
+        try:
+            return _figure(value())
+        except KeyError:
+            return None
+
+    return {
+        "gb_per_s": figure(lambda: traffic / times[name].median / 1e3),
+        "copy_gb_per_s": figure(lambda: traffic / times["copy"].median / 1e3),
+        "percent_of_copy": figure(lambda: 100 * times["copy"].median / times[name].median),
+        "speedup_vs_eager": figure(lambda: times["eager"].median / times[name].median),
+        "speedup_vs_compiled": figure(lambda: times["compiled"].median / times[name].median),
+    }
+
+
+def _replays(case: Case, inputs: Inputs, settings: Settings, names: set[str], say: Say) -> dict[str, Spread]:
+    """Times inside CUDA graphs, of the entrants that can be recorded and of the copy; nothing on a CPU."""
+    if inputs.device.type != "cuda":
+        return {}
+    traffic = case.traffic(inputs)
+    sets = [inputs, *(inputs.copy() for _ in range(calls_per_graph(traffic, inputs.device) - 1))]
+    calls = [contenders(case, some, settings.contenders) for some in sets]
+    graphs: list[Graph] = []
+    for members in [[copier(traffic, inputs.device) for _ in sets], *map(list, zip(*calls, strict=True))]:
+        if members[0].name not in names and members[0].name != "copy":
+            continue
+        try:
+            graphs.append(record(members, inputs.device))
+        except RuntimeError as error:
+            say(f"{members[0].name} is left out of the graphs of {case.op}, {case.name}: {str(error).strip().splitlines()[0]}")
+    return interleave_graphs(graphs, inputs.device, settings.rounds)
 
 
 def _figure(value: float) -> float:

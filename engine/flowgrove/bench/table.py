@@ -15,6 +15,7 @@ from flowgrove.files import write_text
 
 Row = dict[str, Any]
 _HEADINGS = ("contender", "µs", "q10", "q90", "% copy", "× eager", "launches", "MiB")  # 80 columns hold no more; the CSV has the rest
+_REPLAYED = ("graph µs", "% copy", "× eager")  # on a GPU: inside a CUDA graph, where no launch is waited for
 
 
 def draw_rows(rows: list[Row], console: Console) -> None:
@@ -25,7 +26,8 @@ def draw_rows(rows: list[Row], console: Console) -> None:
         groups.setdefault(title, []).append(row)
     for title, members in groups.items():
         table = Table(box=None, pad_edge=False, collapse_padding=True)
-        for heading in _HEADINGS:
+        replayed = any(row["graph_us"] is not None for row in members)
+        for heading in (*_HEADINGS, *(_REPLAYED if replayed else ())):
             table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
         for row in members:
             table.add_row(
@@ -37,10 +39,19 @@ def draw_rows(rows: list[Row], console: Console) -> None:
                 "" if row["speedup_vs_eager"] is None else f"{row['speedup_vs_eager']:.2f}",
                 str(row["launches"]),
                 f"{row['peak_extra_bytes'] / 2**20:.1f}",
+                *(
+                    (_number(row["graph_us"], ".1f"), _number(row["graph_percent_of_copy"], ".0f"), _number(row["graph_speedup_vs_eager"], ".2f"))
+                    if replayed
+                    else ()
+                ),
             )
         console.print(title, style="bold", soft_wrap=True)
         console.print(table)
         console.print()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def draw_engine(rows: list[Row], console: Console) -> None:
@@ -80,6 +91,18 @@ def draw_scaling(rows: list[Row], console: Console) -> None:
             f"{row['outside_us_per_node']:.0f}",
             f"{row['exponent']:.3f}",
         )
+    console.print(table)
+
+
+def draw_row_times(rows: list[Row], console: Console) -> None:
+    """One table: milliseconds of a row, and how much of the arithmetic that a second holds its forward does."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for heading in ("blocks", "rows", "mode", "forward ms", "+ backward ms", "TFLOP/s", ""):
+        table.add_column(heading, justify="left" if heading in ("blocks", "mode", "") else "right", no_wrap=True)
+    for row in rows:
+        times = (_number(row[key], ".2f") for key in ("forward_ms", "train_ms"))
+        rate = _number(row["forward_tflop_per_s"], ".4g")
+        table.add_row(row["blocks"], str(row["rows"]), row["mode"], *times, rate, "derived" if row["derived"] else "")
     console.print(table)
 
 

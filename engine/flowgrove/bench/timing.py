@@ -1,9 +1,10 @@
 """Interleaved timing: in every round each contender runs once, in an order drawn anew, so that drift of the machine meets all of them alike."""
 
 import gc
+import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from flowgrove_kernels import use_backend
 
 WARM_UP = 2
 _LEAST_FLUSH = 2**28
+_LARGEST_GRAPH = 64  # calls
+_QUEUED = 200_000  # cycles that the GPU is kept busy while a graph is launched: 0.1 ms
 Clock = Callable[[Contender], float]  # microseconds of one call
 
 
@@ -42,7 +45,7 @@ def interleave(entrants: list[Contender], clock: Clock, rounds: int) -> dict[str
                 spent = clock(contender)
                 if turn >= WARM_UP:
                     times[contender.name].append(spent)
-    return {name: Spread(*(float(q) for q in numpy.quantile(values, (0.5, 0.1, 0.9)))) for name, values in times.items()}
+    return _spreads(times)
 
 
 def copier(traffic: int, device: torch.device) -> Contender:
@@ -64,8 +67,7 @@ def _cpu_clock(contender: Contender) -> float:
 
 def _gpu_clock(device: torch.device) -> Clock:
     """Events around a call on an idle device with an emptied L2 cache; so the time of launching counts as far as the device has to wait for it."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(max(2 * cache, _LEAST_FLUSH), dtype=torch.int8, device=device)
+    flush = _flusher(device)
 
     def clock(contender: Contender) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -80,6 +82,68 @@ def _gpu_clock(device: torch.device) -> Clock:
         return 1e3 * start.elapsed_time(stop)
 
     return clock
+
+
+class Graph(NamedTuple):
+    """A CUDA graph of `calls` calls of one contender, each on inputs of its own; `outputs` keep what they write from being written over."""
+
+    name: str
+    replay: Callable[[], None]
+    calls: int
+    outputs: list[tuple[torch.Tensor, ...]]
+
+
+def calls_per_graph(traffic: int, device: torch.device) -> int:
+    """How many calls, on inputs of their own, move so much memory that the L2 cache serves none of them."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(_LARGEST_GRAPH, math.ceil(4 * cache / traffic)))
+
+
+def record(calls: Sequence[Contender], device: torch.device) -> Graph:
+    """One graph of one contender's `calls`. Raises RuntimeError where they cannot be captured."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with use_backend(calls[0].backend or "auto"):
+        with torch.cuda.stream(side):  # what a first call allocates and compiles must not be captured; autograd remembers the stream
+            for call in calls:
+                call.run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            outputs = [call.run() for call in calls]
+    return Graph(calls[0].name, graph.replay, len(calls), outputs)
+
+
+def interleave_graphs(graphs: list[Graph], device: torch.device, rounds: int) -> dict[str, Spread]:
+    """Microseconds of one call inside a graph: the GPU's time alone, without launching. The queue is never empty while a graph begins."""
+    flush = _flusher(device)
+    times: dict[str, list[float]] = {graph.name: [] for graph in graphs}
+    shuffled, order = random.Random(0), list(graphs)
+    for turn in range(WARM_UP + rounds):
+        shuffled.shuffle(order)
+        for graph in order:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            flush.zero_()
+            torch.cuda._sleep(_QUEUED)
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize(device)
+            if turn >= WARM_UP:
+                times[graph.name].append(1e3 * start.elapsed_time(stop) / graph.calls)
+    return _spreads(times)
+
+
+def _spreads(times: dict[str, list[float]]) -> dict[str, Spread]:
+    quantiles = {name: numpy.quantile(values, (0.5, 0.1, 0.9)) for name, values in times.items()}
+    return {name: Spread(*(float(q) for q in found)) for name, found in quantiles.items()}
+
+
+def _flusher(device: torch.device) -> torch.Tensor:
+    """A buffer that takes the whole L2 cache when it is written."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(2 * cache, _LEAST_FLUSH), dtype=torch.int8, device=device)
 
 
 @contextmanager

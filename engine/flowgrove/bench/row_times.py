@@ -1,0 +1,154 @@
+"""What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, and with compiled blocks.
+
+A FLUX of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the cost of a double block, of a single block and
+of what lies around them come out, and with them the cost of FLUX.1-dev's 19 and 38. Such figures are derived and marked as that.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowgrove.bench import machine
+from flowgrove.bench.engine import REUSED, Row, Say, bench_recipe
+from flowgrove.bench.models import bench_model
+from flowgrove.bench.table import write_columns
+from flowgrove.cuda_graphs import CudaGraphs
+from flowgrove.errors import UserError
+from flowgrove.models.compiling import compile_blocks
+from flowgrove.models.policy import Policy
+from flowgrove.pass_times import Passes
+
+COLUMNS = (
+    "model", "blocks", "rows", "mode", "tokens", "forward_ms", "train_ms", "forward_tflop", "forward_tflop_per_s", "derived", "repeats",
+    "device", "torch", "triton", "compiler", "date",
+)  # fmt: skip
+MODES = ("eager", "recorded", "compiled")  # in this order: compiled blocks stay compiled
+WHOLE_FLUX = (19, 38)  # double and single blocks of FLUX.1-dev
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: `model` of bench.models, rows of a pass, some of MODES, timed passes of each."""
+
+    device: torch.device
+    model: str
+    rows: tuple[int, ...]
+    modes: tuple[str, ...]
+    repeats: int
+
+
+def settings_of(model: str, rows: str, modes: str | None, repeats: int, device: str) -> Settings:
+    """From the options of the command. Raises UserError."""
+    place = machine.pick_device(device)
+    counts = [word.strip() for word in rows.split(",")]
+    if not all(word.isdecimal() and int(word) for word in counts):
+        raise UserError(f"--rows is {rows!r}: write whole numbers from 1 up with commas between, like 1,2,4")
+    chosen = [word.strip() for word in modes.split(",")] if modes else MODES[: 2 if place.type == "cuda" else 1]
+    for mode in chosen:
+        if mode not in MODES:
+            raise UserError(f"--modes names {mode}: write some of {', '.join(MODES)}")
+        if mode == "recorded" and place.type != "cuda":
+            raise UserError("--modes names recorded, which are CUDA graphs: leave it out, or measure on a GPU")
+    return Settings(place, model, tuple(map(int, counts)), tuple(chosen), repeats)
+
+
+def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
+    """Milliseconds per row, forward and with backward, as COLUMNS name them; with `out`, a CSV there."""
+    where = {key: value for key, value in machine.describe(settings.device).items() if key in COLUMNS}
+    found: list[Row] = []
+    with bench_model(settings.model, settings.device) as model:
+        policy = Policy(bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine}), settings.device)
+        timer = _Timer(policy, settings.repeats)
+        for mode in (mode for mode in MODES if mode in settings.modes):
+            if mode == "compiled":
+                compile_blocks(policy.transformer)
+            for rows in settings.rows:
+                lines = timer.lines(mode, rows)
+                found += [{"model": settings.model, **line, "repeats": settings.repeats, **where} for line in lines]
+                say("; ".join(f"{line['blocks']} blocks, {rows} rows, {mode}: {_told(line)}" for line in lines))
+    if out is not None:
+        path = out / f"{machine.file_stem(f'rows_{settings.model}', settings.device)}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_columns(found, COLUMNS, path)
+        say(f"wrote {path}")
+    return found
+
+
+def _told(line: Row) -> str:
+    if line["forward_ms"] is None:
+        return "no room"
+    train = "" if line["train_ms"] is None else f" + {line['train_ms']:.2f}"
+    return f"{line['forward_ms']:.2f}{train} ms a row"
+
+
+class _Timer:
+    """Times a policy's passes."""
+
+    def __init__(self, policy: Policy, repeats: int) -> None:
+        self.policy, self.repeats, self.passes = policy, repeats, Passes(policy)
+        self.lists = [blocks for name in ("transformer_blocks", "single_transformer_blocks") if (blocks := getattr(policy.transformer, name, None)) is not None]
+        self.sizes = [len(blocks) for blocks in self.lists]
+        with FlopCounterMode(display=False) as counter:
+            self.passes.forward(self.passes.states(1))
+        self.tflop = counter.get_total_flops() / 1e12
+
+    def lines(self, mode: str, rows: int) -> list[Row]:
+        """The model as it is; and of one with blocks of two kinds, the whole of FLUX.1-dev as its blocks make it."""
+        whole = self._milliseconds(mode, rows)
+        found = [self._line(self.sizes, mode, rows, whole)]
+        if whole is None or len(self.sizes) != 2 or min(self.sizes) < 2:
+            return found
+        total = whole.copy()
+        for place, size in enumerate(self.sizes):
+            with _cut(self.lists[place], 1):
+                fewer = self._milliseconds(mode, rows)
+            if fewer is None:
+                return found
+            total += (WHOLE_FLUX[place] - size) * (whole - fewer) / (size - 1)
+        return [*found, self._line(WHOLE_FLUX, mode, rows, total, derived=True)]
+
+    def _line(self, blocks: Sequence[int], mode: str, rows: int, spent: NDArray[np.float64] | None, *, derived: bool = False) -> Row:
+        forward, train = (None, None) if spent is None else (None if np.isnan(value) else float(value) for value in spent)
+        return {
+            "blocks": "+".join(map(str, blocks)), "rows": rows, "mode": mode, "tokens": self.passes.tokens, "forward_ms": forward, "train_ms": train,
+            "forward_tflop": None if derived else self.tflop, "forward_tflop_per_s": None if derived or forward is None else 1e3 * self.tflop / forward,
+            "derived": derived,
+        }  # fmt: skip
+
+    def _milliseconds(self, mode: str, rows: int) -> NDArray[np.float64] | None:
+        """(forward, forward and backward) of a row; None where the memory is too small. A recorded pass has no backward."""
+        try:
+            if mode == "recorded":
+                return 1e3 * np.array([self.passes.seconds_per_row(self._recorded(), rows, self.repeats), np.nan])
+            return 1e3 * np.array(self.passes.timed(rows, self.repeats))
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self.passes.release()
+
+    def _recorded(self) -> Callable[[torch.Tensor], object]:
+        graphs = CudaGraphs(self.policy.device)
+
+        def forward(x: torch.Tensor) -> list[torch.Tensor | None]:
+            return [self.passes.velocity(x)]
+
+        return lambda x: graphs("forward", forward, [x])
+
+
+@contextmanager
+def _cut(blocks: nn.ModuleList, count: int) -> Iterator[None]:
+    """Inside, the first `count` blocks alone."""
+    removed: list[Any] = list(blocks)[count:]
+    del blocks[count:]
+    try:
+        yield
+    finally:
+        blocks.extend(removed)
