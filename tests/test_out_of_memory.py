@@ -1,12 +1,22 @@
 """A device that is too small: passes are halved, the work is repeated, and nothing else changes."""
 
+import json
+import os
+import subprocess
+import sys
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
+from engine_cases import refuse, tiny_recipe
+from flowgrove.budget import fitting
 from flowgrove.credit import assign_credit
+from flowgrove.device import is_out_of_memory
 from flowgrove.kept_graphs import GraphKeeper
 from flowgrove.models.policy import Policy
+from flowgrove.rewards.python import PythonReward
 from flowgrove.rollout import rollout
 from flowgrove.update_passes import Rolled
 from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
@@ -160,3 +170,105 @@ def test_decoding_takes_fewer_samples_at_a_time(monkeypatch):
     monkeypatch.setattr(policy.adapter, "decode", decode)
     assert torch.allclose(policy.decode(latents), whole, rtol=0, atol=1e-12)
     assert max(sizes) <= 2
+
+
+MEMORY = {
+    "the allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cudnn 8": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cuda": torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "driver": RuntimeError("CUDA driver error: out of memory"),
+    "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+}
+OTHERS = {
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_COMPILATION_FAILED"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    "cuda": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    "resources": RuntimeError("out of resource: shared memory, Required: 300000"),
+    "another kind": ValueError("CUDA error: out of memory"),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_exhausted_memory_is_known_by_every_name(name):
+    assert is_out_of_memory(MEMORY[name])
+    errors, shrunk = iter([MEMORY[name]]), []
+
+    def work():
+        for error in errors:
+            raise error
+        return "done"
+
+    assert fitting(work, lambda: shrunk.append(1) or True) == "done"
+    assert shrunk == [1]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_errors_are_raised_at_once(name):
+    assert not is_out_of_memory(OTHERS[name])
+
+    def work():
+        raise OTHERS[name]
+
+    with pytest.raises(type(OTHERS[name])) as caught:
+        fitting(work, lambda: pytest.fail("nothing to make smaller"))
+    assert caught.value is OTHERS[name]
+
+
+def test_a_failed_attempts_tensors_are_gone_before_the_next(monkeypatch):
+    """Also those that frames of a replaced error hold."""
+    alive = []
+
+    def work():
+        assert [ref() for ref in alive] == [None] * len(alive)
+        tensor = torch.ones(3)
+        alive.append(weakref.ref(tensor))
+        try:
+            raise RuntimeError("the capture failed")
+        except RuntimeError:
+            raise torch.OutOfMemoryError("out of memory") from None
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting(work, lambda: len(alive) < 3)
+    assert len(alive) == 3
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_command_says_what_to_lower(name, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise MEMORY[name]
+
+    monkeypatch.setattr("flowgrove.tune.tune_recipe", fail)
+    assert "lower engine.token_budget" in refuse("tune", tiny_recipe(tmp_path))
+
+
+def test_a_python_reward_without_room_is_not_a_mistake_in_its_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLOWGROVE_ALLOW_PYTHON", "1")
+    file = tmp_path / "reward.py"
+    file.write_text("import torch\ndef score(pictures, prompts):\n    raise torch.OutOfMemoryError('out of memory')\n")
+    with pytest.raises(torch.OutOfMemoryError):
+        PythonReward(str(file))(torch.zeros(1, 3, 4, 4), ["a circle"])
+
+
+# The allocator's setting
+
+SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("imported", ["flowgrove.cli", "flowgrove.recipe", "torch, flowgrove"])
+@pytest.mark.parametrize("given", [None, *SETTINGS])
+def test_segments_expand_unless_the_user_says_otherwise(imported, given):
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    if given is not None:
+        environment[given] = "max_split_size_mb:64"
+    values = f"{{name: os.environ.get(name) for name in {SETTINGS}}}"
+    code = f"import {imported}, os, sys, json; print(json.dumps([{values}, 'torch' in sys.modules]))"
+    found, has_torch = json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
+    expected = dict.fromkeys(SETTINGS)
+    if given is not None:
+        expected[given] = "max_split_size_mb:64"
+    elif not imported.startswith("torch"):  # whoever loads torch first has settled its allocator
+        expected["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    assert found == expected
+    assert has_torch == imported.startswith("torch"), "flowgrove itself loads no torch"

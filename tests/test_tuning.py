@@ -255,6 +255,19 @@ def test_candidates_that_do_not_run_are_said_and_not_asked_again():
         choose("attention", failing[1:], WORK)
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("engine.cuda_graphs: it cannot be recorded"), "fails: engine.cuda_graphs: it cannot be recorded"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it"), "does not fit into the memory"),
+    ],
+)
+def test_what_cannot_be_recorded_is_not_chosen(error, line):
+    launched = Candidate(False, "launched", lambda: Timed(1e-3, 1e-3))
+    choice = choose("cuda_graphs", [launched, measured("recorded", error)], WORK)
+    assert (choice.value, choice.lines[1]) == (False, f"recorded: {line}")
+
+
 def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
     recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "exact_replay": True}, run={"iterations": 1, "eval_every": 0})
     result = succeed("tune", recipe)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from flowgrove.device import release_memory
+from flowgrove.device import is_out_of_memory, release_memory
 from flowgrove.packing import Ints, pack
 
 Result = TypeVar("Result")
@@ -43,13 +43,18 @@ class PassBudget:
 
 
 def fitting(work: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
-    """What `work` returns, repeated after `shrink` as often as the device's memory is too small for it. Raises torch.OutOfMemoryError when `shrink`
-    finds nothing more to make smaller."""
+    """What `work` returns, repeated after `shrink` as often as the device's memory is too small for it.
+
+    Raises the error of the last attempt (see `is_out_of_memory`) when `shrink` finds nothing more to make smaller.
+    """
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError as error:
-            full = error.with_traceback(None)  # its frames hold the failed attempt's tensors
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            full = error.with_traceback(None)  # its frames hold the failed attempt's tensors, as do those before it
+            full.__context__ = full.__cause__ = None
         if torch.cuda.is_available():
             release_memory(torch.device("cuda"))
         if not shrink():

@@ -49,7 +49,9 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
             hint = "; free some space and give the same command again" if error.errno == errno.ENOSPC else ""
             _fail(f"{place}{error.strerror or error}{hint}")
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
+            from flowgrove.device import is_out_of_memory
+
+            if not is_out_of_memory(error):
                 raise
             _fail(
                 "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: true (a run goes on with either), "

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,6 +12,16 @@ from flowgrove.errors import UserError
 from flowgrove.recipe import Recipe
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import BACKENDS, missing, takes
+
+# What CUDA, Triton and libraries that allocate for themselves say; of cuDNN's internal errors the failed allocations.
+_OUT_OF_MEMORY = re.compile(r"_ALLOC(ATION)?_FAILED\b|(CUDA|driver|HIP) error: out of memory|\[CUDA\]: out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory is exhausted, as PyTorch's allocator or as cuBLAS, cuDNN, Triton and CUDA say it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -43,8 +54,13 @@ def pick_backend(recipe: Recipe) -> AbstractContextManager[None]:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host tensor that the host does not wait for."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    """A host tensor on `device`, copied from pinned memory, so that the host does not wait.
+
+    What lies on a device already stays as it is.
+    """
+    if device.type == "cpu" or host.device.type != "cpu":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

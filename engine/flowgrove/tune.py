@@ -17,7 +17,7 @@ from torch import Tensor
 from flowgrove.bench.machine import describe
 from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.denoise import States, StepKind, denoise
-from flowgrove.device import pick_device
+from flowgrove.device import is_out_of_memory, pick_device, to_device
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.models.attention import attention_names, missing, use_attention
@@ -84,10 +84,8 @@ def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, 
                 continue
             try:
                 timed = measure()
-            except torch.OutOfMemoryError:
-                failed[label] = _NO_ROOM
-            except RuntimeError as error:
-                failed[label] = _reason(error)
+            except (RuntimeError, UserError) as error:  # UserError: a pass that cannot be recorded
+                failed[label] = _NO_ROOM if is_out_of_memory(error) else _reason(error)
             else:
                 times[label] += [timed] if turn else []
     medians = {label: Timed(*map(statistics.median, zip(*rounds, strict=True))) for label, rounds in times.items() if label not in failed}
@@ -192,10 +190,10 @@ class _Tuner:
         """With the rollout's own pass, replayed where there are `graphs`."""
         rows, passes = self.rows, self.passes
         half, less = (torch.full((rows,), sigma, dtype=torch.float64) for sigma in (0.5, 0.4))
-        coef, prompt = step_coefficients("ode", half, less).to(self.device), torch.zeros(rows, dtype=torch.int64, device=self.device)
+        coef, prompt = step_coefficients("ode", half, less).to(self.device, non_blocking=True), torch.zeros(rows, dtype=torch.int64, device=self.device)
 
         def forward(x: Tensor) -> None:
-            states = States(x, half.float().to(self.device), prompt, coef, None, None)
+            states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
             denoise(self.policy, passes.prompts, states, StepKind(1, 0.0, False), int(passes.prompts.lengths[0]))
 
         self.policy.graphs = graphs

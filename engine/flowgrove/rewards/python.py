@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrove.device import is_out_of_memory, to_host
 from flowgrove.errors import UserError
 
 ALLOW = "FLOWGROVE_ALLOW_PYTHON"
@@ -30,8 +31,10 @@ class PythonReward:
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         try:
-            return torch.as_tensor(self.function(pictures, prompts)).to("cpu", torch.float64)
+            return to_host(torch.as_tensor(self.function(pictures, prompts))).double()
         except Exception as error:
+            if is_out_of_memory(error):  # fewer pictures at a time may fit
+                raise
             raise self._failed(error) from error
 
     def _load(self, function: str) -> Callable[[Tensor, list[str]], Any]:
