@@ -4,6 +4,9 @@ Without a GPU the recording is a function that runs again on the recording's own
 is missed here too.
 """
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -123,3 +126,108 @@ def test_recordings_are_counted_by_shape():
 def test_cuda_graphs_without_a_gpu_are_refused():
     with pytest.raises(UserError, match="cuda_graphs"):
         Policy(small_recipe(engine={"device": "cpu", "cuda_graphs": True}), CPU)
+
+
+# Captures that fail
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stand-ins for streams and captures. `ends`: what the capture's end raises; `current`: the stream; `ended`: pools
+    whose recording was ended by hand."""
+    gpu = SimpleNamespace(current="caller", ends=None, ended=[], pools=iter(range(100)))
+
+    class Stream:
+        def __init__(self, device):
+            self.name = "side"
+
+        def wait_stream(self, other):
+            """Nothing is queued."""
+
+    streams = {"caller": SimpleNamespace(name="caller", wait_stream=lambda other: None)}
+
+    @contextmanager
+    def stream(wanted):
+        before, gpu.current = gpu.current, wanted.name
+        streams[wanted.name] = wanted
+        try:
+            yield
+        finally:
+            gpu.current = before
+
+    class Graph:
+        """As torch.cuda.graph: where the capture's end raises, its own stream stays current."""
+
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, gpu.current = gpu.current, self.stream.name
+
+        def __exit__(self, *error):
+            if gpu.ends is not None:
+                raise gpu.ends
+            gpu.current = self.before
+
+    stands_in = {
+        "Stream": Stream, "stream": stream, "graph": Graph, "current_stream": lambda device=None: streams[gpu.current],
+        "graph_pool_handle": lambda: next(gpu.pools), "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "current_device": lambda: 0,
+    }  # fmt: skip
+    for name, thing in stands_in.items():
+        monkeypatch.setattr(torch.cuda, name, thing)
+    end = "_cuda_endAllocateToPool"
+    monkeypatch.setattr(torch._C, end, lambda device, pool: gpu.ended.append((device, pool)), raising=False)
+    return gpu
+
+
+def failing(error):
+    """Runs twice, then fails: its capture."""
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        if len(calls) > 2:
+            raise error
+        return [x]
+
+    return function
+
+
+INVALID = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("ends", [None, INVALID], ids=["its end works", "its end fails"])
+def test_a_failed_capture_is_one_line_and_leaves_stream_and_allocator_as_they_were(gpu, ends):
+    graphs, gpu.ends = CudaGraphs(torch.device("cuda")), ends
+    with pytest.raises(UserError, match=r"engine\.cuda_graphs: false"):
+        graphs("key", failing(RuntimeError("operation not permitted when stream is capturing")), [torch.ones(2)])
+    assert gpu.current == "caller"
+    assert gpu.ended == [(0, 0)], "the allocator records into the pool no more"
+    assert (graphs._pool, len(graphs)) == (1, 0), "the next recording has a pool of its own"
+    gpu.ends = None
+    (result,) = graphs("key", lambda x: [x + 1], [torch.ones(2)])
+    assert result.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("ends", [None, INVALID], ids=["its end works", "its end fails"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_a_capture_without_room_says_so_whatever_its_end_says(gpu, ends, error):
+    graphs, gpu.ends = CudaGraphs(torch.device("cuda")), ends
+    with pytest.raises(RuntimeError) as caught:
+        graphs("key", failing(error), [torch.ones(2)])
+    assert caught.value is error
+    assert gpu.current == "caller"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_gpu_goes_on_after_a_failed_capture():
+    device = torch.device("cuda")
+    graphs, before, x = CudaGraphs(device), torch.cuda.current_stream(), torch.ones(1000, device="cuda")
+    with pytest.raises(UserError, match=r"engine\.cuda_graphs: false"):
+        graphs("reads", lambda x: [x * x.sum().item()], [x])
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    (result,) = graphs("works", lambda x: [x * 2], [x])
+    assert bool((result == 2).all())

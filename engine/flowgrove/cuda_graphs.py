@@ -2,11 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 
 Tensors = Sequence[Tensor | None]
@@ -59,6 +61,15 @@ class CudaGraphs:
         recorded.replay()
         return [None if tensor is None else tensor.clone() for tensor in recorded.outputs]
 
+    def _leave_pool(self) -> None:
+        """Ends what a failed capture leaves begun: the allocator would take no other recording into the pool, and put
+        off freeing what other streams have used until the capture ends."""
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        if self._pool is not None:
+            with suppress(RuntimeError):  # it has ended
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+
     def _record(self, function: Callable[..., Tensors], inputs: Tensors) -> _Recorded:
         side = torch.cuda.Stream(self.device) if self._side is None else self._side
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -66,13 +77,24 @@ class CudaGraphs:
             for _ in range(_WARM_UP):
                 function(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # the rewards' thread may allocate meanwhile
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):  # the rewards' thread may allocate meanwhile
+            # in `caller`: where the capture's end fails, torch.cuda.graph leaves its own stream current
+            with torch.cuda.stream(caller), recording:
                 outputs = function(*inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            self._leave_pool()
+            if (full := _memory_error(error)) is not None:
+                raise full from None
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"engine.cuda_graphs: the model's forward cannot be recorded ({reason}): write engine.cuda_graphs: false") from None
         return _Recorded(inputs, outputs, graph.replay)
+
+
+def _memory_error(error: BaseException | None) -> BaseException | None:
+    """What was raised for exhausted memory, if that ended the capture: its end then fails with an error of its own."""
+    while error is not None and not is_out_of_memory(error):
+        error = error.__context__
+    return error
