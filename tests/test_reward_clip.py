@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from flowgrove.rewards.preprocess import read_preprocess
+from host_reads import DEVICE, HostWaits
 from planner_cases import user_error
 from reward_cases import MEAN, PROMPTS, STD, as_pil, clip_folder, pictures, reward_of, rewards_of, same_on_a_gpu
 
@@ -277,6 +278,21 @@ def test_a_weights_file_that_would_run_code_is_refused(folder, tmp_path):
     torch.save({"layers.0.weight": Trap()}, tmp_path / "head.pth")
     assert str(tmp_path / "head.pth") in user_error(rewards_of, {"name": "aesthetic", "path": str(tmp_path / "head.pth"), "clip": str(folder)})
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("where", ["cpu", DEVICE])
+@pytest.mark.parametrize("name", ["clip_score", "pickscore"])
+@torch.no_grad()
+def test_nothing_is_copied_from_pageable_memory(folder, name, where):
+    """Which the thread that scores would wait for, beside the rollout."""
+    processor = {"processor": str(folder)} if name == "pickscore" else {}
+    entry = {"name": name, "path": str(folder), "batch_size": 2, **processor}
+    (scorer,) = rewards_of(entry, device=DEVICE).scorers.values()
+    batch = pictures(5, 40, 60).to(where)
+    with HostWaits() as waits:
+        scores = scorer(batch, PROMPTS)
+    assert [line for line in waits.noted if not line.startswith("reads")] == []
+    assert (scores.device, scores.shape) == (DEVICE, (5,))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertTokenizer, CLIPImageProcessorPil
 
+from host_reads import DEVICE, HostWaits
 from planner_cases import user_error
 from reward_cases import as_pil, pictures, reward_of, rewards_of, same_on_a_gpu
 
@@ -109,6 +110,19 @@ def test_an_absent_tokenizer_is_one_line(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     text = user_error(rewards_of, {"name": "image_reward", "path": str(folder)})
     assert all(part in text for part in ("tokenizer", "hf download google-bert/bert-base-uncased"))
+
+
+@pytest.mark.parametrize("where", ["cpu", DEVICE])
+@torch.no_grad()
+def test_nothing_is_copied_from_pageable_memory(folder, where):
+    """Which the thread that scores would wait for, beside the rollout."""
+    entry = {"name": "image_reward", "path": str(folder), "tokenizer": str(folder), "batch_size": 2}
+    (scorer,) = rewards_of(entry, device=DEVICE).scorers.values()
+    batch = pictures(len(PROMPTS), 30, 20).to(where)
+    with HostWaits() as waits:
+        scores = scorer(batch, PROMPTS)
+    assert [line for line in waits.noted if not line.startswith("reads")] == []
+    assert (scores.device, scores.shape) == (DEVICE, (len(PROMPTS),))
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowgrove.device import to_host
 from flowgrove.judging import PIXELS_AT_ONCE
 from flowgrove.models.policy import Policy
 from flowgrove.pixels import shrink
@@ -50,7 +51,7 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
     credit = recipe.credit.model_copy(update={"prune": None})
     recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
-    rows = plan_rows(plan).to(policy.device)
+    rows = plan_rows(plan).to(policy.device, non_blocking=True)
     tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * plain.steps)
     with policy.guided_by(settings.guidance_scale):
         some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
@@ -64,7 +65,7 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
 
 def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
     """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W], on the CPU; the same call gives the same pictures."""
-    return torch.cat([pictures.cpu() for pictures in draw(recipe, policy, prompts, first_prompt)])
+    return torch.cat([to_host(pictures) for pictures in draw(recipe, policy, prompts, first_prompt)])
 
 
 def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str]) -> Evaluated:
@@ -75,6 +76,6 @@ def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str
     done = 0
     for pictures in draw(recipe, policy, prompts):
         scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
-        small.append(shrink(pictures).cpu())
+        small.append(to_host(shrink(pictures)))
         done += len(pictures)
     return Evaluated(torch.cat(small), repeated, torch.cat(scores))

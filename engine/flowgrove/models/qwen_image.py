@@ -2,11 +2,31 @@
 
 import torch
 from diffusers import QwenImagePipeline
+from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
+
+
+def _text_lengths(embeds: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
+    """Padded length, lengths [B] (the whole where nothing is marked) and bool mask, as diffusers' function gives them.
+
+    That one brings a Python number to the device in every pass: the host waits for it, and no CUDA graph records it.
+    """
+    rows, padded = embeds.shape[:2]
+    if mask is None:
+        return padded, None, None
+    if mask.shape[:2] != (rows, padded):
+        raise ValueError(f"encoder_hidden_states_mask is {list(mask.shape)}: give one mask [{rows}, {padded}]")
+    mask = mask.bool()
+    place = torch.arange(padded, device=embeds.device)
+    last = torch.where(mask, place, 0).amax(1) + 1
+    return padded, torch.where(mask.any(1), last, padded), mask
+
+
+transformer_qwenimage.compute_text_seq_len_from_mask = _text_lengths  # the transformer's forward looks it up there
 
 
 class QwenImage(Adapter):

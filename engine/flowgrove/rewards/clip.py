@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.rewards.preprocess import read_preprocess
 from flowgrove.rewards.weights import DTYPES, DType, Source, misfit
@@ -46,7 +47,7 @@ class Clip:
         """Pictures [B, 3, H, W] in [0, 1], on any device → unit embeddings fp32 [B, D] on the model's."""
         embeddings = []
         for some in pictures.split(self.batch_size):
-            pixels = self.preprocess(some.to(self.device, torch.float32))
+            pixels = self.preprocess(to_device(some, self.device).float())
             embeddings.append(_pooled(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype))))
         return normalize(torch.cat(embeddings).float(), dim=-1)
 
@@ -57,10 +58,11 @@ class Clip:
         for start in range(0, len(distinct), self.batch_size):
             words = self.tokenizer(
                 distinct[start : start + self.batch_size], padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt"
-            ).to(self.device)
-            embeddings.append(_pooled(self.model.get_text_features(input_ids=words.input_ids, attention_mask=words.attention_mask)))
+            )
+            numbers, mask = (to_device(tensor, self.device) for tensor in (words.input_ids, words.attention_mask))
+            embeddings.append(_pooled(self.model.get_text_features(input_ids=numbers, attention_mask=mask)))
         rows = {prompt: row for row, prompt in enumerate(distinct)}
-        picked = torch.tensor([rows[prompt] for prompt in prompts], device=self.device)
+        picked = to_device(torch.tensor([rows[prompt] for prompt in prompts]), self.device)
         return normalize(torch.cat(embeddings).float(), dim=-1)[picked]
 
     def cosines(self, pictures: Tensor, prompts: list[str]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrove.device import to_device
 from flowgrove.recipe import Count
 from flowgrove.rewards.clip import load_strictly, load_tokenizer
 from flowgrove.rewards.linear_head import LinearHead
@@ -63,12 +64,11 @@ class ImageRewardReward:
         """`pictures` [B, 3, H, W] in [0, 1] → scores fp32 [B]."""
         scores = []
         for some, start in zip(pictures.split(self.batch_size), range(0, len(prompts), self.batch_size), strict=True):
-            words = self.tokenizer(prompts[start : start + self.batch_size], padding="max_length", truncation=True, max_length=_WORDS, return_tensors="pt").to(
-                self.device
-            )
-            pixels = self.preprocess(some.to(self.device, torch.float32)).to(self.vision.dtype)
+            words = self.tokenizer(prompts[start : start + self.batch_size], padding="max_length", truncation=True, max_length=_WORDS, return_tensors="pt")
+            numbers, mask = (to_device(tensor, self.device) for tensor in (words.input_ids, words.attention_mask))
+            pixels = self.preprocess(to_device(some, self.device).float()).to(self.vision.dtype)
             seen = self.vision(pixel_values=pixels).last_hidden_state
-            read = self.text(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen).last_hidden_state
+            read = self.text(input_ids=numbers, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
             scores.append((self.head(read[:, 0].float()) - _MEAN) / _STD)
         return torch.cat(scores)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.rewards.weights import read_json
 
@@ -41,7 +42,7 @@ class Preprocess:
         return self.normalise(resized if self.crop is None else centre_crop(resized, self.crop))
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=pictures.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (to_device(torch.tensor(values), pictures.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (pictures - mean) / std
 
 

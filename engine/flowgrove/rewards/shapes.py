@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from flowgrove.device import to_host
 from flowgrove.tiny.pictures import BACKGROUND, COLOURS, PLACES, RELATIONS, SHAPES, Scene, Thing, parse, signed_distance
 
 PASS = 0.9
@@ -123,5 +124,5 @@ class ShapesReward:
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """`pictures` [B, 3, H, W] in [0, 1] on any device, one prompt each → scores fp32 [B] on the CPU."""
-        host = pictures.detach().float().cpu()
+        host = to_host(pictures.detach().float())
         return torch.tensor([judge(p, parse(text)).score for p, text in zip(host, prompts, strict=True)])
