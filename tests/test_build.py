@@ -1,17 +1,16 @@
 """setup.py: the compiled ops are left out where they cannot be compiled, and what was compiled says how."""
 
-import os
 import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from flowgrove_kernels import libraries
+from subprocesses import python
 
 ROOT = Path(__file__).parents[1]
 compiled = pytest.mark.skipif(libraries.missing("cpu") is not None, reason="the compiled ops are not here")
@@ -30,8 +29,7 @@ def checkout(tmp_path):
 
 
 def build(checkout, **environment):
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=checkout, env=os.environ | environment, capture_output=True, text=True, check=False)
+    return python("setup.py", "build_ext", "--inplace", cwd=checkout, env=environment, check=False)
 
 
 def test_without_a_compiler_the_install_goes_on_and_says_what_is_left_out(checkout):

@@ -1,9 +1,7 @@
 """The commands as a user meets them: what they print, what they leave on disk, and one line for each mistake (DESIGN §3.3)."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from flowgrove.grids import load_grid
 from flowgrove.models.folders import TINY
 from flowgrove.recipe import load_recipe
 from flowgrove_kernels import available_backends
+from subprocesses import FLOWGROVE, environment
 
 RECIPES = sorted(path.name for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 NUMBERS = (
@@ -453,8 +452,8 @@ def test_names_in_brackets_are_shown_as_they_are_in_messages(recipe, name, tmp_p
 
 
 def in_a_shell(*arguments):
-    command = [Path(sys.executable).with_name("flowgrove"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "COLUMNS": "20"})
+    command = [*FLOWGROVE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment(COLUMNS="20"))
 
 
 SLIPS = [("plan", "gone.yaml"), ("plan", "mine.yaml", "--set", "run.iteratons=3"), ("plan", "mine.yaml", "--set", "nonsense")]

@@ -3,8 +3,6 @@
 Accuracy for every op, mode, dtype and size is in test_every_backend.py, which takes the GPU too where there is one.
 """
 
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -26,6 +24,7 @@ from flowgrove_kernels import (
 )
 from kernel_cases import randn, stochastic_rows
 from op_calls import CLIP, assert_close, batch_of, different, every_op, rows_of
+from subprocesses import python
 from test_op_layouts import every_second_row, one_element_off, rows_at_every_alignment, rows_in_wider_rows, transposed
 
 HERE = torch.cuda.is_available() and "cuda" in available_backends()
@@ -283,6 +282,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_a_mistake_ends_the_kernel_with_a_line(message):
-    done = subprocess.run([sys.executable, "-c", MISTAKE.format(call=MISTAKES[message])], capture_output=True, text=True, check=False, timeout=300)
+    done = python("-c", MISTAKE.format(call=MISTAKES[message]), check=False, timeout=300)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

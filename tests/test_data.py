@@ -1,7 +1,5 @@
 """Prompt files, and which prompts an iteration takes: every pass over the file shows every prompt once, whatever ran before (issue 2)."""
 
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 
 from flowgrove.data import prompts_of_iteration, read_prompts
 from planner_cases import user_error
+from subprocesses import python
 
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.integers(1, 12)
@@ -118,8 +117,5 @@ def test_every_prompt_comes_first_equally_often():
 
 def test_the_order_does_not_depend_on_the_process():
     program = "from flowgrove.data import prompts_of_iteration as take; print(take([f'prompt {n}' for n in range(30)], 7, 30, 3))"
-    outputs = {
-        subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True).stdout
-        for hash_seed in ("0", "1")
-    }
+    outputs = {python("-c", program, env={"PYTHONHASHSEED": hash_seed}).stdout for hash_seed in ("0", "1")}
     assert outputs == {f"{prompts_of_iteration(numbered(30), 7, 30, 3)}\n"}

@@ -1,14 +1,12 @@
 """recipes/drop_in.py: the plain loop and the one with fused ops give the same numbers."""
 
-import subprocess
-import sys
-from pathlib import Path
+from subprocesses import ROOT, python
 
-SCRIPT = Path(__file__).parents[1] / "recipes" / "drop_in.py"
+SCRIPT = ROOT / "recipes" / "drop_in.py"
 
 
 def test_both_loops_give_the_same_numbers():
-    done = subprocess.run([sys.executable, SCRIPT, "--device", "cpu", "--steps", "4", "--samples", "6"], capture_output=True, text=True, check=True)
+    done = python(SCRIPT, "--device", "cpu", "--steps", "4", "--samples", "6")
     rows = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines()[1:]]
     assert [name for name, *_ in rows] == ["samples", "log-probabilities", "loss", "gradient of all weights"]
     for name, plain, fused, difference in rows:

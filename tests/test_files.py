@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from engine_cases import tiny_recipe
 from flowgrove.files import write_file, write_text
 from flowgrove.metrics import MetricsLog, read_metrics
+from subprocesses import PYTHON, environment
 
 
 def disk_full(*_):
@@ -47,8 +47,8 @@ def test_a_metrics_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch
 def test_interrupting_a_run_exits_with_130_and_keeps_the_last_checkpoint(tmp_path):
     recipe = tiny_recipe(tmp_path, run={"iterations": 10_000, "checkpoint_every": 1, "eval_every": 0, "keep_last": 2, "log": ["jsonl"]})
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs start with SIGINT ignored
-    command = [sys.executable, "-c", f"{heard}; from flowgrove.cli import app; app()", "train", str(recipe), "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+    command = [PYTHON, "-c", f"{heard}; from flowgrove.cli import app; app()", "train", str(recipe), "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as run:
         deadline = time.monotonic() + 120
         while len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < deadline and run.poll() is None:
             time.sleep(0.1)

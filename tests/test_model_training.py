@@ -1,6 +1,5 @@
 """Every algorithm trains every model family for three iterations; what runs leave behind serves sampling and export."""
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -80,6 +79,7 @@ def test_three_iterations(folders, tmp_path, name, algorithm):
 
 
 def test_a_video_run_samples_compares_and_exports(folders, tmp_path):
+    av = pytest.importorskip("av")
     recipe = write_recipe(tmp_path, "wan", folders["wan"], "mix", lora={"rank": 4, "alpha": 8})
     run, out = tmp_path / "run", tmp_path / "samples"
     succeed("train", recipe, "--out", run, "--set", "run.eval_every=1", "--set", "run.eval.samples=2")
@@ -102,6 +102,7 @@ def test_a_video_run_samples_compares_and_exports(folders, tmp_path):
 
 
 def test_mp4_holds_the_frames_in_order_and_odd_sizes(tmp_path):
+    av = pytest.importorskip("av")
     frames = np.zeros((7, 33, 47, 3), np.uint8)
     for index, frame in enumerate(frames):
         frame[:, :, index % 3] = 40 + 30 * index

@@ -1,10 +1,8 @@
 """Kill and resume: the same weights to the last bit, the same metrics, no line twice and none missing (issue 2, DESIGN §3.3)."""
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 
 from engine_cases import checkpoints, contents, error_line, flowgrove, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
 from flowgrove.recipe import load_recipe
+from subprocesses import FLOWGROVE, environment
 
 ITERATIONS = 5
 
@@ -91,9 +90,9 @@ def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(whole, recipe,
 
 
 def test_a_process_killed_in_the_middle_is_resumed_to_the_last_bit(whole, recipe, tmp_path):
-    run, command = tmp_path / "run", Path(sys.executable).with_name("flowgrove")
+    run = tmp_path / "run"
     with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen([command, "train", recipe, "--out", run], stdout=subprocess.PIPE, stderr=stderr, env=dict(os.environ))
+        process = subprocess.Popen([*FLOWGROVE, "train", recipe, "--out", run], stdout=subprocess.PIPE, stderr=stderr, env=environment())
     lines = 0
     try:
         while lines < 3 and process.poll() is None:

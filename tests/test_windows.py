@@ -2,10 +2,7 @@
 
 import itertools
 import math
-import os
 import random
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 from flowgrove.recipe import Window
 from flowgrove.windows import window_steps
 from planner_cases import user_error
+from subprocesses import python
 
 MOVING = ("progressive", "random", "decay", "exp_decay", "frozen")
 
@@ -199,8 +197,7 @@ def test_mistake_3_ranks_draw_the_same_random_windows():
         random.seed()
         print([window_steps(Window(strategy="random", size=3), 25, iteration, 42)[0] for iteration in range(40)])
     """
-    other_rank = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "12345", "RANK": "1"}
-    told = subprocess.run([sys.executable, "-c", code], env=other_rank, capture_output=True, text=True, check=True).stdout
+    told = python("-c", code, env={"PYTHONHASHSEED": "12345", "RANK": "1"}).stdout
     assert told.strip() == str(first_steps(window, 25, 40, seed=42))
 
 
