@@ -1,9 +1,6 @@
 """A device that is too small: passes are halved, the work is repeated, and nothing else changes."""
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 
 import numpy as np
@@ -20,6 +17,7 @@ from flowgrove.rewards.python import PythonReward
 from flowgrove.rollout import rollout
 from flowgrove.update_passes import Rolled
 from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from subprocesses import python
 from test_update import Recorder
 
 
@@ -259,12 +257,12 @@ SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_
 @pytest.mark.parametrize("imported", ["flowgrove.cli", "flowgrove.recipe", "torch, flowgrove"])
 @pytest.mark.parametrize("given", [None, *SETTINGS])
 def test_segments_expand_unless_the_user_says_otherwise(imported, given):
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    changes = dict.fromkeys(SETTINGS)
     if given is not None:
-        environment[given] = "max_split_size_mb:64"
+        changes[given] = "max_split_size_mb:64"
     values = f"{{name: os.environ.get(name) for name in {SETTINGS}}}"
     code = f"import {imported}, os, sys, json; print(json.dumps([{values}, 'torch' in sys.modules]))"
-    found, has_torch = json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
+    found, has_torch = json.loads(python("-c", code, env=changes).stdout)
     expected = dict.fromkeys(SETTINGS)
     if given is not None:
         expected[given] = "max_split_size_mb:64"
