@@ -18,7 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +74,7 @@ def main() -> None:
     with (out / f"gpu_check_{options.call}.log").open("w", encoding="utf-8") as log:
         outcomes = [run(step, environment, log, deadline) for step in steps]
     table = "\n".join(report(outcomes, out))
+    _pack_plots(out)
     (out / f"gpu_check_{options.call}.txt").write_text(table + "\n", encoding="utf-8")
     print(table if len(table) <= MOST_CHARACTERS else table[:MOST_CHARACTERS] + "\n(the rest is in the .txt)")
     sys.exit(any(outcome.code != 0 for outcome in outcomes))
@@ -82,8 +85,8 @@ def main() -> None:
 
 def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
     """(the interpreter, the environment of every step): the kit's wheels on the path, the op libraries in their place."""
-    roots = [str(ROOT / "engine"), str(ROOT / "kernels")]
-    quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    roots = [str(ROOT / "engine"), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(roots), "TERM": "dumb", "COLUMNS": "200"}
     if dry:
         return sys.executable, {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -138,7 +141,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     dry = options.dry_run
     command, script = [python, "-m", "flowgrove"], lambda name: [python, str(ROOT / "profiling" / name)]
     ops = [*command, "bench", "ops", "--out", str(out)]
-    recipe = [*command, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--out", str(out.parent / "gpu_check_run"), "--resume", "never"]
+    recipe = [*command, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--out", tempfile.mkdtemp(prefix="flowgrove-")]
     short = ["run.iterations=1", "run.eval_every=0", "data.prompts_per_iteration=1", "rollout.group_size=2", "rollout.steps=3", "rollout.window.size=1"]
     short += ["update.updates_per_iteration=1", "run.checkpoint_every=0"]
     long = ["engine.device=cuda", "engine.cuda_graphs=true", "run.iterations=30"]
@@ -147,7 +150,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     counters = ["gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "dram__bytes.sum", "launch__registers_per_thread"]
     counters += ["sm__warps_active.avg.pct_of_peak_sustained_active", "sm__throughput.avg.pct_of_peak_sustained_elapsed", "launch__cluster_size"]
     ncu = ["ncu", "--clock-control", "none", "--metrics", ",".join(counters), "--kernel-name", "regex:^(flow_step|grpo_loss)", "--launch-count", "3"]
-    sanitizer = ["compute-sanitizer", "--kernel-name", "regex:flow|grpo|logp|philox|clean", "--print-limit", "3", "--error-exitcode", "9"]
+    sanitizer = ["compute-sanitizer", "--print-limit", "3", "--error-exitcode", "9"]
     return [
         Step("ceilings", 40, script("gpu_ceilings.py")),
         Step("smoke", 60, [*script("gpu_smoke.py"), *(["--sizes", "63"] if dry else [])]),
@@ -157,7 +160,8 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         Step("recipe", 40, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
         Step("engine sd3_mid", 60, [*engine, "--prompts", "1", *(["--model", "tiny", "--recipes", "branch_mix_flash"] if dry else ["--model", "sd3_mid"])]),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
-        Step("sanitizer", 60, [*([] if dry else sanitizer), *smoke, "--sizes", "63" if dry else "63,1032,66000"]),
+        Step("sanitizer", 60, [*([] if dry else sanitizer), *smoke, "--rows", "2", "--sizes", "63" if dry else "63,1032,66000,140000"]),
+        Step("races", 60, [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *smoke, "--rows", "2", "--sizes", "63" if dry else "1032,66000"]),
     ]
 
 
@@ -266,6 +270,14 @@ def report(outcomes: list[Outcome], out: Path) -> Iterator[str]:
         yield from _counters(by_name["counters"].output)
     if "idle" in by_name:
         yield from by_name["idle"].output.splitlines()[-12:]
+
+
+def _pack_plots(out: Path) -> None:
+    """All plots as one file: some machines send back eight files at most."""
+    with zipfile.ZipFile(out / "plots.zip", "w") as packed:
+        for path in sorted(out.rglob("*.png")):
+            packed.write(path, path.relative_to(out))
+            path.unlink()
 
 
 def _failures(outcome: Outcome) -> Iterator[str]:

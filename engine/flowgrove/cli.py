@@ -204,7 +204,7 @@ def ops(
 def engine(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
     recipes: Annotated[str, typer.Option(help="algorithms, with commas between")] = "dance,mix,mix_flash,branch,branch_mix,branch_mix_flash",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
@@ -225,7 +225,7 @@ def engine(
 def scaling(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
     leaves: Annotated[str, typer.Option(help="pictures per prompt, with commas between; for 2 prompts")] = "1,2,4,8,16,32,64,128,256",
     prompts: Annotated[str, typer.Option(help="prompts of an iteration, with commas between; of 16 pictures each")] = "1,2,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each")] = 5,
@@ -237,6 +237,24 @@ def scaling(
 
     rows = bench_scaling(settings_of(model, leaves, prompts, rounds, device), _say, out)
     print_rows(rows, as_json, draw_scaling)
+
+
+@partial(_command, group=bench_app)
+def rows(
+    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for a CSV named after model and device")] = None,
+    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
+    rows_: Annotated[str, typer.Option("--rows", help="rows of a pass, with commas between")] = "1,2,4,8",
+    modes: Annotated[str | None, typer.Option(help="eager, recorded (CUDA graphs), compiled; default: eager, and recorded on a GPU")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Time passes of a transformer: milliseconds of a row over rows in a pass; of a slim FLUX also what all of FLUX.1-dev would take."""
+    from flowgrove.bench.row_times import bench_rows, settings_of
+    from flowgrove.bench.table import draw_row_times, print_rows
+
+    found = bench_rows(settings_of(model, rows_, modes, repeats, device), _say, out)
+    print_rows(found, as_json, draw_row_times)
 
 
 @_command
