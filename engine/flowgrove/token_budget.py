@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.memory import predict_memory
@@ -28,14 +29,16 @@ _log = logging.getLogger("flowgrove")
 def fastest_rows(measure: Callable[[int], float], most: int) -> int:
     """Rows per pass: of 1, 2, 4, … up to `most` the fewest that are as fast as the fastest. `measure(rows)`: seconds per row.
 
-    Ends where `measure` raises torch.OutOfMemoryError, or a doubling gains less than NEAR. Raises UserError if one row does not fit.
+    Ends where memory is exhausted in `measure`, or a doubling gains less than NEAR. Raises UserError if one row does not fit.
     """
     found: dict[int, float] = {}
     rows = 1
     while rows <= most:
         try:
             found[rows] = measure(rows)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         if rows > 1 and found[rows] > (1 - NEAR) * found[rows // 2]:
             break
@@ -85,8 +88,10 @@ def measured_budget(recipe: Recipe, policy: Policy) -> int:
         beside = room_beside(recipe, policy)
         rows = fastest_rows(measure, work.widest)
         del beside
-    except torch.OutOfMemoryError:
-        raise no_room() from None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise no_room() from None
+        raise
     finally:
         passes.release()
     _log.info("engine.token_budget: auto is %d tokens, %d rows per pass", rows * passes.tokens, rows)

@@ -17,7 +17,7 @@ from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs
 from flowgrove.bench.table import write_columns
 from flowgrove.bench.timing import Graph, Spread, calls_per_graph, copier, interleave, interleave_graphs, make_clock, record
-from flowgrove.device import release_memory
+from flowgrove.device import is_out_of_memory, release_memory
 from flowgrove.errors import UserError
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import takes
@@ -220,10 +220,12 @@ def _refusal(case: Case, inputs: Inputs, contender: Contender) -> _Refusal | Non
         with use_backend(contender.backend or "auto"):
             outputs = contender.run()
         deviations = case.check(inputs, outputs, contender)
-    except torch.OutOfMemoryError:
-        return _Refusal("the GPU's memory is too small for it")
     except torch._dynamo.exc.TorchDynamoException as error:
         return _Refusal(f"it cannot be compiled here ({str(error).strip().splitlines()[0]})")
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return _Refusal("the GPU's memory is too small for it")
+        raise
     told = [f"{found.output} is off by {found.error:.3g}, tolerance {found.tolerance:.3g}" for found in deviations if found.wrong]
     return _Refusal(f"it is wrong: {'; '.join(told)}", wrong=True) if told else None
 

@@ -21,6 +21,7 @@ from flowgrove.bench.engine import REUSED, Row, Say, bench_recipe
 from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns
 from flowgrove.cuda_graphs import CudaGraphs
+from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
@@ -129,7 +130,9 @@ class _Timer:
             if mode == "recorded":
                 return 1e3 * np.array([self.passes.seconds_per_row(self._recorded(), rows, self.repeats), np.nan])
             return 1e3 * np.array(self.passes.timed(rows, self.repeats))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         finally:
             self.passes.release()
