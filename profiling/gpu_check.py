@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from gpu_kit import KIT, LIBRARIES, ROOT, sources_digest
@@ -39,6 +40,7 @@ class Step(NamedTuple):
     name: str
     seconds: float
     command: list[str]
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Outcome(NamedTuple):
@@ -85,8 +87,9 @@ def main() -> None:
 
 def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
     """(the interpreter, the environment of every step): the kit's wheels on the path, the op libraries in their place."""
-    roots = [str(ROOT / "engine"), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    roots = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "profiling"), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    quiet["FIRST_FAILURES"] = str(out / "failures.txt")
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(roots), "TERM": "dumb", "COLUMNS": "200"}
     if dry:
         return sys.executable, {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -156,7 +159,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         Step("smoke", 60, [*script("gpu_smoke.py"), *(["--sizes", "63"] if dry else [])]),
         Step("ops", 75, [*ops, *_op_options(dry, "eager,triton,cuda", "flux_720,sd35_512,wan_480p81,wide", 30)]),
         Step("ops compiled", 70, _compiled(ops, dry)),
-        Step("tests", 150, _pytest(python, dry, "-m gpu tests")),
+        Step("tests", 150, _pytest(python, dry, "-m gpu tests"), {"OMP_NUM_THREADS": "1"}),
         Step("recipe", 40, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
         Step("engine sd3_mid", 60, [*engine, "--prompts", "1", *(["--model", "tiny", "--recipes", "branch_mix_flash"] if dry else ["--model", "sd3_mid"])]),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
@@ -176,7 +179,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     scaling = ["--leaves", "1,2,4", "--prompts", "1,2,3"] if dry else ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
-        Step("tests", 120, _pytest(python, dry, options.pytest)),
+        Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
         Step("ops", 100, [*bench, "ops", "--out", str(out), *_op_options(dry, "eager,compiled,triton,cuda", "flux_720,sd35_512,wan_480p81,wide,row_64m", 50)]),
         Step("rows", 60, [*bench, "rows", "--model", model, "--rows", "1" if dry else "1,2,4,8", "--repeats", "1" if dry else "5", "--out", str(out)]),
         Step("engine", 120, [*bench, "engine", "--model", "tiny" if dry else model, "--recipes", recipes, *every]),
@@ -200,9 +203,11 @@ def _compiled(ops: list[str], dry: bool) -> list[str]:
 
 
 def _pytest(python: str, dry: bool, what: str) -> list[str]:
+    """The GPU's tests on most cores, each worker with one thread of its own."""
+    plugin = ["-p", "no:cacheprovider", "-p", "gpu_tests", "--tb=short"]
     if dry:
-        return [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_files.py", "-m", "not gpu and not long", "--tb=line", "-rfE"]
-    return [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "14", "--tb=short", "-rfE", *what.split()]
+        return [python, "-m", "pytest", "-q", *plugin, "tests/test_files.py", "-m", "not gpu and not long"]
+    return [python, "-m", "pytest", "-q", *plugin, "-n", "14", "--dist", "loadgroup", "--durations", "15", *what.split()]
 
 
 # ---- running and telling ----
@@ -220,7 +225,7 @@ def run(step: Step, environment: dict[str, str], log, deadline: float) -> Outcom
     with output.open("w", encoding="utf-8") as file:
         try:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                step.command, cwd=ROOT, env={**environment, **step.environment}, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
         except OSError as error:
@@ -263,6 +268,10 @@ def report(outcomes: list[Outcome], out: Path) -> Iterator[str]:
         yield f"{outcome.step.name:16} {outcome.told:14} {outcome.seconds:6.1f} s  {last.strip()[:110]}"
     for outcome in outcomes:
         yield from _failures(outcome)
+    if (out / "failures.txt").exists():
+        told = (out / "failures.txt").read_text(encoding="utf-8").splitlines()
+        yield f"{len(told)} tests failed; the first lines:"
+        yield from (f"  {line[:230]}" for line in told[:30])
     yield from _ops(out)
     yield from _engine(out)
     yield from _rows(out)
@@ -283,7 +292,7 @@ def _pack_plots(out: Path) -> None:
 def _failures(outcome: Outcome) -> Iterator[str]:
     """The first line of each failed test, and the lines that say wrong."""
     lines = outcome.output.splitlines()
-    found = [line for line in lines if re.match(r"(FAILED|ERROR) |WRONG|.* is left out", line)]
+    found = [line for line in lines if re.match(r"ERROR |WRONG|.* is left out", line)]
     if outcome.code != 0 and not found:
         found = [line for line in lines if line.strip()][-6:]
     yield from (f"  {outcome.step.name}: {line[:220]}" for line in found[:25])
