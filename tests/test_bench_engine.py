@@ -4,9 +4,10 @@ import csv
 import json
 
 import pytest
+import torch
 
 from engine_cases import refuse, succeed
-from flowgrove.bench.engine import COLUMNS, LEVERS, RECIPES, bench_prompts, bench_recipe
+from flowgrove.bench.engine import COLUMNS, LEVERS, LOOP, PUBLISHED, RECIPES, REUSED, bench_prompts, bench_recipe, compare
 from flowgrove.bench.models import write_flux
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
@@ -14,29 +15,46 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.update import Updater
 from policy_cases import CPU
 
-# rollout forwards and train passes per prompt: every trajectory and edge for itself, and shared (MATH §5, T = 20, 16 leaves, one update)
+# per prompt (MATH §5, T = 20, 16 leaves, one update), rollout forwards and train passes: of the published loop, and with every state computed once
+_DRAWN = 2  # where flow_fast's window begins in iteration 0
 COUNTS = {
-    "dance": ((320, 304), (1 + 16 * 19, 1 + 16 * 18)),
-    "mix": ((320, 64), (1 + 16 * 19, 1 + 16 * 3)),
-    "mix_flash": ((160, 64), (1 + 16 * 9, 1 + 16 * 3)),
-    "branch": ((320, 202), (203, 187)),
-    "branch_mix": ((320, 34), (203, 19)),
-    "branch_mix_flash": ((224, 34), (107, 19)),
+    "dance": ((320, 304), (320, 304), (1 + 16 * 19, 1 + 16 * 18)),
+    "flow": ((320, 304), (320, 304), (320, 304)),
+    "flow_fast": ((320, 48), (320, 48), (_DRAWN + 1 + 16 * (19 - _DRAWN), 1 + 16 * 2)),
+    "mix": ((320, 64), (320, 64), (1 + 16 * 19, 1 + 16 * 3)),
+    "mix_flash": ((160, 64), (160, 64), (1 + 16 * 9, 1 + 16 * 3)),
+    "branch": ((203, 202), (203, 202), (203, 187)),
+    "branch_mix": ((203, 34), (203, 34), (203, 19)),
+    "branch_mix_flash": ((107, 34), (107, 34), (107, 19)),
 }
+ENGINE = ("bench", "engine", "--prompts", "1", "--rounds", "1", "--device", "cpu", "--json")
+
+
+def bench(*arguments):
+    return json.loads(succeed(*ENGINE, *arguments).stdout)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    told = succeed("bench", "engine", "--recipes", "branch_mix_flash", "--prompts", "1", "--rounds", "1", "--device", "cpu", "--json", "--out", folder)
-    return json.loads(told.stdout), folder
+    return bench("--recipes", "branch_mix_flash", "--out", folder), folder
+
+
+def counts(rows):
+    return [(row["rollout_forwards"], row["train_passes"]) for row in rows]
+
+
+def cost(row, last):
+    return row["rollout_forwards"] * last["row_forward_s"] + row["train_passes"] * last["row_train_s"]
 
 
 def test_every_lever_has_a_row_with_its_counted_passes(measured):
+    """BranchGRPO's own rollout shares states, its training does not."""
     rows, _ = measured
     assert [row["lever"] for row in rows] == [lever.name for lever in LEVERS]
-    alone, shared = COUNTS["branch_mix_flash"]
-    assert [(row["rollout_forwards"], row["train_passes"]) for row in rows] == [alone] * 3 + [shared] * 2
+    published, full, shared = COUNTS["branch_mix_flash"]
+    assert counts(rows) == [published, published, full, shared, shared]
+    assert [row["rows_per_pass"] for row in rows] == [1, 1, 16, 16, 16]
 
 
 def test_ratios_are_against_the_published_loop_of_the_same_run(measured):
@@ -50,26 +68,95 @@ def test_ratios_are_against_the_published_loop_of_the_same_run(measured):
         assert stages == pytest.approx(row["seconds"])
 
 
+def test_the_speed_up_is_fewer_rows_times_cheaper_rows(measured):
+    """Rows are weighed with what one costs in passes of the last lever, alike on both sides."""
+    rows, _ = measured
+    for row in rows:
+        assert row["rows_speedup"] == pytest.approx(cost(rows[0], rows[-1]) / cost(row, rows[-1]))
+        assert row["rows_speedup"] * row["per_row_speedup"] == pytest.approx(row["speedup"])
+        assert row["predicted_s"] == pytest.approx(cost(row, row))
+    assert [row["rows_speedup"] for row in rows[:3]] == [1, 1, 1]
+    assert 1 < rows[-1]["rows_speedup"] < 34 / 19
+    assert [row["over_dance"] for row in rows] == [row["rows_over_dance"] for row in rows] == [None] * len(rows)
+
+
 def test_csv_and_plot_are_written(measured):
     rows, folder = measured
     with (folder / "engine_tiny_cpu.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == COLUMNS
     assert [float(line["speedup"]) for line in lines] == [row["speedup"] for row in rows]
+    assert {line["over_dance"] for line in lines} == {""}
     assert (folder / "engine_tiny_cpu.png").stat().st_size > 10_000
+
+
+def test_levers_of_choice_and_a_loop_that_was_not_run(tmp_path):
+    """Whole files of a run with every choice: what has no published loop of its own has no speed-up, but counted rows."""
+    rows = bench("--recipes", "branch_mix_flash,mix_flash:ours,flow_fast:published", "--levers", "ends", "--out", tmp_path)
+    ends, ours, published = rows[:2], rows[2], rows[3]
+    assert [row["lever"] for row in rows] == [LOOP.name, REUSED.name, REUSED.name, LOOP.name]
+    assert [row["rows_per_pass"] for row in rows] == [1, 16, 16, 8]
+    assert ends[1]["speedup"] == pytest.approx(ends[0]["seconds"] / ends[1]["seconds"])
+    assert ours["speedup"] is ours["per_row_speedup"] is ours["predicted_speedup"] is None
+    forwards, passes = COUNTS["mix_flash"][0]
+    assert ours["rows_speedup"] == pytest.approx(cost({"rollout_forwards": forwards, "train_passes": passes}, ours) / cost(ours, ours))
+    assert published["speedup"] == published["rows_speedup"] == 1
+    with (tmp_path / "engine_tiny_cpu.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["speedup"] == "" for line in lines] == [False, False, True, False]
+    assert (tmp_path / "engine_tiny_cpu.png").stat().st_size > 10_000
+
+
+def test_all_recipes_are_compared_with_the_published_dance():
+    def row(recipe, lever, forwards, passes, seconds, forward=1.0, train=4.0):
+        times = {"seconds": seconds, "predicted_s": seconds, "row_forward_s": forward, "row_train_s": train}
+        return {"recipe": recipe, "lever": lever, "rollout_forwards": forwards, "train_passes": passes, **times}
+
+    rows = [row("mix", REUSED.name, 305, 49, 5.0, forward=2.0, train=6.0), row("dance", LOOP.name, 320, 304, 80.0)]
+    compare(rows, {name: COUNTS[name][0] for name in ("mix", "dance")})
+    assert [each["over_dance"] for each in rows] == [16, 1]
+    assert [each["rows_over_dance"] for each in rows] == [pytest.approx((320 * 2 + 304 * 6) / (305 * 2 + 49 * 6)), 1]
+    assert rows[0]["rows_speedup"] == pytest.approx((320 * 2 + 64 * 6) / (305 * 2 + 49 * 6))
+
+
+def batches_of(lever, name):
+    """Rows of the transformer's passes in an iteration of one prompt: (without, with gradient)."""
+    recipe = bench_recipe(
+        {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False}, 1, {"group_size": 16, **RECIPES[name]}, {"device": "cpu"}
+    )
+    policy, texts = Policy(recipe, CPU), bench_prompts(1)
+    lever.set_budget(PUBLISHED[name], policy, texts, 4096)
+    stages, seen = lever.stages(recipe, PUBLISHED[name], policy, Rewards(recipe, CPU)), ([], [])
+    policy.transformer.register_forward_hook(lambda _, arguments, keywords, output: seen[torch.is_grad_enabled()].append(len(output[0])), with_kwargs=True)
+    stages.run(texts, 0)
+    return seen
+
+
+def test_flow_grpo_runs_eight_rows_a_pass():
+    assert batches_of(LOOP, "flow") == ([8] * 40, [8] * 38)
+
+
+def test_branch_grpo_runs_a_row_a_pass_of_shared_states_and_of_every_edge():
+    assert batches_of(LOOP, "branch_mix_flash") == ([1] * 107, [1] * 34)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", RECIPES)
 def test_passes_of_every_recipe(name):
-    told = succeed("bench", "engine", "--recipes", name, "--prompts", "1", "--rounds", "1", "--device", "cpu", "--json")
-    alone, shared = COUNTS[name]
-    assert [(row["rollout_forwards"], row["train_passes"]) for row in json.loads(told.stdout)] == [alone] * 3 + [shared] * 2
+    published, full, shared = COUNTS[name]
+    assert counts(bench("--recipes", name)) == [published, published, full, shared, shared]
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(("--recipes", "nothing"), "--recipes names nothing"), (("--model", "huge"), "--model is huge"), (("--model", "flux"), "wants a GPU")],
+    [
+        (("--recipes", "nothing"), "--recipes names nothing"),
+        (("--recipes", "mix,mix:ours"), "--recipes names mix twice"),
+        (("--recipes", "mix:half"), "mix:half: write one of all, ends, published, ours"),
+        (("--levers", "half"), "--levers is half: write one of all, ends, published, ours"),
+        (("--model", "huge"), "--model is huge"),
+        (("--model", "flux"), "wants a GPU"),
+    ],
 )
 def test_unknown_names_are_refused(arguments, text):
     assert text in refuse("bench", "engine", "--device", "cpu", *arguments)
@@ -83,5 +170,5 @@ def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES["branch_mix_flash"]}, {"device": "cpu"})
     policy = Policy(recipe, CPU)
     line = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)
-    assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][1]
+    assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][2]
     assert line["grad_norm"] > 0

@@ -205,20 +205,21 @@ def engine(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
     model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
-    recipes: Annotated[str, typer.Option(help="algorithms, with commas between")] = "dance,mix,mix_flash,branch,branch_mix,branch_mix_flash",
+    recipes: Annotated[
+        str, typer.Option(help="algorithms, with commas between; one may name its own levers, as in dance:published,branch_mix")
+    ] = "dance,flow,flow_fast,mix,mix_flash,branch,branch_mix,branch_mix_flash",
+    levers: Annotated[str, typer.Option(help="all; ends: the published loop, and all that is on by default; or one of these: published, ours")] = "all",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
     compiled: Annotated[bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Time iterations of the published loop, and of Flowgrove with each lever added in turn."""
-    from flowgrove.bench.engine import Settings, bench_engine
-    from flowgrove.bench.machine import pick_device
+    """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added in turn."""
+    from flowgrove.bench.engine import bench_engine, settings_of
     from flowgrove.bench.table import draw_engine, print_rows
 
-    names = tuple(name.strip() for name in recipes.split(","))
-    rows = bench_engine(Settings(pick_device(device), model, names, prompts, rounds, compiled), _say, out)
-    print_rows(rows, as_json, draw_engine)
+    settings = settings_of(model, recipes, levers, prompts, rounds, compiled, device)
+    print_rows(bench_engine(settings, _say, out), as_json, draw_engine)
 
 
 @partial(_command, group=bench_app)

@@ -1,13 +1,15 @@
 """The engine benchmark: an iteration of the published loop, and of Flowgrove with each lever added in turn, in one interleaved run.
 
-The published loop runs every trajectory and every edge as a batch of one, with the step, log-probability and loss in eager PyTorch. Beside the seconds
-stands what the counted passes should take at the time of a row, measured alone or in full passes right before, so that a lever that saves less than its
-passes shows.
+The published loop is the authors' own batch and sharing, with the step, log-probability and loss in eager PyTorch: DanceGRPO, MixGRPO and BranchGRPO run a
+row at a time, Flow-GRPO eight; BranchGRPO's rollout computes a state once for all that share it, as Flowgrove does, but its training runs every edge for
+itself. Against it stand two factors whose product is the speed-up: fewer rows, which holds for any model, and cheaper rows (fuller passes, fused ops, the
+rollout's forward reused), which a model that one row fills has less of. Beside the seconds stands what the counted passes should take at the time of a row
+in passes of the lever's size, measured right before, so that a lever that saves less than its passes shows.
 """
 
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,92 +25,155 @@ from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy, tokens_per_pass
-from flowgrove.pass_times import Passes, Timed
+from flowgrove.pass_times import Passes, Timed, Work
 from flowgrove.recipe import Recipe, parse_recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span_totals
 from flowgrove.update import Updater
 
 COLUMNS = (
-    "model", "recipe", "prompts", "lever", "rollout_forwards", "train_passes", "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s",
-    "transformer_s", "decode_s", "percent_outside", "predicted_s", "samples_per_second", "peak_memory_bytes", "speedup", "predicted_speedup", "rounds",
+    "model", "recipe", "prompts", "lever", "rows_per_pass", "rollout_forwards", "train_passes", "rows_speedup", "per_row_speedup", "speedup",
+    "predicted_speedup", "rows_over_dance", "over_dance", "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s", "transformer_s", "decode_s",
+    "percent_outside", "predicted_s", "row_forward_s", "row_train_s", "samples_per_second", "peak_memory_bytes", "rounds",
     "device", "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 
+_LEAVES = 16
 _TREE = {"splits": [0, 3, 6, 9], "fanout": 2}
 _DANCE = {"dynamics": "dance_sde", "noise_level": 0.3}
 _WINDOW = {"strategy": "progressive", "size": 4, "start": 0}
 _FLASH = {"tail": {"compress": 0.4}}
+_EVERY = {"window": {"strategy": "all"}}
+_FAST = {"strategy": "random", "size": 3, "range": [0, 10]}  # in the first half of the steps
 RECIPES: dict[str, dict[str, Any]] = {  # 20 steps and 16 leaves, as BranchGRPO compares them
-    "dance": {**_DANCE, "window": {"strategy": "all"}},
+    "dance": {**_DANCE, **_EVERY},
+    "flow": {"dynamics": "flow_sde", "noise_level": 0.7, "shared_initial_noise": False, **_EVERY},
+    "flow_fast": {"dynamics": "cps", "noise_level": 0.8, "window": _FAST},
     "mix": {"window": _WINDOW},
     "mix_flash": {"window": _WINDOW, **_FLASH},
-    "branch": {**_DANCE, "tree": _TREE, "window": {"strategy": "all"}},
+    "branch": {**_DANCE, "tree": _TREE, **_EVERY},
     "branch_mix": {**_DANCE, "tree": _TREE, "window": _WINDOW},
     "branch_mix_flash": {**_DANCE, "tree": _TREE, "window": _WINDOW, **_FLASH},
 }
 
 
+class Published(NamedTuple):
+    """How the authors' loop runs an algorithm: `rows` of a pass, and whether its rollout `shares` states. Its training runs every edge for itself."""
+
+    rows: int = 1
+    shares: bool = False
+
+
+PUBLISHED = {  # branch_mix_flash, which nobody published, as BranchGRPO's loop would run it; Flow-GRPO's configurations say 8 to 16
+    "dance": Published(),
+    "flow": Published(rows=8),
+    "flow_fast": Published(rows=8),
+    "mix": Published(),
+    "mix_flash": Published(),
+    "branch": Published(shares=True),
+    "branch_mix": Published(shares=True),
+    "branch_mix_flash": Published(shares=True),
+}
+
+
 class Lever(NamedTuple):
-    """What is switched on besides the levers before it, as the whole `engine` section of the recipe."""
+    """What is switched on besides the levers before it, as the whole `engine` section of the recipe. `paced`: passes of the published loop's size; `alone`:
+    states shared where that loop shares them and nowhere else."""
 
     name: str
     engine: dict[str, Any]
+    paced: bool = False
+    alone: bool = False
+
+    def stages(self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards) -> Stages:
+        """The stages of `recipe` with this lever; an optimiser of their own."""
+        sections = [self.engine, self.engine]
+        if self.alone:
+            sections = [{**self.engine, "share": share, "reuse_rollout_graph": False} for share in (published.shares, False)]
+        rollout, update = (recipe.model_copy(update={"engine": recipe.engine.model_copy(update=section)}) for section in sections)
+        return Stages(rollout, policy, Updater(update, policy), rewards)
+
+    def set_budget(self, published: Published, policy: Policy, texts: list[str], own: int) -> int:
+        """Makes the policy's passes as large as the lever wants them, `own` tokens or the published loop's rows; returns the most rows of one in the rollout
+        of `texts`, 16 pictures each."""
+        if not self.paced:
+            policy.budget.tokens = own
+            return min(policy.budget.rows, _LEAVES * len(texts))
+        policy.budget.tokens = published.rows * int(policy.encode(texts).tokens.max())
+        return published.rows
 
 
+LOOP = Lever("published loop", {"backend": "reference"}, paced=True, alone=True)
 REUSED = Lever("+ reused graphs", {})
 LEVERS = (
-    Lever("published loop", {"share": False, "token_budget": 1, "backend": "reference"}),
-    Lever("+ fused ops", {"share": False, "token_budget": 1}),
-    Lever("+ full batches", {"share": False}),
+    LOOP,
+    Lever("+ fused ops", {}, paced=True, alone=True),
+    Lever("+ full batches", {}, alone=True),
     Lever("+ shared states", {"reuse_rollout_graph": False}),
     REUSED,
 )
 GRAPHS = Lever("+ CUDA graphs", {"cuda_graphs": True})
 COMPILED = Lever("+ compiled blocks", {"compile": True})
+CHOICES = ("all", "ends", "published", "ours")
 
 _REPEATS = 3  # of a pass whose rows are timed
+_LONG = 0.5  # seconds of a pass, forward and backward, from which it is timed once
+_SHORT = {"steps": 3, "group_size": 2, "window": {"strategy": "all"}}  # rollout of the iteration that a process does its first things in
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: `model` of bench.models, recipes by name, iterations timed of each; `compiled`: the lever that takes minutes to warm up too."""
+    """What is measured: `model` of bench.models, recipes by name with one of CHOICES each, iterations timed of each; `compiled`: the lever that takes minutes
+    to warm up too."""
 
     device: torch.device
     model: str
-    recipes: tuple[str, ...]
+    recipes: dict[str, str]
     prompts: int
     rounds: int
     compiled: bool = False
 
-    @property
-    def levers(self) -> tuple[Lever, ...]:
-        """On a GPU with CUDA graphs; the compiled blocks without them."""
-        return (*LEVERS, *([GRAPHS] if self.device.type == "cuda" else []), *([COMPILED] if self.compiled else []))
+    def levers(self, choice: str) -> tuple[Lever, ...]:
+        """all: on a GPU with CUDA graphs; ends: the published loop and the last default lever; published, ours: one of these. Compiled blocks without CUDA
+        graphs, beside ours."""
+        recorded = [GRAPHS] if self.device.type == "cuda" else []
+        chosen = {"all": (*LEVERS, *recorded), "ends": (LOOP, REUSED), "published": (LOOP,), "ours": (REUSED,)}[choice]
+        return (*chosen, *([COMPILED] if self.compiled and choice != "published" else []))
+
+
+def settings_of(model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str) -> Settings:
+    """From the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
+    if levers not in CHOICES:
+        raise UserError(f"--levers is {levers}: write one of {', '.join(CHOICES)}")
+    chosen: dict[str, str] = {}
+    for word in recipes.split(","):
+        name, _, choice = word.strip().partition(":")
+        if name not in RECIPES:
+            raise UserError(f"--recipes names {name}: write some of {', '.join(RECIPES)}")
+        if choice and choice not in CHOICES:
+            raise UserError(f"--recipes asks for {name}:{choice}: write one of {', '.join(CHOICES)} behind the colon")
+        if name in chosen:
+            raise UserError(f"--recipes names {name} twice: write it once, with all, ends, published or ours behind a colon")
+        chosen[name] = choice or levers
+    return Settings(machine.pick_device(device), model, chosen, prompts, rounds, compiled)
 
 
 def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
     """Measures everything and returns rows as COLUMNS names them; with `out`, a CSV and a bar chart there."""
-    for name in settings.recipes:
-        if name not in RECIPES:
-            raise UserError(f"--recipes names {name}: write some of {', '.join(RECIPES)}")
     keep_freed_memory()
     rows: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
-        policy = Policy(_recipe(model, settings, settings.recipes[0], COMPILED if settings.compiled else REUSED), settings.device)
-        for name in settings.recipes:
-            rows += _measure(model, policy, settings, name, say)
+        bench = _Bench(model, settings, say)
+        for name, choice in settings.recipes.items():
+            rows += bench.recipe(name, choice)
+    compare(rows, {name: bench.planned(name) for name in settings.recipes})
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
 
         say(write_results(rows, COLUMNS, plot_engine, out / machine.file_stem(f"engine_{settings.model}", settings.device)))
     return rows
-
-
-def _recipe(model: dict[str, Any], settings: Settings, name: str, lever: Lever) -> Recipe:
-    return bench_recipe(model, settings.prompts, {"group_size": 16, **RECIPES[name]}, {"device": settings.device.type, **lever.engine})
 
 
 def bench_recipe(model: dict[str, Any], prompts: int, rollout: dict[str, Any], engine: dict[str, Any]) -> Recipe:
@@ -127,50 +192,118 @@ def bench_prompts(count: int) -> list[str]:
     return [f"a picture number {number}" for number in range(count)]
 
 
+def compare(rows: list[Row], planned: dict[str, tuple[int, int]]) -> None:
+    """Adds the ratios. Rows cost what they do in passes of the recipe's last lever. `planned`: the rows of each recipe's published loop, (rollout, training),
+    as its plan counts them; they stand in where that loop was not run, whose seconds then are None, and so what is divided by them."""
+    loops = {row["recipe"]: row for row in rows if row["lever"] == LOOP.name}
+    last = {row["recipe"]: row for row in rows}
+    dance = loops.get("dance")
+    for row in rows:
+        loop, cost = loops.get(row["recipe"]), Timed(last[row["recipe"]]["row_forward_s"], last[row["recipe"]]["row_train_s"])
+        mine = _cost(_counts(row), cost)
+        row["rows_speedup"] = _cost(planned[row["recipe"]] if loop is None else _counts(loop), cost) / mine
+        row["speedup"] = None if loop is None else loop["seconds"] / row["seconds"]
+        row["per_row_speedup"] = None if loop is None else row["speedup"] / row["rows_speedup"]
+        row["predicted_speedup"] = None if loop is None else loop["predicted_s"] / row["predicted_s"]
+        row["over_dance"] = None if dance is None else dance["seconds"] / row["seconds"]
+        row["rows_over_dance"] = None if dance is None else _cost(_counts(dance), cost) / mine
+
+
+def _counts(row: Row) -> tuple[float, float]:
+    return row["rollout_forwards"], row["train_passes"]
+
+
+def _cost(counts: tuple[float, float], row: Timed) -> float:
+    """Seconds of (forwards, train passes)."""
+    return counts[0] * row.forward + counts[1] * row.train
+
+
+class _Bench:
+    """One model, which all recipes and levers train in turn."""
+
+    def __init__(self, model: dict[str, Any], settings: Settings, say: Say) -> None:
+        self.model, self.settings, self.say, self.device = model, settings, say, settings.device
+        self.texts = bench_prompts(settings.prompts)
+        first = self._recipe(next(iter(settings.recipes)))
+        self.own = tokens_per_pass(first, self.device.type)
+        with_blocks = first.model_copy(update={"engine": first.engine.model_copy(update=COMPILED.engine)})
+        self.policy = Policy(with_blocks if settings.compiled else first, self.device)
+        self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy)
+        self.warm: set[str] = set()  # names of levers
+        short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})
+        stages = LOOP.stages(short, Published(), self.policy, self.rewards)
+        with self._ready(LOOP, Published(), stages):
+            stages.run(self.texts, 0)
+
+    def planned(self, name: str) -> tuple[int, int]:
+        """Rows of the published loop, (rollout, training)."""
+        recipe = self._recipe(name)
+        shared, alone = (Work.of(recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"share": share})})) for share in (True, False))
+        return (shared if PUBLISHED[name].shares else alone).forwards, alone.passes
+
+    def recipe(self, name: str, choice: str) -> list[Row]:
+        """The chosen levers in turn, `rounds` times, each beside the time of a row in its kind of pass.
+
+        Levers with passes of our own size warm up in a round before; if not all are measured, once for all recipes, since an iteration then is long.
+        """
+        levers, published, rounds = self.settings.levers(choice), PUBLISHED[name], self.settings.rounds
+        recipe = self._recipe(name)
+        stages = {lever.name: lever.stages(recipe, published, self.policy, self.rewards) for lever in levers}
+        for lever in (GRAPHS, COMPILED):
+            if lever in levers:
+                stages[lever.name].room = stages[REUSED.name].room  # it changes nothing in the memory that this is predicted from
+        graphs = CudaGraphs(self.device)
+        for lever in levers:
+            if not lever.paced and (choice == "all" or lever.name not in self.warm):
+                with self._ready(lever, published, stages[lever.name], graphs):
+                    stages[lever.name].run(self.texts, 0)
+                self.warm.add(lever.name)
+        self.say(f"{name}: warm")
+        found: dict[str, list[Row]] = {lever.name: [] for lever in levers}
+        for number in range(rounds):
+            for lever in levers:
+                found[lever.name].append(self._iteration(lever, published, stages[lever.name], graphs))
+            self.say(f"{name}: round {number + 1} of {rounds}")
+        where = {"model": self.settings.model, "recipe": name, "prompts": self.settings.prompts, "rounds": rounds, **machine.describe(self.device)}
+        return [{**_median(each), **where} for each in found.values()]
+
+    def _recipe(self, name: str) -> Recipe:
+        return bench_recipe(self.model, self.settings.prompts, {"group_size": _LEAVES, **RECIPES[name]}, {"device": self.device.type})
+
+    @contextmanager
+    def _ready(self, lever: Lever, published: Published, stages: Stages, graphs: CudaGraphs | None = None) -> Iterator[int]:
+        """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
+        engine = stages.recipe.engine
+        rows = lever.set_budget(published, self.policy, self.texts, self.own)
+        self.policy.graphs = graphs if engine.cuda_graphs else None
+        with pick_backend(stages.recipe), _stance(engine.compile):
+            yield rows
+
+    def _iteration(self, lever: Lever, published: Published, stages: Stages, graphs: CudaGraphs) -> Row:
+        with self._ready(lever, published, stages, graphs) as rows:
+            per_row = self._row_times(rows)
+            self.passes.release()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            with span_totals(self.device) as totals:
+                line = stages.run(self.texts, 0)
+        return {"lever": lever.name, "rows_per_pass": rows, **_row(line, totals.seconds, per_row)}
+
+    def _row_times(self, rows: int) -> Timed:
+        once = self.passes.timed(rows)
+        return once if rows * sum(once) >= _LONG else self.passes.timed(rows, _REPEATS)
+
+
 def _stance(compiled: bool) -> AbstractContextManager[None]:
     """One policy serves all levers: where it has compiled blocks, those run uncompiled in here unless they are wanted."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("default" if compiled else "force_eager")
     return stance
 
 
-def _measure(model: dict[str, Any], policy: Policy, settings: Settings, name: str, say: Say) -> list[Row]:
-    """The levers of one recipe, in turn, `rounds` times after one round to warm up the batched ones; each beside the time of a row in its kind of pass."""
-    levers, rewards = settings.levers, Rewards(_recipe(model, settings, name, LEVERS[0]), settings.device)
-    recipes = [_recipe(model, settings, name, lever) for lever in levers]
-    stages = [Stages(recipe, policy, Updater(recipe, policy), rewards) for recipe in recipes]
-    first = levers.index(REUSED)
-    for stage in stages[first + 1 :]:
-        stage.room = stages[first].room  # the levers after it change nothing in the memory that it is predicted from
-    graphs, passes = CudaGraphs(settings.device), Passes(policy)
-    found: list[list[Row]] = [[] for _ in levers]
-    for number in range(settings.rounds + 1):
-        for place, (recipe, lever) in enumerate(zip(recipes, levers, strict=True)):
-            if number == 0 and recipe.engine.token_budget == 1:
-                continue
-            policy.budget.tokens = tokens_per_pass(recipe, settings.device.type)
-            policy.graphs = graphs if recipe.engine.cuda_graphs else None
-            if settings.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(settings.device)
-            with pick_backend(recipe), _stance(recipe.engine.compile):
-                per_row = passes.timed(policy.budget.rows, _REPEATS)
-                passes.release()
-                with span_totals(settings.device) as totals:
-                    line = stages[place].run(bench_prompts(settings.prompts), 0)
-            if number:
-                found[place].append(_row(line, lever.name, totals.seconds, per_row))
-        say(f"{name}: round {number} of {settings.rounds}" if number else f"{name}: warm")
-    rows = [_median(rounds) for rounds in found]
-    where = {"model": settings.model, "recipe": name, "prompts": settings.prompts, "rounds": settings.rounds, **machine.describe(settings.device)}
-    for row in rows:
-        row |= {"speedup": rows[0]["seconds"] / row["seconds"], "predicted_speedup": rows[0]["predicted_s"] / row["predicted_s"], **where}
-    return rows
-
-
-def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: Timed) -> Row:
+def _row(line: dict[str, Any], totals: dict[str, float], per_row: Timed) -> Row:
     seconds = sum(line["seconds"].values())
     transformer = totals.get("transformer", 0.0) + totals.get("backward", 0.0)
     return {
-        "lever": lever,
         "rollout_forwards": line["rollout_forwards"],
         "train_passes": line["train_passes"],
         "seconds": seconds,
@@ -178,7 +311,9 @@ def _row(line: dict[str, Any], lever: str, totals: dict[str, float], per_row: Ti
         "transformer_s": transformer,
         "decode_s": totals.get("decode", 0.0),
         "percent_outside": 100 * (1 - transformer / seconds),
-        "predicted_s": line["rollout_forwards"] * per_row.forward + line["train_passes"] * per_row.train,
+        "predicted_s": _cost((line["rollout_forwards"], line["train_passes"]), per_row),
+        "row_forward_s": per_row.forward,
+        "row_train_s": per_row.train,
         "samples_per_second": line["samples_per_second"],
         "peak_memory_bytes": line["peak_memory_bytes"],
     }
