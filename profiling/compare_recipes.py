@@ -1,8 +1,8 @@
-"""The shapes_* recipes side by side: what each reaches, and what it costs against its own unshared loop.
+"""The shapes_* recipes side by side: what each reaches, and what it costs against its own published loop.
 
 `python profiling/compare_recipes.py rewards` trains every recipe on several seeds and writes the held-out reward before and after.
-`python profiling/compare_recipes.py timings` times some iterations of each and of the loop that runs every trajectory and every edge alone
-(engine.share: false, engine.token_budget: 1), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
+`python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove bench engine` has it: the authors' own
+batch and sharing, ops in eager PyTorch), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
 """
 
 import argparse
@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 
+from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
+from flowgrove.data import prompts_of_iteration
+from flowgrove.device import pick_backend
+from flowgrove.pass_times import Passes
 from flowgrove.recipe import load_recipe
 from flowgrove.report import evaluations
 from flowgrove.trainer import Trainer
@@ -46,24 +50,37 @@ def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
 
 
 def timings(name: str, iterations: list[int]) -> dict[str, Any]:
-    """Passes and seconds of an iteration, the mean over `iterations` (windows move), shared and unshared in turn in one process."""
+    """Passes and seconds of an iteration, the mean over `iterations` (windows move), ours and the published loop in turn on one model."""
+    recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0"))
     with tempfile.TemporaryDirectory() as folder:
-        trainers = []
-        for side, engine in (("shared", ()), ("alone", ("engine.share=false", "engine.token_budget=1"))):
-            recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0", *engine))
-            trainers.append(Trainer(recipe, Path(folder) / side))
-        trainers[0].iterate(0)  # warms caches up
-        pairs = [[trainer.iterate(iteration) for trainer in trainers] for iteration in iterations]
-    row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations))}
-    means = []
-    for side, prefix in enumerate(("", "unshared_")):
+        trainer = Trainer(recipe, Path(folder))
+    policy, published = trainer.policy, PUBLISHED[name]
+    own = policy.budget.tokens
+    sides = [(lever, lever.stages(recipe, published, policy, trainer.rewards)) for lever in (REUSED, LOOP)]
+
+    def iterate(side: int, iteration: int) -> dict[str, Any]:
+        lever, stages = sides[side]
+        texts = prompts_of_iteration(trainer.train_prompts, iteration, recipe.data.prompts_per_iteration, recipe.run.seed)
+        lever.set_budget(published, policy, texts, own)
+        with pick_backend(stages.recipe):
+            return stages.run(texts, iteration)
+
+    iterate(0, 0)  # warms caches up
+    passes = Passes(policy)
+    per_row = passes.timed(policy.budget.rows, 3)
+    passes.release()
+    pairs = [[iterate(side, iteration) for side in (0, 1)] for iteration in iterations]
+    row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations)), "published_rows_per_pass": published.rows}
+    seconds, costs = [], []
+    for side, prefix in enumerate(("", "published_")):
         lines = [pair[side] for pair in pairs]
-        for key in ("rollout_forwards", "train_passes"):
-            row[prefix + key] = round(statistics.mean(line[key] for line in lines))
-        means.append(statistics.mean(sum(line["seconds"].values()) for line in lines))
-        row[prefix + "seconds"] = f"{means[-1]:.2f}"
-    row["speedup"] = f"{means[1] / means[0]:.2f}"
-    return row
+        forwards, trained = (statistics.mean(line[key] for line in lines) for key in ("rollout_forwards", "train_passes"))
+        seconds.append(statistics.mean(sum(line["seconds"].values()) for line in lines))
+        costs.append(forwards * per_row.forward + trained * per_row.train)
+        row |= {f"{prefix}rollout_forwards": round(forwards), f"{prefix}train_passes": round(trained), f"{prefix}seconds": f"{seconds[-1]:.2f}"}
+    (ours, loop), (our_rows, loop_rows) = seconds, costs
+    row |= {"row_forward_ms": f"{1e3 * per_row.forward:.3f}", "row_train_ms": f"{1e3 * per_row.train:.3f}"}
+    return {**row, "rows_speedup": f"{loop_rows / our_rows:.2f}", "speedup": f"{loop / ours:.2f}"}
 
 
 def main() -> None:
