@@ -17,8 +17,8 @@ HEADERS = sorted((CSRC / "cuda").glob("*.cuh"))
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", f"-I{CSRC}")
 TORCH = (f"-I{Path(torch.__file__).parent / 'include'}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--expt-relaxed-constexpr")
-REGISTERS = 64  # two blocks of 512 threads fill the 65,536 registers of a multiprocessor
-REGISTERS_UNALIGNED = 128  # one block: kernels<false> read and write element by element
+# A thread's registers where blocks of 256 threads fill the 65,536 of a multiprocessor: four blocks, three of grpo_loss, two without 16-byte accesses.
+REGISTERS, REGISTERS_OF_THE_LOSS, REGISTERS_UNALIGNED = 64, 80, 128
 # Kernels that stream rows through registers, and which of their accesses are 16 bytes wide.
 READ, WRITE = "ld.global.nc.v4.u32", "st.global.v4.u32"
 STREAMING = {
@@ -100,13 +100,13 @@ def folder(tmp_path_factory):
     "source",
     [pytest.param(path, id=path.name, marks=() if path.stem in ("flow_step", "grpo_loss") else pytest.mark.long) for path in SOURCES],
 )
-def test_kernels_compile_without_spills_for_two_blocks_a_multiprocessor(source, folder):
+def test_kernels_compile_without_spills_for_several_blocks_a_multiprocessor(source, folder):
     kernels = resources(source, folder)
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
     for kernel in kernels:
         assert kernel.stack == kernel.spills == 0, kernel
-        unaligned = "kernelILb0E" in kernel.kernel
-        assert kernel.registers <= (REGISTERS_UNALIGNED if unaligned else REGISTERS), kernel
+        most = REGISTERS_OF_THE_LOSS if source.stem == "grpo_loss" else REGISTERS
+        assert kernel.registers <= (REGISTERS_UNALIGNED if "LayoutILb0E" in kernel.kernel else most), kernel
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)

@@ -5,25 +5,23 @@
 
 namespace flowgrove::cuda {
 
-template <bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE))
+template <typename L>
+__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
 clean_estimate_kernel(const __grid_constant__ CleanEstimate op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
   const float sigma = op.sigma[part.row];
-#pragma unroll 1
-  for (int start = first_start(); start < part.count; start += stride()) {
-    const auto chunk = chunk_of<WHOLE>(part, start);
-    const Loaded loaded = load(op.states, part.row, chunk);
+  const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) {
     Octet estimate;
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) estimate.at[j] = clean(loaded.x.at[j], loaded.velocity.at[j], sigma);
     write_state(estimate, op.out, part.row, chunk);
-  }
+  };
+  walk<L, false>(op.states, part, Rows{}, 0, 0, on_chunk, Nothing{}, Nothing{});
 }
 
 inline cudaError_t launch_clean_estimate(const CleanEstimate& op, cudaStream_t stream) {
   const Partition partition = partition_of(op.states.elements);
-  const auto kernel = whole(op.states, op.out) ? clean_estimate_kernel<true> : clean_estimate_kernel<false>;
+  const auto kernel = with_layout(whole(op.states, op.out), op.states.v.kind, [](auto layout) { return clean_estimate_kernel<decltype(layout)>; });
   return launch(kernel, {op.states.rows * partition.parts, partition.threads}, stream, op, partition);
 }
 

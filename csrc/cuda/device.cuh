@@ -17,6 +17,7 @@
 #include "arguments.h"
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 
 namespace flowgrove::cuda {
 
@@ -73,12 +74,12 @@ DEVICE void cluster_wait() {
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster.
-DEVICE const double* of_block(const double* own, unsigned rank) {
+// The same place in the shared memory of another block of the cluster. That block has begun once a barrier of the cluster lies behind.
+DEVICE double* of_block(double* own, unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return own;
 #else
-  return static_cast<const double*>(__cluster_map_shared_rank(const_cast<double*>(own), rank));
+  return static_cast<double*>(__cluster_map_shared_rank(own, rank));
 #endif
 }
 

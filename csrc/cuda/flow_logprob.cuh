@@ -5,9 +5,10 @@
 
 namespace flowgrove::cuda {
 
-template <bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE))
+template <typename L>
+__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
 flow_logprob_kernel(const __grid_constant__ FlowLogprob op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
+  begin_cluster(partials == nullptr);
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
   const MeanCoefficients coef = mean_coefficients(op.states, part.row);
@@ -16,23 +17,22 @@ flow_logprob_kernel(const __grid_constant__ FlowLogprob op, const __grid_constan
   for (int64_t first = family.first; first < end; first += edges_a_pass, ++pass) {
     const int count = static_cast<int>(end - first < edges_a_pass ? end - first : edges_a_pass);
     begin_pass(count);
-#pragma unroll 1
-    for (int start = first_start(); start < part.count; start += stride()) {
-      const auto chunk = chunk_of<WHOLE>(part, start);
-      const Octet mean = mean_chunk(op.states, coef, part.row, chunk);
-#pragma unroll 1
-      for (int c = 0; c < count; ++c) {
-        const Octet found = residual(read_state(op.x_next, first + c, chunk), mean);
-        add_to_sum(c, found, found);
-      }
-    }
+    Octet mean;
+    walk<L, true>(
+        op.states, part, op.x_next, first, count,
+        [&](auto chunk, int, const Loaded& loaded) { mean = mean_chunk(op.states, coef, part.row, chunk, loaded); },
+        [&](auto, int, int c, const Octet& x_next) {
+          const Octet found = residual(x_next, mean);
+          add_to_sum(c, found, found);
+        },
+        Nothing{});
     finish_squares(partition, part, first, count, pass, partials, op.log_norm, op.precision, op.logp);
   }
-  leave_cluster(partials);
+  end_cluster(partials == nullptr, pass);
 }
 
 inline auto plan_flow_logprob(const FlowLogprob& op) {
-  const auto kernel = whole(op.states, op.x_next) ? flow_logprob_kernel<true> : flow_logprob_kernel<false>;
+  const auto kernel = with_layout(whole(op.states, op.x_next), op.states.v.kind, [](auto layout) { return flow_logprob_kernel<decltype(layout)>; });
   const int64_t children_of_a_row = op.children.offsets == nullptr ? op.children.fanout : op.edges;
   return plan_squares(kernel, op.states.rows, op.states.elements, op.edges, children_of_a_row);
 }
@@ -44,31 +44,30 @@ cudaError_t launch_flow_logprob(const FlowLogprob& op, const Plan<Kernel>& plan,
   return launch_logp(op.children, op.states.rows, plan.partition, partials, op.log_norm, op.precision, op.logp, stream);
 }
 
-template <bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE))
+template <typename L>
+__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
 flow_logprob_backward_kernel(const __grid_constant__ FlowLogprobBackward op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
   const MeanCoefficients coef = mean_coefficients(op.states, part.row);
   const float slope = static_cast<float>(2.0 * op.precision[part.row] * coef.v / partition.elements);  // no chunk, no division by 0
-#pragma unroll 1
-  for (int start = first_start(); start < part.count; start += stride()) {
-    const auto chunk = chunk_of<WHOLE>(part, start);
-    const Octet mean = mean_chunk(op.states, coef, part.row, chunk);
-    Octet gradient = {};
-#pragma unroll 1
-    for (int64_t edge = family.first; edge < family.first + family.count; ++edge) {
-      const Octet found = residual(read_state(op.x_next, edge, chunk), mean);
-      accumulate(gradient, mul(op.grad[edge], slope), found);
-    }
-    write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk);
-  }
+  Octet mean, gradient;
+  walk<L, true>(
+      op.states, part, op.x_next, family.first, static_cast<int>(family.count),
+      [&](auto chunk, int, const Loaded& loaded) {
+        mean = mean_chunk(op.states, coef, part.row, chunk, loaded);
+        gradient = {};
+      },
+      [&](auto, int, int c, const Octet& x_next) {
+        accumulate(gradient, mul(op.grad[family.first + c], slope), residual(x_next, mean));
+      },
+      [&](auto chunk, int) { write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk); });
 }
 
 inline cudaError_t launch_flow_logprob_backward(const FlowLogprobBackward& op, cudaStream_t stream) {
   const Partition partition = partition_of(op.states.elements);
   const bool all_whole = whole(op.states, op.x_next, op.grad_v, op.grad_v_uncond);
-  const auto kernel = all_whole ? flow_logprob_backward_kernel<true> : flow_logprob_backward_kernel<false>;
+  const auto kernel = with_layout(all_whole, op.states.v.kind, [](auto layout) { return flow_logprob_backward_kernel<decltype(layout)>; });
   return launch(kernel, {op.states.rows * partition.parts, partition.threads}, stream, op, partition);
 }
 

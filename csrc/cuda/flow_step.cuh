@@ -5,42 +5,60 @@
 
 namespace flowgrove::cuda {
 
+// What becomes of a child, its squares added to sum c.
 template <bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE))
+DEVICE void finish_child(const FlowStep& op, const Octet& x_next, const Octet& mean, int64_t edge, int c, Chunk<WHOLE> chunk) {
+  write_state(x_next, op.x_next, edge, chunk);
+  const Octet stored = residual(x_next, mean);
+  add_to_sum(c, stored, stored);
+}
+
+DEVICE Octet step_chunk(const Octet& mean, float std, const Octet& z) {
+  Octet x_next;
+#pragma unroll
+  for (int j = 0; j < WIDTH; ++j) x_next.at[j] = step(mean.at[j], std, z.at[j]);
+  return x_next;
+}
+
+// DRAWN: noise comes from a key; else it is given, or there is none.
+template <typename L, bool DRAWN>
+__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
 flow_step_kernel(const __grid_constant__ FlowStep op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
+  begin_cluster(partials == nullptr);
   const Part part = part_of(partition);
   const MeanCoefficients coef = mean_coefficients(op.states, part.row);
   const float std = op.std[part.row];
   const int64_t first_edge = part.row * op.fanout, end = first_edge + op.fanout;
+  const bool given = op.noise.given.data != nullptr;
   int pass = 0;
   for (int64_t first = first_edge; first < end; first += edges_a_pass, ++pass) {
     const int count = static_cast<int>(end - first < edges_a_pass ? end - first : edges_a_pass);
-    name_edges(op.noise, first, count);
+    if constexpr (DRAWN) name_edges(op.noise, first, count);
     begin_pass(count);
-#pragma unroll 1
-    for (int start = first_start(); start < part.count; start += stride()) {
-      const auto chunk = chunk_of<WHOLE>(part, start);
-      const Octet mean = mean_chunk(op.states, coef, part.row, chunk);
-#pragma unroll 1
-      for (int c = 0; c < count; ++c) {
-        Octet x_next = mean;
-        if (has_noise(op.noise)) {
-          const Octet z = noise_chunk(op.noise, gathered().noise[c], first + c, chunk);
-#pragma unroll
-          for (int j = 0; j < WIDTH; ++j) x_next.at[j] = step(mean.at[j], std, z.at[j]);
-        }
-        write_state(x_next, op.x_next, first + c, chunk);
-        const Octet stored = residual(x_next, mean);
-        add_to_sum(c, stored, stored);
+    Octet mean;
+    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) { mean = mean_chunk(op.states, coef, part.row, chunk, loaded); };
+    const auto on_edge = [&](auto chunk, int, int c, const Octet& z) {
+      if constexpr (DRAWN) {
+        finish_child(op, step_chunk(mean, std, drawn_chunk(op.noise, gathered().noise[c], chunk)), mean, first + c, c, chunk);
+      } else {
+        finish_child(op, given ? step_chunk(mean, std, z) : mean, mean, first + c, c, chunk);
       }
+    };
+    if (!DRAWN && given) {
+      walk<L, true>(op.states, part, op.noise.given, first, count, on_chunk, on_edge, Nothing{});
+    } else {
+      walk<L, false>(op.states, part, op.noise.given, first, count, on_chunk, on_edge, Nothing{});
     }
     finish_squares(partition, part, first, count, pass, partials, op.log_norm, op.precision, op.logp);
   }
-  leave_cluster(partials);
+  end_cluster(partials == nullptr, pass);
 }
 
 inline auto plan_flow_step(const FlowStep& op) {
-  const auto kernel = whole(op.states, op.noise.given, op.x_next) ? flow_step_kernel<true> : flow_step_kernel<false>;
+  const bool drawn = op.noise.given.data == nullptr && op.noise.key.data != nullptr;
+  const auto kernel = with_layout(whole(op.states, op.noise.given, op.x_next), op.states.v.kind, [&](auto layout) {
+    return drawn ? flow_step_kernel<decltype(layout), true> : flow_step_kernel<decltype(layout), false>;
+  });
   return plan_squares(kernel, op.states.rows, op.states.elements, op.states.rows * op.fanout, op.fanout);
 }
 

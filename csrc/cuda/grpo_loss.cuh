@@ -58,38 +58,34 @@ DEVICE Octet drift_chunk(const GRPOLoss& op, const Octet& velocity, int64_t row,
 }
 
 // Adds up the elements of `count` children of a row, the first of which is its child number `child`.
-template <bool WHOLE>
+template <typename L, bool GUARD>
 DEVICE void add_up(
-    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, int64_t first_edge, int child,
-    int count) {
-  const int first_slot = child < passes.kept ? passes.with_kl + static_cast<int>(child) : passes.kept;
-#pragma unroll 1
-  for (int start = first_start(); start < part.count; start += stride()) {
-    const auto chunk = chunk_of<WHOLE>(part, start);
-    const Loaded loaded = load(op.states, part.row, chunk);
-    const Octet mean = mean_chunk(loaded, coef);
-    if (passes.with_kl && child == 0) {
-      const Octet drift = drift_chunk(op, loaded.velocity, part.row, chunk);
-      add_to_sum(0, drift, drift);
-      if (passes.kept > 0) keep(drift, passes, 0, start);
-    }
-#pragma unroll 1
-    for (int c = 0; c < count; ++c) {
-      const int64_t edge = first_edge + child + c;
-      const int sum = passes.with_kl + c * passes.sums_an_edge;
-      const Octet r = residual(read_state(op.x_next, edge, chunk), mean);
-      add_to_sum(sum, r, r);
-      if (!op.guard) {
-        if (first_slot + c < passes.kept) keep(r, passes, first_slot + c, start);
-        continue;
-      }
-      const Octet z = noise_chunk(op.noise, gathered().noise[c], edge, chunk);
-      if (first_slot + c < passes.kept) keep(z, passes, first_slot + c, start);
-      if (passes.sums_an_edge == 1) continue;
+    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, int64_t first_edge, int child, int count) {
+  const int first_slot = child < passes.kept ? passes.with_kl + child : passes.kept;
+  Octet mean;
+  const auto on_chunk = [&](auto chunk, int start, const Loaded& loaded) {
+    mean = mean_chunk(op.states, coef, part.row, chunk, loaded);
+    if (!passes.with_kl || child > 0) return;
+    const Octet drift = drift_chunk(op, loaded.velocity, part.row, chunk);
+    add_to_sum(0, drift, drift);
+    if (passes.kept > 0) keep(drift, passes, 0, start);
+  };
+  const auto on_edge = [&](auto chunk, int start, int c, const Octet& x_next) {
+    const int sum = passes.with_kl + c * passes.sums_an_edge;
+    const bool room = first_slot + c < passes.kept;
+    const Octet r = residual(x_next, mean);
+    add_to_sum(sum, r, r);
+    if constexpr (!GUARD) {
+      if (room) keep(r, passes, first_slot + c, start);
+    } else {
+      const Octet z = noise_chunk(op.noise, gathered().noise[c], first_edge + child + c, chunk);
+      if (room) keep(z, passes, first_slot + c, start);
+      if (passes.sums_an_edge == 1) return;
       add_to_sum(sum + 1, z, z);
       add_to_sum(sum + 2, z, r);
     }
-  }
+  };
+  walk<L, true>(op.states, part, op.x_next, first_edge + child, count, on_chunk, on_edge, Nothing{});
 }
 
 // total(k) is sum k of the edge over all parts, in every lane of the warp that calls this.
@@ -115,98 +111,102 @@ DEVICE void write_score(const GRPOLoss& op, int64_t edge, const EdgeScore& score
 
 // ---- gradient ----
 
-// z (GUARD) or r of an edge for which there was no room.
-template <bool GUARD, bool WHOLE>
-DEVICE Octet direction_again(const GRPOLoss& op, const Octet& mean, int64_t edge, Chunk<WHOLE> chunk) {
-  if constexpr (GUARD) {
-    const EdgeNoise name = op.noise.key.data == nullptr ? EdgeNoise{} : edge_noise(op.noise.key, edge);
-    return noise_chunk(op.noise, name, edge, chunk);
-  } else {
-    return residual(read_state(op.x_next, edge, chunk), mean);
-  }
+// Of the first `children` of a row, which were all kept.
+DEVICE void accumulate_kept(Octet& gradient, const GRPOPasses& passes, const Slope* slopes, int64_t children, int start) {
+#pragma unroll 1
+  for (int child = 0; child < children; ++child) accumulate(gradient, slopes[child].push, kept(passes, passes.with_kl + child, start));
 }
 
-template <bool GUARD, bool WHOLE>
-DEVICE void write_gradients_along(
+template <typename L, bool GUARD>
+DEVICE void write_gradients(
     const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, const Family& family, const Slope* slopes) {
   float pull = 0.0f;
 #pragma unroll 1
   for (int64_t child = 0; child < family.count; ++child) pull = add(pull, slopes[child].pull);
-  const int64_t room = passes.kept > passes.with_kl ? passes.kept - passes.with_kl : 0;
+  const int64_t room = passes.kept > passes.with_kl ? passes.kept - passes.with_kl : 0, there = room < family.count ? room : family.count;
   const bool with_kl = passes.with_kl && family.count > 0;  // without children nothing was kept
-  const bool drift_again = with_kl && passes.kept == 0, mean_again = !GUARD && family.count > room;
+  const bool drift_again = with_kl && passes.kept == 0;
+  if (there == family.count && !drift_again) {
 #pragma unroll 1
-  for (int start = first_start(); start < part.count; start += stride()) {
-    const auto chunk = chunk_of<WHOLE>(part, start);
-    Octet gradient = {}, mean = {};
-    if (drift_again || mean_again) {
-      const Loaded loaded = load(op.states, part.row, chunk);
-      if (drift_again) accumulate(gradient, pull, drift_chunk(op, loaded.velocity, part.row, chunk));
-      mean = mean_chunk(loaded, coef);
+    for (int start = first_start(); start < part.count; start += stride()) {
+      Octet gradient = {};
+      if (with_kl) accumulate(gradient, pull, kept(passes, 0, start));
+      accumulate_kept(gradient, passes, slopes, there, start);
+      write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk_of<L::WHOLE>(part, start));
     }
-    if (with_kl && !drift_again) accumulate(gradient, pull, kept(passes, 0, start));
-#pragma unroll 1
-    for (int64_t child = 0; child < family.count; ++child) {
-      const Octet direction = child < room ? kept(passes, passes.with_kl + static_cast<int>(child), start)
-                                           : direction_again<GUARD>(op, mean, family.first + child, chunk);
-      accumulate(gradient, slopes[child].push, direction);
+    return;
+  }
+  Octet mean, gradient;
+  const auto on_chunk = [&](auto chunk, int start, const Loaded& loaded) {
+    gradient = {};
+    if (with_kl) accumulate(gradient, pull, drift_again ? drift_chunk(op, loaded.velocity, part.row, chunk) : kept(passes, 0, start));
+    accumulate_kept(gradient, passes, slopes, there, start);
+    if constexpr (!GUARD) mean = mean_chunk(op.states, coef, part.row, chunk, loaded);
+  };
+  const auto on_edge = [&](auto chunk, int, int c, const Octet& x_next) {
+    const int64_t child = there + c;
+    if constexpr (GUARD) {
+      const EdgeNoise name = op.noise.key.data == nullptr ? EdgeNoise{} : edge_noise(op.noise.key, family.first + child);
+      accumulate(gradient, slopes[child].push, noise_chunk(op.noise, name, family.first + child, chunk));
+    } else {
+      accumulate(gradient, slopes[child].push, residual(x_next, mean));
     }
-    write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk);
-  }
-}
-
-template <bool WHOLE>
-DEVICE void write_gradients(
-    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, const Family& family, const Slope* slopes) {
-  if (op.guard) {
-    write_gradients_along<true, WHOLE>(op, passes, part, coef, family, slopes);
-  } else {
-    write_gradients_along<false, WHOLE>(op, passes, part, coef, family, slopes);
-  }
+  };
+  const auto after = [&](auto chunk, int) { write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk); };
+  walk<L, !GUARD>(op.states, part, op.x_next, family.first + there, static_cast<int>(family.count - there), on_chunk, on_edge, after);
 }
 
 // ---- kernels ----
 
-template <bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE)) grpo_loss_kernel(
+template <typename L, bool GUARD>
+__global__ void __launch_bounds__(THREADS, SOME_BLOCKS<L>) grpo_loss_kernel(
     const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
     const __grid_constant__ GRPOScratch scratch) {
+  const bool clustered = scratch.partials == nullptr;
+  begin_cluster(clustered);
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
   const MeanCoefficients coef = mean_coefficients(op.states, part.row);
-  const bool clustered = scratch.partials == nullptr;
   Slope* slopes = family.count <= MOST_SLOPES ? shared_slopes(passes) : scratch.slopes + family.first;  // then every block of a row writes the same there
+  const int with_kl = passes.with_kl;
   int pass = 0;
   for (int child = 0; child < family.count; child += passes.edges_a_pass, ++pass) {
     const int count = static_cast<int>(family.count - child < passes.edges_a_pass ? family.count - child : passes.edges_a_pass);
     const int64_t first = family.first + child;
-    const int with_kl = passes.with_kl, sums = with_kl + count * passes.sums_an_edge;
-    name_edges(op.noise, first, count);
+    const int first_sum = with_kl && child > 0, sums = with_kl + count * passes.sums_an_edge;
+    if constexpr (GUARD) name_edges(op.noise, first, count);
     begin_pass(sums);
-    add_up<WHOLE>(op, passes, part, coef, family.first, child, count);
-    double *totals = gathered().totals[pass % 2], *drift = clustered ? &gathered().drift : scratch.drifts + part.row * partition.parts + part.index;
-    fold_sums(with_kl && child > 0, sums, [&](int k) {
-      if (k < with_kl) return drift;
-      return clustered ? totals + k - with_kl : scratch.partials + (first * passes.sums_an_edge + k - with_kl) * partition.parts + part.index;
+    add_up<L, GUARD>(op, passes, part, coef, family.first, child, count);
+    if (!clustered) {
+      fold_sums(first_sum, sums, [&](int k, double total) {
+        double* to = k < with_kl ? scratch.drifts + part.row * partition.parts
+                                 : scratch.partials + (first * passes.sums_an_edge + k - with_kl) * partition.parts;
+        if (lane() == 0) to[part.index] = total;
+      });
+      continue;
+    }
+    auto& parts = gathered().parts[pass % 2];
+    if (pass == 0) cluster_wait();
+    fold_sums(first_sum, sums, [&](int k, double total) {
+      double* to = k < with_kl ? gathered().drifts : parts[k - with_kl];
+      if (lane() < partition.parts) *of_block(to + part.index, lane()) = total;
     });
-    if (!clustered) continue;
     cluster_arrive();
     cluster_wait();
 #pragma unroll 1
     for (int c = warp(); c < count; c += warps()) {
-      const double total_drift = with_kl ? cluster_total(gathered().drift, partition.parts) : 0.0;
-      const auto total = [&](int k) { return cluster_total(totals[c * passes.sums_an_edge + k], partition.parts); };
-      const EdgeScore score = score_sums(op, part.row, first + c, passes, total_drift, total);
+      const double drift = with_kl ? shared_total(gathered().drifts, partition.parts) : 0.0;
+      const auto total = [&](int k) { return shared_total(parts[c * passes.sums_an_edge + k], partition.parts); };
+      const EdgeScore score = score_sums(op, part.row, first + c, passes, drift, total);
       if (lane() != 0) continue;
       slopes[child + c] = {score.push, score.pull};
       if (part.index == 0) write_score(op, first + c, score, scratch.losses);
     }
   }
   if (!clustered) return;
-  cluster_arrive();  // this block reads no more of the others' totals
+  end_cluster(clustered, pass);
   __syncthreads();
-  if (op.grad_loss != nullptr) write_gradients<WHOLE>(op, passes, part, coef, family, slopes);
-  cluster_wait();
+  if (op.grad_loss != nullptr) write_gradients<L, GUARD>(op, passes, part, coef, family, slopes);
 }
 
 // One block a row, one warp an edge.
@@ -223,15 +223,15 @@ static __global__ void __launch_bounds__(FINISHING_THREADS) grpo_score_kernel(
   }
 }
 
-template <bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_per_sm(WHOLE)) grpo_gradient_kernel(
+template <typename L, bool GUARD>
+__global__ void __launch_bounds__(THREADS, SOME_BLOCKS<L>) grpo_gradient_kernel(
     const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
     const __grid_constant__ GRPOScratch scratch) {
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
   GRPOPasses nothing_kept = passes;
   nothing_kept.kept = 0;
-  write_gradients<WHOLE>(op, nothing_kept, part, mean_coefficients(op.states, part.row), family, scratch.slopes + family.first);
+  write_gradients<L, GUARD>(op, nothing_kept, part, mean_coefficients(op.states, part.row), family, scratch.slopes + family.first);
 }
 
 // The sum over all edges, in one block.
@@ -251,7 +251,8 @@ static __global__ void __launch_bounds__(THREADS) grpo_total_kernel(const float*
 // ---- launch ----
 
 struct GRPOPlan {
-  bool whole;
+  using Kernel = void(GRPOLoss, Partition, GRPOPasses, GRPOScratch);
+  Kernel *loss, *gradient;
   Partition partition;
   GRPOPasses passes;
   Launch launch;
@@ -274,7 +275,11 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
   const bool by_offsets = op.children.offsets != nullptr, with_kl = op.v_ref.data != nullptr;
   const int64_t rows = op.states.rows > 0 ? op.states.rows : 1;
   GRPOPlan plan = {};
-  plan.whole = whole(op.states, op.x_next, op.noise.given, op.v_ref, op.grad_v, op.grad_v_uncond);
+  with_layout(whole(op.states, op.x_next, op.noise.given, op.v_ref, op.grad_v, op.grad_v_uncond), op.states.v.kind, [&](auto layout) {
+    using L = decltype(layout);
+    plan.loss = op.guard ? grpo_loss_kernel<L, true> : grpo_loss_kernel<L, false>;
+    plan.gradient = op.guard ? grpo_gradient_kernel<L, true> : grpo_gradient_kernel<L, false>;
+  });
   plan.partition = partition_of(op.states.elements);
   plan.passes.part_chunks = static_cast<int>(plan.partition.part_elements / WIDTH);
   plan.passes.with_kl = with_kl;
@@ -288,12 +293,11 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
   const int64_t wanted = op.grad_loss == nullptr ? 0 : with_kl + (by_offsets ? divide_up(op.edges, rows) : op.children.fanout);
   const size_t slot = plan.partition.part_elements * sizeof(float), head = sums + MOST_SLOPES * sizeof(Slope), room = most_shared_bytes();
   const int64_t fitting = room > head && slot > 0 ? static_cast<int64_t>((room - head) / slot) : 0;
-  const auto kernel = plan.whole ? grpo_loss_kernel<true> : grpo_loss_kernel<false>;
   for (const int64_t kept : {wanted < fitting ? wanted : fitting, int64_t{0}}) {
     Launch clustered = plan.launch;
     clustered.cluster = static_cast<int>(plan.partition.parts);
     clustered.shared_bytes = head + kept * slot;
-    if (plan.partition.parts > MOST_PARTS || !fits(kernel, clustered)) continue;
+    if (plan.partition.parts > MOST_PARTS || !fits(plan.loss, clustered)) continue;
     plan.launch = clustered;
     plan.passes.kept = static_cast<int>(kept);
     plan.clustered = true;
@@ -305,12 +309,12 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
 inline cudaError_t launch_grpo_loss(const GRPOLoss& op, const GRPOPlan& plan, void* memory, cudaStream_t stream) {
   const GRPOScratch scratch = plan.scratch(op, memory);
   const Launch a_row_each = {op.states.rows, FINISHING_THREADS}, once = {1, THREADS, 1, THREADS / WARP * sizeof(double)};
-  cudaError_t error = launch(plan.whole ? grpo_loss_kernel<true> : grpo_loss_kernel<false>, plan.launch, stream, op, plan.partition, plan.passes, scratch);
+  cudaError_t error = launch(plan.loss, plan.launch, stream, op, plan.partition, plan.passes, scratch);
   if (error == cudaSuccess && !plan.clustered) {
     error = launch(grpo_score_kernel, a_row_each, stream, op, plan.partition.parts, plan.passes, scratch);
     if (error == cudaSuccess && op.grad_loss != nullptr) {
       Launch gradient = {plan.launch.blocks, plan.launch.threads};
-      error = launch(plan.whole ? grpo_gradient_kernel<true> : grpo_gradient_kernel<false>, gradient, stream, op, plan.partition, plan.passes, scratch);
+      error = launch(plan.gradient, gradient, stream, op, plan.partition, plan.passes, scratch);
     }
   }
   if (error != cudaSuccess) return error;

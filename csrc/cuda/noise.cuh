@@ -52,15 +52,21 @@ DEVICE Normals draw(const Noise& noise, const EdgeNoise& name, uint32_t block) {
       correlated(noise.root_rho, shared.z2, noise.root_rest, own.z2), correlated(noise.root_rho, shared.z3, noise.root_rest, own.z3)};
 }
 
-// z of a chunk, given or drawn; 0 beyond the row, as everything there.
+// z of a chunk that a key names; 0 beyond the row, as everything there.
 template <bool WHOLE>
-DEVICE Octet noise_chunk(const Noise& noise, const EdgeNoise& name, int64_t edge, Chunk<WHOLE> chunk) {
-  if (noise.given.data != nullptr) return read_state(noise.given, edge, chunk);
+DEVICE Octet drawn_chunk(const Noise& noise, const EdgeNoise& name, Chunk<WHOLE> chunk) {
   const uint32_t block = static_cast<uint32_t>(chunk.first / 4);
   Octet z = octet_of(draw(noise, name, block), draw(noise, name, block + 1));
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) z.at[i] = i < chunk.count ? z.at[i] : 0.0f;
   return z;
+}
+
+// The same, or what is given.
+template <bool WHOLE>
+DEVICE Octet noise_chunk(const Noise& noise, const EdgeNoise& name, int64_t edge, Chunk<WHOLE> chunk) {
+  if (noise.given.data != nullptr) return widen_words(read_state(noise.given, edge, chunk));
+  return drawn_chunk(noise, name, chunk);
 }
 
 }  // namespace flowgrove::cuda

@@ -1,7 +1,8 @@
-// Sums over the elements of an edge: fp32 in a thread (at most 64 elements), double across threads and parts, in an order that D alone fixes.
+// Sums over the elements of an edge: fp32 in a thread (at most 32 elements), double across threads and parts, in an order that D alone fixes.
 //
-// A block adds up its part. The parts of a row are added by the blocks of a cluster, which read each other's shared memory; or, where a row has too many
-// parts or the GPU no clusters, by a second kernel that finds them in device memory ("partials"). The additions are the same, so the bits are.
+// A block adds up its part. The parts of a row are added by the blocks of a cluster, each of which writes its own into the shared memory of those that need
+// it; or, where a row has too many parts or the GPU no clusters, by a second kernel that finds them in device memory ("partials"). The additions are the
+// same, so the bits are.
 #pragma once
 
 #include "cuda/noise.cuh"
@@ -13,8 +14,9 @@ constexpr int MOST_SUMS = 12;  // that a block gathers in one pass over its elem
 
 // The head of a block's shared memory. What its threads have added up follows: float [sums][threads].
 struct alignas(16) Gathered {
-  double totals[2][MOST_SUMS];  // of this part; two, because a pass may write its own while other blocks still read those of the pass before
-  double drift;                 // grpo_loss: Σ (v − v_ref)² of this part
+  double parts[2][MOST_SUMS][MOST_PARTS];          // what each part added up; two, because a pass may be written while one is still read
+  double drifts[MOST_PARTS];                       // grpo_loss: Σ (v − v_ref)² of each part
+  double of_warps[MOST_SUMS + 1][THREADS / WARP];  // what each warp added up
   EdgeNoise noise[MOST_SUMS];
 };
 
@@ -56,20 +58,19 @@ DEVICE void add_to_sum(int k, const Octet& a, const Octet& b) {
   own = add(own, sum);
 }
 
-// ---- across threads: one warp a sum ----
+// ---- across threads ----
 
-// Adds up sums first … end − 1 of all threads; sum k goes to *to(k).
+// Adds up sums first … end − 1 of all threads, and calls to(k, total) in every lane of some warp.
 template <typename To>
 DEVICE void fold_sums(int first, int end, To to) {
+#pragma unroll 1
+  for (int k = first; k < end; ++k) {
+    const double sum = warp_sum(thread_sums()[k * threads() + threadIdx.x]);
+    if (lane() == 0) gathered().of_warps[k][warp()] = sum;
+  }
   __syncthreads();
 #pragma unroll 1
-  for (int k = first + warp(); k < end; k += warps()) {
-    double sum = 0.0;
-#pragma unroll 1
-    for (int thread = lane(); thread < threads(); thread += WARP) sum += thread_sums()[k * threads() + thread];
-    sum = warp_sum(sum);
-    if (lane() == 0) *to(k) = sum;
-  }
+  for (int k = first + warp(); k < end; k += warps()) to(k, warp_sum(lane() < warps() ? gathered().of_warps[k][lane()] : 0.0));
 }
 
 // ---- across parts: one warp a sum; get(part) finds what a part added up ----
@@ -82,8 +83,8 @@ DEVICE double over_parts(int64_t parts, Get get) {
   return warp_sum(sum);
 }
 
-DEVICE double cluster_total(const double& own, int64_t parts) {
-  return over_parts(parts, [&](int64_t part) { return *of_block(&own, static_cast<unsigned>(part)); });
+DEVICE double shared_total(const double* parts_of_sum, int64_t parts) {
+  return over_parts(parts, [&](int64_t part) { return parts_of_sum[part]; });
 }
 
 DEVICE double partials_total(const double* partials, int64_t parts) {
@@ -92,28 +93,39 @@ DEVICE double partials_total(const double* partials, int64_t parts) {
 
 // ---- logp of the edges of a row ----
 
+// A cluster meets once per pass, and once before the first: no block may write into another that has not begun. Between begin_cluster and the wait in
+// the first pass a block works on its own.
+DEVICE void begin_cluster(bool clustered) {
+  if (clustered) cluster_arrive();
+}
+
+DEVICE void end_cluster(bool clustered, int passes) {
+  if (clustered && passes == 0) cluster_wait();
+}
+
 // Ends a pass of flow_step or flow_logprob: edges first … first + count − 1 have added their squares to sums 0 … count − 1.
 DEVICE void finish_squares(
     const Partition& partition, const Part& part, int64_t first, int count, int pass, double* partials, const float* log_norm, const float* precision,
     float* logp) {
-  double* totals = gathered().totals[pass % 2];
-  fold_sums(0, count, [&](int k) { return partials == nullptr ? totals + k : partials + (first + k) * partition.parts + part.index; });
-  if (partials != nullptr) return;
+  if (partials != nullptr) {
+    fold_sums(0, count, [&](int k, double total) {
+      if (lane() == 0) partials[(first + k) * partition.parts + part.index] = total;
+    });
+    return;
+  }
+  auto& parts = gathered().parts[pass % 2];
+  if (pass == 0) cluster_wait();
+  fold_sums(0, count, [&](int k, double total) {
+    if (lane() == 0) *of_block(&parts[k][part.index], 0) = total;
+  });
   cluster_arrive();
   cluster_wait();
   if (part.index != 0) return;
 #pragma unroll 1
   for (int k = warp(); k < count; k += warps()) {
-    const double total = cluster_total(totals[k], partition.parts);
+    const double total = shared_total(parts[k], partition.parts);
     if (lane() == 0) logp[first + k] = log_probability(log_norm[part.row], precision[part.row], mean_of(total, partition.elements));
   }
-}
-
-// No block may leave while another reads its totals.
-DEVICE void leave_cluster(const double* partials) {
-  if (partials != nullptr) return;
-  cluster_arrive();
-  cluster_wait();
 }
 
 constexpr int FINISHING_THREADS = 128;

@@ -9,14 +9,22 @@
 namespace flowgrove::cuda {
 
 constexpr int WIDTH = 8;               // elements of a chunk: 16 bytes of bf16 or fp16, two Philox blocks
-constexpr int THREADS = 512;           // at most, of a block
+constexpr int THREADS = 256;           // at most, of a block: while some blocks of a multiprocessor add up and meet, others read
 constexpr int MOST_PARTS = 16;         // of a row whose parts can form a cluster
-constexpr int64_t MOST_CHUNKS = 4096;  // of a part; rows beyond 16 such parts get more parts
+constexpr int64_t MOST_CHUNKS = 1024;  // of a part; rows beyond 16 such parts get more parts
 
-// Blocks that share a multiprocessor: 64 registers a thread. Rows that allow no 16-byte accesses may take more.
-constexpr int blocks_per_sm(bool whole) {
-  return whole ? 2 : 1;
-}
+// How the rows of a call lie, as far as it is compiled into a kernel: whether all allow 16-byte accesses, and then the kind of v.
+template <bool WHOLE_, Kind V_>
+struct Layout {
+  static constexpr bool WHOLE = WHOLE_;
+  static constexpr Kind V = V_;
+};
+
+// Blocks that share a multiprocessor: of a kernel that takes at most 64 registers a thread, and of those that take more (80, and without 16-byte accesses 128).
+template <typename L>
+constexpr int MANY_BLOCKS = L::WHOLE ? 4 : 2;
+template <typename L>
+constexpr int SOME_BLOCKS = L::WHOLE ? 3 : 2;
 
 struct Partition {
   int64_t elements, part_elements, parts;
@@ -79,6 +87,15 @@ bool aligned(const AnyRows& rows) {
 template <typename... AnyRows>
 bool whole(int64_t elements, const AnyRows&... rows) {
   return elements % WIDTH == 0 && (aligned(rows) && ...);
+}
+
+// What pick returns for the layout of a call's rows.
+template <typename Pick>
+auto with_layout(bool whole, Kind v, Pick pick) {
+  if (!whole) return pick(Layout<false, Kind::fp32>{});
+  if (v == Kind::bf16) return pick(Layout<true, Kind::bf16>{});
+  if (v == Kind::fp16) return pick(Layout<true, Kind::fp16>{});
+  return pick(Layout<true, Kind::fp32>{});
 }
 
 // ---- 8 elements ----
@@ -153,8 +170,32 @@ DEVICE Octet widen(const Raw& raw, Kind kind) {
 
 // Rows that are known to be fp32.
 template <bool WHOLE>
-DEVICE Octet read_state(const Rows& rows, int64_t row, Chunk<WHOLE> chunk) {
-  return widen_words(read_words(opaque(static_cast<const uint32_t*>(rows.data) + row * rows.stride + chunk.first), chunk));
+DEVICE Raw read_state(const Rows& rows, int64_t row, Chunk<WHOLE> chunk) {
+  return read_words(opaque(static_cast<const uint32_t*>(rows.data) + row * rows.stride + chunk.first), chunk);
+}
+
+// Asks for what read or read_state will read of rows of some kind soon; it waits for nothing and takes no registers.
+template <bool WHOLE>
+DEVICE void expect(const Rows& rows, int64_t row, Chunk<WHOLE> chunk, Kind kind) {
+#if defined(__CUDACC__)
+  if constexpr (WHOLE) {
+    const int64_t bytes = (row * rows.stride + chunk.first) * (kind == Kind::fp32 ? 4 : 2);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(static_cast<const char*>(rows.data) + bytes)));
+  }
+#endif
+}
+
+// v and what is like it: the kind is compiled in where all chunks are whole.
+template <typename L>
+DEVICE Kind kind_of(const Rows& rows) {
+  return L::WHOLE ? L::V : rows.kind;
+}
+
+template <typename L>
+DEVICE Raw read_velocity(const Rows& rows, int64_t row, Chunk<L::WHOLE> chunk) {
+  const int64_t offset = row * rows.stride + chunk.first;
+  if (kind_of<L>(rows) == Kind::fp32) return read_words(opaque(static_cast<const uint32_t*>(rows.data) + offset), chunk);
+  return read_halves(opaque(static_cast<const uint16_t*>(rows.data) + offset), chunk);
 }
 
 template <bool WHOLE>

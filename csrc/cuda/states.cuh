@@ -5,10 +5,11 @@
 
 namespace flowgrove::cuda {
 
-// Whether all chunks of the states and of these rows are whole.
+// Whether all chunks of the states and of these rows are whole, and both velocities of one kind.
 template <typename... AnyRows>
 bool whole(const States& states, const AnyRows&... rows) {
-  return whole(states.elements, states.x, states.v, states.v_uncond, states.history, rows...);
+  const bool one_kind = states.v_uncond.data == nullptr || states.v_uncond.kind == states.v.kind;
+  return one_kind && whole(states.elements, states.x, states.v, states.v_uncond, states.history, rows...);
 }
 
 struct Family {
@@ -39,38 +40,72 @@ struct Loaded {
   Octet x, velocity;
 };
 
-// A chunk of a row: x, and v or the guided velocity. All of it is on its way before the first value is needed.
-template <bool WHOLE>
-DEVICE Loaded load(const States& states, int64_t row, Chunk<WHOLE> chunk) {
-  const bool has_uncond = states.v_uncond.data != nullptr;
-  const Octet x = read_state(states.x, row, chunk);
-  const Raw v = read(states.v, row, chunk);
-  const Raw v_uncond = has_uncond ? read(states.v_uncond, row, chunk) : Raw{};
-  Loaded loaded = {x, widen(v, states.v.kind)};
-  if (!has_uncond) return loaded;
-  const Octet uncond = widen(v_uncond, states.v_uncond.kind);
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) loaded.velocity.at[i] = guided(loaded.velocity.at[i], uncond.at[i], states.guidance_scale);
-  return loaded;
+// x and v of a chunk on their way.
+struct Fetched {
+  Raw x, v;
+};
+
+template <typename L>
+DEVICE Fetched fetch(const States& states, int64_t row, Chunk<L::WHOLE> chunk) {
+  return {read_state(states.x, row, chunk), read_velocity<L>(states.v, row, chunk)};
 }
 
-DEVICE Octet mean_chunk(const Loaded& loaded, const MeanCoefficients& coef) {
-  Octet mean;
+// x, and v or the guided velocity.
+template <typename L>
+DEVICE Loaded loaded(const States& states, int64_t row, Chunk<L::WHOLE> chunk, const Fetched& fetched) {
+  Loaded found = {widen_words(fetched.x), widen(fetched.v, kind_of<L>(states.v))};
+  if (states.v_uncond.data == nullptr) return found;
+  const Octet uncond = widen(read_velocity<L>(states.v_uncond, row, chunk), kind_of<L>(states.v_uncond));
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) mean.at[i] = flowgrove::mean(coef.x, coef.v, loaded.x.at[i], loaded.velocity.at[i]);
-  return mean;
+  for (int i = 0; i < WIDTH; ++i) found.velocity.at[i] = guided(found.velocity.at[i], uncond.at[i], states.guidance_scale);
+  return found;
 }
 
 // μ of a chunk of a row.
 template <bool WHOLE>
-DEVICE Octet mean_chunk(const States& states, const MeanCoefficients& coef, int64_t row, Chunk<WHOLE> chunk) {
-  Octet mean = mean_chunk(load(states, row, chunk), coef);
+DEVICE Octet mean_chunk(const States& states, const MeanCoefficients& coef, int64_t row, Chunk<WHOLE> chunk, const Loaded& loaded) {
+  Octet mean;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) mean.at[i] = flowgrove::mean(coef.x, coef.v, loaded.x.at[i], loaded.velocity.at[i]);
   if (states.history.data == nullptr) return mean;
-  const Octet history = read_state(states.history, row, chunk);
+  const Octet history = widen_words(read_state(states.history, row, chunk));
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) mean.at[i] = with_history(coef.prev, history.at[i], mean.at[i]);
   return mean;
 }
+
+// Takes a part of a row through its chunks, and each of them through `count` edges from `first` on. What is read of x, v and, with EDGES, of the first edge's
+// row is on its way before any of it is needed, and that of the next chunk is asked for.
+//   on_chunk(chunk, start, loaded)    on_edge(chunk, start, c, values of edge first + c)    after(chunk, start)
+template <typename L, bool EDGES, typename OnChunk, typename OnEdge, typename After>
+DEVICE void walk(
+    const States& states, const Part& part, const Rows& edges, int64_t first, int count, OnChunk on_chunk, OnEdge on_edge, After after) {
+#pragma unroll 1
+  for (int start = first_start(); start < part.count; start += stride()) {
+    const auto chunk = chunk_of<L::WHOLE>(part, start);
+    const Fetched fetched = fetch<L>(states, part.row, chunk);
+    Raw edge = EDGES && count > 0 ? read_state(edges, first, chunk) : Raw{};
+    if (start + stride() < part.count) {
+      const auto next = chunk_of<L::WHOLE>(part, start + stride());
+      expect(states.x, part.row, next, Kind::fp32);
+      expect(states.v, part.row, next, kind_of<L>(states.v));
+      if (EDGES && count > 0) expect(edges, first, next, Kind::fp32);
+    }
+    on_chunk(chunk, start, loaded<L>(states, part.row, chunk, fetched));
+#pragma unroll 1
+    for (int c = 0; c < count; ++c) {
+      on_edge(chunk, start, c, widen_words(edge));
+      if (EDGES && c + 1 < count) edge = read_state(edges, first + c + 1, chunk);
+    }
+    after(chunk, start);
+  }
+}
+
+// What walk calls where there is nothing to do.
+struct Nothing {
+  template <typename... Arguments>
+  DEVICE_MEMBER void operator()(const Arguments&...) const {}
+};
 
 DEVICE Octet residual(const Octet& left, const Octet& right) {
   Octet difference;
