@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes: shows that every row runs")
     parser.add_argument("--only", help="steps by name, with commas between")
     parser.add_argument("--pytest", default="-m gpu tests", help="what call 2 tests again")
+    parser.add_argument("--dtypes", default="bf16,fp32", help="of the velocity, where ops are measured beside compiled ones")
     parser.add_argument("--seconds", type=float, help="what all steps may take together; default: 360 and 330")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check"))
     options = parser.parse_args()
@@ -157,8 +158,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     return [
         Step("ceilings", 40, script("gpu_ceilings.py")),
         Step("smoke", 60, [*script("gpu_smoke.py"), *(["--sizes", "63"] if dry else [])]),
-        Step("ops", 75, [*ops, *_op_options(dry, "eager,triton,cuda", "flux_720,sd35_512,wan_480p81,wide", 30)]),
-        Step("ops compiled", 70, _compiled(ops, dry)),
+        *_op_steps(ops, dry, "sd35_512,wan_480p81,wide", "bf16,fp32"),
         Step("tests", 150, _pytest(python, dry, "-m gpu tests"), {"OMP_NUM_THREADS": "1"}),
         Step("recipe", 40, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
         Step("engine sd3_mid", 60, [*engine, "--prompts", "1", *(["--model", "tiny", "--recipes", "branch_mix_flash"] if dry else ["--model", "sd3_mid"])]),
@@ -179,27 +179,26 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     scaling = ["--leaves", "1,2,4", "--prompts", "1,2,3"] if dry else ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
-        Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
-        Step("ops", 100, [*bench, "ops", "--out", str(out), *_op_options(dry, "eager,compiled,triton,cuda", "flux_720,sd35_512,wan_480p81,wide,row_64m", 50)]),
-        Step("rows", 60, [*bench, "rows", "--model", model, "--rows", "1" if dry else "1,2,4,8", "--repeats", "1" if dry else "5", "--out", str(out)]),
+        *_op_steps([*bench, "ops", "--out", str(out)], dry, "sd35_512,wan_480p81,wide,row_64m", options.dtypes),
         Step("engine", 120, [*bench, "engine", "--model", "tiny" if dry else model, "--recipes", ",".join(recipes), "--levers", "ends", *every]),
-        Step("rows compiled", 90, [*bench, "rows", "--model", model, "--modes", "eager" if dry else "compiled", "--rows", "1" if dry else "1,4", "--json"]),
+        Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
+        Step("rows", 60, [*bench, "rows", "--model", model, "--rows", "1" if dry else "1,2,4,8", "--repeats", "1" if dry else "5", "--out", str(out)]),
         Step("idle", 60, profile),
+        Step("rows compiled", 90, [*bench, "rows", "--model", model, "--modes", "eager" if dry else "compiled", "--rows", "1" if dry else "1,4", "--json"]),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
 
 
-def _op_options(dry: bool, contenders: str, shapes: str, rounds: int) -> list[str]:
+def _op_steps(ops: list[str], dry: bool, shapes: str, dtypes: str) -> list[Step]:
+    """Compiled at one shape only, for each is compiled anew."""
     if dry:
-        return ["--contenders", "eager,cpu", "--shapes", "2x63", "--rounds", "2", "--dtypes", "bf16"]
-    return ["--contenders", contenders, "--shapes", shapes, "--rounds", str(rounds)]
-
-
-def _compiled(ops: list[str], dry: bool) -> list[str]:
-    """At one shape, for each is compiled anew; into a folder of its own, for the name of the file is the same."""
-    words = [str(Path(word) / "compiled") if before == "--out" else word for before, word in zip(["", *ops], ops, strict=False)]
-    only = ["--contenders", "eager,cpu", "--shapes", "2x63", "--rounds", "2", "--dtypes", "bf16", "--only", "grpo_loss"]
-    return [*words, *(only if dry else ["--contenders", "eager,compiled,triton,cuda", "--shapes", "flux_720", "--rounds", "30"])]
+        some = [*ops, "--keep", "--contenders", "eager,cpu", "--rounds", "2", "--dtypes", "bf16", "--shapes"]
+        return [Step("ops compiled", 70, [*some, "2x63", "--only", "grpo_loss"]), Step("ops", 75, [*some, "3x63"])]
+    compiled = ["--keep", "--contenders", "eager,compiled,triton,cuda", "--shapes", "flux_720", "--dtypes", dtypes]
+    return [
+        Step("ops compiled", 70, [*ops, *compiled]),
+        Step("ops", 75, [*ops, "--keep", "--contenders", "eager,triton,cuda", "--shapes", shapes, "--rounds", "30"]),
+    ]
 
 
 def _pytest(python: str, dry: bool, what: str) -> list[str]:

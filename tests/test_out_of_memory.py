@@ -1,6 +1,5 @@
 """A device that is too small: passes are halved, the work is repeated, and nothing else changes."""
 
-import json
 import weakref
 
 import numpy as np
@@ -17,7 +16,6 @@ from flowgrove.rewards.python import PythonReward
 from flowgrove.rollout import rollout
 from flowgrove.update_passes import Rolled
 from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
-from subprocesses import python
 from test_update import Recorder
 
 
@@ -247,26 +245,3 @@ def test_a_python_reward_without_room_is_not_a_mistake_in_its_file(monkeypatch, 
     file.write_text("import torch\ndef score(pictures, prompts):\n    raise torch.OutOfMemoryError('out of memory')\n")
     with pytest.raises(torch.OutOfMemoryError):
         PythonReward(str(file))(torch.zeros(1, 3, 4, 4), ["a circle"])
-
-
-# The allocator's setting
-
-SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-
-
-@pytest.mark.parametrize("imported", ["flowgrove.cli", "flowgrove.recipe", "torch, flowgrove"])
-@pytest.mark.parametrize("given", [None, *SETTINGS])
-def test_segments_expand_unless_the_user_says_otherwise(imported, given):
-    changes = dict.fromkeys(SETTINGS)
-    if given is not None:
-        changes[given] = "max_split_size_mb:64"
-    values = f"{{name: os.environ.get(name) for name in {SETTINGS}}}"
-    code = f"import {imported}, os, sys, json; print(json.dumps([{values}, 'torch' in sys.modules]))"
-    found, has_torch = json.loads(python("-c", code, env=changes).stdout)
-    expected = dict.fromkeys(SETTINGS)
-    if given is not None:
-        expected[given] = "max_split_size_mb:64"
-    elif not imported.startswith("torch"):  # whoever loads torch first has settled its allocator
-        expected["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    assert found == expected
-    assert has_torch == imported.startswith("torch"), "flowgrove itself loads no torch"

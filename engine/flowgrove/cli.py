@@ -187,13 +187,14 @@ def ops(
     contenders: Annotated[str | None, typer.Option(help="eager, compiled and backends, with commas between; default: all there are")] = None,
     only: Annotated[str | None, typer.Option(help="ops, with commas between; default: all")] = None,
     rounds: Annotated[int, typer.Option(help="timed calls of each contender")] = 50,
+    keep: Annotated[bool, typer.Option("--keep", help="leave rows of the CSV in --out that are not measured again")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Time step, log-probability and loss: the published loops' PyTorch, the same compiled, and every backend. Exit code 1 if one of them is wrong."""
     from flowgrove.bench.ops import bench_ops, settings_of
     from flowgrove.bench.table import draw_rows, print_rows
 
-    settings = settings_of(shapes=shapes, dtypes=dtypes, contenders=contenders, only=only, rounds=rounds, device=device)
+    settings = settings_of(shapes=shapes, dtypes=dtypes, contenders=contenders, only=only, rounds=rounds, device=device, keep=keep)
     result = bench_ops(settings, _say, out)
     print_rows(result.rows, as_json, draw_rows)
     if result.wrong:

@@ -15,7 +15,7 @@ from flowgrove.bench import machine
 from flowgrove.bench.cases import CASES, Case, Contender, contenders
 from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs
-from flowgrove.bench.table import write_columns
+from flowgrove.bench.table import read_columns, write_columns
 from flowgrove.bench.timing import Graph, Spread, calls_per_graph, copier, interleave, interleave_graphs, make_clock, record
 from flowgrove.device import is_out_of_memory, release_memory
 from flowgrove.errors import UserError
@@ -44,6 +44,7 @@ class Settings:
     contenders: tuple[str, ...]
     cases: tuple[Case, ...]
     rounds: int
+    keep: bool = False  # rows of the CSV that is there, of what is not measured now
 
 
 @dataclass
@@ -62,8 +63,9 @@ class _Refusal(NamedTuple):
 
 
 def settings_of(
-    *, shapes: str | None = None, dtypes: str | None = None, contenders: str | None = None, only: str | None = None, rounds: int = 50, device: str = "auto"
-) -> Settings:
+    *, shapes: str | None = None, dtypes: str | None = None, contenders: str | None = None, only: str | None = None, rounds: int = 50,
+    device: str = "auto", keep: bool = False,
+) -> Settings:  # fmt: skip
     """Settings from comma-separated names; None is all, on a CPU without the two largest shapes. Raises UserError for a name that there is not."""
     place = machine.pick_device(device)
     if rounds < 1:
@@ -78,6 +80,7 @@ def settings_of(
         contenders=_names("--contenders", contenders, here),
         cases=tuple(case for case in CASES if case.op in picked_ops),
         rounds=rounds,
+        keep=keep,
     )
     if shapes is not None:
         _require_memory(settings)
@@ -93,9 +96,10 @@ def available_contenders(device: torch.device) -> tuple[str, ...]:
 def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
     """Measures everything; `say` gets lines on how it goes. With `out`, a CSV there grows with each group, and a plot against eager follows."""
     result, where = Result(), machine.describe(settings.device)
-    stem = machine.file_stem("ops", settings.device)
+    stem, before = machine.file_stem("ops", settings.device), list[Row]()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+        before = read_columns(out / f"{stem}.csv") if settings.keep and (out / f"{stem}.csv").exists() else []
     for shape in settings.shapes:
         release_memory(settings.device)
         if (problem := _too_large(shape, settings.device)) is not None:
@@ -107,16 +111,28 @@ def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
                 rows = _measure(case, inputs, settings, result.wrong, say)
                 result.rows += [{**row, **where} for row in rows]
                 if out is not None and rows:
-                    write_csv(result.rows, out / f"{stem}.csv")
+                    write_csv(_together(before, result.rows), out / f"{stem}.csv")
             del inputs
     if out is not None and result.rows:
         say(f"wrote {out / stem}.csv")
     if out is not None and any(row["contender"] != "eager" and row["speedup_vs_eager"] for row in result.rows):
         from flowgrove.bench.plot import plot_ops
 
-        plot_ops(result.rows, out / f"{stem}.png")
+        plot_ops(_together(before, result.rows), out / f"{stem}.png")
         say(f"wrote {out / stem}.png")
     return result
+
+
+def _together(before: list[Row], rows: list[Row]) -> list[Row]:
+    """The rows of an earlier run and those of this one, which replace what they measure again; in the order of SHAPES."""
+
+    def what(row: Row) -> tuple[Any, ...]:
+        return row["op"], row["case"], row["shape"], row["dtype"]
+
+    new = {what(row) for row in rows}
+    order = list(SHAPES)
+    place = {name: order.index(name) if name in order else len(order) for name in (row["shape"] for row in (*before, *rows))}
+    return sorted([row for row in before if what(row) not in new] + rows, key=lambda row: place[row["shape"]])
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

@@ -116,6 +116,21 @@ def write_columns(rows: list[Row], columns: tuple[str, ...], path: Path) -> None
     write_text(path, text.getvalue())
 
 
+def read_columns(path: Path) -> list[Row]:
+    """What `write_columns` wrote: numbers as numbers, nothing as None."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
+
+
 def write_results(rows: list[Row], columns: tuple[str, ...], plot: Callable[[list[Row], Path], None], stem: Path) -> str:
     """`stem`.csv and `stem`.png, in a folder that need not exist; returns a line that says so."""
     stem.parent.mkdir(parents=True, exist_ok=True)

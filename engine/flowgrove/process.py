@@ -1,0 +1,24 @@
+"""What a process needs in its environment before torch is loaded, which reads it once."""
+
+import os
+import sys
+
+# torch's names of its allocator's settings; PYTORCH_ALLOC_CONF is the newer one for every kind of device
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# what says how threads of OpenMP wait for each other: the standard's name, GNU's and Intel's
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def settle() -> None:
+    """Sets what the user has not set, unless torch is loaded already.
+
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: passes differ in size, and segments that cannot grow leave memory
+    between them that no pass fits into. OMP_WAIT_POLICY=passive: by default a thread that has reached a barrier spins
+    there, also while the processor runs another program instead of the thread that it waits for.
+    """
+    if "torch" in sys.modules:
+        return
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"

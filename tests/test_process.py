@@ -1,0 +1,38 @@
+"""What importing flowgrove settles before torch is loaded: the allocator's segments and how threads wait."""
+
+import json
+
+import pytest
+
+from subprocesses import python
+
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+NAMES = (*ALLOCATOR, *WAITING)
+VALUES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_WAIT_POLICY": "passive"}
+
+
+def found_after(imported, **given):
+    values = f"{{name: os.environ.get(name) for name in {NAMES}}}"
+    code = f"import {imported}, os, sys, json; print(json.dumps([{values}, 'torch' in sys.modules]))"
+    return json.loads(python("-c", code, env={**dict.fromkeys(NAMES), **given}).stdout)
+
+
+@pytest.mark.parametrize("imported", ["flowgrove.cli", "flowgrove.recipe"])
+def test_what_the_user_has_not_set_is_settled_before_torch_is_loaded(imported):
+    found, has_torch = found_after(imported)
+    assert found == {**dict.fromkeys(NAMES), **VALUES}
+    assert not has_torch, "flowgrove itself loads no torch"
+
+
+@pytest.mark.parametrize(("given", "value"), [(name, "max_split_size_mb:64") for name in ALLOCATOR] + [(name, "1") for name in WAITING])
+def test_what_the_user_has_set_stays(given, value):
+    found, _ = found_after("flowgrove", **{given: value})
+    other = {name: value for name, value in VALUES.items() if (name in ALLOCATOR) != (given in ALLOCATOR)}
+    assert found == {**dict.fromkeys(NAMES), **other, given: value}
+
+
+def test_whoever_loads_torch_first_has_settled_it():
+    found, has_torch = found_after("torch, flowgrove")
+    assert found == dict.fromkeys(NAMES)
+    assert has_torch
