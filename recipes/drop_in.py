@@ -4,6 +4,7 @@
 
 Both draw the same samples and find the same loss and gradients; only what `Plain` and `Fused` do differs. Needs torch, diffusers and flowgrove_kernels.
 The reward is a stand-in (how bright the latents are); nothing else depends on flowgrove.
+A loop that has Flow-GRPO's, DanceGRPO's or MixGRPO's step already changes one import instead: recipes/compat.py.
 """
 
 import argparse
