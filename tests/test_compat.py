@@ -354,6 +354,23 @@ def test_a_table_that_misses_one_by_rounding_is_taken_as_one():
     torch.testing.assert_close(one_step[2].double(), logp_of("flow_sde", mean, std, x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_loop_may_hold_the_steps():
+    x, v = states()
+
+    def score(v, index):
+        return 2 * flux_step(v, x, 0.3, SIGMAS, index, x, True, True)[2] + flow_grpo_step(v, x, 0.7, SIGMAS, 2, x)[2]
+
+    compiled = torch.compile(score, backend="eager")
+    for index in (1, EACH):
+        ours, expected = v.clone().requires_grad_(), v.clone().requires_grad_()
+        logp, wanted = compiled(ours, index), score(expected, index)
+        assert torch.equal(logp, wanted)
+        for value in (logp, wanted):
+            value.sum().backward()
+        assert torch.equal(ours.grad, expected.grad)
+
+
 def test_nothing_waits_for_the_device():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(6)

@@ -1,7 +1,7 @@
 """Rows of coefficients for every step of a σ table, made once, and the rows of a batch without reading the device.
 
 A table is remembered for as long as the tensor that holds its σ lives and is not written to. Making it reads that
-tensor once; looking rows up by index or by timestep reads nothing back.
+tensor once; looking rows up by index or by timestep reads nothing back. torch.compile breaks its graph here: what is remembered is not traced.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -38,6 +38,7 @@ class StepTable:
     columns: Tensor  # fp32 [8, T]: the six coefficients, σ, √(σ − σ')
     _same: dict[tuple[int, int], BatchSteps]
 
+    @torch.compiler.disable
     def at(self, index: int | Tensor, batch: int) -> BatchSteps:
         """The step `index` of every row; an int64 tensor [batch] on the table's device (or [1]) names one for each.
 
@@ -67,6 +68,7 @@ def _batch(columns: Tensor, batch: int) -> BatchSteps:
     return BatchSteps(StepCoefficients(*coef), sigma, coef[3][:count], sqrt_dt[:count])
 
 
+@torch.compiler.disable
 def step_table(sigmas: Tensor, rows: Rows, noise_level: float, device: torch.device) -> StepTable:
     """The table of `sigmas`, one-dimensional, falling, in [0, 1], on `device`. Raises ValueError for any other."""
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.shape[0] < 2 or not sigmas.is_floating_point():
@@ -88,6 +90,7 @@ def _table(sigmas: Tensor, rows: Rows, noise_level: float, device: torch.device)
     return StepTable(columns.to(device, torch.float32), {})
 
 
+@torch.compiler.disable
 def index_of(timesteps: Tensor, timestep: Timestep) -> int | Tensor:
     """Where `timestep` stands in `timesteps` [T]: an int for one on the host, else int64 [n] on its device.
 
