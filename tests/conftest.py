@@ -31,6 +31,13 @@ def reference_backend():
 
 
 @pytest.fixture(scope="session")
+def kept(request, tmp_path_factory):
+    """A folder for what tests compile, kept between runs; without pytest's cache (`-p no:cacheprovider`) one of this run."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("cuda_on_cpu") if cache is not None else tmp_path_factory.mktemp("cuda_on_cpu")
+
+
+@pytest.fixture(scope="session")
 def golden():
     with numpy.load(GOLDEN) as cases:
         return {name: cases[name] for name in cases.files}

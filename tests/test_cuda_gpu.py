@@ -74,11 +74,11 @@ def test_results_are_those_of_the_reference(size, dtype):
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 63, 1032, 20_003, 66_000])
-def test_results_are_the_bits_of_the_emulated_kernels(size, dtype, request, monkeypatch):
+def test_results_are_the_bits_of_the_emulated_kernels(size, dtype, kept, monkeypatch):
     """Only exp is rounded elsewhere than in these sources: ratios and what follows from them may differ in their last bit."""
     batch = batch_of(2, size, fanout=3, dtype=dtype)
     found = {name: value.cpu() for name, value in every_op(on_gpu(batch)).items()}
-    Emulator(compiled(request.config.cache.mkdir("cuda_on_cpu")))
+    Emulator(compiled(kept))
     monkeypatch.setattr(native, "_ops", torch.ops.flowgrove_emulated)
     with use_backend("cpu"):
         emulated = every_op(batch)
@@ -269,19 +269,23 @@ import torch
 from flowgrove_kernels import NoiseKey, flow_logprob, flow_step, step_coefficients, use_backend
 x = torch.zeros(4, 9000, device="cuda")
 coef = step_coefficients("dance_sde", 0.9, 0.8, noise_level=0.3)[[0] * 4].to("cuda")
-with use_backend("cuda"):
+with use_backend("{backend}"):
     {call}
     torch.cuda.synchronize()
 """
 MISTAKES = {
     "NoiseKey.node holds a value outside [0, 2**32)": "flow_step(x, x, coef, key=NoiseKey(1, 2, 3, 4, torch.tensor([0, 1, 2, -1], device='cuda')))",
+    "NoiseKey.step must be below 2**31 - 1": "flow_step(x, x, coef, sibling_correlation=0.5, key=NoiseKey(1, 2, x[:, 0].long() + 2**31 - 1, 4, 0, 0))",
     "prev_coef is not 0": "coef.prev_coef.fill_(1); flow_step(x, x, coef)",
     "child_offsets must rise from 0": "flow_logprob(x, x, x, coef, child_offsets=torch.tensor([0, 1, 2**40, 3, 4], device='cuda'))",
 }
 
 
+@pytest.mark.parametrize("with_kernels_of", ["cuda", "triton"])
 @pytest.mark.parametrize("message", MISTAKES)
-def test_a_mistake_ends_the_kernel_with_a_line(message):
-    done = python("-c", MISTAKE.format(call=MISTAKES[message]), check=False, timeout=300)
+def test_a_mistake_ends_the_kernel_with_a_line(message, with_kernels_of):
+    if with_kernels_of not in available_backends():
+        pytest.skip(f"{with_kernels_of} is not available here")
+    done = python("-c", MISTAKE.format(call=MISTAKES[message], backend=with_kernels_of), check=False, timeout=300)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

@@ -7,14 +7,15 @@ from functools import cache
 import pytest
 import torch
 
-from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_logprob, flow_step, grpo_loss_and_grad, philox_normal
+from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, philox_normal
 from kernel_cases import stochastic_rows
+from op_calls import batch_of
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("triton.compile does not work beside the interpreter: run this file without TRITON_INTERPRET", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton compiles the kernels: pip install triton")
 
-from triton_compile import Compiled, Launch, launches
+from triton_compile import Compiled, Launch, launches, names
 
 CAPABILITIES = (80, 90, 100)
 REGISTERS = 128  # of a thread; two programs of eight warps then fit a multiprocessor
@@ -23,6 +24,7 @@ B, D, FANOUT, E = 2, 2**16, 2, 4
 X, X_NEXT, NOISE, SCORES = torch.zeros(B, D), torch.zeros(E, D), torch.zeros(E, D), torch.zeros(E)
 HALF, FULL = torch.zeros(B, D, dtype=torch.bfloat16), torch.zeros(B, D)
 KEY = NoiseKey(1, 2, 3, 4, torch.arange(E), torch.arange(E) // FANOUT)
+MANY = torch.zeros(17, 1031), torch.zeros(17)
 OFFSETS = torch.tensor([0, 1, E])
 COEF = stochastic_rows(B)
 GUARD = {"ratio": "guard", "key": KEY, "sibling_correlation": 0.1}
@@ -41,6 +43,12 @@ def logp_and_gradient(v, **options):
 
 def loss(v, old_logp=SCORES, **options):
     return lambda: grpo_loss_and_grad(X, v, X_NEXT, COEF, old_logp, SCORES, SCORES, clip_range=0.1, **{"fanout": FANOUT} | options)
+
+
+def many_edges():
+    """More than one program of scores_kernel takes."""
+    x, scores = MANY
+    grpo_loss_and_grad(x[:1], x[:1], x, COEF[:1], scores, scores, scores, clip_range=0.1, fanout=17)
 
 
 def guided(like):
@@ -74,7 +82,8 @@ CALLS = {
         logp_and_gradient(HALF, child_offsets=OFFSETS, **guided(HALF)),
         {"logprob_kernel": (2, 2, 0, 0), "gradient_kernel": (2, 2, 0, 2)},
     ),
-    "loss bf16": (loss(HALF), {"sums_kernel": (2, 1, 0, 0), "gradient_kernel": (2, 1, 0, 1), "scores_kernel": None, "loss_kernel": None}),
+    "loss bf16": (loss(HALF), {"sums_kernel": (2, 1, 0, 0), "gradient_kernel": (2, 1, 0, 1), "scores_kernel": None}),
+    "loss of many edges": (many_edges, {"scores_kernel": None, "loss_kernel": None}),
     "loss fp32": (loss(FULL), {"sums_kernel": (3, 0, 0, 0), "gradient_kernel": (3, 0, 1, 0)}),
     "loss bf16, kl": (
         loss(HALF, None, v_ref=HALF, kl_weight=0.1, **guided(HALF)),
@@ -88,7 +97,7 @@ CALLS = {
     ),
     "one element": (smallest, {}),
 }
-EVERYWHERE = ("normals", "estimate fp32 guided", "step bf16", "step bf16, all", "logp bf16, all", "loss bf16", "loss bf16, all")
+EVERYWHERE = ("normals", "estimate fp32 guided", "step bf16", "step bf16, all", "logp bf16, all", "loss bf16", "loss of many edges", "loss bf16, all")
 
 
 @cache
@@ -167,6 +176,58 @@ def test_each_philox_call_gives_four_normals(name, kernel, streams):
     """Ten rounds of two products with a high half for every four elements; in the first round one of them is the same for all."""
     products = compiled(name, kernel, 90).instructions["mul.hi.u32"]
     assert 0.8 * streams * ACCESSES * 20 <= products <= streams * ACCESSES * 20
+
+
+# ---- launches ----
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(1032, 1), (4096, 1), (129_600, 32)])
+def test_launches(size, blocks):
+    """Rows of one block take a launch less; what only the device sees is checked by the kernels that read it."""
+    batch = batch_of(4, size, fanout=2, dtype=torch.bfloat16)
+    key, logp = batch.key.packed(8), [] if blocks == 1 else ["logp_kernel"]
+    offsets = torch.tensor([0, 1, 3, 3, 8])
+    guard = {"ratio": "guard", "key": key, "sibling_correlation": 0.1}
+    everything = guard | {"v_ref": batch.v_ref, "kl_weight": 0.1, "child_offsets": offsets} | batch.guidance
+    at, scores = (batch.x, batch.v, batch.coef), {"clip_range": 0.1}
+    v = batch.v.detach().requires_grad_()
+
+    assert names(lambda: philox_normal(batch.noise.shape, key)) == ["normal_kernel"]
+    assert names(lambda: clean_estimate(batch.x, batch.v, batch.sigma, **batch.guidance)) == ["estimate_kernel"]
+    for options in ({}, {"noise": batch.noise}, {"key": key}, {"key": key, "sibling_correlation": 0.1, "history": batch.history, **batch.guidance}):
+        assert names(lambda options=options: flow_step(*at, fanout=2, **options)) == ["step_kernel", *logp]
+    for options in ({"fanout": 2}, {"child_offsets": offsets}):
+        assert names(lambda options=options: flow_logprob(*batch.steps, **options)) == ["logprob_kernel", *logp]
+    for options in ({"fanout": 2}, {"child_offsets": offsets}, {"fanout": 2, **guard}, everything):
+        forward, gradient = ["sums_kernel", "scores_kernel"], ["aten::ones", "sums_kernel", "scores_kernel", "gradient_kernel"]
+        assert names(lambda options=options: grpo_loss(*batch.steps, *batch.scores, **scores, **options)) == forward
+        assert names(lambda options=options: grpo_loss_and_grad(*batch.steps, *batch.scores, **scores, **options)) == gradient
+    score = torch.ones(8)
+    logprob = names(lambda: torch.autograd.grad(flow_logprob(batch.x, v, *batch.steps[2:], fanout=2), v, score))
+    assert logprob == ["logprob_kernel", *logp, "gradient_kernel"]
+    loss = names(lambda: torch.autograd.grad(grpo_loss(batch.x, v, *batch.steps[2:], *batch.scores, **scores, fanout=2).loss, v, score[0]))
+    own = ["sums_kernel", "scores_kernel", "sums_kernel", "scores_kernel", "gradient_kernel"]
+    assert [name for name in loss if name != "aten::zeros"] == own  # autograd fills in the gradients of outputs that nobody differentiates
+
+
+def test_more_edges_than_one_program_takes_need_a_launch_more():
+    assert names(many_edges) == ["aten::ones", "sums_kernel", "scores_kernel", "loss_kernel", "gradient_kernel"]
+
+
+def asserts(name, kernel):
+    """How many checks of device values a kernel holds."""
+    return compiled(name, kernel, 90).ptx.count("call.uni __assertfail")
+
+
+def test_kernels_check_what_only_the_device_sees():
+    """Six words of a key, and the step of correlated siblings; prev_coef where there is no history; offsets of children."""
+    assert asserts("normals", "normal_kernel") == 6
+    assert asserts("step bf16", "step_kernel") == 7
+    assert asserts("step bf16, all", "step_kernel") == 7
+    assert asserts("step bf16, mean", "step_kernel") == 1
+    assert asserts("logp bf16, all", "logprob_kernel") == asserts("logp bf16, all", "gradient_kernel") == 1
+    assert asserts("loss bf16, all", "sums_kernel") == 8
+    assert asserts("logp bf16", "logprob_kernel") == asserts("loss bf16", "sums_kernel") == 0  # no arithmetic is checked
 
 
 def test_a_row_of_one_element_compiles():

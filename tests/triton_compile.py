@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import flowgrove_kernels.triton  # noqa: F401  registers the kernels
 from flowgrove_kernels import backends, use_backend
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -59,22 +61,61 @@ class Launch:
         return Compiled(built.asm["ttir"], built.asm["ttgir"], built.asm["ptx"], _resources(built.asm["cubin"]))
 
 
-def launches(call: Any) -> dict[str, Launch]:
-    """What `call` launches on the triton backend, by the name of the kernel. Nothing runs: the tensors that it returns hold no values."""
-    found: dict[str, Launch] = {}
+class Operators(TorchDispatchMode):
+    """Notes PyTorch's own operators that launch a kernel on a GPU: all but views and empty tensors."""
+
+    def __init__(self, found: list[Any]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "flowgrove" and not function.is_view and "empty" not in function.name():
+            self.found.append(function.name())
+        return function(*args, **kwargs or {})
+
+    def inside(self, implementation: Any) -> Any:
+        """The same function: a mode does not see what happens inside of an operator."""
+
+        def noting(*args, **kwargs):
+            with self:
+                return implementation(*args, **kwargs)
+
+        return noting
+
+
+def recorded(call: Any) -> list[Launch | str]:
+    """What `call` launches on the triton backend, in order: its own kernels, and the names of PyTorch's operators.
+
+    Nothing of its own runs: the tensors that it returns hold no values.
+    """
+    found: list[Launch | str] = []
+    operators = Operators(found)
 
     def record(kernel, *args, grid, warmup, **kwargs):
         names = kernel.arg_names
         arguments = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name in names}
-        found[kernel.__name__] = Launch(kernel, arguments, {name: value for name, value in kwargs.items() if name not in names})
+        found.append(Launch(kernel, arguments, {name: value for name, value in kwargs.items() if name not in names}))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "missing", lambda backend: None)
         patch.setattr(backends, "takes", lambda backend, device_type: True)
         patch.setattr(triton.runtime.JITFunction, "run", record)
-        with use_backend("triton"):
+        for (op, backend), implementation in list(backends._implementations.items()):
+            if backend == "triton":
+                patch.setitem(backends._implementations, (op, backend), operators.inside(implementation))
+        with use_backend("triton"), operators:
             call()
     return found
+
+
+def launches(call: Any) -> dict[str, Launch]:
+    """The kernels that `call` launches on the triton backend, by name; the last launch of each."""
+    return {launch.kernel.__name__: launch for launch in recorded(call) if isinstance(launch, Launch)}
+
+
+def names(call: Any) -> list[str]:
+    """The names of what `call` launches on the triton backend, in order."""
+    return [launch if isinstance(launch, str) else launch.kernel.__name__ for launch in recorded(call)]
 
 
 def _type(value: Any) -> str:

@@ -10,7 +10,7 @@ _V = TypeVar("_V", Tensor, Tensor | None)
 
 def rows_of(value: Tensor) -> Tensor:
     """[B, ...] → [B, D] with element stride 1: a view wherever the layout allows one (any row stride, 0 included), else a copy."""
-    flat = value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
+    flat = value if value.ndim == 2 else value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
     return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()
 
 
@@ -21,6 +21,8 @@ def optional_rows(value: Tensor | None) -> Tensor | None:
 
 def fp32(value: Tensor) -> Tensor:
     """Coefficients or scores [B] as contiguous fp32."""
+    if value.dtype == torch.float32 and value.is_contiguous():  # the usual case, without two calls that change nothing
+        return value
     return value.to(torch.float32).contiguous()
 
 

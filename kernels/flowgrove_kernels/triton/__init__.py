@@ -1,7 +1,7 @@
 """The ops as Triton kernels, imported when that backend first runs: one file per op, registered as `implements(op, "triton")`.
 
     launch       how a row is cut into blocks, and the options that every launch has
-    element      what one block of elements goes through: loads, μ, residual, and sums whose order is written out
+    element      what one block of elements goes through: loads, μ, residual, sums whose order is written out; and checks of what only the device sees
     normal       noise drawn in registers
     combine      sums of blocks → sums of rows, and the log-probability
     gradient     the gradient in the velocity, shared by flow_logprob and grpo_loss

@@ -21,6 +21,15 @@ def edges_of(edges):
 
 
 @inner
+def pairwise(b_total):
+    """Sums of the rows of [R, N], N a power of two from 2 to 2¹⁷: neighbours first."""
+    for _ in tl.static_range(16):
+        if b_total.shape[1] > 2:
+            b_total = tl.reduce(tl.reshape(b_total, (b_total.shape[0], b_total.shape[1] // 2, 2)), 2, ADD)
+    return tl.reduce(b_total, 1, ADD)
+
+
+@inner
 def row_totals(p_partial, o_row, m_row, blocks):
     """Float64 sums of rows o_row [R] of partial sums [..., blocks], in an order that depends on `blocks` alone; of a single one, exactly that one."""
     b_total = tl.zeros((o_row.shape[0], WIDTH), tl.float64)
@@ -28,10 +37,7 @@ def row_totals(p_partial, o_row, m_row, blocks):
         o_block = i_first + tl.arange(0, WIDTH)
         mask = m_row[:, None] & (o_block < blocks)[None, :]
         b_total += tl.load(p_partial + o_row[:, None] * blocks + o_block[None, :], mask=mask, other=0.0).to(tl.float64)
-    for _ in tl.static_range(16):
-        if b_total.shape[1] > 2:
-            b_total = tl.reduce(tl.reshape(b_total, (o_row.shape[0], b_total.shape[1] // 2, 2)), 2, ADD)
-    return tl.reduce(b_total, 1, ADD)
+    return pairwise(b_total)
 
 
 @triton.jit

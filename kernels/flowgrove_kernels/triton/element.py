@@ -34,14 +34,27 @@ def place(blocks, D, BLOCK: tl.constexpr):
 
 
 @inner
-def children(p_offsets, fanout, i_parent):
-    """The edges [first, last) of a parent, int64: from CSR offsets, or `fanout` each."""
+def require(right, message: tl.constexpr, BLOCK: tl.constexpr):
+    """Ends the kernel, and the process's use of the GPU, with a line from one thread unless the scalar `right` is true."""
+    if right == 0:
+        if INTERPRETED:
+            raise RuntimeError(message)
+        tl.device_assert(tl.arange(0, BLOCK) > 0, message)
+
+
+@inner
+def children(p_offsets, fanout, i_parent, i_block, blocks, edges, BLOCK: tl.constexpr):
+    """The edges [first, last) of a parent, int64: `fanout` each, or from CSR offsets, which must rise from 0 to `edges`. Wrong ones are never followed."""
     if p_offsets is None:
         first = i_parent * fanout
         last = first + fanout
     else:
         first = tl.load(p_offsets + i_parent)
         last = tl.load(p_offsets + i_parent + 1)
+        rising = (first >= 0) & (first <= last) & (last <= edges) & ((i_parent > 0) | (first == 0))
+        rising = rising & ((last == edges) | (tl.program_id(0) + blocks < tl.num_programs(0)))  # the last parent's end
+        require(rising | (i_block > 0), "child_offsets must rise from 0 to the number of rows of x_next", BLOCK)
+        last = tl.where(rising, last, first)
     return first, last
 
 

@@ -15,14 +15,14 @@ from flowgrove_kernels.triton.launch import blocks_of, launch, offsets_of, row_s
 @triton.jit
 def logprob_kernel(
     p_x, p_v, p_uncond, p_next, p_x_coef, p_v_coef, p_precision, p_log_norm, p_offsets, p_logp, p_partial, p_parent,
-    s_x, s_v, s_uncond, s_next, guidance, fanout, blocks, D, BLOCK: tl.constexpr,
+    s_x, s_v, s_uncond, s_next, guidance, fanout, edges, blocks, D, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a parent."""
     i_parent, i_block, start, o_lane, m_lane = place(blocks, D, BLOCK)
     b_v = guided(p_v, s_v, p_uncond, s_uncond, guidance, i_parent, start, o_lane, m_lane)
     b_mean = step_mean(p_x, s_x, p_x_coef, p_v_coef, b_v, i_parent, start, o_lane, m_lane)
     precision, log_norm = tl.load(p_precision + i_parent), tl.load(p_log_norm + i_parent)
-    first, last = children(p_offsets, fanout, i_parent)
+    first, last = children(p_offsets, fanout, i_parent, i_block, blocks, edges, BLOCK)
     for i_edge in range(first, last):
         b_next = tl.load(p_next + i_edge * s_next + start + o_lane, mask=m_lane, other=0.0)
         b_residual = tl.where(m_lane, b_next - b_mean, 0.0)
@@ -35,15 +35,14 @@ def flow_logprob(
     child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
 ) -> Tensor:  # fmt: skip
     """logp [E], fp32."""
-    edges = x_next.shape[0]
-    offsets = offsets_of(child_offsets, edges)
     rows, velocity, uncond, reached = rows_of(x), rows_of(v), optional_rows(v_uncond), rows_of(x_next)
-    batch, elements = rows.shape
-    cut = blocks_of(elements)
+    (batch, elements), edges = rows.shape, x_next.shape[0]
+    offsets, cut = offsets_of(child_offsets, batch, edges), blocks_of(elements)
     scores, precision, log_norm = LogProbability.empty(edges, cut, x), fp32(precision), fp32(log_norm)
     launch(
         logprob_kernel, batch * cut.number, cut.warps, x, rows, velocity, uncond, reached, fp32(x_coef), fp32(v_coef), precision, log_norm,
-        offsets, *scores, *(row_stride(t) for t in (rows, velocity, uncond, reached)), guidance_scale, fanout, cut.number, elements, BLOCK=cut.size,
+        offsets, *scores, *(row_stride(t) for t in (rows, velocity, uncond, reached)), guidance_scale, fanout, edges, cut.number, elements,
+        BLOCK=cut.size,
     )  # fmt: skip
     return scores.finish(precision, log_norm, elements)
 
@@ -54,7 +53,7 @@ def flow_logprob_backward(
     child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of v and v_uncond (empty without guidance) for grad [E]."""
-    offsets = offsets_of(child_offsets, x_next.shape[0])
+    offsets = offsets_of(child_offsets, x.shape[0], x_next.shape[0])
     return velocity_gradient(
         rows_of(x), rows_of(v), optional_rows(v_uncond), rows_of(x_next), None, None, None, fp32(x_coef), fp32(v_coef), None, fp32(precision),
         fp32(grad), None, None, offsets, tuple(v.shape),

@@ -7,11 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flowgrove_kernels.backends import implements
-from flowgrove_kernels.checks import require_no_history
 from flowgrove_kernels.layout import fp32, optional_rows, rows_of
-from flowgrove_kernels.noise import require_words
 from flowgrove_kernels.triton.combine import LogProbability, note_squares
-from flowgrove_kernels.triton.element import guided, place, step_mean, store
+from flowgrove_kernels.triton.element import guided, place, require, step_mean, store
 from flowgrove_kernels.triton.launch import blocks_of, launch, row_stride
 from flowgrove_kernels.triton.normal import edge_normals
 
@@ -26,9 +24,10 @@ def step_kernel(
     i_parent, i_block, start, o_lane, m_lane = place(blocks, D, BLOCK)
     b_v = guided(p_v, s_v, p_uncond, s_uncond, guidance, i_parent, start, o_lane, m_lane)
     b_mean = step_mean(p_x, s_x, p_x_coef, p_v_coef, b_v, i_parent, start, o_lane, m_lane)
+    prev_coef = tl.load(p_prev_coef + i_parent)
     if p_history is not None:
         b_history = tl.load(p_history + i_parent * s_history + start + o_lane, mask=m_lane, other=0.0)
-        b_mean = tl.fma(tl.load(p_prev_coef + i_parent), b_history, b_mean)
+        b_mean = tl.fma(prev_coef, b_history, b_mean)
     std, precision, log_norm = tl.load(p_std + i_parent), tl.load(p_precision + i_parent), tl.load(p_log_norm + i_parent)
     for i_child in range(fanout):
         i_edge = i_parent * fanout + i_child
@@ -37,11 +36,14 @@ def step_kernel(
             b_z = tl.load(p_noise + i_edge * s_noise + start + o_lane, mask=m_lane, other=0.0)
             b_next = tl.fma(std, b_z, b_mean)
         elif p_key is not None:
-            b_z = edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED, BLOCK)
+            b_z = edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED, False, BLOCK)
             b_next = tl.fma(std, b_z, b_mean)
         store(p_next + i_edge * D + start, o_lane, m_lane, b_next)
         b_residual = tl.where(m_lane, b_next - b_mean, 0.0)
         note_squares(p_logp, p_partial, p_parent, b_residual, precision, log_norm, i_edge, i_parent, i_block, blocks, D)
+    if p_history is None:  # checked last: nothing waits for it
+        message: tl.constexpr = "these coefficients need history=, the previous clean estimate: prev_coef is not 0"
+        require((prev_coef == 0) | (i_block > 0), message, BLOCK)
 
 
 @implements("flow_step", "triton")
@@ -51,10 +53,6 @@ def flow_step(
     fanout: int, sibling_correlation: float, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x_next [B·fanout, ...], logp [B·fanout]), fp32."""
-    if history is None:
-        require_no_history(prev_coef)
-    if key is not None:
-        require_words(key, shared=sibling_correlation > 0)
     rows, velocity, uncond, previous, given = rows_of(x), rows_of(v), optional_rows(v_uncond), optional_rows(history), optional_rows(noise)
     batch, elements = rows.shape
     cut, edges = blocks_of(elements), batch * fanout

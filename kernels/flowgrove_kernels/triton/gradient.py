@@ -25,10 +25,10 @@ def pull_strength(b, std):
 @triton.jit
 def gradient_kernel(
     p_x, p_v, p_uncond, p_next, p_ref, p_noise, p_key, p_x_coef, p_v_coef, p_std, p_precision, p_score, p_weight, p_scale, p_offsets, p_grad, p_grad_uncond,
-    s_x, s_v, s_uncond, s_next, s_ref, s_noise, s_word, s_key, guidance, shared, own, kl_weight, fanout, blocks, D,
+    s_x, s_v, s_uncond, s_next, s_ref, s_noise, s_word, s_key, guidance, shared, own, kl_weight, fanout, edges, blocks, D,
     GUARD: tl.constexpr, CORRELATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of a parent; children are added in order. score, weight: fp32 [E]; scale: one number that multiplies everything."""
+    """One program per block of a parent; children are added in order. score, weight: fp32 [E]; scale: multiplies everything. The key has been checked."""
     i_parent, i_block, start, o_lane, m_lane = place(blocks, D, BLOCK)
     b_v = guided(p_v, s_v, p_uncond, s_uncond, guidance, i_parent, start, o_lane, m_lane)
     b, scale = tl.load(p_v_coef + i_parent), 1.0
@@ -43,7 +43,7 @@ def gradient_kernel(
     slope = tl.div_rn(slope, elements)
 
     b_grad, total_weight = tl.where(m_lane, 0.0, b_v), 0.0  # zeros, laid out as v is: others would lie so that every child's noise had to move
-    first, last = children(p_offsets, fanout, i_parent)
+    first, last = children(p_offsets, fanout, i_parent, i_block, blocks, edges, BLOCK)
     for i_edge in range(first, last):
         if not GUARD:
             b_next = tl.load(p_next + i_edge * s_next + start + o_lane, mask=m_lane, other=0.0)
@@ -51,7 +51,7 @@ def gradient_kernel(
         elif p_noise is not None:
             b_term = tl.load(p_noise + i_edge * s_noise + start + o_lane, mask=m_lane, other=0.0)
         else:
-            b_term = edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED, BLOCK)
+            b_term = edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED, True, BLOCK)
         b_grad = tl.fma(tl.load(p_score + i_edge) * slope, b_term, b_grad)
         if p_ref is not None:
             total_weight += tl.load(p_weight + i_edge)
@@ -82,7 +82,8 @@ def velocity_gradient(
         gradient_kernel, batch * cut.number, cut.warps, x, x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std, precision, score, weight, scale,
         child_offsets, grad_v, None if v_uncond is None else grad_uncond,
         *(row_stride(t) for t in (x, v, v_uncond, x_next, v_ref, noise)), *((0, 0) if key is None else key.stride()),
-        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), kl_weight, fanout, cut.number, elements,
+        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), kl_weight, fanout,
+        x_next.shape[0], cut.number, elements,
         GUARD=guard, CORRELATED=sibling_correlation > 0, BLOCK=cut.size,
     )  # fmt: skip
     return grad_v, grad_uncond

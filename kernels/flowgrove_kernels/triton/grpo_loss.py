@@ -1,4 +1,7 @@
-"""grpo_loss: sums per block, scalars per edge, the loss, and with grad_loss the gradient: one launch each."""
+"""grpo_loss: sums per block, scalars per edge, the loss, and with grad_loss the gradient: one launch each.
+
+The launch of the scalars adds up the loss too where it is a single program.
+"""
 
 import math
 
@@ -9,18 +12,18 @@ from torch import Tensor
 
 from flowgrove_kernels.backends import implements
 from flowgrove_kernels.layout import fp32, optional_rows, rows_of
-from flowgrove_kernels.noise import require_words
-from flowgrove_kernels.triton.combine import ROWS, edges_of, row_totals
+from flowgrove_kernels.triton.combine import ROWS, edges_of, pairwise, row_totals
 from flowgrove_kernels.triton.element import children, fold, guided, log_probability, place, step_mean
 from flowgrove_kernels.triton.gradient import pull_strength, velocity_gradient
 from flowgrove_kernels.triton.launch import blocks_of, launch, offsets_of, row_stride
-from flowgrove_kernels.triton.normal import edge_normals
+from flowgrove_kernels.triton.normal import edge_normals, key_words, require_words
 
 
 @triton.jit
 def sums_kernel(
     p_x, p_v, p_uncond, p_next, p_ref, p_noise, p_key, p_x_coef, p_v_coef, p_std, p_offsets, p_squares, p_products, p_drifts, p_parent,
-    s_x, s_v, s_uncond, s_next, s_ref, s_noise, s_word, s_key, guidance, shared, own, fanout, blocks, D, CORRELATED: tl.constexpr, BLOCK: tl.constexpr,
+    s_x, s_v, s_uncond, s_next, s_ref, s_noise, s_word, s_key, guidance, shared, own, fanout, edges, blocks, D,
+    CORRELATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a parent: Σ r² → squares [E, blocks]; guard: Σ z⊙(s·z − r) → products [E, blocks]; KL: Σ (v − v_ref)² → drifts [B, blocks]."""
     i_parent, i_block, start, o_lane, m_lane = place(blocks, D, BLOCK)
@@ -30,7 +33,7 @@ def sums_kernel(
         tl.store(p_drifts + i_parent * blocks + i_block, fold(b_drift * b_drift))
     b_mean = step_mean(p_x, s_x, p_x_coef, p_v_coef, b_v, i_parent, start, o_lane, m_lane)
     std = tl.load(p_std + i_parent)
-    first, last = children(p_offsets, fanout, i_parent)
+    first, last = children(p_offsets, fanout, i_parent, i_block, blocks, edges, BLOCK)
     for i_edge in range(first, last):
         b_next = tl.load(p_next + i_edge * s_next + start + o_lane, mask=m_lane, other=0.0)
         b_residual = tl.where(m_lane, b_next - b_mean, 0.0)
@@ -40,17 +43,20 @@ def sums_kernel(
             if p_noise is not None:
                 b_z = tl.load(p_noise + i_edge * s_noise + start + o_lane, mask=m_lane, other=0.0)
             else:
-                b_z = edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED, BLOCK)
+                b_z = edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED, False, BLOCK)
             b_product = tl.where(m_lane, b_z * tl.fma(std, b_z, -b_residual), 0.0)
             tl.store(p_products + i_edge * blocks + i_block, fold(b_product))
+        elif p_key is not None:  # only the gradient needs the noise
+            seed, iteration, step, prompt, node, parent = key_words(p_key, s_word, s_key, i_edge)
+            require_words(seed, iteration, step, prompt, node, parent, i_block, CORRELATED, BLOCK)
 
 
 @triton.jit
 def scores_kernel(
     p_squares, p_products, p_drifts, p_parent, p_v_coef, p_std, p_precision, p_log_norm, p_old, p_advantage, p_weight,
-    p_logp, p_ratio, p_clipped, p_kl, p_term, p_score, low, high, kl_weight, edges, blocks, D,
+    p_logp, p_ratio, p_clipped, p_kl, p_term, p_loss, p_score, low, high, kl_weight, edges, blocks, D,
 ):  # fmt: skip
-    """One program per ROWS edges: what depends on their sums. term: their parts of the loss; score: ∂loss/∂log ρ, 0 where the clip removes it."""
+    """What depends on the sums of ROWS edges. term: their parts of the loss, unless p_loss takes it; score: ∂loss/∂log ρ, 0 where the clip removes it."""
     o_edge, m_edge = edges_of(edges)
     o_parent = tl.load(p_parent + o_edge, mask=m_edge, other=0)
     precision = tl.load(p_precision + o_parent, mask=m_edge, other=0.0)
@@ -81,8 +87,13 @@ def scores_kernel(
     plain, bounded = -advantage * ratio, -advantage * tl.where(above, high, tl.where(below, low, ratio))
     surrogate = tl.where(plain < bounded, bounded, plain).to(tl.float64)  # NaN if `plain` is
     removed = ((advantage > 0) & above) | ((advantage < 0) & below)
-    tl.store(p_term + o_edge, weight.to(tl.float64) * (surrogate + tl.full((), kl_weight, tl.float64) * kl.to(tl.float64)), mask=m_edge)
     tl.store(p_score + o_edge, tl.where(removed, 0.0, -weight * advantage * ratio), mask=m_edge)
+    term = weight.to(tl.float64) * (surrogate + tl.full((), kl_weight, tl.float64) * kl.to(tl.float64))
+    if p_loss is None:
+        tl.store(p_term + o_edge, term, mask=m_edge)
+    else:
+        total = pairwise(tl.reshape(tl.where(m_edge, term, 0.0), (1, ROWS)))
+        tl.store(p_loss + tl.arange(0, 1), total.to(tl.float32))
 
 
 @triton.jit
@@ -101,31 +112,30 @@ def grpo_loss(
 ) -> list[Tensor]:  # fmt: skip
     """loss, logp, ratio, clipped, kl; and, with grad_loss (a scalar that scales them), the gradients of v and v_uncond."""
     edges, shape = x_next.shape[0], tuple(v.shape)
-    offsets = offsets_of(child_offsets, edges)
-    if key is not None:
-        require_words(key, shared=sibling_correlation > 0)
     x, v, x_next, v_ref, v_uncond, noise = rows_of(x), rows_of(v), rows_of(x_next), optional_rows(v_ref), optional_rows(v_uncond), optional_rows(noise)
     x_coef, v_coef, std, precision, log_norm, advantage, weight = (fp32(t) for t in (x_coef, v_coef, std, precision, log_norm, advantage, weight))
     old_logp = None if old_logp is None else fp32(old_logp)
     batch, elements = x.shape
-    cut = blocks_of(elements)
+    offsets, cut = offsets_of(child_offsets, batch, edges), blocks_of(elements)
     squares, parent = x.new_empty((edges, cut.number)), x.new_empty(edges, dtype=torch.int64)
     products = x.new_empty((edges, cut.number)) if guard and old_logp is not None else None
     drifts = None if v_ref is None else x.new_empty((batch, cut.number))
     launch(
         sums_kernel, batch * cut.number, cut.warps, x, x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std, offsets,
         squares, products, drifts, parent, *(row_stride(t) for t in (x, v, v_uncond, x_next, v_ref, noise)), *((0, 0) if key is None else key.stride()),
-        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), fanout, cut.number, elements,
+        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), fanout, edges, cut.number, elements,
         CORRELATED=sibling_correlation > 0, BLOCK=cut.size,
     )  # fmt: skip
 
     loss, logp, ratio, kl, score = x.new_empty(()), *(x.new_empty(edges) for _ in range(4))
-    clipped, term = x.new_empty(edges, dtype=torch.int8), x.new_empty(edges, dtype=torch.float64)
+    clipped, programs = x.new_empty(edges, dtype=torch.int8), -(-edges // ROWS.value)
+    term = None if programs == 1 else x.new_empty(edges, dtype=torch.float64)
     launch(
-        scores_kernel, -(-edges // ROWS.value), 4, x, squares, products, drifts, parent, v_coef, std, precision, log_norm, old_logp, advantage, weight,
-        logp, ratio, clipped, kl, term, score, 1 - clip_low, 1 + clip_high, kl_weight, edges, cut.number, elements,
+        scores_kernel, programs, 4, x, squares, products, drifts, parent, v_coef, std, precision, log_norm, old_logp, advantage, weight,
+        logp, ratio, clipped, kl, term, loss if term is None else None, score, 1 - clip_low, 1 + clip_high, kl_weight, edges, cut.number, elements,
     )  # fmt: skip
-    launch(loss_kernel, 1, 1, x, term, loss, edges)
+    if term is not None:
+        launch(loss_kernel, 1, 1, x, term, loss, edges)
     if grad_loss is None:
         return [loss, logp, ratio, clipped, kl]
     gradients = velocity_gradient(

@@ -1,16 +1,25 @@
 """How a row of D elements is cut into blocks, and how kernels are launched."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 from flowgrove_kernels.checks import require_offsets
 
+_HERE = nullcontext()
 _ONE_AT_A_TIME = Lock()  # the interpreter, which is what takes CPU tensors, holds the place of one program
 REGISTERS = 128  # of a thread at most, or two programs of eight warps do not fit a multiprocessor: Triton 3.6 would take up to 155
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": False} | ({} if torch.version.hip else {"maxnreg": REGISTERS})  # ROCm's compiler has no such limit
+OPTIONS = {
+    "num_stages": 1,
+    "enable_fp_fusion": False,
+    "debug": True,  # compiles the checks of what only the device sees: element.require
+    "sanitize_overflow": False,
+} | ({} if torch.version.hip else {"maxnreg": REGISTERS})  # ROCm's compiler has no such limit
 
 
 class Blocks(NamedTuple):
@@ -35,8 +44,25 @@ def launch(kernel: Any, programs: int, warps: int, on: Tensor, *arguments: Any, 
     """Runs `programs` programs of `kernel` on the device of `on`. No product is contracted into a sum but where a kernel writes tl.fma."""
     if programs == 0:
         return
-    with torch.cuda.device(on.device) if on.is_cuda else _ONE_AT_A_TIME:
+    with _place(on):
         kernel[(programs,)](*arguments, **constants, num_warps=warps, **OPTIONS)
+
+
+def _place(on: Tensor) -> AbstractContextManager[Any]:
+    """Where a kernel runs."""
+    if not on.is_cuda:
+        return _interpreted()
+    return _HERE if on.get_device() == torch.cuda.current_device() else torch.cuda.device(on.device)
+
+
+@contextmanager
+def _interpreted() -> Iterator[None]:
+    """One program at a time; what `element.require` raises comes out as it is."""
+    with _ONE_AT_A_TIME:
+        try:
+            yield
+        except InterpreterError as error:
+            raise error.__cause__ or error from None
 
 
 def row_stride(rows: Tensor | None) -> int:
@@ -44,7 +70,8 @@ def row_stride(rows: Tensor | None) -> int:
     return 0 if rows is None else rows.stride(0)
 
 
-def offsets_of(child_offsets: Tensor | None, edges: int) -> Tensor | None:
-    """CSR offsets as the kernels read them, checked on the device; None where every parent has `fanout` children."""
-    require_offsets(child_offsets, edges)
+def offsets_of(child_offsets: Tensor | None, parents: int, edges: int) -> Tensor | None:
+    """CSR offsets as the kernels read and check them; None where every parent has `fanout` children."""
+    if parents == 0:  # no program runs
+        require_offsets(child_offsets, edges)
     return None if child_offsets is None else child_offsets.contiguous()

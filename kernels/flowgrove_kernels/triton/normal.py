@@ -6,7 +6,7 @@ coefficients are weighted minimax fits of the relative error, each rounded to fp
 
 import triton.language as tl
 
-from flowgrove_kernels.triton.element import inner
+from flowgrove_kernels.triton.element import inner, require
 
 
 @inner
@@ -60,16 +60,41 @@ def block_normals(seed, node, step, prompt, i_block, BLOCK: tl.constexpr):
 
 
 @inner
-def edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] of the noise that column i_edge of a packed key names; correlated: shared·ξ_parent + own·ξ, with shared = √ρ and own = √(1−ρ)."""
-    p_words = p_key + i_edge * s_key  # seed, iteration, step, prompt, node, parent
-    seed = tl.load(p_words) | (tl.load(p_words + s_word) << 32)
-    step = tl.load(p_words + 2 * s_word).to(tl.uint32)
-    prompt = tl.load(p_words + 3 * s_word).to(tl.uint32)
-    node = tl.load(p_words + 4 * s_word).to(tl.uint32)
+def key_words(p_key, s_word, s_key, i_edge):
+    """Column i_edge of a packed key, int64: seed, iteration, step, prompt, node, parent."""
+    p_words = p_key + i_edge * s_key
+    seed, iteration, step = tl.load(p_words), tl.load(p_words + s_word), tl.load(p_words + 2 * s_word)
+    prompt, node, parent = tl.load(p_words + 3 * s_word), tl.load(p_words + 4 * s_word), tl.load(p_words + 5 * s_word)
+    return seed, iteration, step, prompt, node, parent
+
+
+@inner
+def require_words(seed, iteration, step, prompt, node, parent, i_block, CORRELATED: tl.constexpr, BLOCK: tl.constexpr):
+    """`noise.require_words` of one column, by the first program of its row."""
+    if (i_block == 0) & (((seed | iteration | step | prompt | node | parent) >> 32) != 0):
+        require((seed >> 32) == 0, "NoiseKey.seed holds a value outside [0, 2**32)", BLOCK)
+        require((iteration >> 32) == 0, "NoiseKey.iteration holds a value outside [0, 2**32)", BLOCK)
+        require((step >> 32) == 0, "NoiseKey.step holds a value outside [0, 2**32)", BLOCK)
+        require((prompt >> 32) == 0, "NoiseKey.prompt holds a value outside [0, 2**32)", BLOCK)
+        require((node >> 32) == 0, "NoiseKey.node holds a value outside [0, 2**32)", BLOCK)
+        require((parent >> 32) == 0, "NoiseKey.parent holds a value outside [0, 2**32)", BLOCK)
+    if CORRELATED:  # below SHARED_STEP - 1
+        require((step < 0x7FFFFFFF) | (i_block > 0), "NoiseKey.step must be below 2**31 - 1 for correlated siblings", BLOCK)
+
+
+@inner
+def edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED: tl.constexpr, CHECKED: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] of the noise that column i_edge of a packed key names; correlated: shared·ξ_parent + own·ξ, with shared = √ρ and own = √(1−ρ).
+
+    CHECKED: an earlier kernel has called `require_words`.
+    """
+    seed, iteration, step, prompt, node, parent = key_words(p_key, s_word, s_key, i_edge)
+    if not CHECKED:
+        require_words(seed, iteration, step, prompt, node, parent, i_block, CORRELATED, BLOCK)
+    seed = seed | (iteration << 32)
+    step, prompt, node = step.to(tl.uint32), prompt.to(tl.uint32), node.to(tl.uint32)
     b_z = block_normals(seed, node, step, prompt, i_block, BLOCK)
     if CORRELATED:
-        parent = tl.load(p_words + 5 * s_word).to(tl.uint32)
-        b_shared = block_normals(seed, parent, step + 0x80000000, prompt, i_block, BLOCK)  # SHARED_STEP
+        b_shared = block_normals(seed, parent.to(tl.uint32), step + 0x80000000, prompt, i_block, BLOCK)  # SHARED_STEP
         b_z = tl.fma(tl.full((), shared, tl.float32), b_shared, tl.full((), own, tl.float32) * b_z)
     return b_z
