@@ -131,9 +131,12 @@ def _(grad_loss, x, v, x_next, *others):
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:16])  # x … v_uncond
     ctx.constants = inputs[16:]
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the four outputs that nobody differentiates
 
 
-def _backward(ctx, grad_loss: Tensor, *unused: Tensor):
+def _backward(ctx, grad_loss: Tensor | None, *unused: Tensor | None):
+    if grad_loss is None:
+        return (None,) * 23
     *_, grad_v, grad_uncond = torch.ops.flowgrove.grpo_loss_and_grad(grad_loss, *ctx.saved_tensors, *ctx.constants)
     grads: list[Tensor | None] = [None] * 23
     grads[1] = grad_v
