@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from importlib import metadata
@@ -155,7 +154,7 @@ def fresh_environment(folder: Path, *extra: str) -> Path:
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__", "/"}:
             if not (seen / top).exists():
                 (seen / top).symlink_to(Path(distribution.locate_file(top)))
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python("-m", "venv", "--without-pip", folder / "venv")
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "torch_alone.pth").write_text(f"{seen}\n")
     return folder / "venv" / "bin" / "python"

@@ -1,7 +1,8 @@
 """Rows of coefficients for every step of a σ table, made once, and the rows of a batch without reading the device.
 
 A table is remembered for as long as the tensor that holds its σ lives and is not written to. Making it reads that
-tensor once; looking rows up by index or by timestep reads nothing back. torch.compile breaks its graph here: what is remembered is not traced.
+tensor once; looking rows up by index or by timestep reads nothing back. torch.compile breaks its graph here: what is
+remembered is not traced.
 """
 
 from collections.abc import Callable, Hashable, Sequence
