@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine_cases import succeed, tiny_recipe, write_lines
+from engine_cases import contents, succeed, tiny_recipe, weights_of, write_lines
 from flowgrove.errors import UserError
 from flowgrove.models import embeddings, loading
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy
+from flowgrove.recipe import load_recipe
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 
@@ -56,7 +57,35 @@ def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, nam
     assert stored.tensors.keys() == loaded.tensors.keys()
     for key, tensor in loaded.tensors.items():
         assert tensor.dtype == stored.tensors[key].dtype
-        assert torch.allclose(tensor.float(), stored.tensors[key].float(), atol=1e-6), key
+        assert torch.equal(tensor, stored.tensors[key]), key
+
+
+@pytest.mark.parametrize("name", ["sd3", *MODELS])
+def test_bits_on_disk_depend_on_the_text_alone(folders, tmp_path, name):
+    many = [*PROMPTS, *(f"{text} {number}" for text in TEXTS for number in range(6))]
+    Policy(recipe_of(folders, name, tmp_path / "whole"), CPU, many)
+    for some in (many[:4], many[3:9], many):  # as runs that were killed while they prepared
+        Policy(recipe_of(folders, name, tmp_path / "pieces"), CPU, some)
+    whole, pieces = (contents(tmp_path / kept) for kept in ("whole", "pieces"))
+    assert len(whole) == len({*many, "", " " if name == "qwen_image" else ""})
+    assert whole == pieces
+
+
+def test_a_run_that_was_killed_while_it_prepared_ends_in_the_same_weights(folders, tmp_path):
+    prompts = [f"a {colour} {shape} number {number}" for colour in ("red", "blue") for shape in ("circle", "cross") for number in range(5)]
+    model = {**MODELS["flux_schnell"], "path": str(folders["flux_schnell"]), "guidance_scale": 2.0}
+    ends = []
+    for name, kept in (("whole", None), ("killed", 4)):
+        recipe = tiny_recipe(
+            tmp_path / name, data={"embedding_cache": str(tmp_path / name / "embeddings")}, run={"iterations": 2, "eval_every": 0},
+            model=model, reward=[{"name": "jpeg_size"}],
+        )  # fmt: skip
+        write_lines(recipe.parent / "train.txt", prompts)
+        if kept is not None:
+            Policy(load_recipe(recipe), CPU, prompts[5 : 5 + kept])
+        succeed("train", recipe, "--out", tmp_path / name / "run")
+        ends.append(weights_of(tmp_path / name / "run", 2))
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
 @pytest.mark.parametrize("name", ["sd3", *MODELS])
@@ -72,9 +101,9 @@ def test_text_encoders_are_not_in_memory_after_their_work(folders, tmp_path, nam
 def test_each_text_is_encoded_once_in_all_runs_of_a_model(folders, tmp_path, encodings):
     recipe = recipe_of(folders, "flux", tmp_path)
     Policy(recipe, CPU, [*TEXTS, *TEXTS, ""])
-    assert encodings == [[*TEXTS, ""]]
+    assert encodings == [[text] for text in (*TEXTS, "")]
     Policy(recipe, CPU, TEXTS).encode([*reversed(TEXTS), "a new one"])
-    assert encodings == [[*TEXTS, ""], ["a new one"]]
+    assert encodings == [[text] for text in (*TEXTS, "", "a new one")]
 
 
 def test_another_text_length_or_precision_or_encoder_has_files_of_its_own(folders, tmp_path, encodings):
@@ -82,7 +111,7 @@ def test_another_text_length_or_precision_or_encoder_has_files_of_its_own(folder
     Policy(recipe_of(folders, "flux", tmp_path, text_tokens=7), CPU, TEXTS)
     Policy(recipe_of(folders, "flux", tmp_path, dtype="bf16"), CPU, TEXTS)
     Policy(recipe_of(folders, "flux_schnell", tmp_path), CPU, TEXTS)
-    assert len(encodings) == 4
+    assert len(encodings) == 4 * len([*TEXTS, ""])
     assert len(list(tmp_path.iterdir())) == 4
 
 

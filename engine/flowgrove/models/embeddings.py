@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.recipe import Recipe
 
-_AT_ONCE = 16  # prompts per pass of the encoders
+_FIRST = 16  # prompts that tell how much room all of them will take
 _KEPT_ON_DEVICE, _KEPT_ON_HOST = 1 << 28, 1 << 33  # bytes of embeddings
 _LARGE = 1 << 30  # bytes of text encoders that `auto` rather frees
 MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user's cache folder
@@ -106,13 +107,12 @@ class StoredEncoder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         adapter = self.load(self.device)
-        for start in range(0, len(missing), _AT_ONCE):
-            some = missing[start : start + _AT_ONCE]
-            for text, cond in zip(some, adapter.encode(some).split(), strict=True):
-                tensors = _without_end(cond)
-                write_file(self._file(text), lambda partial, tensors=tensors: save_file(tensors, partial))  # type: ignore[misc]
-            if start == 0:
-                self._check_room(some, len(missing))
+        first = missing[:_FIRST]
+        for number, text in enumerate(missing):
+            tensors = _without_end(adapter.encode([text]))  # alone: its bits depend on no other text
+            write_file(self._file(text), partial(save_file, tensors))
+            if number == len(first) - 1:
+                self._check_room(first, len(missing))
         del adapter
         release_memory(self.device)
 
@@ -140,9 +140,10 @@ class TooManyPromptsError(Exception):
 
 
 def _without_end(cond: Conditioning) -> dict[str, Tensor]:
-    """One prompt's tensors for a file; zeros that end a sequence are left out, and its length is kept beside it."""
+    """One prompt's tensors, without padding, for a file; zeros that end a sequence are left out, and its length is kept beside it."""
     kept = {}
-    for name, tensor in cond.tensors.items():
+    (alone,) = cond.split()
+    for name, tensor in alone.tensors.items():
         kept[name] = tensor.contiguous()
         if tensor.ndim == 3:
             filled = tensor[0].ne(0).any(-1).nonzero()
@@ -172,7 +173,7 @@ def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_
     if wanted == "none" or (wanted == "auto" and sum(stat.st_size for stat in sizes) <= _LARGE):
         return None
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrove" / "embeddings" if wanted == "auto" else Path(wanted)
-    identity = ["1", recipe.model.adapter, recipe.model.dtype, str(prompt_tokens), diffusers.__version__, transformers.__version__]
+    identity = ["2", recipe.model.adapter, recipe.model.dtype, str(prompt_tokens), diffusers.__version__, transformers.__version__]
     identity.append(f"ftfy {find_spec('ftfy') is not None}")  # Wan's pipeline cleans prompts with it where it is installed
     identity += [f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, sizes, strict=True)]
     return root.expanduser() / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
