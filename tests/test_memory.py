@@ -38,6 +38,13 @@ def allocated(run):
     return most
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_guidance_of_at_most_1_costs_nothing(folders, scale):
+    recipes = [small_recipe(model={"adapter": "sd3", "path": "tiny", "guidance_scale": guidance}) for guidance in (scale, 1.0)]
+    predictions = [predict_memory(recipe, make_plan(recipe, 0), "cpu") for recipe in recipes]
+    assert predictions[0] == predictions[1]
+
+
 @pytest.mark.parametrize(
     ("lora", "checkpointing", "guidance", "dtype"),
     [

@@ -20,6 +20,9 @@ LORA = {**MODEL, "lora": {"rank": 4, "alpha": 8}}
 ODE = {"steps": 6, "shift": None, "group_size": 2, "shared_initial_noise": False, "window": {"strategy": "none"}}
 
 
+SIZES_AND_GUIDANCE = [(32, 32, 1.0), (32, 32, 4.0), (16, 32, 4.0), (16, 32, 0.0), (16, 32, 0.5), (16, 32, 2.0)]
+
+
 @pytest.fixture(scope="module")
 def pipe():
     pipe = StableDiffusion3Pipeline.from_pretrained(TINY, dtype=torch.float32)
@@ -27,10 +30,9 @@ def pipe():
     return pipe
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 32)])
+@pytest.mark.parametrize(("height", "width", "guidance"), SIZES_AND_GUIDANCE)
 @torch.no_grad()
-def test_ode_rollout_equals_the_diffusers_pipeline(pipe, guidance, height, width):
+def test_ode_rollout_equals_the_diffusers_pipeline(pipe, height, width, guidance):
     texts = [*TEXTS, "", "a red circle " * 20]
     recipe = small_recipe(model={**MODEL, "guidance_scale": guidance, "height": height, "width": width}, rollout=ODE)
     policy = Policy(recipe, CPU)
@@ -154,6 +156,15 @@ def _same_velocity(one: Policy, other: Policy) -> None:
     x, sigma, prompt = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
     first, second = (p.velocity(x, sigma, encoded(p), prompt).v for p in (one, other))
     assert (first - second).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+@torch.no_grad()
+def test_evaluation_guides_above_1_only(scale):
+    guided = Policy(small_recipe(model={**MODEL, "guidance_scale": 3.0}), CPU)
+    plain = sample(small_recipe(model=MODEL), policy_of(dtype="fp32"), TEXTS)
+    evaluated = sample(small_recipe(model={**MODEL, "guidance_scale": 3.0}, run={"eval": {"guidance_scale": scale}}), guided, TEXTS)
+    assert torch.equal(evaluated, plain)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         weights = sum(tensor.numel() * tensor.element_size() for tensor in (*transformer.parameters(), *transformer.buffers()))
         decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
         adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
-        doubled = 2 if recipe.model.guidance_scale != 1 and not adapter.embeds_guidance else 1
+        doubled = 2 if adapter.needs_uncond(recipe.model.guidance_scale) else 1
         rolled, trained_states = _largest_passes(recipe, plan, budget, geometry.tokens * doubled)
         cond = adapter.blank(prompts, compute)
         counted = {

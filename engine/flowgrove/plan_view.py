@@ -57,7 +57,7 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
 
 def _cheaper(plan: RolloutPlan, step: Step, recipe: Recipe) -> str:
     """What a step leaves out of its forward."""
-    unguided = "unguided" if recipe.model.guidance_scale != 1 and not plan.guided(step) else ""
+    unguided = "unguided" if recipe.model.guidance_scale > 1 and not plan.guided(step) else ""
     return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "") if part)
 
 

@@ -93,6 +93,10 @@ class Adapter(ABC):
         """Whether the transformer takes the guidance scale as an input (distilled guidance) instead of an unconditional pass."""
         return bool(self.transformer.config.get("guidance_embeds", False))
 
+    def needs_uncond(self, guidance_scale: float) -> bool:
+        """Whether a guidance scale takes an unconditional velocity beside the prompt's. As in diffusers, at most 1 is no guidance."""
+        return guidance_scale > 1 and not self.embeds_guidance
+
     def samples_per_decode(self, device_type: str) -> int:
         """Samples that are decoded together."""
         return max(1, _PIXELS_PER_DECODE[device_type] // self.geometry.pixels)

@@ -121,7 +121,7 @@ class Policy:
 
     def _check_cheaper_forwards(self, recipe: Recipe) -> None:
         if recipe.rollout.guidance_range is not None and not self.doubles:
-            why = "the model takes guidance as an input" if self.adapter.embeds_guidance else "model.guidance_scale is 1"
+            why = "the model takes guidance as an input" if self.adapter.embeds_guidance else f"model.guidance_scale is {self.guidance_scale:g}"
             raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
         if recipe.rollout.cache is not None and not hasattr(self.transformer, "enable_cache"):
             raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")
@@ -176,7 +176,7 @@ class Policy:
     @property
     def doubles(self) -> bool:
         """Whether guidance needs an unconditional velocity, two rows for one."""
-        return self.guidance_scale != 1.0 and not self.adapter.embeds_guidance
+        return self.adapter.needs_uncond(self.guidance_scale)
 
     def velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None) -> Velocity:
         """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows. `longest`: the pass's longest text."""
