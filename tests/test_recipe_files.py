@@ -165,7 +165,7 @@ def test_an_unknown_override_names_the_nearest_key(recipe_file):
         (b"model: {adapter: sd3\ndata: [", "YAML"),
         (b"model:\n\tadapter: sd3\n", "YAML"),
         (b"model: \x00", "YAML"),
-        (b"run: {out: 2026-02-30}\n", "YAML"),
+        (b"run: {out: !!timestamp 2026-02-30}\n", "YAML"),
         (b"- model\n- data\n", "mapping"),
         (b"just words", "mapping"),
         (b"", "mapping"),

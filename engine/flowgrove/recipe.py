@@ -1,59 +1,69 @@
-"""Recipes: what a run does, as YAML, validated. Unknown keys are errors that name the nearest key; `extends:` builds on another file."""
+"""Recipes: what a run does, validated. Unknown keys are errors that name the nearest key."""
 
 import difflib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from flowgrove.errors import UserError
+from flowgrove.recipe_files import read_recipe
+from flowgrove.yaml_files import write_yaml
 
+_LARGEST = 2**31 - 1  # numbers beyond it are mistakes that would cost memory or time before anything else noticed
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=_LARGEST)]
+Index = Annotated[int, Field(ge=0, le=_LARGEST)]
+MOST_LEAVES = 65_536  # of a prompt
+Steps = Annotated[int, Field(ge=2, le=1000)]  # the schedules that models are trained on have 1000
 Share = Annotated[float, Field(gt=0, le=1)]
+Pixels = Annotated[int, Field(ge=1, le=32_768)]
+Text = Annotated[str, Field(min_length=1)]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5 for a word; recipes mean the number."""
+class _Said(BaseModel):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        takes = bool in (annotation, *getattr(annotation, "__args__", ()))
+        if not takes and any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
+            raise ValueError("true and false are neither numbers nor text here: write what is meant")
+        return value
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-class Section(BaseModel):
+class Section(_Said):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Lora(Section):
-    rank: Count
+    rank: Annotated[int, Field(ge=1, le=100_000)]
     alpha: Positive
     targets: list[str] | None = None  # null: the adapter's published ones
 
 
 class Model(Section):
     adapter: Literal["sd3", "flux", "qwen_image", "wan"]
-    path: str
+    path: Text
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     lora: Lora | None = None
     guidance_scale: NotNegative = 1.0
-    height: Count | None = None
-    width: Count | None = None
-    frames: Count | None = None
-    sizes: Annotated[list[tuple[Count, Count]], Field(min_length=1)] | None = None  # heights and widths that the prompts of an iteration take in turn
-    text_tokens: Count | None = None  # longest prompt that the model reads; null: the pipeline's own
+    height: Pixels | None = None
+    width: Pixels | None = None
+    frames: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)] | None = None  # heights and widths that the prompts of an iteration take in turn
+    text_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None  # longest prompt that the model reads; null: the pipeline's own
     gradient_checkpointing: bool = True
     vae_tiling: bool = False
 
 
 class Data(Section):
-    prompts: str
-    eval_prompts: str | None = None
-    prompts_per_iteration: Count = 8
-    prompt_key: str | None = None  # the column of a jsonl, parquet or datasets file; null: prompt, caption or text
-    embedding_cache: str = "auto"  # auto, none or a folder
+    prompts: Text
+    eval_prompts: Text | None = None
+    prompts_per_iteration: Annotated[int, Field(ge=1, le=100_000)] = 8
+    prompt_key: str | None = None  # the column of a jsonl, csv, tsv, parquet or datasets file; null: prompt, caption or text
+    embedding_cache: Text = "auto"  # auto, none or a folder
 
 
 class Window(Section):
@@ -61,17 +71,17 @@ class Window(Section):
     size: Count = 4
     every: Count = 25
     stride: Count = 1
-    start: Annotated[int, Field(ge=0)] = 0
+    start: Index = 0
     range: tuple[int, int] | None = None
     wrap: bool = True
     min_every: Count = 1
     decay_rate: NotNegative = 0.1
-    decay_after: int = 13
+    decay_after: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] = 13
 
 
 class Tree(Section):
     splits: list[int] = [0, 3, 6, 9]
-    fanout: Annotated[int, Field(ge=2)] = 2
+    fanout: Annotated[int, Field(ge=2, le=MOST_LEAVES)] = 2
     sibling_correlation: Annotated[float, Field(ge=0, le=1)] = 0.0588
     split_noise_scale: Positive = 1.0
 
@@ -90,21 +100,21 @@ class Tail(Section):
 class Cache(Section):
     """diffusers' TaylorSeer cache (Liu et al. 2503.06923)."""
 
-    interval: Annotated[int, Field(ge=2)] = 3  # steps from one computation of the attention layers to the next
+    interval: Annotated[int, Field(ge=2, le=_LARGEST)] = 3  # steps from one computation of the attention layers to the next
     order: Annotated[int, Field(ge=0, le=3)] = 1  # of the extrapolation between them
 
 
 class Rollout(Section):
-    steps: Annotated[int, Field(ge=2)] = 25
+    steps: Steps = 25
     shift: Positive | None = 3.0
     dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
     noise_level: Positive = 0.7
-    group_size: Count = 12
+    group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12  # more pictures of one prompt than any machine holds states of
     shared_initial_noise: bool = True
     window: Window = Window()
     tree: Tree | None = None
     tail: Tail | None = None
-    guidance_range: tuple[Annotated[int, Field(ge=0)], Count] | None = None  # [lo, hi): other steps without noise run unguided
+    guidance_range: tuple[Index, Count] | None = None  # [lo, hi): other steps without noise run unguided
     cache: Cache | None = None  # attention of the steps after the last stochastic one
 
     @model_validator(mode="after")
@@ -120,7 +130,7 @@ class Rollout(Section):
         return self
 
 
-class Reward(BaseModel):
+class Reward(_Said):
     """name, weight, and what the reward of that name takes besides."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -133,11 +143,20 @@ class Prune(Section):
 
     kind: Literal["depth", "parent_top1", "extreme"]
     depths: Count = 4
-    first: Annotated[int, Field(ge=0)] = 10
-    stop: Annotated[int, Field(ge=0)] = 19
+    first: Index = 10
+    stop: Index = 19
     every: Count = 30
     direction: Literal["later", "earlier"] = "later"
     keep: Count = 4
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> "Prune":
+        """Keys of another kind at their defaults are those of a recipe that is written out in full."""
+        own = {"depth": ("depths", "first", "stop", "every", "direction"), "extreme": ("keep",), "parent_top1": ()}[self.kind]
+        for key in type(self).model_fields:
+            if key not in ("kind", *own) and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"kind {self.kind} does not take {key}: it takes {', '.join(own) or 'nothing'}")
+        return self
 
 
 class Credit(Section):
@@ -152,7 +171,7 @@ class Update(Section):
     optimizer: Literal["adamw", "adamw_8bit", "apex_fused_adam"] = "adamw"
     lr: Positive = 1.0e-5
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Index = 0
     weight_decay: NotNegative = 1.0e-4
     clip_range: Share | tuple[Share, Positive] = 1.0e-4
     kl_weight: NotNegative = 0.0
@@ -179,19 +198,20 @@ class Engine(Section):
 
 
 class Evaluation(Section):
-    steps: Annotated[int, Field(ge=2)] | None = None  # null: rollout.steps
+    steps: Steps | None = None  # null: rollout.steps
     guidance_scale: NotNegative | None = None  # null: model.guidance_scale
-    samples: Count = 1  # pictures per held-out prompt
+    samples: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 1  # pictures per held-out prompt
     tuned_share: Annotated[float, Field(ge=0, le=1)] = 1.0  # of the steps: the tuned model runs these, the untouched one the rest
 
 
 class Run(Section):
-    iterations: Count = 300
+    iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    out: str = "runs/NAME"
-    checkpoint_every: Annotated[int, Field(ge=0)] = 50
+    out: Text = "runs/NAME"
+    checkpoint_every: Index = 50
     keep_last: Count = 3
-    eval_every: Annotated[int, Field(ge=0)] = 25
+    keep_best: bool = False  # also the checkpoint of the best held-out reward, made when it is found
+    eval_every: Index = 25
     eval: Evaluation = Evaluation()
     log: list[Literal["jsonl", "tensorboard"]] = ["jsonl", "tensorboard"]
 
@@ -217,14 +237,11 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe in `path`, with `extends:` followed, `key=value` overrides applied and run.out named. Raises UserError."""
-    content = _read_tree(path.resolve(), ())
-    for override in overrides:
-        _apply(content, override)
-    _find_files(content, path.resolve())
-    recipe = parse_recipe(content)
-    if recipe.model.path != "tiny" and Path(recipe.model.path).expanduser().exists():  # a run's own recipe works from any folder
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(Path(recipe.model.path).expanduser().resolve())})})
+    """The recipe in `path`, with `extends:` followed, `key=value` overrides applied, paths found and run.out named. Raises UserError."""
+    from flowgrove.recipe_checks import check_meaning
+
+    recipe = parse_recipe(read_recipe(path, overrides))
+    check_meaning(recipe)
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": recipe.run.out.replace("NAME", path.stem)})})
 
 
@@ -243,60 +260,7 @@ def parse_recipe(content: dict[str, Any]) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every key written out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
-        raise UserError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: save the recipe as UTF-8") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a recipe: write a mapping with model, data and reward")
-    _find_files(content, path)
-    base = content.pop("extends", None)
-    if base is not None and not isinstance(base, str):
-        raise UserError(f"{path}: extends is {base!r}: write the path of one recipe")
-    return content if base is None else _merge(_read_tree((path.parent / base).resolve(), (*seen, path)), content)
-
-
-def _find_files(content: dict[str, Any], recipe: Path) -> None:
-    """Prompts and what rewards read are sought beside the recipe that names them; what is not there stays relative to the working folder."""
-    rewards = content.get("reward")
-    places: list[tuple[Any, tuple[str, ...]]] = [(content.get("data"), ("prompts", "eval_prompts"))]
-    places += [(reward, ("path", "processor", "clip", "tokenizer", "file")) for reward in (rewards if isinstance(rewards, list) else ())]
-    for place, keys in places:
-        for key in keys:
-            if isinstance(place, dict) and isinstance(place.get(key), str) and (beside := recipe.parent / place[key]).exists():
-                place[key] = str(beside.resolve())
-
-
-def _merge(base: Any, change: Any) -> Any:
-    if isinstance(base, dict) and isinstance(change, dict):
-        return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
-    return change
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    *sections, last = key.strip().split(".")
-    if not equals or not all((*sections, last)):
-        raise UserError(f"--set {override}: write --set section.key=value, like --set run.seed=3")
-    place = content
-    for section in sections:
-        if not isinstance(place.get(section), dict):
-            place[section] = {}
-        place = place[section]
-    try:
-        place[last] = yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"--set {override}: {value!r} is not YAML") from None
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def _explain(error: ValidationError) -> str:
