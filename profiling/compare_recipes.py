@@ -1,8 +1,9 @@
 """The shapes_* recipes side by side: what each reaches, and what it costs against its own published loop.
 
 `python profiling/compare_recipes.py rewards` trains every recipe on several seeds and writes the held-out reward before and after.
-`python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove bench engine` has it: the authors' own
-batch and sharing, ops in eager PyTorch), in turn, and writes forwards, passes and seconds per iteration. Run it on an idle machine.
+`python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove
+bench engine` has it: the authors' own batch and sharing, ops in eager PyTorch), in turn, and writes forwards, passes
+and seconds per iteration. Run it on an idle machine.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
 
 
 def timings(name: str, iterations: list[int]) -> dict[str, Any]:
-    """Passes and seconds of an iteration, the mean over `iterations` (windows move), ours and the published loop in turn on one model."""
+    """Passes and seconds of an iteration, the mean over `iterations` (windows move), ours and the published loop in
+    turn on one model."""
     recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(recipe, Path(folder))
@@ -60,7 +62,8 @@ def timings(name: str, iterations: list[int]) -> dict[str, Any]:
 
     def iterate(side: int, iteration: int) -> dict[str, Any]:
         lever, stages = sides[side]
-        texts = prompts_of_iteration(trainer.train_prompts, iteration, recipe.data.prompts_per_iteration, recipe.run.seed)
+        prompts, count = trainer.train_prompts, recipe.data.prompts_per_iteration
+        texts = prompts_of_iteration(prompts, iteration, count, recipe.run.seed)
         lever.set_budget(published, policy, texts, own)
         with pick_backend(stages.recipe):
             return stages.run(texts, iteration)
@@ -70,15 +73,18 @@ def timings(name: str, iterations: list[int]) -> dict[str, Any]:
     per_row = passes.timed(policy.budget.rows, 3)
     passes.release()
     pairs = [[iterate(side, iteration) for side in (0, 1)] for iteration in iterations]
-    row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations)), "published_rows_per_pass": published.rows}
+    row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations))}
     seconds, costs = [], []
     for side, prefix in enumerate(("", "published_")):
         lines = [pair[side] for pair in pairs]
-        forwards, trained = (statistics.mean(line[key] for line in lines) for key in ("rollout_forwards", "train_passes"))
+        forwards = statistics.mean(line["rollout_forwards"] for line in lines)
+        trained = statistics.mean(line["train_passes"] for line in lines)
         seconds.append(statistics.mean(sum(line["seconds"].values()) for line in lines))
         costs.append(forwards * per_row.forward + trained * per_row.train)
-        row |= {f"{prefix}rollout_forwards": round(forwards), f"{prefix}train_passes": round(trained), f"{prefix}seconds": f"{seconds[-1]:.2f}"}
+        row |= {f"{prefix}rollout_forwards": round(forwards), f"{prefix}train_passes": round(trained)}
+        row[f"{prefix}seconds"] = f"{seconds[-1]:.2f}"
     (ours, loop), (our_rows, loop_rows) = seconds, costs
+    row["published_rows_per_pass"] = published.rows
     row |= {"row_forward_ms": f"{1e3 * per_row.forward:.3f}", "row_train_ms": f"{1e3 * per_row.train:.3f}"}
     return {**row, "rows_speedup": f"{loop_rows / our_rows:.2f}", "speedup": f"{loop / ours:.2f}"}
 

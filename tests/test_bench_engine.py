@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from engine_cases import refuse, succeed
-from flowgrove.bench.engine import COLUMNS, LEVERS, LOOP, PUBLISHED, RECIPES, REUSED, bench_prompts, bench_recipe, compare
+from flowgrove.bench.engine import (
+    COLUMNS,
+    LEVERS,
+    LOOP,
+    PUBLISHED,
+    RECIPES,
+    REUSED,
+    bench_prompts,
+    bench_recipe,
+    compare,
+)
 from flowgrove.bench.models import write_flux
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
@@ -15,7 +25,8 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.update import Updater
 from policy_cases import CPU
 
-# per prompt (MATH §5, T = 20, 16 leaves, one update), rollout forwards and train passes: of the published loop, and with every state computed once
+# per prompt (MATH §5, T = 20, 16 leaves, one update), rollout forwards and train passes: of the published loop, of that
+# in full batches, and with every state computed once
 _DRAWN = 2  # where flow_fast's window begins in iteration 0
 COUNTS = {
     "dance": ((320, 304), (320, 304), (1 + 16 * 19, 1 + 16 * 18)),
@@ -91,15 +102,16 @@ def test_csv_and_plot_are_written(measured):
 
 
 def test_levers_of_choice_and_a_loop_that_was_not_run(tmp_path):
-    """Whole files of a run with every choice: what has no published loop of its own has no speed-up, but counted rows."""
-    rows = bench("--recipes", "branch_mix_flash,mix_flash:ours,flow_fast:published", "--levers", "ends", "--out", tmp_path)
+    """What has no published loop of its own has no speed-up, but counted rows."""
+    recipes = "branch_mix_flash,mix_flash:ours,flow_fast:published"
+    rows = bench("--recipes", recipes, "--levers", "ends", "--out", tmp_path)
     ends, ours, published = rows[:2], rows[2], rows[3]
     assert [row["lever"] for row in rows] == [LOOP.name, REUSED.name, REUSED.name, LOOP.name]
     assert [row["rows_per_pass"] for row in rows] == [1, 16, 16, 8]
     assert ends[1]["speedup"] == pytest.approx(ends[0]["seconds"] / ends[1]["seconds"])
     assert ours["speedup"] is ours["per_row_speedup"] is ours["predicted_speedup"] is None
-    forwards, passes = COUNTS["mix_flash"][0]
-    assert ours["rows_speedup"] == pytest.approx(cost({"rollout_forwards": forwards, "train_passes": passes}, ours) / cost(ours, ours))
+    planned = dict(zip(("rollout_forwards", "train_passes"), COUNTS["mix_flash"][0], strict=True))
+    assert ours["rows_speedup"] == pytest.approx(cost(planned, ours) / cost(ours, ours))
     assert published["speedup"] == published["rows_speedup"] == 1
     with (tmp_path / "engine_tiny_cpu.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -121,13 +133,16 @@ def test_all_recipes_are_compared_with_the_published_dance():
 
 def batches_of(lever, name):
     """Rows of the transformer's passes in an iteration of one prompt: (without, with gradient)."""
-    recipe = bench_recipe(
-        {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False}, 1, {"group_size": 16, **RECIPES[name]}, {"device": "cpu"}
-    )
+    model = {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False}
+    recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES[name]}, {"device": "cpu"})
     policy, texts = Policy(recipe, CPU), bench_prompts(1)
     lever.set_budget(PUBLISHED[name], policy, texts, 4096)
     stages, seen = lever.stages(recipe, PUBLISHED[name], policy, Rewards(recipe, CPU)), ([], [])
-    policy.transformer.register_forward_hook(lambda _, arguments, keywords, output: seen[torch.is_grad_enabled()].append(len(output[0])), with_kwargs=True)
+
+    def watch(_, inputs, output):
+        seen[torch.is_grad_enabled()].append(len(output[0]))
+
+    policy.transformer.register_forward_hook(watch)
     stages.run(texts, 0)
     return seen
 

@@ -207,15 +207,15 @@ def engine(
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
     model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
     recipes: Annotated[
-        str, typer.Option(help="algorithms, with commas between; one may name its own levers, as in dance:published,branch_mix")
+        str, typer.Option(help="algorithms, with commas between; with levers of their own as in dance:published,mix")
     ] = "dance,flow,flow_fast,mix,mix_flash,branch,branch_mix,branch_mix_flash",
-    levers: Annotated[str, typer.Option(help="all; ends: the published loop, and all that is on by default; or one of these: published, ours")] = "all",
+    levers: Annotated[str, typer.Option(help="all; ends: the published loop and the default; published; ours")] = "all",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
     compiled: Annotated[bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added in turn."""
+    """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added."""
     from flowgrove.bench.engine import bench_engine, settings_of
     from flowgrove.bench.table import draw_engine, print_rows
 

@@ -1,10 +1,12 @@
 """The engine benchmark: an iteration of the published loop, and of Flowgrove with each lever added in turn, in one interleaved run.
 
-The published loop is the authors' own batch and sharing, with the step, log-probability and loss in eager PyTorch: DanceGRPO, MixGRPO and BranchGRPO run a
-row at a time, Flow-GRPO eight; BranchGRPO's rollout computes a state once for all that share it, as Flowgrove does, but its training runs every edge for
-itself. Against it stand two factors whose product is the speed-up: fewer rows, which holds for any model, and cheaper rows (fuller passes, fused ops, the
-rollout's forward reused), which a model that one row fills has less of. Beside the seconds stands what the counted passes should take at the time of a row
-in passes of the lever's size, measured right before, so that a lever that saves less than its passes shows.
+The published loop is the authors' own batch and sharing, with the step, log-probability and loss in eager PyTorch:
+DanceGRPO, MixGRPO and BranchGRPO run a row at a time, Flow-GRPO eight; BranchGRPO's rollout computes a state once for
+all that share it, as Flowgrove does, but its training runs every edge for itself. Against it stand two factors whose
+product is the speed-up: fewer rows, which holds for any model, and cheaper rows (fuller passes, fused ops, the
+rollout's forward reused), which a model that one row fills has less of. Beside the seconds stands what the counted
+passes should take at the time of a row in passes of the lever's size, measured right before, so that a lever that saves
+less than its passes shows.
 """
 
 import statistics
@@ -32,10 +34,11 @@ from flowgrove.spans import span_totals
 from flowgrove.update import Updater
 
 COLUMNS = (
-    "model", "recipe", "prompts", "lever", "rows_per_pass", "rollout_forwards", "train_passes", "rows_speedup", "per_row_speedup", "speedup",
-    "predicted_speedup", "rows_over_dance", "over_dance", "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s", "transformer_s", "decode_s",
-    "percent_outside", "predicted_s", "row_forward_s", "row_train_s", "samples_per_second", "peak_memory_bytes", "rounds",
-    "device", "threads", "torch", "triton", "compiler", "date",
+    "model", "recipe", "prompts", "lever", "rows_per_pass", "rollout_forwards", "train_passes",
+    "rows_speedup", "per_row_speedup", "speedup", "predicted_speedup", "rows_over_dance", "over_dance",
+    "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s", "transformer_s", "decode_s",
+    "percent_outside", "predicted_s", "row_forward_s", "row_train_s", "samples_per_second", "peak_memory_bytes",
+    "rounds", "device", "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 
 _LEAVES = 16
@@ -58,13 +61,17 @@ RECIPES: dict[str, dict[str, Any]] = {  # 20 steps and 16 leaves, as BranchGRPO 
 
 
 class Published(NamedTuple):
-    """How the authors' loop runs an algorithm: `rows` of a pass, and whether its rollout `shares` states. Its training runs every edge for itself."""
+    """How the authors' loop runs an algorithm: `rows` of a pass, and whether its rollout `shares` states.
+
+    Its training runs every edge for itself.
+    """
 
     rows: int = 1
     shares: bool = False
 
 
-PUBLISHED = {  # branch_mix_flash, which nobody published, as BranchGRPO's loop would run it; Flow-GRPO's configurations say 8 to 16
+# branch_mix_flash, which nobody published, as BranchGRPO's loop would run it; Flow-GRPO's configurations say 8 to 16
+PUBLISHED = {
     "dance": Published(),
     "flow": Published(rows=8),
     "flow_fast": Published(rows=8),
@@ -77,8 +84,10 @@ PUBLISHED = {  # branch_mix_flash, which nobody published, as BranchGRPO's loop 
 
 
 class Lever(NamedTuple):
-    """What is switched on besides the levers before it, as the whole `engine` section of the recipe. `paced`: passes of the published loop's size; `alone`:
-    states shared where that loop shares them and nowhere else."""
+    """What is switched on besides the levers before it, as the whole `engine` section of the recipe.
+
+    `paced`: passes of the published loop's size; `alone`: states shared where that loop shares them and nowhere else.
+    """
 
     name: str
     engine: dict[str, Any]
@@ -87,15 +96,17 @@ class Lever(NamedTuple):
 
     def stages(self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards) -> Stages:
         """The stages of `recipe` with this lever; an optimiser of their own."""
-        sections = [self.engine, self.engine]
+        rollout = update = self.engine
         if self.alone:
-            sections = [{**self.engine, "share": share, "reuse_rollout_graph": False} for share in (published.shares, False)]
-        rollout, update = (recipe.model_copy(update={"engine": recipe.engine.model_copy(update=section)}) for section in sections)
-        return Stages(rollout, policy, Updater(update, policy), rewards)
+            unshared = {**self.engine, "share": False, "reuse_rollout_graph": False}
+            rollout, update = {**unshared, "share": published.shares}, unshared
+        return Stages(_with(recipe, rollout), policy, Updater(_with(recipe, update), policy), rewards)
 
     def set_budget(self, published: Published, policy: Policy, texts: list[str], own: int) -> int:
-        """Makes the policy's passes as large as the lever wants them, `own` tokens or the published loop's rows; returns the most rows of one in the rollout
-        of `texts`, 16 pictures each."""
+        """Makes the policy's passes as large as the lever wants them, `own` tokens or the published loop's rows.
+
+        Returns the most rows of one in the rollout of `texts`, 16 pictures each.
+        """
         if not self.paced:
             policy.budget.tokens = own
             return min(policy.budget.rows, _LEAVES * len(texts))
@@ -118,15 +129,17 @@ CHOICES = ("all", "ends", "published", "ours")
 
 _REPEATS = 3  # of a pass whose rows are timed
 _LONG = 0.5  # seconds of a pass, forward and backward, from which it is timed once
-_SHORT = {"steps": 3, "group_size": 2, "window": {"strategy": "all"}}  # rollout of the iteration that a process does its first things in
+_SHORT = {"steps": 3, "group_size": 2, **_EVERY}  # of the iteration in which a process does what it does once
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: `model` of bench.models, recipes by name with one of CHOICES each, iterations timed of each; `compiled`: the lever that takes minutes
-    to warm up too."""
+    """What is measured: `model` of bench.models, recipes by name with one of CHOICES each, iterations timed of each.
+
+    `compiled`: the lever that takes minutes to warm up too.
+    """
 
     device: torch.device
     model: str
@@ -136,14 +149,16 @@ class Settings:
     compiled: bool = False
 
     def levers(self, choice: str) -> tuple[Lever, ...]:
-        """all: on a GPU with CUDA graphs; ends: the published loop and the last default lever; published, ours: one of these. Compiled blocks without CUDA
-        graphs, beside ours."""
+        """all: on a GPU with CUDA graphs; ends: the published loop and the last default lever; published, ours: one of
+        these. Compiled blocks without CUDA graphs, beside ours."""
         recorded = [GRAPHS] if self.device.type == "cuda" else []
         chosen = {"all": (*LEVERS, *recorded), "ends": (LOOP, REUSED), "published": (LOOP,), "ours": (REUSED,)}[choice]
         return (*chosen, *([COMPILED] if self.compiled and choice != "published" else []))
 
 
-def settings_of(model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str) -> Settings:
+def settings_of(
+    model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str
+) -> Settings:  # fmt: skip
     """From the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
     if levers not in CHOICES:
         raise UserError(f"--levers is {levers}: write one of {', '.join(CHOICES)}")
@@ -155,7 +170,7 @@ def settings_of(model: str, recipes: str, levers: str, prompts: int, rounds: int
         if choice and choice not in CHOICES:
             raise UserError(f"--recipes asks for {name}:{choice}: write one of {', '.join(CHOICES)} behind the colon")
         if name in chosen:
-            raise UserError(f"--recipes names {name} twice: write it once, with all, ends, published or ours behind a colon")
+            raise UserError(f"--recipes names {name} twice: write it once, behind a colon one of {', '.join(CHOICES)}")
         chosen[name] = choice or levers
     return Settings(machine.pick_device(device), model, chosen, prompts, rounds, compiled)
 
@@ -188,18 +203,27 @@ def bench_recipe(model: dict[str, Any], prompts: int, rollout: dict[str, Any], e
     })  # fmt: skip
 
 
+def _with(recipe: Recipe, engine: dict[str, Any]) -> Recipe:
+    """`recipe` with these keys of its `engine` section."""
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine)})
+
+
 def bench_prompts(count: int) -> list[str]:
     return [f"a picture number {number}" for number in range(count)]
 
 
 def compare(rows: list[Row], planned: dict[str, tuple[int, int]]) -> None:
-    """Adds the ratios. Rows cost what they do in passes of the recipe's last lever. `planned`: the rows of each recipe's published loop, (rollout, training),
-    as its plan counts them; they stand in where that loop was not run, whose seconds then are None, and so what is divided by them."""
+    """Adds the ratios. Rows cost what they do in passes of the recipe's last lever.
+
+    `planned`: the rows of each recipe's published loop, (rollout, training), as its plan counts them; they stand in
+    where that loop was not run, and what its seconds would be divided by is None.
+    """
     loops = {row["recipe"]: row for row in rows if row["lever"] == LOOP.name}
     last = {row["recipe"]: row for row in rows}
     dance = loops.get("dance")
     for row in rows:
-        loop, cost = loops.get(row["recipe"]), Timed(last[row["recipe"]]["row_forward_s"], last[row["recipe"]]["row_train_s"])
+        loop, final = loops.get(row["recipe"]), last[row["recipe"]]
+        cost = Timed(final["row_forward_s"], final["row_train_s"])
         mine = _cost(_counts(row), cost)
         row["rows_speedup"] = _cost(planned[row["recipe"]] if loop is None else _counts(loop), cost) / mine
         row["speedup"] = None if loop is None else loop["seconds"] / row["seconds"]
@@ -226,8 +250,7 @@ class _Bench:
         self.texts = bench_prompts(settings.prompts)
         first = self._recipe(next(iter(settings.recipes)))
         self.own = tokens_per_pass(first, self.device.type)
-        with_blocks = first.model_copy(update={"engine": first.engine.model_copy(update=COMPILED.engine)})
-        self.policy = Policy(with_blocks if settings.compiled else first, self.device)
+        self.policy = Policy(_with(first, COMPILED.engine) if settings.compiled else first, self.device)
         self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy)
         self.warm = False
         short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})
@@ -238,21 +261,21 @@ class _Bench:
     def planned(self, name: str) -> tuple[int, int]:
         """Rows of the published loop, (rollout, training)."""
         recipe = self._recipe(name)
-        shared, alone = (Work.of(recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"share": share})})) for share in (True, False))
+        shared, alone = (Work.of(_with(recipe, {"share": share})) for share in (True, False))
         return (shared if PUBLISHED[name].shares else alone).forwards, alone.passes
 
     def recipe(self, name: str, choice: str) -> list[Row]:
         """The chosen levers in turn, `rounds` times, each beside the time of a row in its kind of pass.
 
-        Levers with passes of our own size warm up in a round before; if not all are measured, since an iteration then is long, the default one does once for
-        all recipes, as it keeps nothing per shape.
+        Levers with passes of our own size warm up in a round before; if not all are measured, since an iteration then
+        is long, the default one does once for all recipes, as it keeps nothing per shape.
         """
         levers, published, rounds = self.settings.levers(choice), PUBLISHED[name], self.settings.rounds
         recipe = self._recipe(name)
         stages = {lever.name: lever.stages(recipe, published, self.policy, self.rewards) for lever in levers}
-        for lever in (GRAPHS, COMPILED):
+        for lever in (GRAPHS, COMPILED):  # they change nothing in the memory that the room is predicted from
             if lever in levers:
-                stages[lever.name].room = stages[REUSED.name].room  # it changes nothing in the memory that this is predicted from
+                stages[lever.name].room = stages[REUSED.name].room
         graphs = CudaGraphs(self.device)
         for lever in levers:
             if not lever.paced and (choice == "all" or lever != REUSED or not self.warm):
@@ -265,14 +288,17 @@ class _Bench:
             for lever in levers:
                 found[lever.name].append(self._iteration(lever, published, stages[lever.name], graphs))
             self.say(f"{name}: round {number + 1} of {rounds}")
-        where = {"model": self.settings.model, "recipe": name, "prompts": self.settings.prompts, "rounds": rounds, **machine.describe(self.device)}
-        return [{**_median(each), **where} for each in found.values()]
+        what = {"model": self.settings.model, "recipe": name, "prompts": self.settings.prompts, "rounds": rounds}
+        return [{**_median(each), **what, **machine.describe(self.device)} for each in found.values()]
 
     def _recipe(self, name: str) -> Recipe:
-        return bench_recipe(self.model, self.settings.prompts, {"group_size": _LEAVES, **RECIPES[name]}, {"device": self.device.type})
+        rollout = {"group_size": _LEAVES, **RECIPES[name]}
+        return bench_recipe(self.model, self.settings.prompts, rollout, {"device": self.device.type})
 
     @contextmanager
-    def _ready(self, lever: Lever, published: Published, stages: Stages, graphs: CudaGraphs | None = None) -> Iterator[int]:
+    def _ready(
+        self, lever: Lever, published: Published, stages: Stages, graphs: CudaGraphs | None = None
+    ) -> Iterator[int]:  # fmt: skip
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         engine = stages.recipe.engine
         rows = lever.set_budget(published, self.policy, self.texts, self.own)

@@ -1,6 +1,7 @@
-"""The engine benchmark as a picture: what fewer rows alone gain over the published loops, and how many times as fast as its loop each lever makes an
-iteration."""
+"""The engine benchmark as a picture: what fewer rows alone gain over the published loops, and how many times as fast as
+its loop each lever makes an iteration."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,28 @@ _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a num
 
 
 def plot_engine(rows: list[Row], path: Path) -> None:
-    """Above, per recipe, the gain by rows alone of its last lever; below a bar per lever, with a tick where the counted passes would put it."""
+    """Above, per recipe, the gain by rows alone of its last lever; below a bar per lever, with a tick where the counted
+    passes would put it."""
     recipes, levers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("recipe", "lever"))
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(1.9 * len(recipes) + 2, 7), layout="constrained", height_ratios=[2, 3])
+    size = (1.9 * len(recipes) + 2, 7)
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=size, layout="constrained", height_ratios=[2, 3])
     _rows_alone(above, list({row["recipe"]: row for row in rows}.values()))
     _levers(below, [row for row in rows if row["speedup"] is not None], recipes, levers)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS[: len(levers)]] + [pyplot.Line2D([], [], color="black", lw=1.2)]
+    handles = [*_patches(_COLOURS[: len(levers)]), pyplot.Line2D([], [], color="black", lw=1.2)]
     columns = len(levers) + 1 if len(recipes) > 4 else 3 if len(recipes) > 1 else 2
-    figure.legend(handles, [*levers, "predicted from passes"], loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    names = [*levers, "predicted from passes"]
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     first = rows[0]
-    where = f"{first['model']}, {first['prompts']} prompts × 16 pictures, {first['device']}, {first['threads']} threads, torch {first['torch']}"
-    figure.suptitle(where, fontsize=10, color=_MUTED)
+    what = f"{first['model']}, {first['prompts']} prompts × 16 pictures"
+    where = f"{first['device']}, {first['threads']} threads, torch {first['torch']}"
+    figure.suptitle(f"{what}, {where}", fontsize=10, color=_MUTED)
     save_figure(figure, path, dpi=120)
 
 
 def _rows_alone(axes: Axes, rows: list[Row]) -> None:
+    drawn = (("rows_speedup", _ROWS), ("rows_over_dance", _DANCE))
     for place, row in enumerate(rows):
-        bars = [(row[key], colour) for key, colour in (("rows_speedup", _ROWS), ("rows_over_dance", _DANCE)) if row[key] is not None]
+        bars = [(row[key], colour) for key, colour in drawn if row[key] is not None]
         for number, (value, colour) in enumerate(bars):
             x = place + 0.38 * (number - (len(bars) - 1) / 2)
             axes.bar(x, value, width=0.34, color=colour)
@@ -41,8 +47,9 @@ def _rows_alone(axes: Axes, rows: list[Row]) -> None:
     axes.set_title("by fewer rows alone, at what they cost in full passes", fontsize=10, loc="left")
     axes.set_ylabel("× as cheap")
     if any(row["rows_over_dance"] is not None for row in rows):
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in (_ROWS, _DANCE)]
-        axes.legend(handles, ["as its own published loop", "as DanceGRPO's"], fontsize=9, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+        names = ["as its own published loop", "as DanceGRPO's"]
+        legend = axes.legend(_patches((_ROWS, _DANCE)), names, fontsize=9, frameon=False, ncols=2, loc="lower right")
+        legend.set_bbox_to_anchor((1, 1))
     _tidy(axes)
 
 
@@ -59,7 +66,12 @@ def _levers(axes: Axes, rows: list[Row], recipes: list[str], levers: list[str]) 
 
 
 def _number(axes: Axes, x: float, value: float, form: str) -> None:
-    axes.annotate(format(value, form), (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=8, zorder=3, bbox=_PAPER)
+    how: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "zorder": 3, "bbox": _PAPER}
+    axes.annotate(format(value, form), (x, value), (0, 2), **how)
+
+
+def _patches(colours: Sequence[str]) -> list[Any]:
+    return [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
 
 
 def _tidy(axes: Axes) -> None:

@@ -55,8 +55,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw_engine(rows: list[Row], console: Console) -> None:
-    """One table, 80 columns wide: passes, seconds, and how many times as cheap as its published loop each lever is, by fewer rows alone and in seconds; then
-    the same against DanceGRPO's published loop where that was run."""
+    """One table, 80 columns wide: passes, seconds, and how many times as cheap as its published loop each lever is, by
+    fewer rows alone and in seconds; then the same against DanceGRPO's published loop where that was run."""
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     ratios = [("rows\n×", "rows_speedup", ".2f"), ("time\n×", "speedup", ".2f")]
     if any(row["over_dance"] is not None for row in rows):
