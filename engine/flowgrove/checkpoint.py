@@ -1,133 +1,243 @@
 """Checkpoints: trainable weights and optimiser state as safetensors, the rest as JSON. A folder bears its name only when it is complete."""
 
 import json
+import logging
 import os
+import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from flowgrove.errors import UserError
+from flowgrove.files import follow_umask, partial_name, why_unreadable, write_text
+from flowgrove.manifest import FORMAT, DamagedError, verify, write_manifest
 from flowgrove.models.policy import Policy
 from flowgrove.optimizers import load_state_tensors, state_tensors
 from flowgrove.update import Updater
 
-_FORMAT = 1
+Say = Callable[[str], None]
+_BEST = "best.json"
+_LEFT_BEHIND = re.compile(r"\.?step_\d+.*\.partial")
+_log = logging.getLogger("flowgrove")
 
 
 def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int, fingerprint: str, keep_last: int, line: dict[str, Any]) -> Path:
-    """Writes checkpoints/step_NNNNNN (NNNNNN: completed iterations), moves `latest`, removes all but the newest `keep_last`."""
+    """Writes checkpoints/step_NNNNNN (NNNNNN: completed iterations), moves `latest`, removes all but the newest `keep_last` and the best."""
     folder = run / "checkpoints" / f"step_{completed:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.iterdir():  # by runs that were killed: whoever saves has the folder for himself
+        if _LEFT_BEHIND.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     trainable = policy.trainable()
-    tensors = {"weights": {name: p.detach().contiguous() for name, p in trainable.items()}, "optimizer": state_tensors(updater.optimizer, trainable)}
+    tensors = {
+        "weights": {name: p.detach().contiguous() for name, p in trainable.items()},
+        "optimizer": state_tensors(updater.optimizer, trainable),
+    }
     if updater.ema is not None:
         tensors["ema"] = {name: average.contiguous() for name, average in updater.ema.average.items()}
+    state = {
+        "format": FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line, "token_budget": policy.budget.tokens,
+    }  # fmt: skip
+    partial = partial_name(folder)
+    partial.mkdir()
     try:
         for name, content in tensors.items():
             save_file(content, partial / f"{name}.safetensors")
+        write_manifest(partial, state)
+        follow_umask(partial)
+        for file in partial.iterdir():
+            _sync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     except SafetensorError as error:
+        denied = "denied" in str(error)
+        way = "make its folder writable" if denied else "free some space and give the same command again"
+        raise UserError(f"cannot write {folder}: {error}; {way}") from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {error}; free some space and give the same command again") from None
-    state = {"format": _FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line, "token_budget": policy.budget.tokens}
-    (partial / "state.json").write_text(json.dumps(state))
-    for file in partial.iterdir():
-        _sync(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
     _point_latest(run, folder.name)
-    checkpoints = valid_checkpoints(run)
-    place = checkpoints.index(folder)
-    for other in (*checkpoints[: max(0, place + 1 - keep_last)], *checkpoints[place + 1 :]):  # later ones: of a branch that a resumed run has left
-        shutil.rmtree(other)
+    remove_older(run, folder, keep_last)
     return folder
+
+
+def remove_older(run: Path, newest: Path, keep_last: int) -> None:
+    """Leaves the `keep_last` checkpoints up to `newest`, and the best; later ones are of a branch that a resumed run has left."""
+    checkpoints, best = valid_checkpoints(run), best_checkpoint(run)
+    place = checkpoints.index(newest)
+    for other in (*checkpoints[: max(0, place + 1 - keep_last)], *checkpoints[place + 1 :]):
+        if best is None or other != best[0]:
+            _remove(other)
 
 
 def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tuple[int, dict[str, Any]]:
     """Puts weights in place (with `updater` its state too; without, the averaged weights if there are any); returns the completed iterations and
     the metrics line of the last one.
 
-    Raises UserError if it does not fit.
+    Raises UserError if it is damaged or does not fit.
     """
-    state = read_state(folder)
+    state = verify(folder)
     averages = folder / "ema.safetensors"
     # without an updater the model is wanted for evaluation, sampling or export: there the averaged weights serve, if there are any
     weights = _tensors(averages if updater is None and averages.is_file() else folder / "weights.safetensors")
     moments = _tensors(folder / "optimizer.safetensors") if updater else {}
     parameters = policy.trainable()
-    if set(weights) != set(parameters) or any(weights[n].shape != p.shape for n, p in parameters.items()):
-        raise UserError(f"{folder} holds other weights than this recipe trains: resume with the recipe.yaml of its run")
+    _check_fit(folder, weights, parameters, "this recipe trains: resume with the recipe.yaml of its run")
+    if updater is not None and updater.ema is not None:
+        average = _tensors(averages)
+        _check_fit(folder, average, parameters, "this recipe averages: resume with the recipe.yaml of its run")
     if updater is not None:
+        if any(
+            not tensor.is_floating_point() or tensor.element_size() < 4
+            for key, tensor in moments.items() if key.endswith(("/step", "/exp_avg", "/exp_avg_sq"))
+        ):  # fmt: skip
+            raise DamagedError(folder, "optimizer.safetensors holds numbers of another kind than was written")
         try:
             load_state_tensors(updater.optimizer, parameters, moments)
-        except ValueError:
-            raise UserError(f"{folder / 'optimizer.safetensors'} holds no state of this update.optimizer: resume from another checkpoint") from None
+        except (ValueError, RuntimeError):
+            what = f"{folder / 'optimizer.safetensors'} holds no state of this update.optimizer"
+            raise UserError(f"{what}: resume from another checkpoint") from None
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     policy.refresh()
     if updater is not None and updater.ema is not None:
-        updater.ema.average = {name: tensor.to(policy.device) for name, tensor in _tensors(averages).items()}
+        updater.ema.average = {name: tensor.to(policy.device, parameters[name].dtype) for name, tensor in average.items()}
     return int(state["completed_iterations"]), state["line"]
 
 
 def valid_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run that bear their name, the oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit())
+    found = (p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdecimal() and p.name.isascii() and p.is_dir())
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that can be read; None if there is none at all. Raises UserError if there are some and each is damaged."""
-    damage: UserError | None = None
+def newest_checkpoint(run: Path, say: Say = _log.warning) -> Path | None:
+    """The newest checkpoint that is as it was written, `say` names those that are not; None if there is none at all.
+
+    Raises UserError if there are some and each is damaged, or if one may not be read.
+    """
+    damaged: list[DamagedError] = []
     for folder in reversed(valid_checkpoints(run)):
         try:
-            read_state(folder)
-            for file in {folder / "weights.safetensors", folder / "optimizer.safetensors", *folder.glob("*.safetensors")}:
-                with safe_open(file, "pt"):
-                    pass
-        except UserError as error:
-            damage = damage or error
-        except (OSError, SafetensorError):
-            damage = damage or _damaged(folder)
+            verify(folder)
+        except DamagedError as error:
+            damaged.append(error)
         else:
+            for one in damaged:
+                say(f"{one.folder} is damaged ({one.what}): going on from {folder.name} instead")
             return folder
-    if damage is not None:
-        raise damage
+    if damaged:
+        raise damaged[0]
     return None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: completed_iterations, recipe, line, and token_budget unless it is older than that. Raises UserError."""
+def find_checkpoint(run: Path, which: str | None) -> Path:
+    """Of a run folder the newest one (None), that of N iterations ("N"), the best ("best"), or whatever folder is named.
+
+    Older weights are no stand-in for damaged ones: whoever wants them names them. Raises UserError.
+    """
+    checkpoints = valid_checkpoints(run)
+    if which is None:
+        if not checkpoints:
+            raise UserError(f"{run} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
+        return checkpoints[-1]
+    if which == "best":
+        best = best_checkpoint(run)
+        if best is None:
+            raise UserError(f"{run} has no best checkpoint: train with run.keep_best: true and held-out prompts, or give {_choices(checkpoints)}")
+        return best[0]
+    if which.isdecimal() and which.isascii():
+        found = [folder for folder in checkpoints if int(folder.name[5:]) == int(which[:20])]
+        if not found:
+            raise UserError(f"--checkpoint {which}: {run} has no such checkpoint: give {_choices(checkpoints)}")
+        return found[0]
+    return pointed_at(Path(which))
+
+
+def pointed_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or where `latest` of a run points, be it a link or a text file. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path} is not a checkpoint: there is no such folder; give checkpoints/step_NNNNNN of a run")
+    if not path.is_file():
+        return path
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if not {"completed_iterations", "recipe", "line"} <= set(state):
-            raise ValueError
-    except (OSError, ValueError, TypeError):
-        raise _damaged(folder) from None
-    return state
+        name = path.read_text(encoding="utf-8").strip() if path.stat().st_size < 1000 else ""
+    except (OSError, ValueError):
+        name = ""
+    target = path.parent / name
+    if not name or "\0" in name or not target.is_dir():
+        raise UserError(f"{path} is not a checkpoint: give a folder checkpoints/step_NNNNNN of a run")
+    return target
 
 
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
+def best_checkpoint(run: Path) -> tuple[Path, float] | None:
+    """The checkpoint that scored best on the held-out prompts, and its score; None without `run.keep_best`, or if it is gone."""
+    try:
+        told = json.loads((run / _BEST).read_text(encoding="utf-8"))
+        folder, reward = run / "checkpoints" / f"step_{int(told['completed_iterations']):06d}", float(told["eval_reward"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return None
+    return (folder, reward) if folder.is_dir() else None
+
+
+def mark_best(folder: Path, reward: float) -> None:
+    """From now on this checkpoint of a run is its best."""
+    told = {"completed_iterations": int(folder.name[5:]), "eval_reward": reward}
+    write_text(folder.parents[1] / _BEST, json.dumps(told) + "\n")
+
+
+def _choices(checkpoints: list[Path]) -> str:
+    return " or ".join(str(int(folder.name[5:])) for folder in checkpoints) or "the folder of a run that has written one"
+
+
+def _check_fit(folder: Path, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], whose: str) -> None:
+    if set(tensors) != set(parameters) or any(tensors[n].shape != p.shape for n, p in parameters.items()):
+        raise UserError(f"{folder} holds other weights than {whose}")
+    odd = {tensor.dtype for tensor in tensors.values()} - {torch.float32, torch.float64}
+    if odd:  # master weights are never anything else
+        raise DamagedError(folder, f"weights of {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in odd))}")
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (OSError, SafetensorError):
-        raise _damaged(file.parent) from None
-
-
-def _damaged(folder: Path) -> UserError:
-    return UserError(f"{folder} is not a complete checkpoint: remove it to go on from the one before, or give a folder checkpoints/step_NNNNNN of a run")
+    except FileNotFoundError:
+        raise DamagedError(file.parent, f"{file.name} is missing") from None
+    except OSError as error:
+        raise UserError(why_unreadable(file, error)) from None
+    except SafetensorError:
+        raise DamagedError(file.parent, f"{file.name} is no whole safetensors file") from None
 
 
 def _point_latest(run: Path, name: str) -> None:
-    temporary = run / "latest.partial"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(Path("checkpoints") / name)
-    temporary.replace(run / "latest")
+    """A relative link; a text file with the same words where there are no links, as on FAT and some network folders."""
+    latest = run / "latest"
+    temporary = partial_name(latest)
+    target = Path("checkpoints") / name
+    try:
+        temporary.symlink_to(target)
+        temporary.replace(latest)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        try:
+            write_text(latest, f"{target.as_posix()}\n")
+        except OSError as error:
+            _log.warning("%s cannot be made to point to %s: %s", latest, target, error.strerror)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(file: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -32,6 +33,7 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AllowPython = Annotated[bool, typer.Option("--allow-python", help="let a reward named python run the file that the recipe names")]
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
+Which = Annotated[str | None, typer.Option("--checkpoint", metavar="N|best|PATH", help="after N iterations, best, or a folder; default: newest")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a recipe key; may be given several times")]
 
 
@@ -57,9 +59,10 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
                 "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: true (a run goes on with either), "
                 "or begin anew with fewer data.prompts_per_iteration"
             )
-        except KeyboardInterrupt:
-            _say("interrupted" + (": the same command goes on from the last checkpoint, if one was written" if function.__name__ == "train" else ""))
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interruption:
+            with suppress(OSError):  # the terminal may be gone
+                _say(f"interrupted{'' if not interruption.args else f' ({interruption})'}")
+            raise typer.Exit(getattr(interruption, "exit_code", 130)) from None
 
     return group.command(function.__name__.rstrip("_"))(run)
 
@@ -94,15 +97,22 @@ def train(
     from flowgrove.progress import TrainingDisplay
     from flowgrove.report import write_report
     from flowgrove.resume import finished
+    from flowgrove.stopping import Stopped, Stopping
     from flowgrove.trainer import Trainer
 
     folder = out or Path(settings.run.out)
     if resume == "auto" and finished(settings, folder):
         _say(f"{folder} is finished: {settings.run.iterations} iterations; see {folder / 'report.html'}")
         return
-    trainer = Trainer(settings, folder, resume)
-    with TrainingDisplay(_console, settings, trainer.completed) as display:
-        trainer.run(display.update)
+    with Stopping() as stopping:
+        try:
+            trainer = Trainer(settings, folder, resume, stopping, _say)
+            with TrainingDisplay(_console, settings, trainer.completed) as display:
+                trainer.run(display.update)
+        except Stopped:
+            with suppress(OSError):
+                _say(f"saved {stopping.saved}: the same command goes on from it" if stopping.saved else "nothing to save yet")
+            raise
     _say(f"report: {write_report(settings, trainer.out)}")
 
 
@@ -143,6 +153,7 @@ def sample(
     prompts: Annotated[Path, typer.Option(help="prompts, in any format that data.prompts takes")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
     compare: Annotated[bool, typer.Option("--compare", help="also the base model's, and pages with both side by side")] = False,
+    checkpoint: Which = None,
     set_: Overrides = None,
 ) -> None:
     """Draw with a trained or a base model: NNNN_K.png (or .mp4) for sample K of prompt N, and prompts.jsonl.
@@ -153,17 +164,22 @@ def sample(
     from flowgrove.samples import write_samples
 
     texts = read_prompts(prompts, "--prompts")
-    count = write_samples(source, tuple(set_ or ()), texts, out, compare)
+    count = write_samples(source, tuple(set_ or ()), texts, out, compare, checkpoint)
     _say(f"wrote {count} samples to {out}")
 
 
 @_command
-def eval_(run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)], set_: Overrides = None, allow_python: AllowPython = False) -> None:
-    """Score the newest checkpoint on the held-out prompts: mean and 95 % interval of every reward; also written to eval.json."""
+def eval_(
+    run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
+    checkpoint: Which = None,
+    set_: Overrides = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Score a checkpoint on the held-out prompts: mean and 95 % interval of every reward; also written to eval.json."""
     _allow(allow_python)
     from flowgrove.runs import evaluate_run
 
-    for name, found in evaluate_run(run, tuple(set_ or ())).items():
+    for name, found in evaluate_run(run, tuple(set_ or ()), checkpoint).items():
         typer.echo(f"{name:<16}{found['mean']:.4f} ± {found['confidence']:.4f}")
 
 
@@ -171,11 +187,13 @@ def eval_(run: Annotated[Path, typer.Argument(help="a run folder", show_default=
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder to write to")],
+    checkpoint: Which = None,
+    set_: Overrides = None,
 ) -> None:
     """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for `from_pretrained`."""
     from flowgrove.runs import export_run
 
-    _say(export_run(run, out))
+    _say(export_run(run, out, tuple(set_ or ()), checkpoint))
 
 
 @partial(_command, group=bench_app)

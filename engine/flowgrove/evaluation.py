@@ -1,6 +1,6 @@
 """Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +68,8 @@ def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int
     return torch.cat([to_host(pictures) for pictures in draw(recipe, policy, prompts, first_prompt)])
 
 
-def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str]) -> Evaluated:
-    """Samples the held-out prompts and scores them, some at a time."""
+def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str], between: Callable[[], None] = lambda: None) -> Evaluated:
+    """Samples the held-out prompts and scores them, some at a time; `between` is called after each of them, and may raise."""
     repeated = [prompt for prompt in prompts for _ in range(recipe.run.eval.samples)]
     small: list[Tensor] = []
     scores: list[Tensor] = []
@@ -78,4 +78,5 @@ def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str
         scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
         small.append(to_host(shrink(pictures)))
         done += len(pictures)
+        between()
     return Evaluated(torch.cat(small), repeated, torch.cat(scores))

@@ -1,7 +1,13 @@
-"""Files that are whole or absent: written under another name first, so that a full disk or a kill leaves no half of one."""
+"""Files that are whole or absent: written under another name first, so that a full disk or a kill leaves no half of one.
+
+That other name is nobody else's, so that two jobs may write the same file: the later one wins. What is written has the
+permissions that the user's umask gives to new files, whatever the library that writes it asks for.
+"""
 
 import os
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,11 +18,40 @@ def write_text(path: Path, text: str) -> None:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """`write` fills the file that it is given; `path` appears when it is complete and on disk."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = partial_name(path)
     try:
+        partial.touch(exist_ok=False)
+        permissions = partial.stat().st_mode
         write(partial)
+        with suppress(OSError):  # some network and FAT folders know no permissions
+            partial.chmod(permissions)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that nobody else uses, with its suffix: libraries take a format from it."""
+    return path.with_name(f".{path.stem[:80]}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
+
+
+def follow_umask(folder: Path) -> None:
+    """All files in `folder` get the permissions of new files: some libraries write for the user alone."""
+    probe = partial_name(folder / "mode")
+    probe.touch(exist_ok=False)
+    permissions = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with suppress(OSError):
+                file.chmod(permissions)
+
+
+def why_unreadable(file: Path, error: OSError) -> str:
+    """What the user can do about a file that is there and cannot be read: it may be a good one, so never to remove it."""
+    if isinstance(error, PermissionError):
+        return f"{file}: permission denied: make it readable for this user, as with chmod u+r"
+    return f"{file} cannot be read: {error.strerror or error}; try again when its disk can be reached"

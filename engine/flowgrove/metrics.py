@@ -82,15 +82,20 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run's metrics.jsonl."""
+    """The iterations of a run's metrics.jsonl, in their order and each once: of several lines the last.
+
+    Lines end at \\n alone. What is damaged, half-written or of another kind is passed over.
+    """
     path = folder / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    found: dict[int, dict[str, Any]] = {}
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # a line that a killed run left half-written
-    return lines
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(number := line.get("iteration")) is int and number >= 0:
+            found[number] = line
+    return [found[number] for number in sorted(found)]
 
 
 def _cut_back(path: Path, iterations: int) -> int:

@@ -1,5 +1,6 @@
 """What a person sees while training: a progress bar, and one line per iteration."""
 
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +25,8 @@ class TrainingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):  # the terminal may be gone
+            self.progress.stop()
 
     def update(self, line: dict[str, Any]) -> None:
         self.progress.console.print(format_line(line))

@@ -1,5 +1,6 @@
 """The report of a run: reward curve, ratios, and the same prompts and seeds before and after, as PNGs and one HTML page."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from flowgrove.figures import pyplot, save_figure
+from flowgrove.errors import UserError
+from flowgrove.figures import literal, pyplot, save_figure
 from flowgrove.files import write_text
-from flowgrove.grids import load_grid
+from flowgrove.grids import Grid, grid_files, in_common, load_grid
 from flowgrove.metrics import read_metrics
 from flowgrove.recipe import Recipe
 from flowgrove.side_by_side import draw_side_by_side
@@ -18,8 +20,13 @@ _TRAIN, _HELD_OUT, _MUTED = "#8fa8c8", "#1f4e8c", "#666666"
 
 
 def write_report(recipe: Recipe, out: Path) -> Path:
-    """Writes reward.png, ratio.png, before_after.png (with held-out prompts) and report.html into the run folder; returns the page."""
-    lines = read_metrics(out)
+    """Writes reward.png, ratio.png, before_after.png (with held-out prompts) and report.html into the run folder; returns the page.
+
+    Raises UserError if metrics.jsonl holds no line of this recipe.
+    """
+    lines = [line for line in read_metrics(out) if _is_whole(line, recipe)]
+    if not lines:
+        raise UserError(f"{out / 'metrics.jsonl'} holds no line of this recipe: give the folder of a run that has trained")
     plots = {"Reward": "reward.png", "Policy ratio": "ratio.png", "Clipped edges": "clipped.png", "Advantage by step": "advantage.png"}
     _reward_curve(lines, recipe, out / "reward.png")
     if len(recipe.reward) > 1:
@@ -29,19 +36,65 @@ def write_report(recipe: Recipe, out: Path) -> Path:
     _ratio_plot(trained, recipe, out / "ratio.png")
     _clip_plot(trained, out / "clipped.png")
     _advantage_plot(trained, recipe, out / "advantage.png")
-    grids = sorted((out / "samples").glob("iteration_*.png"))
-    if len(grids) > 1:
-        before, after = load_grid(grids[0]), load_grid(grids[-1])
-        done = int(grids[-1].stem.removeprefix("iteration_"))
-        names = (f"base model · {before.scores.mean():.2f}", f"after {done} iterations · {after.scores.mean():.2f}")
-        draw_side_by_side(before, after, names, out / "before_after.png")
+    grids = _grids(out)
+    comparison = _compare(grids, out / "before_after.png")
     page = Environment(loader=PackageLoader("flowgrove"), autoescape=True).get_template("report.html.j2")
     text = page.render(
-        name=out.name, facts=_facts(recipe, lines), plots=plots, before_after=len(grids) > 1,
+        name=out.name, facts=_facts(recipe, lines, _prompts_changed(grids)), plots=plots, before_after=comparison,
         recipe=(out / "recipe.yaml").read_text(encoding="utf-8"),
     )  # fmt: skip
     write_text(out / "report.html", text)
     return out / "report.html"
+
+
+def _grids(out: Path) -> list[tuple[int, Grid]]:
+    """The first and the last of a run, with the iterations before them; pictures of another kind are passed over."""
+    found = []
+    for done, path in grid_files(out).items():
+        with suppress(ValueError):
+            found.append((done, load_grid(path)))
+    return [found[0], found[-1]] if len(found) > 1 else []
+
+
+def _prompts_changed(grids: list[tuple[int, Grid]]) -> bool:
+    """Whether the held-out prompts of the first evaluation were others than those of the last."""
+    return bool(grids) and grids[0][1].prompts != grids[1][1].prompts
+
+
+def _compare(grids: list[tuple[int, Grid]], path: Path) -> bool:
+    """Draws what the grids show of the same prompts and seeds; whether there is anything."""
+    common = in_common(grids[0][1], grids[1][1]) if grids else None
+    if common is None:
+        path.unlink(missing_ok=True)  # of an earlier report
+        return False
+    before, after = common
+    first, last = (f"after {done} iterations" if done else "base model" for done, _ in grids)
+    names = (f"{first} · {before.scores.mean():.2f}", f"{last} · {after.scores.mean():.2f}")
+    draw_side_by_side(before, after, names, path)
+    return True
+
+
+def _is_whole(line: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a line has what the report draws: it may come from another program or another recipe."""
+    optional = ("ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high")  # null where nothing was trained
+    seconds, rewards, steps = line.get("seconds"), line.get("reward"), line.get("advantage_by_step", {})
+    if not (isinstance(seconds, dict) and isinstance(rewards, dict) and isinstance(steps, dict)):
+        return False
+    ratios = [line.get(key) for key in optional]
+    numbers = [line.get(key) for key in ("rollout_forwards", "train_passes", "peak_memory_bytes")]
+    numbers += [*seconds.values(), *steps.values()]
+    for reward in recipe.reward:
+        told = rewards.get(reward.name)
+        if not isinstance(told, dict):
+            return False
+        numbers += [told.get("mean"), told.get("std")]
+    if "eval_reward" in line:
+        numbers.append(line["eval_reward"])
+    if any(value is not None for value in ratios):
+        numbers += ratios
+    elif not all(key in line for key in optional):
+        return False
+    return all(isinstance(value, int | float) for value in numbers) and all(step.isdecimal() for step in steps)
 
 
 def evaluations(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -52,12 +105,13 @@ def evaluations(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return found
 
 
-def _facts(recipe: Recipe, lines: list[dict[str, Any]]) -> dict[str, str]:
+def _facts(recipe: Recipe, lines: list[dict[str, Any]], prompts_changed: bool) -> dict[str, str]:
     held_out = evaluations(lines)
     last = lines[-1]
+    changed = " (the held-out prompts changed in between)" if prompts_changed else ""
     return {
         "iterations": f"{len(lines)}",
-        "held-out reward": f"{held_out[0][1]:.3f} → {held_out[-1][1]:.3f}" if held_out else "not evaluated",
+        "held-out reward": f"{held_out[0][1]:.3f} → {held_out[-1][1]:.3f}{changed}" if held_out else "not evaluated",
         "training reward": f"{_total(recipe, lines[0]):.3f} → {_total(recipe, last):.3f}",
         "seconds per iteration": f"{sum(sum(line['seconds'].values()) for line in lines) / len(lines):.2f}",
         "rollout forwards, train passes": f"{last['rollout_forwards']:,}, {last['train_passes']:,} per iteration",
@@ -78,7 +132,8 @@ def _reward_curve(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> No
         for place in {0, len(held_out) - 1}:
             above = place > 0
             axes.annotate(f"{held_out[place][1]:.3f}", held_out[place], (0, 8 if above else -14), textcoords="offset points", ha="center", color=_HELD_OUT)
-    axes.set(xlabel="iteration", ylabel=" + ".join(reward.name for reward in recipe.reward))
+    axes.set(xlabel="iteration")
+    axes.set_ylabel(**literal(" + ".join(reward.name for reward in recipe.reward), "ylabel"))
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="lower right")
     _finish(figure, axes, path)
@@ -94,7 +149,7 @@ def _each_reward(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> Non
         mean, std = ([line["reward"][reward.name][key] for line in lines] for key in ("mean", "std"))
         axes.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=_TRAIN, alpha=0.3, lw=0)
         axes.plot(x, mean, color=_HELD_OUT)
-        axes.set(ylabel=f"{reward.name} (weight {reward.weight:g})")
+        axes.set_ylabel(**literal(f"{reward.name} (weight {reward.weight:g})", "ylabel"))
         _tidy(axes)
     panels[-1, 0].set(xlabel="iteration")
     save_figure(figure, path)

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
-from flowgrove.checkpoint import newest_checkpoint, read_state, valid_checkpoints
+from flowgrove.checkpoint import Say, newest_checkpoint, pointed_at, valid_checkpoints
 from flowgrove.data import read_prompts
 from flowgrove.errors import UserError
+from flowgrove.manifest import read_state, verify
 from flowgrove.metrics import read_metrics
-from flowgrove.recipe import Recipe
+from flowgrove.recipe import Recipe, load_recipe
 
 # what a run may change when it goes on: where things are and how they are computed, not what
 _OPERATION = {
@@ -21,13 +24,23 @@ _REWARD_OPERATION = (
 )  # fmt: skip
 
 
+_log = logging.getLogger("flowgrove")
+_MOST_NAMED = 4  # keys that a message names
+
+
 def fingerprint(recipe: Recipe) -> str:
     """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the prompts' text for their path.
 
     Keys at their default do not enter, so that a version with new keys resumes old runs.
     """
-    content = recipe.model_dump(mode="json", exclude_defaults=True)
-    content["data"] = {**content["data"], "prompts": read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key), "eval_prompts": None}
+    content = _deciding(recipe, exclude_defaults=True)
+    content["data"] |= {"prompts": read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key), "eval_prompts": None}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
+    """What decides the weights, without the prompts' text."""
+    content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
     content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
     for section, keys in _OPERATION.items():
         for key in keys:
@@ -38,37 +51,68 @@ def fingerprint(recipe: Recipe) -> str:
     content["run"] = {"seed": recipe.run.seed}
     if recipe.update.lr_schedule == "cosine":
         content["run"]["iterations"] = recipe.run.iterations
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content
+
+
+def differences(recipe: Recipe, out: Path) -> str:
+    """The keys in which `recipe` is another than that of the run in `out`, with both values, as one phrase."""
+    own = out / "recipe.yaml"
+    try:
+        here, there = (_flat(_deciding(one, exclude_defaults=False)) for one in (recipe, load_recipe(own)))
+    except (UserError, OSError):
+        return f"its {own} cannot be read, so that the keys that differ are not known"
+    for content in (here, there):
+        content.pop("data.prompts", None)
+        content.pop("data.eval_prompts", None)
+    keys = [key for key in {**there, **here} if here.get(key) != there.get(key)]
+    named = [f"{key} is {_shown(here.get(key))} instead of the run's {_shown(there.get(key))}" for key in keys[:_MOST_NAMED]]
+    if len(keys) > _MOST_NAMED:
+        named.append(f"{len(keys) - _MOST_NAMED} more keys differ")
+    return ", ".join(named) or "data.prompts holds other prompts than when it began"
 
 
 def finished(recipe: Recipe, out: Path) -> bool:
     """Whether `out` holds all of the recipe's run: its last checkpoint, every line and the report. Reads no model."""
-    folder = newest_checkpoint(out)
-    if folder is None or not (out / "report.html").exists():
+    checkpoints = valid_checkpoints(out)
+    if not checkpoints or not (out / "report.html").exists():
         return False
-    state = read_state(folder)
-    done = state["completed_iterations"]
-    return state["recipe"] == fingerprint(recipe) and recipe.run.iterations <= done <= len(read_metrics(out))
+    try:
+        state = read_state(checkpoints[-1])
+        done = state["completed_iterations"]
+        if state["recipe"] != fingerprint(recipe) or done < recipe.run.iterations:
+            return False
+        verify(checkpoints[-1])
+    except UserError:
+        return False  # whoever goes on will say what is wrong with it
+    return any(line["iteration"] == done - 1 for line in read_metrics(out))
 
 
-def choose_checkpoint(recipe: Recipe, out: Path, resume: str) -> Path | None:
-    """The checkpoint to start from. Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint."""
+def choose_checkpoint(recipe: Recipe, out: Path, resume: str, say: Say = _log.warning) -> Path | None:
+    """The checkpoint to start from; `say` names damaged ones that were passed over.
+
+    Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint.
+    """
     holds_run = (out / "metrics.jsonl").exists() or bool(valid_checkpoints(out))
     if resume not in ("auto", "never"):
         chosen = Path(resume)
+        if chosen.exists():
+            chosen = pointed_at(chosen)
         inside = chosen.resolve().parent.parent == out.resolve()
         if holds_run and not inside:
             raise UserError(f"{out} holds a run, and {chosen} is no checkpoint of it: give another --out")
-        if inside and read_state(chosen)["recipe"] != fingerprint(recipe):
-            raise UserError(f"{chosen} was written by another recipe: train on from it into another --out, or resume with {out / 'recipe.yaml'}")
+        state = verify(pointed_at(chosen))
+        if inside and state["recipe"] != fingerprint(recipe):
+            ways = f"train on from it into another --out, or resume with {out / 'recipe.yaml'}"
+            raise UserError(f"{chosen} was written by another recipe: {differences(recipe, out)}: {ways}")
         return chosen
     if resume == "never":
         if holds_run:
             raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
         return None
-    folder = newest_checkpoint(out)
+    folder = newest_checkpoint(out, say)
     if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
-        raise UserError(f"{out} holds a run of another recipe: give another --out, or resume with {out / 'recipe.yaml'}")
+        ways = f"give another --out, or resume with {out / 'recipe.yaml'}"
+        raise UserError(f"{out} holds a run of another recipe: {differences(recipe, out)}: {ways}")
     return folder
 
 
@@ -78,3 +122,21 @@ def stored_budget(checkpoint: Path | None, own: str) -> int | None:
     state = {} if checkpoint is None else read_state(checkpoint)
     tokens = state.get("token_budget")
     return tokens if state.get("recipe") == own and isinstance(tokens, int) and tokens > 0 else None
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """{section.key: value}; entries of lists by their number."""
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    found: dict[str, Any] = {}
+    for key, value in entries:
+        name = f"{prefix}{key}"
+        if isinstance(value, dict | list) and value and (isinstance(value, dict) or isinstance(value[0], dict)):
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

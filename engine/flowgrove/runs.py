@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from flowgrove.checkpoint import load_checkpoint, valid_checkpoints
+from flowgrove.checkpoint import find_checkpoint, load_checkpoint, pointed_at
 from flowgrove.data import read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate
-from flowgrove.files import write_text
+from flowgrove.files import follow_umask, partial_name, write_text
 from flowgrove.models.policy import Policy
 from flowgrove.recipe import Recipe, load_recipe
 from flowgrove.rewards.registry import Rewards
@@ -35,17 +35,16 @@ class Model:
         return self
 
 
-def open_recipe(source: Path, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Path | None]:
-    """The recipe of a run folder and its last checkpoint (older weights are no stand-in for a damaged one), or a recipe file's and None.
-
-    Raises UserError.
+def open_recipe(source: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> tuple[Recipe, Path | None]:
+    """The recipe of a run folder and one of its checkpoints, as `find_checkpoint` understands `which`, or a recipe file's
+    and None; with a recipe file, `which` may name a checkpoint's folder. Raises UserError.
     """
-    if not source.is_dir():
-        return load_recipe(source, overrides), None
-    checkpoints = valid_checkpoints(source)
-    if not checkpoints:
-        raise UserError(f"{source} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
-    return load_recipe(source / "recipe.yaml", overrides), checkpoints[-1]
+    if source.is_dir():
+        checkpoint = find_checkpoint(source, which)
+        return load_recipe(source / "recipe.yaml", overrides), checkpoint
+    if which is not None and (which == "best" or not Path(which).exists()):
+        raise UserError(f"--checkpoint {which}: {source} is no run folder: give one, or the path of a checkpoint")
+    return load_recipe(source, overrides), None if which is None else pointed_at(Path(which))
 
 
 def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | None = ()) -> Model:
@@ -54,12 +53,14 @@ def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | N
     return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoint)
 
 
-def evaluate_run(run: Path, overrides: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
-    """Rewards of the newest checkpoint on the held-out prompts: {name: {mean, confidence}} (half of the 95 % interval), and "weighted_sum".
+def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> dict[str, dict[str, float]]:
+    """Rewards of a checkpoint (None: the newest) on the held-out prompts: {name: {mean, confidence}} (half of the 95 % interval), and "weighted_sum".
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    recipe, checkpoint = open_recipe(run, overrides)
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
+    recipe, checkpoint = open_recipe(run, overrides, which)
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
     prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
@@ -79,19 +80,19 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = ()) -> dict[str, dict[s
     return result
 
 
-def export_run(run: Path, out: Path) -> str:
-    """Writes the newest checkpoint for diffusers; returns a line that says how to load it."""
+def export_run(run: Path, out: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> str:
+    """Writes a checkpoint (None: the newest) for diffusers; returns a line that says how to load it."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    recipe, checkpoint = open_recipe(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto"))
+    recipe, checkpoint = open_recipe(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto", *overrides), which)
     policy = open_model(recipe, checkpoint, None).restore().policy  # the transformer alone
     is_lora = recipe.model.lora is not None
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_name(out)
     try:
         (policy.adapter.save_lora if is_lora else policy.adapter.save_pipeline)(partial)
+        follow_umask(partial)
         if out.exists():
             out.rmdir()
         partial.rename(out)

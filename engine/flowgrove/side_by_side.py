@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowgrove.figures import pyplot, save_figure
+from flowgrove.figures import literal, pyplot, save_figure
 from flowgrove.grids import Grid
 
 _MUTED = "#666666"
@@ -36,7 +36,7 @@ def draw_side_by_side(left: Grid, right: Grid, names: tuple[str, str], path: Pat
     for row, prompt in enumerate(left.prompts):
         top = axes[row][0].get_position().y1
         text = prompt if len(prompt) <= longest else prompt[: longest - 1] + "…"
-        figure.text(0.012, top + (0.17 if scored else 0.05) / inches, text, fontsize=8, va="bottom")
+        figure.text(0.012, top + (0.17 if scored else 0.05) / inches, **literal(text), fontsize=8, va="bottom")
     for name, cell in ((names[0], axes[0][0]), (names[1], axes[0][columns + 1])):
-        figure.text(cell.get_position().x0, 1 - 0.18 / inches, name, fontsize=10, weight="bold", va="center")
+        figure.text(cell.get_position().x0, 1 - 0.18 / inches, **literal(name), fontsize=10, weight="bold", va="center")
     save_figure(figure, path)

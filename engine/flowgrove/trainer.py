@@ -1,5 +1,6 @@
 """The training loop: iterations, and what is kept of each: metrics, checkpoints, evaluations."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Any
 
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
-from flowgrove.checkpoint import load_checkpoint, save_checkpoint
+from flowgrove.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
 from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import write_text
-from flowgrove.grids import save_grid
+from flowgrove.folder_lock import FolderLock
+from flowgrove.grids import grid_files, save_grid
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.plan import make_plan
@@ -22,18 +24,37 @@ from flowgrove.resume import choose_checkpoint, fingerprint, stored_budget
 from flowgrove.rewards.registry import Rewards
 from flowgrove.sigmas import recipe_sigmas
 from flowgrove.spans import span
+from flowgrove.stopping import Stopped, Stopping
 from flowgrove.token_budget import settle_token_budget, with_budget
-from flowgrove.update import Updater
+from flowgrove.update import Updater, UpdateStats
+from flowgrove.update_passes import Rolled
 
 Report = Callable[[dict[str, Any]], None]
+_log = logging.getLogger("flowgrove")
+
+
+class _HeldUpdater(Updater):
+    """While weights change, a signal waits."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, stopping: Stopping) -> None:
+        super().__init__(recipe, policy)
+        self.stopping = stopping
+
+    def run(self, parts: list[Rolled]) -> UpdateStats:
+        """All updates of an iteration, whose checkpoint then is the next that can be written."""
+        self.stopping.hold()
+        return super().run(parts)
 
 
 class Trainer:
-    """One run in one folder. `resume`: "auto", "never" or a checkpoint folder."""
+    """One run in one folder, which no other process may have meanwhile. `resume`: "auto", "never" or a checkpoint folder.
 
-    def __init__(self, recipe: Recipe, out: Path, resume: str = "auto") -> None:
+    `stopping` tells when to save and end; `say` takes what the user should know.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, resume: str = "auto", stopping: Stopping | None = None, say: Say = _log.warning) -> None:
         keep_freed_memory()
-        self.recipe, self.out = recipe, out
+        self.recipe, self.out, self.stopping = recipe, out, stopping or Stopping()
         self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
         self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key) if recipe.data.eval_prompts else []
         self.rewards = Rewards(recipe, pick_device(recipe))
@@ -42,17 +63,30 @@ class Trainer:
         if not any(step.stochastic for step in plan.steps):
             raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
         pick_backend(recipe)
-        checkpoint = choose_checkpoint(recipe, out, resume)
+        self.lock = FolderLock(out)
+        try:
+            self._load(resume, say)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _load(self, resume: str, say: Say) -> None:
+        """The model, and the state of the run so far."""
+        recipe = self.recipe
+        checkpoint = choose_checkpoint(recipe, self.out, resume, say)
         self.fingerprint = fingerprint(recipe)  # of the prompts that this run has read, whatever their file holds later
         self.policy = Policy(recipe, pick_device(recipe), self._texts())
         settle_token_budget(recipe, self.policy, stored_budget(checkpoint, self.fingerprint))
-        self.updater = Updater(recipe, self.policy)
+        self.updater = _HeldUpdater(recipe, self.policy, self.stopping)
         self.stages = Stages(with_budget(recipe, self.policy.budget.tokens), self.policy, self.updater, self.rewards)
-        self.completed, self.last_line = 0, None
+        self.completed: int = 0
+        self.last_line: dict[str, Any] | None = None
+        self.saved: Path | None = None  # the checkpoint of `completed`, if there is one in this folder
         if checkpoint is not None:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "recipe.yaml", dump_recipe(recipe))
+            place = checkpoint.resolve()
+            self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
+        write_text(self.out / "recipe.yaml", dump_recipe(recipe))
 
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
@@ -63,26 +97,53 @@ class Trainer:
         return prompts_of_iteration(self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed)
 
     def run(self, report: Report = lambda line: None) -> None:
-        """Trains to `run.iterations`; `report` gets the metrics line of every iteration."""
-        run = self.recipe.run
-        log = metrics.MetricsLog(self.out, list(run.log), self.completed - (self.last_line is not None))
-        for grid in (self.out / "samples").glob("iteration_*.png"):
-            if int(grid.stem.removeprefix("iteration_")) > self.completed:
+        """Trains to `run.iterations`; `report` gets the metrics line of every iteration. Raises Stopped, with a checkpoint
+        of all that is done, after a signal that `stopping` has heard."""
+        if self.lock.released:
+            self.lock = FolderLock(self.out)
+        log = metrics.MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
+        for completed, grid in grid_files(self.out).items():
+            if completed > self.completed:
                 grid.unlink()  # of a branch that this run has left
-        with pick_backend(self.recipe):
-            if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
-                self._finish(self.last_line, log)
-            for iteration in range(self.completed, run.iterations):
-                evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
-                with span("iteration"):
-                    line = self.iterate(iteration)
-                if evaluated is not None:
-                    line["eval_reward"] = evaluated.weighted(self.rewards.weights)
-                if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
-                    save_checkpoint(self.out, self.policy, self.updater, iteration + 1, self.fingerprint, run.keep_last, line)
-                self._finish(line, log)
-                report(line)
-        log.close()
+        self.stopping.hold()
+        try:
+            with pick_backend(self.recipe):
+                self._train(report, log)
+        except BaseException as error:
+            request = self.stopping.request
+            if request is None or (self.stopping.holding and not isinstance(error, Stopped)):
+                raise
+            self.stopping.hold()  # a reward may have turned the interruption into an error of its own
+            self.stopping.saved = self._save() if self.last_line is not None else None
+            raise Stopped(request) from None
+        finally:
+            log.close()
+            self.lock.release()
+
+    def _train(self, report: Report, log: metrics.MetricsLog) -> None:
+        run = self.recipe.run
+        if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
+            self._finish(self.last_line, log)
+        for iteration in range(self.completed, run.iterations):
+            evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
+            self.stopping.let_go()
+            with span("iteration"):
+                line = self.iterate(iteration)
+            self.stopping.hold()
+            if evaluated is not None:
+                line["eval_reward"] = evaluated.weighted(self.rewards.weights)
+            self.completed, self.last_line, self.saved = iteration + 1, line, None
+            if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
+                self._save()
+            self._finish(line, log)
+            report(line)
+
+    def _save(self) -> Path:
+        """The checkpoint of all iterations that are completed."""
+        if self.saved is None:
+            keep, line = self.recipe.run.keep_last, self.last_line or {}
+            self.saved = save_checkpoint(self.out, self.policy, self.updater, self.completed, self.fingerprint, keep, line)
+        return self.saved
 
     def _finish(self, line: dict[str, Any], log: metrics.MetricsLog) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""
@@ -90,6 +151,15 @@ class Trainer:
         if line["iteration"] + 1 == run.iterations and run.eval_every and (evaluated := self.evaluate(run.iterations)) is not None:
             line["eval_reward"] = evaluated.weighted(self.rewards.weights)
         log.write(line)
+
+    def _keep_if_best(self, reward: float) -> None:
+        """A checkpoint of the model that has just been evaluated, if no trained one has scored higher."""
+        best = best_checkpoint(self.out)
+        if best is not None and int(best[0].name[5:]) < self.completed and best[1] >= reward:
+            return
+        folder = self._save()
+        mark_best(folder, reward)
+        remove_older(self.out, folder, self.recipe.run.keep_last)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
@@ -100,6 +170,8 @@ class Trainer:
         if not self.eval_prompts:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
-            evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts)
+            evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.stopping.check)
         save_grid(self.out / "samples" / f"iteration_{iteration:06d}.png", evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+        if self.recipe.run.keep_best and iteration > 0:
+            self._keep_if_best(evaluated.weighted(self.rewards.weights))
         return evaluated

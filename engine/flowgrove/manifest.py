@@ -1,0 +1,172 @@
+"""What makes a checkpoint whole: manifest.json holds the size and SHA-256 of every tensor file, and the state once more.
+
+Checkpoints of format 1 are older than that: of those, what can be seen without it is checked.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from flowgrove.errors import UserError
+from flowgrove.files import why_unreadable
+
+FORMAT = 2
+_MANIFEST, _STATE = "manifest.json", "state.json"
+_ADDED_LATER = frozenset({"token_budget"})  # keys that a state of format 1 or 2 may lack
+_RACY = 2.0  # seconds: a file changed twice within a clock's tick bears the same times
+_verified: dict[Path, tuple[object, dict[str, Any]]] = {}
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not as it was written. Another one may serve."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{folder} is damaged ({what}): remove it to go on from the one before, or give another checkpoints/step_NNNNNN of a run")
+        self.folder, self.what = folder, what
+
+
+def write_manifest(folder: Path, state: dict[str, Any]) -> None:
+    """Adds state.json and manifest.json to a folder that holds its tensor files."""
+    (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    files: dict[str, dict[str, int | str]] = {file.name: {"bytes": file.stat().st_size} for file in _tensor_files(folder)}
+    for name, digest in _digests(folder, files).items():
+        files[name]["sha256"] = digest
+    (folder / _MANIFEST).write_text(json.dumps({"format": 1, "files": files, "state": state}, indent=1), encoding="utf-8")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint that is as it was written. Raises DamagedError, or UserError for one that may not be read."""
+    begun = time.time()
+    seen = _fingerprint(folder)
+    known = _verified.get(folder)
+    if known is not None and known[0] == seen:
+        return known[1]
+    state = read_state(folder)
+    manifest = _read_json(folder / _MANIFEST, missing_ok=state["format"] == 1)
+    try:
+        if manifest is None:
+            _check_headers(folder)
+        else:
+            _check_manifest(folder, state, manifest)
+    except OSError as error:
+        raise UserError(why_unreadable(Path(error.filename or folder), error)) from None
+    if all(changed < begun - _RACY for _, _, changed in seen):
+        _verified[folder] = (seen, state)
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: format, completed_iterations, recipe, line, and token_budget unless it is older than that.
+
+    Raises DamagedError, or UserError for a folder that is no checkpoint or may not be read.
+    """
+    if not _bears_a_number(folder) and _holds_nothing(folder):
+        raise UserError(f"{folder} is not a checkpoint: give a folder checkpoints/step_NNNNNN of a run")
+    state = _read_json(folder / _STATE)
+    kinds: dict[str, type] = {"completed_iterations": int, "recipe": str, "line": dict}
+    if state is None or not all(type(state.get(key)) is kind for key, kind in kinds.items()):
+        raise DamagedError(folder, f"{_STATE} says too little")
+    state.setdefault("format", 1)
+    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
+        raise DamagedError(folder, f"{_STATE} has format {state['format']!r}, which this version does not know")
+    completed = state["completed_iterations"]
+    if completed < 0 or (_bears_a_number(folder) and completed != int(folder.name[5:])):
+        raise DamagedError(folder, f"{_STATE} is that of {completed} completed iterations")
+    if state["line"].get("iteration", completed - 1) != completed - 1:
+        raise DamagedError(folder, f"{_STATE} holds the line of another iteration")
+    return state
+
+
+def _check_manifest(folder: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+    told, files = manifest.get("state"), manifest.get("files")
+    if not isinstance(told, dict) or not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise DamagedError(folder, f"{_MANIFEST} says too little")
+    if _text(state) != _text({key: value for key, value in told.items() if key in state or key not in _ADDED_LATER}):
+        raise DamagedError(folder, f"{_STATE} and {_MANIFEST} contradict each other")
+    there = {file.name for file in folder.glob("*.safetensors")}
+    if "weights.safetensors" not in files or there != set(files):
+        odd = sorted((there ^ set(files)) or {"weights.safetensors"})
+        raise DamagedError(folder, f"{', '.join(odd)}: missing, or not in {_MANIFEST}")
+    for name, entry in files.items():
+        if (folder / name).stat().st_size != entry.get("bytes"):
+            raise DamagedError(folder, f"{name} has another size")
+    for name, digest in _digests(folder, files).items():
+        if digest != files[name].get("sha256"):
+            raise DamagedError(folder, f"{name} has other content than was written")
+
+
+def _check_headers(folder: Path) -> None:
+    needed = {folder / "weights.safetensors", folder / "optimizer.safetensors"}
+    for file in sorted(needed | set(folder.glob("*.safetensors"))):
+        if not file.exists():
+            raise DamagedError(folder, f"{file.name} is missing")
+        try:
+            with file.open("rb"), safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            raise DamagedError(folder, f"{file.name} is no whole safetensors file") from None
+
+
+def _read_json(file: Path, missing_ok: bool = False) -> dict[str, Any] | None:
+    """None: not there, where that is allowed. Raises DamagedError for anything but an object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if missing_ok:
+            return None
+        raise DamagedError(file.parent, f"{file.name} is missing") from None
+    except OSError as error:
+        raise UserError(why_unreadable(file, error)) from None
+    except (ValueError, RecursionError):
+        raise DamagedError(file.parent, f"{file.name} is not JSON") from None
+    if not isinstance(content, dict):
+        raise DamagedError(file.parent, f"{file.name} says too little")
+    return content
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files, several at a time: hashing leaves the other cores alone."""
+    ordered = list(names)
+    with ThreadPoolExecutor(4, thread_name_prefix="sha256") as pool:
+        return dict(zip(ordered, pool.map(lambda name: _digest(folder / name), ordered), strict=True))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _fingerprint(folder: Path) -> tuple[tuple[str, int, float], ...]:
+    """(name, size, time of change) of its files, which do not change while these stay."""
+    try:
+        found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_size, max(stat.st_ctime, stat.st_mtime)) for name, stat in found)
+
+
+def _bears_a_number(folder: Path) -> bool:
+    return folder.name.startswith("step_") and folder.name[5:].isdecimal() and folder.name.isascii()
+
+
+def _holds_nothing(folder: Path) -> bool:
+    try:
+        return not any(file.name == _STATE or file.suffix == ".safetensors" for file in folder.iterdir())
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True)
