@@ -94,7 +94,6 @@ def test_the_key_names_the_column(write):
 def test_text_files_have_no_columns(tmp_path):
     path = write_lines(tmp_path / "p.prompts", ["a", '{"prompt": "b"}'])
     assert read_prompts(path, KEY, "caption") == ["a", '{"prompt": "b"}']
-    assert read_prompts(write_lines(tmp_path / "p.csv", ["a, b"]), KEY) == ["a, b"]
 
 
 def test_lines_of_json_may_be_strings_and_lack_the_column(tmp_path):

@@ -2,21 +2,24 @@
 on where it stopped.
 
     NAME.jsonl, NAME.json     an object or a string per line, or one list of them
+    NAME.csv, NAME.tsv        one column of it; the first line names the columns
     NAME.parquet              one column of it
     a folder                  written by datasets.save_to_disk (a DatasetDict: its train split), or with parquet files as downloaded from the hub
     a name of NAMED_SETS      that public set in the local Hugging Face cache; nothing is ever downloaded
-    anything else             UTF-8 text, one prompt per line
+    anything else             UTF-8 text, one prompt per line; only LF and CR LF end one
 """
 
 import random
 import shlex
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flowgrove.errors import UserError
+from flowgrove.errors import UserError, one_line
 from flowgrove.hub import cached_snapshot
-from flowgrove.prompt_files import complete, read_file, read_folder, read_text
+from flowgrove.paths import exists, local
+from flowgrove.prompt_files import MOST_CHARACTERS, MOST_PROMPTS, complete, read_file, read_folder, too_much
 
 
 class NamedSet(NamedTuple):
@@ -43,11 +46,12 @@ NAMED_SETS = {
 def read_prompts(path: str | Path, key: str, prompt_key: str | None = None) -> list[str]:
     """The prompts that are not blank, in their order, runs of white space as one space.
 
-    `prompt_key`: the column of a jsonl, parquet or datasets file (null: prompt, caption or text); text files and named sets have no use for it.
+    `prompt_key`: the column of a jsonl, csv, tsv, parquet or datasets file (null: prompt, caption or text); text files
+    and named sets have no use for it.
     A file or folder wins over a named set of the same name. Raises UserError naming the recipe key `key`.
     """
-    place = Path(path)
-    named = None if place.exists() else NAMED_SETS.get(str(path))
+    place = local(path, key)
+    named = None if exists(place) else NAMED_SETS.get(str(path))
     try:
         if named is not None:
             files = _cached(str(path), named, key)
@@ -55,19 +59,54 @@ def read_prompts(path: str | Path, key: str, prompt_key: str | None = None) -> l
         elif place.is_dir():
             found = read_folder(place, key, prompt_key)
         else:
-            found = read_text(place) if place.suffix.lower() in (".csv", ".tsv") else read_file(place, key, prompt_key)
+            found = read_file(place, key, prompt_key)
+        prompts = _tidy(found, key, path)
     except UserError:
         raise
     except UnicodeDecodeError:
         raise UserError(f"{key}: {path} is not UTF-8 text: save it as UTF-8, one prompt per line") from None
-    except (OSError, ValueError, KeyError) as error:  # pyarrow raises these too
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        sources = f"a text file with one prompt per line, a jsonl or parquet file, a datasets folder, or one of {', '.join(NAMED_SETS)}"
+    except Exception as error:  # the readers of damaged files raise whatever they stumble over
+        reason = getattr(error, "strerror", None) or one_line(str(error), 300) or type(error).__name__
+        files = "a text file with one prompt per line, a jsonl, csv, tsv or parquet file, a datasets folder"
+        sources = f"{files}, or one of {', '.join(NAMED_SETS)}"
         raise UserError(f"{key}: cannot read {path} ({reason}): give {sources}") from None
-    prompts = [prompt for text in found if (prompt := " ".join(text.split()))]
     if not prompts:
         raise UserError(f"{key}: {path} holds no prompt: write one per line")
     return prompts if named is None else list(dict.fromkeys(prompts))
+
+
+def _tidy(texts: list[str], key: str, path: str | Path) -> list[str]:
+    """The texts that are not blank, runs of white space as one space. Raises UserError for what no encoder reads."""
+    if len(texts) > MOST_PROMPTS or sum(map(len, texts)) > MOST_CHARACTERS:
+        raise too_much(path, key)
+    prompts = [prompt for text in texts if (prompt := " ".join(text.split()))]
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            what = f"prompt {number} of {path} holds half a character (a lone surrogate)"
+            raise UserError(f"{key}: {what}: correct {prompt[:60]}") from None
+        if "\0" in prompt:
+            what = f"prompt {number} of {path} holds a NUL character"
+            raise UserError(f"{key}: {what}: the file is no text, or is not saved as UTF-8")
+    return prompts
+
+
+def cut_alike(prompts: Sequence[str], read: Callable[[str], Hashable]) -> str | None:
+    """What to say of prompts that differ only beyond what the encoders read; None if there are none.
+
+    `read`: what the encoders see of a prompt, all of them together, after their limit (such as tuples of token ids).
+    """
+    first: dict[Hashable, str] = {}
+    pairs = ((prompt, first.setdefault(read(prompt), prompt)) for prompt in dict.fromkeys(prompts))
+    lost = [pair for pair in pairs if pair[0] != pair[1]]
+    if not lost:
+        return None
+    example = f"the first: {one_line(lost[0][0], 80)!r} and {one_line(lost[0][1], 80)!r}"
+    return (
+        f"{len(lost)} prompts differ from others only after the text encoders' limit and train as the same ({example}): "
+        "shorten them, or raise model.text_tokens where the model allows it"
+    )
 
 
 def prompts_of_iteration(prompts: list[str], iteration: int, count: int, seed: int) -> list[str]:

@@ -1,9 +1,10 @@
-"""The texts of a prompt file or folder: jsonl, json, parquet, csv, what datasets.save_to_disk writes, plain text.
+"""The texts of a prompt file or folder: jsonl, json, parquet, csv, tsv, what datasets.save_to_disk writes, plain text.
 
 Every reader takes the recipe key and the path for its errors, and the column that holds the prompts (None: prompt, caption or text).
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -13,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
+from flowgrove.paths import read_bytes
 
 _COLUMNS = ("prompt", "caption", "text")  # taken in this order where data.prompt_key is null
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-(?P<count>\d{5})")
 _SPLITS = ("train", "validation", "test")
+MOST_PROMPTS, MOST_CHARACTERS = 4_000_000, 1 << 28
+_MOST_BYTES = 1 << 29  # of a text file; of a column of a parquet file, uncompressed
+_BATCH = 256  # rows: one text that stands in each of them is held that often
 
 
 def read_file(file: Path, key: str, column: str | None) -> list[str]:
@@ -27,22 +32,52 @@ def read_file(file: Path, key: str, column: str | None) -> list[str]:
     if suffix in (".jsonl", ".json"):
         return _texts_of_rows(_read_json(file, key), file, key, column)
     if suffix in (".csv", ".tsv"):
-        with file.open(encoding="utf-8-sig", newline="") as handle:
-            return _texts_of_rows(list(csv.DictReader(handle, delimiter="\t" if suffix == ".tsv" else ",")), file, key, column)
-    return read_text(file)
+        return _read_table(file, key, column)
+    return _text(file, key).replace("\r\n", "\n").split("\n")  # other line ends of Unicode may stand in a prompt
 
 
-def read_text(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8-sig").splitlines()
+def _text(file: Path, key: str) -> str:
+    content = read_bytes(file, _MOST_BYTES, f"{key}:").decode("utf-8-sig")
+    if content.count("\n") > 2 * MOST_PROMPTS:
+        raise UserError(f"{key}: {file} has more than {2 * MOST_PROMPTS:,} lines: give a part of it")
+    return content
+
+
+def _read_table(file: Path, key: str, column: str | None) -> list[str]:
+    """The texts of a column of a csv or tsv file, whose first line names the columns."""
+    content, tabs = _text(file, key), file.suffix.lower() == ".tsv"
+    rows = csv.reader(io.StringIO(content, newline=""), delimiter="\t" if tabs else ",", strict=True)
+    try:
+        found = [(rows.line_num, row) for row in rows if row]
+    except csv.Error as error:
+        if not tabs:
+            what = f"line {rows.line_num} of {file} is not CSV ({error})"
+            wanted = "put quotes round a text with commas, and write its own quotes twice"
+            raise UserError(f"{key}: {what}: {wanted}") from None
+        lines = content.replace("\r\n", "\n").split("\n")
+        found = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line]
+    if not found:
+        return []
+    (_, names), texts = found[0], []
+    name = _pick_column(names, file, key, column)
+    if names.count(name) > 1:
+        raise UserError(f"{key}: {file} has {names.count(name)} columns {name}: give each a name of its own")
+    place = names.index(name)
+    for number, row in found[1:]:
+        if any(text.strip() for text in row[len(names) :]):
+            what = f"line {number} of {file} has {len(row)} fields, but there are {len(names)} columns"
+            raise UserError(f"{key}: {what}: put quotes round a text with {'tabs' if tabs else 'commas'}")
+        texts += row[place : place + 1]
+    return texts
 
 
 def _read_json(file: Path, key: str) -> list[dict[str, Any]]:
     """Objects; a bare string is an object with a prompt."""
-    content = file.read_text(encoding="utf-8-sig")
+    content = _text(file, key)
     if content.lstrip().startswith("["):
         try:
             rows = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{key}: {file} is not JSON ({error}): write a list of objects, or one object per line") from None
     else:
         rows = _json_lines(content.split("\n"), file, key)  # a JSON string may hold the other line ends of Unicode
@@ -56,8 +91,9 @@ def _json_lines(lines: list[str], file: Path, key: str) -> list[Any]:
     """All lines in one call, which takes a third of the time; one by one only to name the line that is wrong."""
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     try:
-        rows = json.loads(f"[{','.join(line for _, line in filled)}]")
-    except ValueError:
+        separator = ",\n"  # a line end ends a string too, so no text reaches from one line into the next
+        rows = json.loads(f"[{separator.join(line for _, line in filled)}]")
+    except (ValueError, RecursionError):
         rows = []
     if len(rows) == len(filled):
         return rows
@@ -65,7 +101,7 @@ def _json_lines(lines: list[str], file: Path, key: str) -> list[Any]:
     for number, line in filled:
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f'{key}: line {number} of {file} is not JSON ({error}): write one object per line, like {{"prompt": "..."}}') from None
     return rows
 
@@ -82,7 +118,7 @@ def _texts_of_rows(rows: list[dict[str, Any]], file: Path, key: str, column: str
 
 def read_folder(folder: Path, key: str, column: str | None) -> list[str]:
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = json.loads(_text(folder / "dataset_dict.json", key))["splits"]
         if "train" not in splits:
             raise UserError(f"{key}: {folder} holds the splits {', '.join(splits)} and no train: write one of them, like {folder / splits[0]}")
         folder = folder / "train"
@@ -97,27 +133,51 @@ def read_folder(folder: Path, key: str, column: str | None) -> list[str]:
 def _read_saved(folder: Path, key: str, column: str | None) -> list[str]:
     """A dataset as datasets.save_to_disk writes it: Arrow streams, listed in state.json."""
     arrow = _pyarrow("pyarrow", folder, key)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = json.loads(_text(folder / "state.json", key))
     if state.get("_indices_data_files"):
         raise UserError(f"{key}: {folder} is a selection of rows saved by an old version of datasets: load it and save it again with save_to_disk")
     texts: list[str] = []
+    characters = 0
     for file in (folder / entry["filename"] for entry in state["_data_files"]):
         with arrow.memory_map(str(file)) as source, arrow.ipc.open_stream(source) as stream:
             name = _pick_column(stream.schema.names, folder, key, column)
             for batch in stream:
-                texts += _strings(batch.column(name), folder, key, name)
+                characters = _add(texts, characters, batch.column(name), folder, key, name)
     return texts
 
 
 def _read_parquet(files: list[Path], key: str, column: str | None) -> list[str]:
     parquet = _pyarrow("pyarrow.parquet", files[0], key)
     texts: list[str] = []
+    characters = 0
     for file in files:
         with parquet.ParquetFile(file) as table:
             name = _pick_column(table.schema_arrow.names, file, key, column)
-            for batch in table.iter_batches(columns=[name]):  # in batches: an array holds at most 2 GiB of text
-                texts += _strings(batch.column(0), file, key, name)
+            index = table.schema_arrow.names.index(name)
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            if table.metadata.num_columns == len(table.schema_arrow.names):  # none is nested
+                size = sum(group.column(index).total_uncompressed_size for group in groups)
+                if size > _MOST_BYTES:
+                    raise UserError(f"{key}: the column {name} of {file} takes {size >> 20:,} MiB: give a part of it")
+            for batch in table.iter_batches(_BATCH, columns=[name]):
+                characters = _add(texts, characters, batch.column(0), file, key, name)
     return texts
+
+
+def too_much(file: Path | str, key: str) -> UserError:
+    most = f"{MOST_PROMPTS:,} prompts or {MOST_CHARACTERS:,} characters"
+    return UserError(f"{key}: {file} holds more than {most}: give a part of it")
+
+
+def _add(texts: list[str], characters: int, values: Any, file: Path, key: str, name: str) -> int:
+    """Adds the values of an Arrow array; returns how many characters there are now. A small file may hold much."""
+    for start in range(0, len(values), _BATCH):
+        found = _strings(values.slice(start, _BATCH), file, key, name)
+        texts += found
+        characters += sum(map(len, found))
+        if characters > MOST_CHARACTERS or len(texts) > MOST_PROMPTS:
+            raise too_much(file, key)
+    return characters
 
 
 def _strings(values: Any, file: Path, key: str, name: str) -> list[str]:
