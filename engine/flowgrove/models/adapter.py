@@ -14,8 +14,10 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from flowgrove.device import to_device
+from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, read_geometry
+from flowgrove.models.parts import check_tokenizer, load_part, part_names
 from flowgrove.recipe import Model
 
 # Two pictures of 1024²: decoders need one to three kilobytes per pixel. On a CPU, what its caches bear.
@@ -36,6 +38,7 @@ class Adapter(ABC):
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
     uncond_text: ClassVar[str] = ""  # the prompt that guidance leads away from
     TEXT: ClassVar[tuple[str, ...]]
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # text encoders that a folder may leave out, with their tokenizers
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
     fps: ClassVar[int] = 16  # of videos, as files
@@ -50,13 +53,20 @@ class Adapter(ABC):
         `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for one that does nothing else.
         """
         geometry = read_geometry(folder, recipe)
-        dtypes = {"default": weights}
+        dtypes = {}
         if weights != torch.float64:
             if recipe.lora is None:  # all of it trains: masters as precise as the files
                 dtypes["transformer"] = torch.float32
             if cls.vae_dtype is not None:
                 dtypes["vae"] = cls.vae_dtype
-        pipe = cls.pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **dict.fromkeys(without)).to(device)
+        named = part_names(folder)
+        cls._check_parts(folder, named)
+        parts: dict[str, Any] = dict.fromkeys(cls.TEXT)
+        parts |= {name: None if name in without else load_part(folder, name, dtypes.get(name, weights)) for name in named}
+        for tokenizer, encoder in cls._text_parts():
+            if parts.get(encoder) is not None:
+                check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
+        pipe = cls.pipeline.from_pretrained(folder, local_files_only=True, **parts).to(device)
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -64,6 +74,19 @@ class Adapter(ABC):
         if "vae" not in without and recipe.vae_tiling:
             pipe.vae.enable_tiling()
         return cls(geometry, pipe.transformer, pipe, folder)
+
+    @classmethod
+    def _check_parts(cls, folder: Path, named: list[str]) -> None:
+        """Raises UserError if a part is left out of model_index.json that the family does not run without."""
+        optional = [pair for pair in cls._text_parts() if pair[1] in cls.OPTIONAL and pair[1] not in named]
+        needed = {"scheduler", *cls.PICTURE, *cls.TEXT} - {name for pair in optional for name in pair}
+        if missing := sorted(needed - set(named)):
+            raise UserError(f"{folder / 'model_index.json'} names no {missing[0]}: download the whole pipeline folder")
+
+    @classmethod
+    def _text_parts(cls) -> list[tuple[str, str]]:
+        """Each tokenizer with its encoder."""
+        return [(name, name.replace("tokenizer", "text_encoder")) for name in cls.TEXT if name.startswith("tokenizer")]
 
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
@@ -130,7 +153,7 @@ class Adapter(ABC):
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
         for part in index:
             if part != "transformer" and (self.folder / part).is_dir():
-                shutil.copytree(self.folder / part, folder / part)
+                _copy_files(self.folder / part, folder / part)
         self.transformer.save_pretrained(folder / "transformer")
 
     def save_lora(self, folder: Path) -> None:
@@ -138,6 +161,16 @@ class Adapter(ABC):
         layers = get_peft_model_state_dict(self.transformer)
         settings = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them a loader assumes alpha = rank
         self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """What links point to is copied; links that lead nowhere, or round in a circle, are left out."""
+    target.mkdir()
+    for file in source.rglob("*"):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def normalised_latents(vae: Any, latents: Tensor) -> Tensor:

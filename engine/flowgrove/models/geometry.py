@@ -48,7 +48,7 @@ def read_geometry(folder: Path, model: Model) -> Geometry:
         raise
     except OSError as error:
         raise UserError(f"model.path {model.path}: cannot read {error.filename} ({error.strerror}): download the whole pipeline folder") from None
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"model.path {model.path} is not laid out as a {model.adapter} pipeline: check model.adapter, or download the folder anew") from None
     if found.frames is None and model.frames is not None:
         raise UserError(f"model.frames is {model.frames}, but {model.adapter} draws pictures: leave it out")

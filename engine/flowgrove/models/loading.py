@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import diffusers
 import torch
 
+from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.embeddings import MOST_UNASKED, Encoder, LoadedEncoder, OffloadedEncoder, StoredEncoder, TooManyPromptsError, cache_folder
@@ -27,8 +28,8 @@ def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: 
     def load(place: torch.device, without: tuple[str, ...] = ()) -> Adapter:
         try:
             return family.load(folder, model, place, dtype, without)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
+        except Exception as error:  # what libraries raise over a damaged folder has many types
+            if isinstance(error, UserError | MemoryError) or is_out_of_memory(error):
                 raise
             raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
 

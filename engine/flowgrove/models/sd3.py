@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.parts import part_names
 
 
 class SD3(Adapter):
@@ -16,11 +17,12 @@ class SD3(Adapter):
     pipeline = StableDiffusion3Pipeline
     lora_targets = JOINT_ATTENTION
     TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    OPTIONAL = ("text_encoder_3",)
 
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
         """A pipeline without T5 asks its transformer how wide the zeros in its place are."""
-        return cls.PICTURE if (folder / "text_encoder_3").is_dir() else ("vae",)
+        return cls.PICTURE if "text_encoder_3" in part_names(folder) else ("vae",)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -1,0 +1,124 @@
+"""The parts of a pipeline folder, loaded one by one and checked.
+
+Libraries give what a damaged folder lacks random weights or an empty vocabulary, and say nothing: a run would train on noise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from flowgrove.device import is_out_of_memory
+from flowgrove.errors import UserError
+
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_KINDS: tuple[type, ...] = (  # neither whole pipelines nor Auto classes, which may look for a program in the folder
+    diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase,
+    transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin, transformers.ProcessorMixin,
+)  # fmt: skip
+# Of the same shape, letter by letter: a tokenizer that has lost its vocabulary gives both the same ids.
+_PROBES = ("a red circle", "a big square")
+_POINTER = b"version https://git-lfs"
+
+
+def part_names(folder: Path) -> list[str]:
+    """The parts that model_index.json names, without those that it leaves out as null."""
+    return [name for name, value in _read_index(folder).items() if isinstance(value, list) and value[:1] not in ([], [None])]
+
+
+def part_class(folder: Path, name: str) -> Any:
+    """The class that model_index.json gives a part. Raises UserError unless diffusers or transformers has it."""
+    value: Any = _read_index(folder).get(name)
+    fits = isinstance(value, list) and len(value) == 2 and value[0] in _LIBRARIES and isinstance(value[1], str)
+    kind = getattr(_LIBRARIES[value[0]], value[1], None) if fits else None
+    if not isinstance(kind, type) or not issubclass(kind, _KINDS):
+        what = f"{value[1]} as the {name}, which {value[0]} does not have" if fits else f"{value!r} as the {name}"
+        raise UserError(f"{folder / 'model_index.json'} names {what}: download the file anew, or install the versions that the model was made for")
+    return kind
+
+
+def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """One part: a model with all of its weights, a tokenizer or a scheduler. Raises UserError that names the part, and the tensor if one is at fault."""
+    kind, place = part_class(folder, name), folder / name
+    if not place.is_dir():
+        raise UserError(f"{folder} has no folder {name}, which its model_index.json names: download the whole pipeline folder")
+    for file in sorted(place.iterdir()):
+        if _is_pointer(file):
+            raise UserError(f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in {folder}, or hf download")
+    try:
+        if not issubclass(kind, torch.nn.Module):
+            return kind.from_pretrained(place, local_files_only=True)
+        options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+        if issubclass(kind, transformers.PreTrainedModel):  # diffusers names the tensor itself
+            part, found = kind.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **options)
+        else:
+            part, found = kind.from_pretrained(place, torch_dtype=dtype, **options)
+    except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{place} does not load as a {kind.__name__}: {_reason(error, place)}") from None
+    _check_tensors(place, kind, found)
+    return part
+
+
+def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
+    """Raises UserError unless two texts get different tokens, and tokens that the encoder knows."""
+    if not (place / "tokenizer_config.json").is_file():
+        raise UserError(f"{place} has no tokenizer_config.json: download the whole pipeline folder")
+    try:
+        first, second = (list(tokenizer(text).input_ids) for text in _PROBES)
+    except Exception as error:
+        raise UserError(f"{place} holds a tokenizer that reads no text: {_reason(error, place)}; download the folder anew") from None
+    if first == second:
+        raise UserError(f"{place} holds a tokenizer without its vocabulary, to which all texts are alike: download the whole folder")
+    known = encoder.get_input_embeddings().num_embeddings
+    foreign = max((*first, *second), default=0)
+    if foreign >= known:
+        raise UserError(f"{place} holds a tokenizer of another model: it gives the token {foreign}, and the text encoder knows {known}")
+
+
+def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
+    for what, title in (("missing_keys", "lacks"), ("unexpected_keys", "holds, and the model has not,"), ("mismatched_keys", "holds in another shape")):
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in found.get(what) or ())
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            raise UserError(f"{place} {title} {names[0]}{more}: its files are not those of a whole {kind.__name__}; download the folder anew")
+
+
+def _reason(error: Exception, place: Path) -> str:
+    text = " ".join(str(error).split()).split(" If you want to instead")[0][:300] or type(error).__name__
+    if isinstance(error, ImportError) and _is_quantised(place):
+        return f"it is stored quantised (quantization_config), and the library for it is not installed: {text}"
+    if not any(place.glob("*.safetensors")) and any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in place.iterdir()):
+        return f"its weights are a pickle, which can hold programs: get or make a .safetensors of them ({text})"
+    return text
+
+
+def _is_quantised(place: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _is_pointer(file: Path) -> bool:
+    if not file.is_file() or file.stat().st_size > 1024:
+        return False
+    with file.open("rb") as handle:
+        return handle.read(len(_POINTER)) == _POINTER
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): download the whole pipeline folder") from None
+    except (ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{file} is no description of a pipeline: download the file anew")
+    return index

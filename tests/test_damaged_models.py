@@ -1,0 +1,199 @@
+"""Model folders that are incomplete or damaged: an error that names the folder, the part and the tensor, never training on random weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine_cases import refuse, tiny_recipe
+from flowgrove.errors import UserError
+from flowgrove.models.folders import TINY
+from flowgrove.models.policy import Policy
+from policy_cases import CPU, TEXTS, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
+
+SD3 = {"adapter": "sd3", "height": 32, "width": 32}
+TOKENIZERS = [
+    ("sd3", "tokenizer"),
+    ("sd3", "tokenizer_2"),
+    ("sd3", "tokenizer_3"),
+    ("flux", "tokenizer"),
+    ("flux", "tokenizer_2"),
+    ("qwen_image", "tokenizer"),
+    ("wan", "tokenizer"),
+]
+PARTS = [
+    *(("sd3", part) for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")),
+    *(("flux", part) for part in ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    *((name, part) for name in ("qwen_image", "wan") for part in ("text_encoder", "transformer", "vae")),
+]
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: write_pipeline(name, root / name) for name in ("flux", "qwen_image", "wan")} | {"sd3": TINY}
+
+
+@pytest.fixture
+def copied(originals, tmp_path):
+    """A pipeline folder that a test may damage."""
+
+    def copy(name):
+        return shutil.copytree(originals[name], tmp_path / "model")
+
+    return copy
+
+
+def refusal(name, folder, cache="none", **model):
+    """The error of a policy on `folder`."""
+    told = {**MODELS.get(name, SD3), "path": str(folder), "dtype": "fp32", **model}
+    with pytest.raises(UserError) as caught:
+        Policy(small_recipe(model=told, data={"prompts": "unused.txt", "embedding_cache": str(cache)}), CPU, TEXTS)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_index(folder, **changes):
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("damage", ["vocabulary", "empty", "folder", "files", "named none"])
+@pytest.mark.parametrize(("name", "part"), TOKENIZERS)
+def test_a_tokenizer_that_is_not_whole_is_an_error(copied, name, part, damage):
+    folder = copied(name)
+    if damage == "vocabulary":
+        (folder / part / "tokenizer.json").unlink()
+    elif damage == "empty":
+        (folder / part / "tokenizer.json").write_text("")
+    elif damage == "folder":
+        shutil.rmtree(folder / part)
+    elif damage == "files":
+        for file in (folder / part).iterdir():
+            file.unlink()
+    else:
+        write_index(folder, **{part: [None, None]})
+    assert part in refusal(name, folder)
+
+
+def test_two_prompts_of_an_empty_vocabulary_are_not_sampled(copied, tmp_path):
+    folder = copied("sd3")
+    for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        (folder / part / "tokenizer.json").unlink()
+    recipe = tiny_recipe(tmp_path, model={"path": str(folder)})
+    assert f"{folder / 'tokenizer'} holds a tokenizer without its vocabulary" in refuse("train", recipe, "--out", tmp_path / "run")
+
+
+def test_a_tokenizer_that_knows_more_words_than_its_encoder_is_an_error(copied, originals):
+    folder = copied("wan")
+    shutil.copytree(originals["sd3"] / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    write_index(folder, tokenizer=["transformers", "CLIPTokenizer"])
+    assert "gives the token" in refusal("wan", folder)
+
+
+def test_sd3_without_t5_and_its_tokenizer_is_whole(copied):
+    folder = copied("sd3")
+    write_index(folder, text_encoder_3=[None, None], tokenizer_3=[None, None])
+    recipe = small_recipe(model={**SD3, "path": str(folder), "dtype": "fp32"})
+    assert Policy(recipe, CPU, TEXTS).encode(TEXTS).cond.tensors["encoder_hidden_states"].abs().sum() > 0
+
+
+def damage_tensors(folder, damage):
+    """Returns the name of a tensor that the error may name."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    names = sorted(tensors)
+    if damage == "half":
+        tensors = {name: tensors[name] for name in names[::2]}
+    elif damage == "one":
+        del tensors[next(name for name in names if name.endswith("weight") and "shared" not in name and "embed_tokens" not in name)]
+    elif damage == "names":
+        tensors = {f"foreign.{name}": tensor for name, tensor in tensors.items()}
+    elif damage == "more":
+        tensors["foreign.weight"] = torch.zeros(2)
+    else:
+        name = next(name for name in names if tensors[name].ndim > 1)
+        tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", ["half", "one", "names", "more", "shape"])
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_weights_that_are_not_whole_are_an_error_that_names_part_and_tensor(copied, name, part, damage):
+    folder = copied(name)
+    damage_tensors(folder / part, damage)
+    text = refusal(name, folder)
+    assert str(folder / part) in text
+    assert ".weight" in text or ".bias" in text or "pos_embed" in text or "scale_shift_table" in text
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_weights_that_are_not_whole_are_found_with_embeddings_on_disk_too(copied, tmp_path, part):
+    folder = copied("flux")
+    damage_tensors(folder / part, "half")
+    assert str(folder / part) in refusal("flux", folder, tmp_path / "embeddings")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3", "transformer", "vae"])
+def test_pointers_of_git_lfs_are_named(copied, part):
+    folder = copied("sd3")
+    (file,) = (folder / part).glob("*.safetensors")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert f"{file} is a Git LFS pointer" in refusal("sd3", folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "nothing"])
+def test_quantised_parts_without_their_library_are_one_line(copied, part, method):
+    folder = copied("sd3")
+    file = folder / part / "config.json"
+    told = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": told}))
+    assert str(folder / part) in refusal("sd3", folder)
+
+
+def test_a_pickled_encoder_that_torch_refuses_is_one_line(copied):
+    folder = copied("sd3")
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    torch.save({"weight": Foreign()}, folder / "text_encoder" / "pytorch_model.bin")
+    text = refusal("sd3", folder)
+    assert str(folder / "text_encoder") in text
+    assert "pickle" in text
+
+
+class Foreign:
+    """What only a pickle that runs programs can bring back."""
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "tokenizer", "scheduler"])
+@pytest.mark.parametrize("named", [["diffusers", "Nonesuch"], ["transformers", "Nonesuch"], ["elsewhere", "Model"], ["diffusers"], "DiffusionPipeline"])
+def test_a_wrong_class_in_the_index_is_one_line(copied, part, named):
+    folder = copied("sd3")
+    write_index(folder, **{part: named if isinstance(named, list) else ["diffusers", named]})
+    assert part in refusal("sd3", folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", '{"_class_name": ["pipeline", "Mine"]}', "[" * 100_000, "\0"])
+def test_an_index_that_is_none_is_one_line(copied, content):
+    folder = copied("sd3")
+    (folder / "model_index.json").write_text(content)
+    assert str(folder) in refusal("sd3", folder)
+
+
+@pytest.mark.parametrize("place", ["", "model_index.json", "text_encoder", "transformer", "tokenizer", "vae/config.json", "vae/loop"])
+def test_loops_of_links_are_one_line_or_harmless(copied, tmp_path, place):
+    folder = copied("sd3")
+    link = folder / place
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(link)
+    if place == "vae/loop":
+        recipe = small_recipe(model={**SD3, "path": str(folder), "dtype": "fp32"}, data={"prompts": "unused.txt", "embedding_cache": str(tmp_path / "kept")})
+        Policy(recipe, CPU, TEXTS).adapter.save_pipeline(tmp_path / "export")
+        assert (tmp_path / "export" / "vae" / "config.json").is_file()
+    else:
+        assert str(folder) in refusal("sd3", folder)
