@@ -161,7 +161,16 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         *_op_steps(ops, dry, "sd35_512,wan_480p81,wide", "bf16,fp32"),
         Step("tests", 150, _pytest(python, dry, "-m gpu tests"), {"OMP_NUM_THREADS": "1"}),
         Step("recipe", 40, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
-        Step("engine sd3_mid", 60, [*engine, "--prompts", "1", *(["--model", "tiny", "--recipes", "branch_mix_flash"] if dry else ["--model", "sd3_mid"])]),
+        Step(
+            "engine sd3_mid",
+            60,
+            [
+                *engine,
+                "--prompts",
+                "1",
+                *(["--recipes", "branch_mix_flash:ours"] if dry else ["--model", "sd3_mid", "--recipes", "mix,branch_mix", "--levers", "ends"]),
+            ],
+        ),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
         Step("sanitizer", 60, [*([] if dry else sanitizer), *smoke, "--rows", "2", "--sizes", "63" if dry else "63,1032,66000,140000"]),
         Step("races", 60, [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *smoke, "--rows", "2", "--sizes", "63" if dry else "1032,66000"]),
@@ -182,7 +191,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
         *_op_steps([*bench, "ops", "--out", str(out)], dry, "sd35_512,wan_480p81,wide,row_64m", options.dtypes),
-        Step("engine", 120, [*bench, "engine", *engine, *every]),
+        Step("engine", 170, [*bench, "engine", *engine, *every]),
         Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
         Step("rows", 60, [*bench, "rows", "--model", model, "--rows", "1" if dry else "1,2,4,8", "--repeats", "1" if dry else "5", "--out", str(out)]),
         Step("idle", 60, profile),
@@ -207,8 +216,8 @@ def _pytest(python: str, dry: bool, what: str) -> list[str]:
     """The GPU's tests on most cores, each worker with one thread of its own."""
     plugin = ["-p", "no:cacheprovider", "-p", "gpu_tests", "--tb=short"]
     if dry:
-        return [python, "-m", "pytest", "-q", *plugin, "tests/test_files.py", "-m", "not gpu and not long"]
-    return [python, "-m", "pytest", "-q", *plugin, "-n", "14", "--dist", "loadgroup", "--durations", "15", *what.split()]
+        return [python, "-m", "pytest", *plugin, "tests/test_spans.py", "-m", "not gpu and not long"]
+    return [python, "-m", "pytest", *plugin, "-n", "14", "--dist", "loadgroup", "--durations", "15", *what.split()]
 
 
 # ---- running and telling ----

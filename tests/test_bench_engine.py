@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine_cases import refuse, succeed
+from flowgrove.bench import engine
 from flowgrove.bench.engine import (
     COLUMNS,
     LEVERS,
@@ -187,3 +188,19 @@ def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     line = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)
     assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][2]
     assert line["grad_norm"] > 0
+
+
+def test_what_was_measured_stays_if_a_later_recipe_is_stopped(monkeypatch, tmp_path):
+    measure = engine._Bench.recipe
+
+    def stopped(self, name, choice):
+        if name == "mix":
+            raise KeyboardInterrupt
+        return measure(self, name, choice)
+
+    monkeypatch.setattr(engine._Bench, "recipe", stopped)
+    settings = engine.settings_of("tiny", "branch_mix_flash:ours,mix:ours", "all", 1, 1, False, "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        engine.bench_engine(settings, lambda line: None, tmp_path)
+    with (tmp_path / "engine_tiny_cpu.csv").open(encoding="utf-8") as file:
+        assert [row["recipe"] for row in csv.DictReader(file)] == ["branch_mix_flash"]

@@ -7,12 +7,13 @@ import functools
 import importlib
 import itertools
 import re
+import subprocess
 
 import pytest
 import torch
 
 import test_every_backend
-from cuda_on_cpu.emulator import CXX, FAIR, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
+from cuda_on_cpu.emulator import CXX, FAIR, FLAGS, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
 from flowgrove_kernels import NoiseKey, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, libraries, native, philox_normal, use_backend
 from kernel_cases import LOSS_MODES, loss_arguments, randn, rollout, stochastic_rows
 from op_calls import CLIP, assert_close, batch_of, different, every_op
@@ -22,6 +23,13 @@ SMALL_CLUSTERS = (9, 232_448, 8)  # the capability, shared memory and cluster si
 SOME_ROOM, LITTLE_ROOM = (9, 48_000, 16), (9, 20_000, 16)  # shared memory for some of what grpo_loss keeps, and for little or nothing
 DEVICES = {"sm_80": SM_80, "small clusters": SMALL_CLUSTERS, "some room": SOME_ROOM, "little room": LITTLE_ROOM}
 pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.usefixtures("backend")]
+
+
+def test_the_fibers_are_compiled_without_checked_jumps():
+    """A compiler that fortifies by default, as some distributions' do, ended the first run of these tests there."""
+    macros = subprocess.run([str(CXX), "-O2", "-D_FORTIFY_SOURCE=2", *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True)
+    assert "_FORTIFY_SOURCE" not in macros.stdout
+
 
 REUSED = {
     "test_noise": (),

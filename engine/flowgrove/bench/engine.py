@@ -21,7 +21,7 @@ import torch
 from flowgrove.allocator import keep_freed_memory
 from flowgrove.bench import machine
 from flowgrove.bench.models import bench_model
-from flowgrove.bench.table import write_results
+from flowgrove.bench.table import write_columns, write_results
 from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
@@ -183,7 +183,10 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
         bench = _Bench(model, settings, say)
         for name, choice in settings.recipes.items():
             rows += bench.recipe(name, choice)
-    compare(rows, {name: bench.planned(name) for name in settings.recipes})
+            compare(rows, {each: bench.planned(each) for each in settings.recipes})
+            if out is not None:  # a recipe may take minutes: what has been measured stays if the next one is stopped
+                out.mkdir(parents=True, exist_ok=True)
+                write_columns(rows, COLUMNS, out / f"{machine.file_stem(f'engine_{settings.model}', settings.device)}.csv")
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
 
