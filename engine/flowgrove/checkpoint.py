@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError
-from flowgrove.files import follow_umask, partial_name, why_unreadable, write_text
-from flowgrove.manifest import FORMAT, DamagedError, verify, write_manifest
+from flowgrove.files import follow_umask, partial_name, write_text
+from flowgrove.manifest import FORMAT, DamagedError, unreadable, verify, write_manifest
 from flowgrove.models.policy import Policy
 from flowgrove.optimizers import load_state_tensors, state_tensors
 from flowgrove.update import Updater
@@ -208,10 +208,8 @@ def _check_fit(folder: Path, tensors: dict[str, Tensor], parameters: dict[str, n
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except FileNotFoundError:
-        raise DamagedError(file.parent, f"{file.name} is missing") from None
     except OSError as error:
-        raise UserError(why_unreadable(file, error)) from None
+        raise unreadable(file, file.parent, error) from None
     except SafetensorError:
         raise DamagedError(file.parent, f"{file.name} is no whole safetensors file") from None
 

@@ -3,8 +3,10 @@
 Checkpoints of format 1 are older than that: of those, what can be seen without it is checked.
 """
 
+import errno
 import hashlib
 import json
+import stat
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +57,8 @@ def verify(folder: Path) -> dict[str, Any]:
         else:
             _check_manifest(folder, state, manifest)
     except OSError as error:
-        raise UserError(why_unreadable(Path(error.filename or folder), error)) from None
-    if all(changed < begun - _RACY for _, _, changed in seen):
+        raise unreadable(Path(error.filename or folder), folder, error) from None
+    if seen and all(changed < begun - _RACY for _, _, changed in seen):
         _verified[folder] = (seen, state)
     return state
 
@@ -94,6 +96,7 @@ def _check_manifest(folder: Path, state: dict[str, Any], manifest: dict[str, Any
         odd = sorted((there ^ set(files)) or {"weights.safetensors"})
         raise DamagedError(folder, f"{', '.join(odd)}: missing, or not in {_MANIFEST}")
     for name, entry in files.items():
+        _check_is_file(folder / name)
         if (folder / name).stat().st_size != entry.get("bytes"):
             raise DamagedError(folder, f"{name} has another size")
     for name, digest in _digests(folder, files).items():
@@ -104,8 +107,7 @@ def _check_manifest(folder: Path, state: dict[str, Any], manifest: dict[str, Any
 def _check_headers(folder: Path) -> None:
     needed = {folder / "weights.safetensors", folder / "optimizer.safetensors"}
     for file in sorted(needed | set(folder.glob("*.safetensors"))):
-        if not file.exists():
-            raise DamagedError(folder, f"{file.name} is missing")
+        _check_is_file(file)
         try:
             with file.open("rb"), safe_open(file, "pt"):
                 pass
@@ -113,16 +115,30 @@ def _check_headers(folder: Path) -> None:
             raise DamagedError(folder, f"{file.name} is no whole safetensors file") from None
 
 
+def unreadable(file: Path, folder: Path, error: OSError) -> UserError:
+    """What to raise for a file of the checkpoint `folder`: it is damaged where there is no file, else its disk or its permissions are at fault."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+        return DamagedError(folder, f"{file.name} is missing")
+    return UserError(why_unreadable(file, error))
+
+
+def _check_is_file(file: Path) -> None:
+    """Opening a pipe would wait for ever. Raises FileNotFoundError for it, and what `stat` raises."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
+
+
 def _read_json(file: Path, missing_ok: bool = False) -> dict[str, Any] | None:
     """None: not there, where that is allowed. Raises DamagedError for anything but an object."""
     try:
+        _check_is_file(file)
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError as error:
         if missing_ok:
             return None
-        raise DamagedError(file.parent, f"{file.name} is missing") from None
+        raise unreadable(file, file.parent, error) from None
     except OSError as error:
-        raise UserError(why_unreadable(file, error)) from None
+        raise unreadable(file, file.parent, error) from None
     except (ValueError, RecursionError):
         raise DamagedError(file.parent, f"{file.name} is not JSON") from None
     if not isinstance(content, dict):
@@ -152,7 +168,7 @@ def _fingerprint(folder: Path) -> tuple[tuple[str, int, float], ...]:
         found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
     except OSError:
         return ()
-    return tuple((name, stat.st_size, max(stat.st_ctime, stat.st_mtime)) for name, stat in found)
+    return tuple((name, told.st_size, max(told.st_ctime, told.st_mtime)) for name, told in found)
 
 
 def _bears_a_number(folder: Path) -> bool:
