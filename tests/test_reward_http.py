@@ -194,6 +194,21 @@ def test_a_server_that_drips_is_given_up_in_time():
     assert taken < 3
 
 
+def test_a_server_that_drips_its_headers_is_given_up_in_time():
+    def drip(handler, content, number):
+        for letter in "HTTP/1.1 200 OK\r\n" + "X-Slow: 1\r\n" * 100:
+            handler.wfile.write(letter.encode())
+            time.sleep(0.02)
+
+    with serving(drip) as server:
+        start = time.monotonic()
+        text = refused(server.url, count=1, timeout=0.4, retries=1)
+        taken = time.monotonic() - start
+    assert "0.4 s" in text
+    assert "2 times" in text
+    assert taken < 3
+
+
 def test_a_slow_server_that_is_in_time_is_fine():
     def slow(handler, content, number):
         time.sleep(0.3)
@@ -338,3 +353,25 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(monkeypatch, key):
     text = user_error(rewards_of, {"name": "http", "url": "http://127.0.0.1/", "key_variable": "MY_KEY"})
     assert "MY_KEY" in text
     assert key not in text
+
+
+@pytest.mark.parametrize("proxy", ["nonsense", "ftp://127.0.0.1:1", "http://[::1", "socks5://user:hunter2@127.0.0.1:1", "://", "http://user:hunter2@"])
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
+def test_a_proxy_that_cannot_be_used_is_one_line_without_its_password(monkeypatch, proxy, name):
+    monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert "hunter2" not in refused("http://127.0.0.1:9/", count=1, retries=0)
+
+
+@pytest.mark.parametrize("url", [f"http://{'a' * 70}.example/", "http://127.0.0.1:99999/", "http://a..b/", "http://\ud800/", "http://a\0b/"])
+def test_hosts_and_ports_that_cannot_be_are_one_line(url):
+    def scored():
+        reward_of(name="http", url=url, retries=0)(pictures(1, 8, 8), PROMPTS[:1])
+
+    assert "reward http" in user_error(scored)
+
+
+@pytest.mark.parametrize("options", [{"max_answer_mb": 1e300}, {"retries": 10**9}, {"concurrency": 10**9}, {"timeout": 1e400}])
+def test_options_beyond_reason_are_refused(options):
+    assert next(iter(options)) in user_error(rewards_of, {"name": "http", "url": "http://127.0.0.1/", **options})

@@ -1,5 +1,7 @@
 """The python reward: only with permission, whatever its function returns, and one line that says where it failed."""
 
+import os
+
 import pytest
 import torch
 
@@ -100,3 +102,61 @@ def test_a_path_that_is_no_python_file_is_one_line(tmp_path, name):
 def test_scores_of_another_number_or_not_finite_are_refused(written, returned):
     path = written(f"def score(pictures, prompts):\n    return {returned}\n")
     assert "python" in user_error(rewards_of({"name": "python", "file": path}), pictures(3, 8, 8), PROMPTS)
+
+
+WAYS_OUT = [
+    ("import sys; sys.exit()", "SystemExit"),
+    ("raise SystemExit(0)", "SystemExit"),
+    ("exit(3)", "SystemExit"),
+    ("import os; os._exit(0)", "os._exit"),
+    ("import os; os.abort()", "os.abort"),
+    ("raise GeneratorExit", "GeneratorExit"),
+    ("raise type('Mute', (BaseException,), {'__str__': lambda self: 1 / 0})", "Mute"),
+    ("return score(pictures, prompts)", "RecursionError"),
+    ("return None", "NoneType"),
+    ("return 'abc'", "str"),
+    ("return ['1', '2', '3']", "str"),
+    ("return pictures.mean((1, 2, 3))[:, None]", "shape [3, 1]"),
+    ("return [1.0]", "shape [1]"),
+    ("return range(10**12)", "shape [1000000000000]"),
+    ("return (x for x in prompts)", "generator"),
+    ("return {p: 1.0 for p in prompts}", "dict"),
+    ("import torch; return torch.tensor([1j, 2, 3])", "complex"),
+    ("import torch; return torch.ones(3, device='meta')", ""),
+    ("return [1.0, float('nan'), float('inf')]", "2 of 3"),
+]
+
+
+@pytest.mark.parametrize(("line", "named"), WAYS_OUT, ids=lambda value: value[:40])
+def test_every_way_out_but_scores_is_one_line(written, line, named):
+    before = os._exit, os.abort
+    path = written(f"def score(pictures, prompts):\n    {line}\n")
+    message = user_error(rewards_of({"name": "python", "file": path}), pictures(3, 8, 8), PROMPTS)
+    assert named in message
+    assert "reward python" in message
+    assert (os._exit, os.abort) == before
+
+
+@pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise KeyError"])
+def test_a_file_that_leaves_while_it_is_read_is_one_line(written, line):
+    path = written(f"{line}\ndef score(pictures, prompts):\n    return [1.0] * len(prompts)\n")
+    assert "line 1" in user_error(rewards_of, {"name": "python", "file": path})
+
+
+def test_what_a_function_changes_is_its_own(written):
+    path = written("def score(pictures, prompts):\n    pictures.zero_(); prompts.clear(); return [0.0] * len(pictures)\n")
+    batch, prompts = pictures(3, 8, 8), list(PROMPTS)
+    kept = batch.clone()
+    rewards = rewards_of({"name": "python", "file": path}, {"name": "jpeg_size"})
+    alone = rewards_of({"name": "jpeg_size"})(kept, prompts)
+    torch.testing.assert_close(rewards(batch, prompts)[:, 1:], alone, atol=0, rtol=0)
+    assert torch.equal(batch, kept)
+    assert prompts == PROMPTS
+
+
+def test_a_process_that_the_function_forks_may_leave(written):
+    path = written(
+        "import os\ndef score(pictures, prompts):\n    child = os.fork()\n    if child == 0:\n        os._exit(7)\n"
+        "    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])] * len(prompts)\n"
+    )
+    assert rewards_of({"name": "python", "file": path})(pictures(3, 8, 8), PROMPTS)[:, 0].tolist() == [7.0] * 3

@@ -67,8 +67,8 @@ def read_prompts(path: str | Path, key: str, prompt_key: str | None = None) -> l
         raise UserError(f"{key}: {path} is not UTF-8 text: save it as UTF-8, one prompt per line") from None
     except Exception as error:  # the readers of damaged files raise whatever they stumble over
         reason = getattr(error, "strerror", None) or one_line(str(error), 300) or type(error).__name__
-        files = "a text file with one prompt per line, a jsonl, csv, tsv or parquet file, a datasets folder"
-        sources = f"{files}, or one of {', '.join(NAMED_SETS)}"
+        kinds = "a text file with one prompt per line, a jsonl, csv, tsv or parquet file, a datasets folder"
+        sources = f"{kinds}, or one of {', '.join(NAMED_SETS)}"
         raise UserError(f"{key}: cannot read {path} ({reason}): give {sources}") from None
     if not prompts:
         raise UserError(f"{key}: {path} holds no prompt: write one per line")

@@ -5,18 +5,15 @@ the server answers {"scores": [one finite number each]}. Whatever else it does e
 """
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowgrove.pixels import to_bytes
-from flowgrove.recipe import Count, Positive
-from flowgrove.rewards.endpoint import Endpoint, Retries
+from flowgrove.recipe import Count
+from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Megabytes, Retries, Seconds
 from flowgrove.rewards.pictures import png_base64
-
-if TYPE_CHECKING:
-    import httpx2
 
 
 class HttpReward:
@@ -29,10 +26,10 @@ class HttpReward:
         url: str,
         video: bool = False,
         batch_size: Count = 8,
-        timeout: Positive = 60.0,
+        timeout: Seconds = 60.0,
         retries: Retries = 3,
-        concurrency: Count = 4,
-        max_answer_mb: Positive = 4.0,
+        concurrency: Concurrency = 4,
+        max_answer_mb: Megabytes = 4.0,
         key_variable: str | None = None,
     ) -> None:
         self.endpoint = Endpoint("http", url, timeout, retries, max_answer_mb, concurrency, key_variable)
@@ -44,7 +41,7 @@ class HttpReward:
         batches = [(some, prompts[start : start + self.batch_size]) for some, start in zip(to_bytes(pictures).split(self.batch_size), starts, strict=True)]
         return torch.tensor([score for scores in self.endpoint.map(self._ask, batches) for score in scores], dtype=torch.float64)
 
-    def _ask(self, client: "httpx2.Client", batch: tuple[Tensor, list[str]]) -> list[float]:
+    def _ask(self, client: Connections, batch: tuple[Tensor, list[str]]) -> list[float]:
         pictures, prompts = batch
         content: dict[str, Any] = {"prompts": prompts}
         if self.takes_video:

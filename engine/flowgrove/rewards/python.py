@@ -1,20 +1,27 @@
-"""A function of your own as a reward. It runs whatever its file says, so it takes more than a recipe: FLOWGROVE_ALLOW_PYTHON=1, which `--allow-python` sets."""
+"""A function of your own as a reward. It runs whatever its file says, so it takes more than a recipe:
+FLOWGROVE_ALLOW_PYTHON=1, which `--allow-python` sets.
+
+It gets copies, and every way out of it but scores is an error of one line, `sys.exit` and `os._exit` too.
+"""
 
 import difflib
 import importlib.util
 import os
+import threading
 import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowgrove.device import is_out_of_memory, to_host
-from flowgrove.errors import UserError
+from flowgrove.errors import UserError, one_line
+from flowgrove.paths import local
 
 ALLOW = "FLOWGROVE_ALLOW_PYTHON"
+_EXITS = {name: getattr(os, name) for name in ("_exit", "abort")}
 
 
 class PythonReward:
@@ -26,13 +33,17 @@ class PythonReward:
     def __init__(self, file: str, function: str = "score", video: bool = False) -> None:
         if os.environ.get(ALLOW) != "1":
             raise UserError(f"reward python runs the code in {file}: if you trust it, pass --allow-python or set {ALLOW}=1")
-        self.path, self.takes_video = Path(file).expanduser(), video
+        self.path, self.takes_video = local(file, "reward python: file"), video
         self.function = self._load(function)
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         try:
-            return to_host(torch.as_tensor(self.function(pictures, prompts))).double()
-        except Exception as error:
+            with _no_way_out():
+                scores = self.function(pictures.clone(), list(prompts))  # what it changes is its own
+                return _numbers(scores, len(prompts))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if is_out_of_memory(error):  # fewer pictures at a time may fit
                 raise
             raise self._failed(error) from error
@@ -43,18 +54,62 @@ class PythonReward:
             raise UserError(f"reward python: file {self.path} is not a Python file: write the path of one that ends in .py")
         module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
+            with _no_way_out():
+                spec.loader.exec_module(module)
+                found = getattr(module, function, None)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self._failed(error) from error
-        if not callable(found := getattr(module, function, None)):
+        if not callable(found):
             defined = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
             near = difflib.get_close_matches(function, defined, n=1) or defined[:1]
             raise UserError(f"reward python: {self.path} has no function {function}: " + (f"did you mean {near[0]}?" if near else "define one"))
         return found
 
-    def _failed(self, error: Exception) -> UserError:
+    def _failed(self, error: BaseException) -> UserError:
         """One line that says where in the file it happened."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         where = f"{self.path}, line {line}" if line else str(self.path)
-        return UserError(f"reward python: {where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        try:
+            text = one_line(str(error), 200)
+        except Exception:  # an exception of its own may not even have a text
+            text = ""
+        return UserError(f"reward python: {where}: {type(error).__name__}: {text}")
+
+
+def _numbers(scores: Any, count: int) -> Tensor:
+    """What a function returned, as float64 [count] on the CPU. Raises TypeError or ValueError that says what it is."""
+    wanted = f"return {count} numbers, as a tensor, an array or a list"
+    if isinstance(scores, str | bytes | dict | set) or not hasattr(scores, "__len__"):
+        raise TypeError(f"it returned {type(scores).__name__}: {wanted}")
+    shape = list(getattr(scores, "shape", (len(scores),)))
+    if shape != [count]:
+        raise ValueError(f"it returned {type(scores).__name__} of shape {shape}: {wanted}")
+    host = to_host(torch.as_tensor(scores).detach())
+    if host.is_complex() or host.shape != (count,):
+        raise ValueError(f"it returned {host.dtype} of shape {list(host.shape)}: {wanted}")
+    return torch.tensor(host.double().tolist(), dtype=torch.float64)
+
+
+@contextmanager
+def _no_way_out() -> Iterator[None]:
+    """Inside it this thread's os._exit and os.abort raise SystemExit: they would end the run without a word."""
+    process, thread = os.getpid(), threading.get_ident()
+
+    def refusing(name: str) -> Callable[..., None]:
+        def leave(*arguments: Any) -> None:
+            if (os.getpid(), threading.get_ident()) != (process, thread):  # a child that the function forked
+                _EXITS[name](*arguments)
+            raise SystemExit(f"it called os.{name}")
+
+        return leave
+
+    for name in _EXITS:
+        setattr(os, name, refusing(name))
+    try:
+        yield
+    finally:
+        for name, function in _EXITS.items():
+            setattr(os, name, function)

@@ -2,15 +2,16 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from pydantic import ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor
 
 from flowgrove.device import to_host
-from flowgrove.errors import UserError
+from flowgrove.errors import UserError, one_line
 from flowgrove.recipe import Recipe, Reward
 from flowgrove.rewards.aesthetic import AestheticReward
 from flowgrove.rewards.clip_score import ClipScoreReward
@@ -88,8 +89,15 @@ def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> 
     if pictures.ndim == 5 and not whole:
         pictures, prompts = pictures.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
     scores = to_host(scorer(pictures, prompts).detach()).double()
-    if scores.shape != (len(prompts),) or not bool(torch.isfinite(scores).all()):
-        raise UserError(f"reward {name} gave {list(scores.shape)} scores, not all finite, for {len(prompts)} pictures: it must give one finite number each")
+    if scores.shape != (len(prompts),):
+        shape = list(scores.shape)
+        what = f"scores of shape {shape} for {len(prompts)} pictures"
+        raise UserError(f"reward {name} gave {what}: it must give one finite number each")
+    if wrong := [(number, score) for number, score in enumerate(scores.tolist()) if not math.isfinite(score)]:
+        number, score = wrong[0]
+        first = f"the first {score} for {one_line(prompts[number], 60)!r}"
+        what = f"{len(wrong)} of {len(prompts)} scores that are not finite, {first}"
+        raise UserError(f"reward {name} gave {what}: it must give one finite number each")
     return scores if whole else scores.view(-1, frames).mean(1)
 
 
@@ -106,7 +114,7 @@ def _options(reward: Reward) -> dict[str, Any]:
             raise UserError(f"reward {reward.name} does not take {option}: {hint}")
     fields: dict[str, Any] = {name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in known.items()}
     try:
-        checked = create_model("Options", **fields)(**given)
+        checked = create_model("Options", __config__=ConfigDict(allow_inf_nan=False), **fields)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0])

@@ -4,19 +4,16 @@ One chat request per picture, several at a time. The score is what stands after 
 """
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.pixels import to_bytes
-from flowgrove.recipe import Count, Positive
-from flowgrove.rewards.endpoint import Endpoint, Retries
+from flowgrove.recipe import Count
+from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Retries, Seconds
 from flowgrove.rewards.pictures import png_base64
-
-if TYPE_CHECKING:
-    import httpx2
 
 LOWEST, HIGHEST = 1.0, 5.0
 INSTRUCTION = """Judge a picture that was generated from a text caption, by two criteria:
@@ -25,7 +22,7 @@ INSTRUCTION = """Judge a picture that was generated from a text caption, by two 
 Give one score from 1 to 5 for both together, written after 'Final Score:'.
 Text Caption: [{prompt}]"""
 # a number on its own: neither the start of a range such as 1-5 nor negative by accident
-_SCORE = re.compile(r"final\s+score[\s:*_=\[]*(-?\d+(?:[.,]\d+)?)(?![\d.,]*\s*[-–]\s*\d)(?!\d)", re.IGNORECASE)
+_SCORE = re.compile(r"final\s++score[\s:*_=\[]*+(-?\d++(?:[.,]\d++)?+)(?![\d.,]*+\s*+[-–]\s*+\d)", re.IGNORECASE)
 
 
 class UnifiedReward:
@@ -41,9 +38,9 @@ class UnifiedReward:
         model: str = "UnifiedReward-7b-v1.5",
         instruction: str = INSTRUCTION,
         max_tokens: Count = 1024,
-        timeout: Positive = 120.0,
+        timeout: Seconds = 120.0,
         retries: Retries = 3,
-        concurrency: Count = 16,
+        concurrency: Concurrency = 16,
         key_variable: str | None = None,
     ) -> None:
         if "{prompt}" not in instruction:
@@ -57,7 +54,7 @@ class UnifiedReward:
         pairs = list(zip(to_bytes(pictures), prompts, strict=True))
         return torch.tensor(self.endpoint.map(self._ask, pairs), dtype=torch.float64)
 
-    def _ask(self, client: "httpx2.Client", pair: tuple[Tensor, str]) -> float:
+    def _ask(self, client: Connections, pair: tuple[Tensor, str]) -> float:
         picture, prompt = pair
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(picture)}"}}
         question = {"type": "text", "text": self.instruction.replace("{prompt}", prompt)}
