@@ -16,7 +16,12 @@ Row = dict[str, Any]
 
 
 def plot_ops(rows: list[Row], path: Path) -> None:
-    """One panel per case and dtype, one group of bars per shape, on a logarithmic axis. The rows have to tell speeds against eager."""
+    """One panel per case and dtype, one group of bars per shape, on a logarithmic axis. The rows have to tell speeds against eager.
+
+    On a GPU inside CUDA graphs, where that was measured: the kernels alone, without the host's time of launching them.
+    """
+    replayed = any(row.get("graph_speedup_vs_eager") for row in rows)
+    speed = "graph_speedup_vs_eager" if replayed else "speedup_vs_eager"
     cases, dtypes = _distinct((row["op"], row["case"]) for row in rows), _distinct(row["dtype"] for row in rows)
     shapes, names = _distinct(row["shape"] for row in rows), _contenders(rows)
     width = max(0.25 * len(shapes) * (len(names) + 1), 5)
@@ -25,21 +30,22 @@ def plot_ops(rows: list[Row], path: Path) -> None:
     )
     for line, (op, case) in zip(grid, cases, strict=True):
         for axes, dtype in zip(line, dtypes, strict=True):
-            picked = [row for row in rows if (row["op"], row["case"], row["dtype"]) == (op, case, dtype) and row["speedup_vs_eager"]]
-            _panel(axes, picked, shapes)
+            picked = [row for row in rows if (row["op"], row["case"], row["dtype"]) == (op, case, dtype) and row.get(speed)]
+            _panel(axes, picked, shapes, speed)
             axes.set_title(f"{op}, {case}, {dtype}", fontsize=9, loc="left")
         line[0].set_ylabel("× as fast as eager", fontsize=8)
     handles = [pyplot.Rectangle((0, 0), 1, 1, **_style(name)) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
-    figure.suptitle(_title(rows[0]), fontsize=10)
+    figure.suptitle(_title(rows, replayed), fontsize=10)
     save_figure(figure, path, dpi=120)
 
 
-def _panel(axes: Axes, rows: list[Row], shapes: list[str]) -> None:
-    """Bars go up from 1 where a contender is faster and down where it is slower; the number says how fast."""
+def _panel(axes: Axes, rows: list[Row], shapes: list[str], key: str) -> None:
+    """Bars go up from 1 where a contender is faster and down where it is slower; the number says how fast. A shape that was not measured has none."""
     names = _contenders(rows)
+    axes.set_xlim(-1, len(shapes) * (len(names) + 1) - 1)
     for row in rows:
-        speed = row["speedup_vs_eager"]
+        speed = row[key]
         if row["contender"] == "eager":
             continue
         place = shapes.index(row["shape"]) * (len(names) + 1) + names.index(row["contender"])
@@ -78,12 +84,14 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 2 else f"{value:.2f}".lstrip("0")
 
 
-def _title(row: Row) -> str:
+def _title(rows: list[Row], replayed: bool) -> str:
+    row, rounds = rows[0], sorted({row["rounds"] for row in rows})
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, " if row["launches_are"] == "op calls" else ""
     triton = f", triton {row['triton']}" if row["triton"] else ""
+    how = "inside a CUDA graph, " if replayed else ""
     return (
         f"{row['device']}, {threads}torch {row['torch']}{triton}, {row['compiler']}\n"
-        f"median of {row['rounds']} interleaved rounds; eager (= 1): the published GRPO loops' PyTorch"
+        f"{how}median of {' or '.join(map(str, rounds))} interleaved rounds; eager (= 1): the published GRPO loops' PyTorch"
     )
 
 
