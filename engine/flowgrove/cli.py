@@ -18,7 +18,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: the flowgrove command needs {error.name}: pip install 'flowgrove[train]'") from None
 
-from flowgrove.errors import UserError
+from flowgrove.errors import UserError, one_line
+from flowgrove.paths import local
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on optional packages and its loading bars are not about the user's run
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -38,23 +39,29 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 def _command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
-    """Registers a command whose user errors are one line and exit code 2, and whose interruption is exit code 130."""
+    """Registers a command whose user errors are one line and exit code 2, and whose interruption is exit code 130.
+
+    Anything else is one line, a file with the trace, and exit code 1.
+    """
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            function(*args, **_at_home(kwargs))
         except UserError as error:
             _fail(str(error))
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             hint = "; free some space and give the same command again" if error.errno == errno.ENOSPC else ""
             _fail(f"{place}{error.strerror or error}{hint}")
-        except RuntimeError as error:
+        except (typer.Exit, typer.Abort):
+            raise
+        except (Exception, SystemExit) as error:
             from flowgrove.device import is_out_of_memory
+            from flowgrove.last_resort import tell
 
             if not is_out_of_memory(error):
-                raise
+                _fail(tell(error), 1)
             _fail(
                 "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: true (a run goes on with either), "
                 "or begin anew with fewer data.prompts_per_iteration"
@@ -67,9 +74,18 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
     return group.command(function.__name__.rstrip("_"))(run)
 
 
-def _fail(text: str) -> NoReturn:
-    _console.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}")
-    raise typer.Exit(2) from None
+def _at_home(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command; in paths `~` is the home folder, as in recipes. Raises UserError."""
+    texts = ("resume", "checkpoint")  # paths, or words
+    return {
+        name: type(value)(local(value, name)) if isinstance(value, Path) or (name in texts and isinstance(value, str)) else value
+        for name, value in given.items()
+    }
+
+
+def _fail(text: str, code: int = 2) -> NoReturn:
+    _console.print(f"[bold red]error:[/] {escape(one_line(text))}")
+    raise typer.Exit(code) from None
 
 
 def _allow(python: bool) -> None:
