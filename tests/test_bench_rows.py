@@ -1,0 +1,80 @@
+"""flowgrove bench rows: what a row costs, and FLUX.1-dev as a slim one's blocks make it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from engine_cases import refuse, succeed
+from flowgrove.bench import row_times
+from flowgrove.bench.engine import bench_recipe
+from flowgrove.bench.models import write_flux
+from flowgrove.models.policy import Policy
+from policy_cases import CPU
+
+
+def test_times_are_of_every_size_and_agree_with_their_rate():
+    told = succeed("bench", "rows", "--model", "tiny", "--rows", "1,3", "--repeats", "1", "--device", "cpu", "--json")
+    rows = json.loads(told.stdout)
+    assert [(row["rows"], row["mode"], row["derived"]) for row in rows] == [(1, "eager", False), (3, "eager", False)]
+    for row in rows:
+        assert 0 < row["forward_ms"] < row["train_ms"]
+        assert row["forward_tflop_per_s"] == pytest.approx(1e3 * row["forward_tflop"] / row["forward_ms"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--rows", "0"), "--rows is '0'"),
+        (("--modes", "fast"), "--modes names fast"),
+        (("--modes", "recorded"), "measure on a GPU"),
+        (("--model", "x"), "--model is x"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, text):
+    assert text in refuse("bench", "rows", "--device", "cpu", *arguments)
+
+
+@pytest.fixture
+def flux(tmp_path):
+    changes = {"num_layers": 3, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 64}
+    write_flux(tmp_path / "pipeline", changes, CPU)
+    model = {"adapter": "flux", "path": str(tmp_path / "pipeline"), "dtype": "bf16", "height": 32, "width": 32, "lora": {"rank": 2, "alpha": 4}}
+    return Policy(bench_recipe(model, 1, {"group_size": 16}, {"device": "cpu"}), CPU)
+
+
+def test_the_whole_flux_is_what_its_blocks_cost(flux, monkeypatch):
+    """A clock that knows: 5 ms around the blocks, 2 for each double one and 0.5 for each single one, three times that with backward."""
+    timer = row_times._Timer(flux, 1)
+
+    def known(mode, rows):
+        double, single = (len(blocks) for blocks in timer.lists)
+        return np.array([1.0, 3.0]) * (5 + 2 * double + 0.5 * single)
+
+    monkeypatch.setattr(timer, "_milliseconds", known)
+    measured, derived = timer.lines("eager", 4)
+    assert (measured["blocks"], measured["forward_ms"], measured["derived"]) == ("3+2", 12.0, False)
+    assert (derived["blocks"], derived["derived"], derived["forward_tflop_per_s"]) == ("19+38", True, None)
+    assert derived["forward_ms"] == pytest.approx(5 + 2 * 19 + 0.5 * 38)
+    assert derived["train_ms"] == pytest.approx(3 * derived["forward_ms"])
+    assert timer.sizes == [len(blocks) for blocks in timer.lists], "the blocks that were taken out are back"
+
+
+def test_fewer_blocks_are_what_is_timed(flux):
+    timer = row_times._Timer(flux, 1)
+    with row_times._cut(timer.lists[0], 1):
+        assert len(flux.transformer.transformer_blocks) == 1
+        timer.passes.forward(timer.passes.states(1))
+    assert len(flux.transformer.transformer_blocks) == 3
+
+
+def test_a_row_that_does_not_fit_says_so(flux, monkeypatch):
+    timer = row_times._Timer(flux, 1)
+
+    def full(rows, repeats):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(timer.passes, "timed", full)
+    (line,) = timer.lines("eager", 64)
+    assert line["forward_ms"] is line["train_ms"] is None
+    assert row_times._told(line) == "no room"
