@@ -204,12 +204,17 @@ def export(
     run: Annotated[Path, typer.Argument(help="a run folder", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder to write to")],
     checkpoint: Which = None,
+    form: Annotated[str, typer.Option("--format", help="diffusers; or comfyui, for a LoRA")] = "diffusers",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained; bf16 where a bf16 run found bf16 files")] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for `from_pretrained`."""
+    """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for `from_pretrained`.
+
+    A LoRA may also be written as ComfyUI loads it. It needs no base model.
+    """
     from flowgrove.runs import export_run
 
-    _say(export_run(run, out, tuple(set_ or ()), checkpoint))
+    _say(export_run(run, out, tuple(set_ or ()), checkpoint, form, dtype))
 
 
 @partial(_command, group=bench_app)

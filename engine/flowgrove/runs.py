@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from flowgrove.checkpoint import find_checkpoint, load_checkpoint, pointed_at
 from flowgrove.data import read_prompts
@@ -15,8 +16,13 @@ from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate
 from flowgrove.files import follow_umask, partial_name, write_text
+from flowgrove.manifest import verify
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
 from flowgrove.models.policy import Policy
-from flowgrove.recipe import Recipe, load_recipe
+from flowgrove.models.stored import DTYPES, all_in, bf16_in
+from flowgrove.recipe import Lora, Recipe, load_recipe
 from flowgrove.rewards.registry import Rewards
 
 
@@ -80,18 +86,37 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None =
     return result
 
 
-def export_run(run: Path, out: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> str:
-    """Writes a checkpoint (None: the newest) for diffusers; returns a line that says how to load it."""
+def export_run(
+    run: Path,
+    out: Path,
+    overrides: tuple[str, ...] = (),
+    which: str | None = None,
+    form: str = "diffusers",
+    dtype: str | None = None,
+) -> str:
+    """Writes a checkpoint (None: the newest) for diffusers or ComfyUI; returns a line that says how to load it.
+
+    A LoRA needs no base model. `dtype`: bf16, fp16 or fp32; None: as it was trained, which is bf16 for weights that a run
+    with model.dtype bf16 found in bf16, and fp32 for all others.
+    """
+    for option, value, known in (("format", form, FORMATS), ("dtype", dtype, tuple(DTYPES))):
+        if value is not None and value not in known:
+            raise UserError(f"--{option} is {value}: write {', '.join(known[:-1])} or {known[-1]}")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
     recipe, checkpoint = open_recipe(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto", *overrides), which)
-    policy = open_model(recipe, checkpoint, None).restore().policy  # the transformer alone
-    is_lora = recipe.model.lora is not None
+    family, lora = ADAPTERS[recipe.model.adapter], recipe.model.lora
+    if lora is None and form == "comfyui":
+        raise UserError(f"--format comfyui is for a LoRA, and {run} trained the whole model: write --format diffusers")
     partial = partial_name(out)
     try:
-        (policy.adapter.save_lora if is_lora else policy.adapter.save_pipeline)(partial)
+        if lora is None:
+            adapter = open_model(recipe, checkpoint, None).restore().policy.adapter  # the transformer alone
+            adapter.save_pipeline(partial, _dtypes_of_weights(adapter, recipe, dtype))
+        elif checkpoint is not None:
+            write_lora(partial, form, _lora_layers(checkpoint, lora), lora, family, DTYPES.get(dtype or ""))
         follow_umask(partial)
         if out.exists():
             out.rmdir()
@@ -100,5 +125,23 @@ def export_run(run: Path, out: Path, overrides: tuple[str, ...] = (), which: str
         raise UserError(f"cannot write {out}: {error}; free some space and give the same command again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    load = "pipe.load_lora_weights" if is_lora else f"{policy.adapter.pipeline.__name__}.from_pretrained"
-    return f'wrote a {"LoRA" if is_lora else "pipeline"}: {load}("{out}")'
+    if form == "comfyui":
+        return f"wrote a LoRA for ComfyUI: copy {out / COMFYUI_FILE} into its models/loras folder"
+    load = f"{family.pipeline.__name__}.from_pretrained" if lora is None else "pipe.load_lora_weights"
+    return f'wrote a {"pipeline" if lora is None else "LoRA"}: {load}("{out}")'
+
+
+def _dtypes_of_weights(adapter: Adapter, recipe: Recipe, dtype: str | None) -> dict[str, torch.dtype]:
+    if dtype is not None:
+        return all_in(adapter.transformer, DTYPES[dtype])
+    return bf16_in(adapter.folder / "transformer") if recipe.model.dtype == "bf16" and adapter.folder is not None else {}
+
+
+def _lora_layers(checkpoint: Path, lora: Lora) -> dict[str, torch.Tensor]:
+    """The trained layers of a checkpoint, averaged if it has averages, without a model. Raises UserError."""
+    verify(checkpoint)
+    averages = checkpoint / "ema.safetensors"
+    try:
+        return layers_of(load_file(averages if averages.is_file() else checkpoint / "weights.safetensors"), lora)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{checkpoint} holds other weights than its recipe.yaml trains ({error}): give the run's own folder") from None

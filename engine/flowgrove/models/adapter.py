@@ -17,8 +17,10 @@ from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, read_geometry
+from flowgrove.models.lora_files import write_lora
 from flowgrove.models.parts import check_tokenizer, load_part, part_names
-from flowgrove.recipe import Model
+from flowgrove.models.stored import stored_in
+from flowgrove.recipe import Lora, Model
 
 # Two pictures of 1024²: decoders need one to three kilobytes per pixel. On a CPU, what its caches bear.
 _PIXELS_PER_DECODE = {"cuda": 1 << 21, "cpu": 1 << 17}
@@ -144,8 +146,11 @@ class Adapter(ABC):
         """The guided velocity, differentiable, where the family does not use v_u + γ(v − v_u), which the fused ops apply themselves."""
         return None
 
-    def save_pipeline(self, folder: Path) -> None:
-        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and copies of all other parts' files."""
+    def save_pipeline(self, folder: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
+        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and copies of all other parts' files.
+
+        `dtypes`: of the transformer's weights by their names; the others are written as they are.
+        """
         if self.folder is None:
             raise ValueError("this adapter was not loaded from a pipeline folder")
         folder.mkdir(parents=True)
@@ -154,13 +159,14 @@ class Adapter(ABC):
         for part in index:
             if part != "transformer" and (self.folder / part).is_dir():
                 _copy_files(self.folder / part, folder / part)
-        self.transformer.save_pretrained(folder / "transformer")
+        with stored_in(self.transformer, dtypes or {}):
+            self.transformer.save_pretrained(folder / "transformer")
 
     def save_lora(self, folder: Path) -> None:
         """The LoRA layers as `load_lora_weights` reads them."""
-        layers = get_peft_model_state_dict(self.transformer)
-        settings = self.transformer.peft_config["default"].to_dict()  # rank and alpha: without them a loader assumes alpha = rank
-        self.pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
+        config = self.transformer.peft_config["default"]
+        lora = Lora(rank=config.r, alpha=config.lora_alpha, targets=sorted(config.target_modules))
+        write_lora(folder, "diffusers", get_peft_model_state_dict(self.transformer), lora, type(self))
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -1,0 +1,214 @@
+"""`flowgrove export`: LoRA files at full strength for loaders that take alpha = rank, ComfyUI's names, dtypes, and no base model for a LoRA."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from engine_cases import refuse, succeed, tiny_recipe, weights_of
+from flowgrove.errors import UserError
+from flowgrove.models.folders import TINY
+from flowgrove.models.lora_files import COMFYUI_FILE, comfyui_name
+from flowgrove.models.policy import Policy
+from policy_cases import CPU, encoded, small_recipe
+from tiny_pipelines import MODELS, PIPELINES, write_pipeline
+
+FAMILIES = ("sd3", "flux", "qwen_image", "wan")
+LORA = {"rank": 4, "alpha": 12}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: write_pipeline(name, root / name) for name in FAMILIES[1:]} | {"sd3": shutil.copytree(TINY, root / "sd3")}
+
+
+@pytest.fixture(scope="session")
+def runs(folders, tmp_path_factory):
+    """A run of one iteration per family with a LoRA whose B is not zero, and its base model in a folder that the run alone knows."""
+
+    def run(name, **model):
+        place = tmp_path_factory.mktemp(name)
+        base = shutil.copytree(folders[name], place / "base")
+        told = {**MODELS.get(name, {"adapter": "sd3"}), "path": str(base), "lora": LORA, **model}
+        recipe = tiny_recipe(
+            place, model=told, reward=[{"name": "jpeg_size"}], update={"lr": 0.3}, data={"eval_prompts": None},
+            run={"iterations": 1, "eval_every": 0}, rollout={"group_size": 2},
+        )  # fmt: skip
+        succeed("train", recipe, "--out", place / "run")
+        return place / "run"
+
+    return run
+
+
+def pass_of(policy):
+    x = torch.randn(2, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return policy.velocity(x, torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
+
+
+def plain_policy(name, folder):
+    return Policy(small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32"}), CPU)
+
+
+def trained_velocity(name, folder, run):
+    policy = Policy(small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32", "lora": LORA}), CPU)
+    weights = weights_of(run, 1)
+    for key, parameter in policy.trainable().items():
+        parameter.data.copy_(weights[key])
+    return pass_of(policy)
+
+
+WAN_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+
+
+def asked_by_comfyui(name, module):
+    """Under what name ComfyUI's loader looks for a layer on a module of diffusers' blocks (facts of its comfy/lora.py and comfy/utils.py)."""
+    if name != "wan":
+        return f"transformer.{module}"
+    block, number, attention, layer = module.split(".", 3)
+    return f"diffusion_model.{block}.{number}.{WAN_NAMES[attention]}.{WAN_NAMES[layer]}"
+
+
+def comfyui_patches(name, file, modules):
+    """{module: alpha / rank · up · down} of a file, as ComfyUI finds layers. Every key must be one that it asks for."""
+    lora, used, patches = load_file(file), set(), {}
+    for module in modules:
+        asked = asked_by_comfyui(name, module)
+        up, down, alpha = (f"{asked}.{end}" for end in ("lora_up.weight", "lora_down.weight", "alpha"))
+        if up in lora:
+            used |= {up, down, alpha} & lora.keys()
+            scale = lora[alpha].item() / lora[down].shape[0] if alpha in lora else 1.0
+            patches[module] = scale * (lora[up] @ lora[down])
+    assert used == set(lora)
+    return patches
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, runs, tmp_path, name):
+    run = runs(name)
+    shutil.rmtree(run.parent / "base")
+    succeed("export", run, "--out", tmp_path / "lora")
+    told = succeed("export", run, "--out", tmp_path / "comfyui", "--format", "comfyui").stderr
+    assert COMFYUI_FILE in told
+    expected, base = trained_velocity(name, folders[name], run), plain_policy(name, folders[name])
+    untouched = pass_of(base)
+    assert (untouched - expected).abs().max() > 1e-2
+
+    def close(found):
+        return (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+    (file,) = (tmp_path / "lora").iterdir()
+    tensors = load_file(file)
+    with safe_open(file, "pt") as content:
+        settings = json.loads(content.metadata()["lora_adapter_metadata"])
+    assert settings["transformer.r"] == settings["transformer.lora_alpha"] == LORA["rank"]
+    base.adapter.pipe.load_lora_weights(tmp_path / "lora")
+    assert close(pass_of(base)), "diffusers"
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_file(tensors, bare / "pytorch_lora_weights.safetensors")
+    unknowing = plain_policy(name, folders[name])
+    unknowing.adapter.pipe.load_lora_weights(bare)
+    assert close(pass_of(unknowing)), "a loader that knows no alpha"
+
+    patched = plain_policy(name, folders[name])
+    layers = {module: layer for module, layer in patched.transformer.named_modules() if isinstance(layer, torch.nn.Linear) and "blocks." in module}
+    patches = comfyui_patches(name, tmp_path / "comfyui" / COMFYUI_FILE, [m for m in layers if re.search(r"attn\d?\.", m)])
+    assert len(patches) == len(tensors) // 2
+    with torch.no_grad():
+        for module, patch in patches.items():
+            layers[module].weight += patch
+    assert close(pass_of(patched)), "ComfyUI"
+    if name == "wan":  # diffusers reads Wan's own names too, with their alphas
+        theirs = plain_policy(name, folders[name])
+        theirs.adapter.pipe.load_lora_weights(tmp_path / "comfyui", weight_name=COMFYUI_FILE)
+        assert close(pass_of(theirs))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "module", "expected"),
+    [
+        ("StableDiffusion3Pipeline", "transformer_blocks.3.ff_context.net.0.proj", "transformer.transformer_blocks.3.ff_context.net.0.proj"),
+        ("StableDiffusion3Pipeline", "transformer_blocks.3.attn2.to_q", "transformer.transformer_blocks.3.attn2.to_q"),
+        ("FluxPipeline", "single_transformer_blocks.3.proj_mlp", "transformer.single_transformer_blocks.3.proj_mlp"),
+        ("FluxPipeline", "transformer_blocks.3.norm1_context.linear", "transformer.transformer_blocks.3.norm1_context.linear"),
+        ("QwenImagePipeline", "transformer_blocks.3.img_mlp.net.2", "transformer.transformer_blocks.3.img_mlp.net.2"),
+        ("WanPipeline", "blocks.3.ffn.net.0.proj", "diffusion_model.blocks.3.ffn.0"),
+        ("WanPipeline", "blocks.3.attn2.to_out.0", "diffusion_model.blocks.3.cross_attn.o"),
+        ("WanPipeline", "condition_embedder.time_proj", "diffusion_model.time_projection.1"),
+        ("WanPipeline", "proj_out", "diffusion_model.head.head"),
+    ],
+)
+def test_comfyui_names_of_other_targets(pipeline, module, expected):
+    assert comfyui_name(pipeline, module) == expected
+
+
+def test_a_layer_that_comfyui_does_not_know_is_an_error():
+    with pytest.raises(UserError, match=r"ComfyUI has no name for the layer on blocks.3.other"):
+        comfyui_name("WanPipeline", "blocks.3.other")
+    with pytest.raises(UserError, match=r"--format diffusers"):
+        comfyui_name("FluxPipeline", "transformer_blocks.3.other")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+def test_a_lora_takes_the_dtype_that_is_asked_for(runs, tmp_path, form, dtype):
+    run = runs("sd3")
+    succeed("export", run, "--out", tmp_path / "lora", "--format", form, "--dtype", dtype)
+    (file,) = (tmp_path / "lora").iterdir()
+    expected = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    assert {tensor.dtype for name, tensor in load_file(file).items() if not name.endswith("alpha")} == {expected}
+
+
+def transformer_of(folder):
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_pipeline_takes_the_dtype_that_is_asked_for_and_keeps_what_its_class_keeps(runs, tmp_path):
+    run = runs("wan", lora=None)
+    for dtype, expected in (("bf16", torch.bfloat16), ("fp16", torch.float16), (None, torch.float32)):
+        out = tmp_path / str(dtype)
+        succeed("export", run, "--out", out, *(("--dtype", dtype) if dtype else ()))
+        tensors = transformer_of(out)
+        assert tensors["blocks.0.attn1.to_q.weight"].dtype == expected
+        assert tensors["scale_shift_table"].dtype == torch.float32
+        assert all(torch.equal(tensor, weights_of(run, 1)[name].to(tensor.dtype)) for name, tensor in tensors.items())
+        PIPELINES["wan"].from_pretrained(out)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_bf16_run_over_bf16_files_exports_bf16(folders, tmp_path, dtype, expected):
+    base = shutil.copytree(folders["sd3"], tmp_path / "base")
+    (file,) = (base / "transformer").glob("*.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    recipe = tiny_recipe(tmp_path, model={"path": str(base), "dtype": dtype}, run={"iterations": 1, "eval_every": 0}, rollout={"group_size": 2})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    succeed("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert {tensor.dtype for tensor in transformer_of(tmp_path / "out").values()} == {expected}
+
+
+def test_what_export_cannot_write_is_one_line(runs, tmp_path):
+    run, out = runs("sd3"), ("--out", tmp_path / "out")
+    assert "--format is onnx: write diffusers or comfyui" in refuse("export", run, *out, "--format", "onnx")
+    assert "--dtype is int8: write bf16, fp16 or fp32" in refuse("export", run, *out, "--dtype", "int8")
+    whole = runs("sd3", lora=None)
+    assert "--format comfyui is for a LoRA" in refuse("export", whole, *out, "--format", "comfyui")
+    assert "other weights than its recipe.yaml trains" in refuse("export", run, *out, "--set", "model.lora.rank=3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_fp16_cannot_hold_are_an_error(folders, tmp_path):
+    policy = plain_policy("sd3", folders["sd3"])
+    with torch.no_grad():
+        next(iter(policy.trainable().values())).fill_(1e6)
+    dtypes = dict.fromkeys(policy.transformer.state_dict(), torch.float16)
+    with pytest.raises(UserError, match="too large for float16: write bf16 or fp32"):
+        policy.adapter.save_pipeline(tmp_path / "out", dtypes)
+    assert next(iter(policy.trainable().values())).dtype == torch.float32
