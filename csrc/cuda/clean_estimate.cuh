@@ -6,7 +6,7 @@
 namespace flowgrove::cuda {
 
 template <typename L>
-__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
 clean_estimate_kernel(const __grid_constant__ CleanEstimate op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
   const float sigma = op.sigma[part.row];

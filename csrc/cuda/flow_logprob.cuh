@@ -6,7 +6,7 @@
 namespace flowgrove::cuda {
 
 template <typename L>
-__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
 flow_logprob_kernel(const __grid_constant__ FlowLogprob op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
   begin_cluster(partials == nullptr);
   const Part part = part_of(partition);
@@ -45,7 +45,7 @@ cudaError_t launch_flow_logprob(const FlowLogprob& op, const Plan<Kernel>& plan,
 }
 
 template <typename L>
-__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
 flow_logprob_backward_kernel(const __grid_constant__ FlowLogprobBackward op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);

@@ -22,7 +22,7 @@ DEVICE Octet step_chunk(const Octet& mean, float std, const Octet& z) {
 
 // DRAWN: noise comes from a key; else it is given, or there is none.
 template <typename L, bool DRAWN>
-__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
 flow_step_kernel(const __grid_constant__ FlowStep op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
   begin_cluster(partials == nullptr);
   const Part part = part_of(partition);

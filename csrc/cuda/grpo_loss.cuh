@@ -159,7 +159,7 @@ DEVICE void write_gradients(
 // ---- kernels ----
 
 template <typename L, bool GUARD>
-__global__ void __launch_bounds__(THREADS, SOME_BLOCKS<L>) grpo_loss_kernel(
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>) grpo_loss_kernel(
     const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
     const __grid_constant__ GRPOScratch scratch) {
   const bool clustered = scratch.partials == nullptr;
@@ -224,7 +224,7 @@ static __global__ void __launch_bounds__(FINISHING_THREADS) grpo_score_kernel(
 }
 
 template <typename L, bool GUARD>
-__global__ void __launch_bounds__(THREADS, SOME_BLOCKS<L>) grpo_gradient_kernel(
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>) grpo_gradient_kernel(
     const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
     const __grid_constant__ GRPOScratch scratch) {
   const Part part = part_of(partition);

@@ -6,7 +6,7 @@
 namespace flowgrove::cuda {
 
 template <typename L>
-__global__ void __launch_bounds__(THREADS, MANY_BLOCKS<L>)
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
 philox_normal_kernel(const __grid_constant__ PhiloxNormal op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
   require_words<require_of_block>(op.key, part.row, false);

@@ -20,11 +20,9 @@ struct Layout {
   static constexpr Kind V = V_;
 };
 
-// Blocks that share a multiprocessor: of a kernel that takes at most 64 registers a thread, and of those that take more (80, and without 16-byte accesses 128).
+// Blocks that share a multiprocessor: 64 registers a thread, or 128 where rows allow no 16-byte accesses.
 template <typename L>
-constexpr int MANY_BLOCKS = L::WHOLE ? 4 : 2;
-template <typename L>
-constexpr int SOME_BLOCKS = L::WHOLE ? 3 : 2;
+constexpr int BLOCKS_PER_SM = L::WHOLE ? 4 : 2;
 
 struct Partition {
   int64_t elements, part_elements, parts;
