@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from flowgrove.errors import UserError
 from flowgrove.recipe import Cache, Prune, Recipe, Rollout, Tree
@@ -105,12 +105,11 @@ class RolloutPlan:
 
     def selected_steps(self, prompt: int) -> list[frozenset[int]]:
         """For every leaf of a prompt, the trained steps that its trajectory takes part in: a seeded `step_fraction` of them."""
-        trained = [step.index for step in self.trained_steps]
+        trained = tuple(step.index for step in self.trained_steps)
         if self.step_fraction == 1.0:
             return [frozenset(trained)] * self.leaves
         share = max(1, round_half_up(len(trained) * self.step_fraction))
-        draw = random.Random(f"steps/{self.seed}/{self.iteration}/{prompt}")
-        return [frozenset(draw.sample(trained, min(share, len(trained)))) for _ in range(self.leaves)]
+        return _drawn(trained, min(share, len(trained)), self.leaves, f"steps/{self.seed}/{self.iteration}/{prompt}")
 
     def kept_edges(self, step: Step, prompt: int, kept_leaf: Callable[[int], bool] | None = None) -> list[bool]:
         """For every child of a trained step: does plan, `step_fraction` and (with `kept_leaf`) pruning train its edge?"""
@@ -211,6 +210,13 @@ def pruned_depths(prune: Prune | None, iteration: int) -> range:
 def round_half_up(value: float) -> int:
     """The nearest whole number, halves upwards; a product that misses a half by a float's rounding counts as one."""
     return math.floor(round(value, 9) + 0.5)
+
+
+@lru_cache(maxsize=4)
+def _drawn(trained: tuple[int, ...], share: int, leaves: int, seed: str) -> list[frozenset[int]]:
+    """`share` of the trained steps for every leaf; every step of a plan asks for them again."""
+    draw = random.Random(seed)
+    return [frozenset(draw.sample(trained, share)) for _ in range(leaves)]
 
 
 def _fanouts(rollout: Rollout, stochastic: set[int]) -> dict[int, int]:

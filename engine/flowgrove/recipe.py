@@ -15,7 +15,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 Index = Annotated[int, Field(ge=0, le=_LARGEST)]
-MOST_LEAVES = 65_536  # of a prompt
+MOST_LEAVES = 4096  # of a prompt: groups that are published have up to 64, and a plan counts every edge
 Steps = Annotated[int, Field(ge=2, le=1000)]  # the schedules that models are trained on have 1000
 Share = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=32_768)]
@@ -109,7 +109,7 @@ class Rollout(Section):
     shift: Positive | None = 3.0
     dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
     noise_level: Positive = 0.7
-    group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12  # more pictures of one prompt than any machine holds states of
+    group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12
     shared_initial_noise: bool = True
     window: Window = Window()
     tree: Tree | None = None
