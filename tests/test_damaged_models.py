@@ -169,7 +169,16 @@ class Foreign:
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "tokenizer", "scheduler"])
-@pytest.mark.parametrize("named", [["diffusers", "Nonesuch"], ["transformers", "Nonesuch"], ["elsewhere", "Model"], ["diffusers"], "DiffusionPipeline"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["diffusers", "Nonesuch"],
+        ["transformers", "Nonesuch"],
+        ["elsewhere", "Model"],
+        ["diffusers"],
+        "DiffusionPipeline",
+    ],
+)
 def test_a_wrong_class_in_the_index_is_one_line(copied, part, named):
     folder = copied("sd3")
     write_index(folder, **{part: named if isinstance(named, list) else ["diffusers", named]})
@@ -192,8 +201,29 @@ def test_loops_of_links_are_one_line_or_harmless(copied, tmp_path, place):
     link.unlink(missing_ok=True)
     link.symlink_to(link)
     if place == "vae/loop":
-        recipe = small_recipe(model={**SD3, "path": str(folder), "dtype": "fp32"}, data={"prompts": "unused.txt", "embedding_cache": str(tmp_path / "kept")})
+        recipe = small_recipe(
+            model={**SD3, "path": str(folder), "dtype": "fp32"},
+            data={"prompts": "unused.txt", "embedding_cache": str(tmp_path / "kept")},
+        )
         Policy(recipe, CPU, TEXTS).adapter.save_pipeline(tmp_path / "export")
         assert (tmp_path / "export" / "vae" / "config.json").is_file()
     else:
         assert str(folder) in refusal("sd3", folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+@pytest.mark.parametrize("named", ["Nonesuch", "AutoencoderKLWan", "FluxTransformer2DModel", None])
+def test_a_plan_of_memory_names_the_wrong_class(copied, tmp_path, part, named):
+    folder = copied("sd3")
+    write_index(folder, **{part: ["diffusers", named] if named else [None, None]})
+    recipe = tiny_recipe(tmp_path, model={"path": str(folder)})
+    assert part in refuse("plan", recipe, "--memory")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"_class_name": "Nonesuch"}', '{"num_layers": "three"}'])
+def test_a_plan_of_memory_over_a_damaged_configuration_is_one_line(copied, tmp_path, content):
+    folder = copied("sd3")
+    file = folder / "vae" / "config.json"
+    file.unlink() if content is None else file.write_text(content)
+    recipe = tiny_recipe(tmp_path, model={"path": str(folder)})
+    assert str(folder) in refuse("plan", recipe, "--memory")

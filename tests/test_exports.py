@@ -56,7 +56,10 @@ def plain_policy(name, folder):
 
 
 def trained_velocity(name, folder, run):
-    policy = Policy(small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32", "lora": LORA}), CPU)
+    policy = Policy(
+        small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32", "lora": LORA}),
+        CPU,
+    )
     weights = weights_of(run, 1)
     for key, parameter in policy.trainable().items():
         parameter.data.copy_(weights[key])
@@ -134,10 +137,18 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
 @pytest.mark.parametrize(
     ("pipeline", "module", "expected"),
     [
-        ("StableDiffusion3Pipeline", "transformer_blocks.3.ff_context.net.0.proj", "transformer.transformer_blocks.3.ff_context.net.0.proj"),
+        (
+            "StableDiffusion3Pipeline",
+            "transformer_blocks.3.ff_context.net.0.proj",
+            "transformer.transformer_blocks.3.ff_context.net.0.proj",
+        ),
         ("StableDiffusion3Pipeline", "transformer_blocks.3.attn2.to_q", "transformer.transformer_blocks.3.attn2.to_q"),
         ("FluxPipeline", "single_transformer_blocks.3.proj_mlp", "transformer.single_transformer_blocks.3.proj_mlp"),
-        ("FluxPipeline", "transformer_blocks.3.norm1_context.linear", "transformer.transformer_blocks.3.norm1_context.linear"),
+        (
+            "FluxPipeline",
+            "transformer_blocks.3.norm1_context.linear",
+            "transformer.transformer_blocks.3.norm1_context.linear",
+        ),
         ("QwenImagePipeline", "transformer_blocks.3.img_mlp.net.2", "transformer.transformer_blocks.3.img_mlp.net.2"),
         ("WanPipeline", "blocks.3.ffn.net.0.proj", "diffusion_model.blocks.3.ffn.0"),
         ("WanPipeline", "blocks.3.attn2.to_out.0", "diffusion_model.blocks.3.cross_attn.o"),
@@ -188,7 +199,12 @@ def test_a_bf16_run_over_bf16_files_exports_bf16(folders, tmp_path, dtype, expec
     base = shutil.copytree(folders["sd3"], tmp_path / "base")
     (file,) = (base / "transformer").glob("*.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    recipe = tiny_recipe(tmp_path, model={"path": str(base), "dtype": dtype}, run={"iterations": 1, "eval_every": 0}, rollout={"group_size": 2})
+    recipe = tiny_recipe(
+        tmp_path,
+        model={"path": str(base), "dtype": dtype},
+        run={"iterations": 1, "eval_every": 0},
+        rollout={"group_size": 2},
+    )
     succeed("train", recipe, "--out", tmp_path / "run")
     succeed("export", tmp_path / "run", "--out", tmp_path / "out")
     assert {tensor.dtype for tensor in transformer_of(tmp_path / "out").values()} == {expected}

@@ -178,3 +178,22 @@ def test_the_table_of_a_full_size_model_is_the_one_that_its_pipeline_sets(adapte
     assert entries(table, 10) == pytest.approx(scheduler.sigmas.double().tolist(), abs=1e-7)
     assert table.source.startswith(config["_class_name"])
     assert ("dynamic shift" in table.source) == (adapter in ("flux", "qwen_image"))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "text"),
+    [
+        ("DEISMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "it takes no sigmas"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "it takes no sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": "three"}, "does not give a table of 8 steps"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "max_image_seq_len": 256}, "does not give a table of 8 steps"),
+        ("DiffusionPipeline", {"use_flow_sigmas": True}, "which is no flow-matching scheduler"),
+        ("FlowMatchNonesuch", {}, "which is no flow-matching scheduler"),
+    ],
+)
+def test_a_scheduler_that_gives_no_table_is_one_line(tmp_path, name, config, text):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **config}))
+    told = user_error(scheduler_sigmas, tmp_path, 8, 256, True)
+    assert text in told
+    assert "set rollout.shift to a number" in told

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flowgrove.errors import UserError
 from flowgrove.judging import PIXELS_AT_ONCE
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
@@ -28,6 +28,7 @@ from flowgrove.models.folders import configuration_folder
 from flowgrove.models.geometry import read_geometry
 from flowgrove.models.loading import ADAPTERS
 from flowgrove.models.masters import Masters
+from flowgrove.models.parts import part_class
 from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.packing import pack
@@ -65,9 +66,9 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     master = torch.float64 if compute == torch.float64 else torch.float32
     family = ADAPTERS[recipe.model.adapter]
     with torch.device("meta"):
-        transformer = _from_config(folder / "transformer")
+        transformer = _from_config(folder, "transformer")
         choose_trainable(transformer, recipe.model.lora, family.lora_targets, 0)
-        vae = _from_config(folder / "vae")
+        vae = _from_config(folder, "vae")
     if recipe.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     budget = tokens_per_pass(recipe, device_type)
@@ -169,9 +170,17 @@ def _norms_in_fp32() -> Iterator[None]:
             setattr(functional, name, norm)
 
 
-def _from_config(folder: Path) -> Any:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+def _from_config(folder: Path, part: str) -> Any:
+    """An untrained model of a part's class and configuration. Raises UserError."""
+    kind, file = part_class(folder, part), folder / part / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"it is that of a {config['_class_name']}")
+        return kind.from_config(config)
+    except Exception as error:  # what libraries raise over foreign settings has many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file} describes no {kind.__name__} ({reason}): download the folder anew") from None
 
 
 def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> int:

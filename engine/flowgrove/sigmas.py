@@ -6,6 +6,7 @@ t_i = 1 − i/T;   σ = shift·t/((1 − t) + shift·t)      exactly 1 and 0 at 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,30 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = 
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        name = config["_class_name"]
+        name = str(config["_class_name"])
     except OSError as error:
         raise UserError(f"rollout.shift is null, but {config_file} cannot be read ({error.strerror}): set rollout.shift to a number") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"rollout.shift is null, but {config_file} is no scheduler configuration: download the file anew, or set rollout.shift") from None
     import diffusers
-    import numpy as np
 
     kind = getattr(diffusers, name, None)
-    if kind is None or not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not known or not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
         raise UserError(f"rollout.shift is null, but {config_file} names {name}, which is no flow-matching scheduler: set rollout.shift to a number")
+    try:
+        values, source = _scheduled(kind, config, steps, tokens, gives_table)
+    except Exception as error:  # what libraries raise over foreign settings has many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"{config_file} does not give a table of {steps} steps ({name}: {reason})"
+        raise UserError(f"rollout.shift is null, but {what}: set rollout.shift to a number") from None
+    return listed_sigmas(values, source)
+
+
+def _scheduled(kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool) -> tuple[list[float], str]:
+    import numpy as np
+
+    name = kind.__name__
     scheduler = kind.from_config(config)
     keywords: dict[str, Any] = {}
     source = f"{name} of the pipeline, shift {config.get('shift', config.get('flow_shift', 1.0)):g}"
@@ -79,8 +93,11 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = 
         source = f"{name} of the pipeline, dynamic shift mu {keywords['mu']:.3g} for {tokens} picture tokens"
     if gives_table:
         keywords["sigmas"] = np.linspace(1.0, 1.0 / steps, steps)
+    accepted = signature(scheduler.set_timesteps).parameters
+    if foreign := [key for key in keywords if key not in accepted]:
+        raise ValueError(f"it takes no {foreign[0]}, which the pipeline gives its scheduler")
     scheduler.set_timesteps(steps, **keywords)
-    return listed_sigmas([float(s) for s in np.asarray(scheduler.sigmas, dtype=np.float64)], source)
+    return [float(s) for s in np.asarray(scheduler.sigmas, dtype=np.float64)], source
 
 
 def recipe_sigmas(recipe: Recipe) -> SigmaTable:

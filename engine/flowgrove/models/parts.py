@@ -81,7 +81,11 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
 
 
 def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
-    for what, title in (("missing_keys", "lacks"), ("unexpected_keys", "holds, and the model has not,"), ("mismatched_keys", "holds in another shape")):
+    for what, title in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "holds, and the model has not,"),
+        ("mismatched_keys", "holds in another shape"),
+    ):
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in found.get(what) or ())
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
