@@ -303,6 +303,39 @@ def test_an_exported_lora_loads_into_the_base_pipeline(tmp_path):
     assert any(bool((weight != 0).any()) for name, weight in trained.items() if "lora_B" in name)
 
 
+# Earlier checkpoints
+
+
+def test_an_earlier_checkpoint_is_drawn_scored_and_exported(run, recipe, tmp_path):
+    """By number, by path and as a link; the pictures of the evaluation before iteration 2 are those of the checkpoint."""
+    prompts = write_lines(tmp_path / "p.txt", EVAL_PROMPTS)
+    grid = load_grid(run / "samples" / "iteration_000002.png")
+    earlier = run / "checkpoints" / "step_000002"
+    for number, which in enumerate(("2", earlier)):
+        succeed("sample", run, "--prompts", prompts, "--out", tmp_path / f"out{number}", "--checkpoint", which)
+        assert all(np.array_equal(p, grid.tiles[n, 0]) for n, p in enumerate(pictures_in(tmp_path / f"out{number}").values()))
+    succeed("sample", recipe, "--prompts", prompts, "--out", tmp_path / "by_recipe", "--checkpoint", earlier)
+    assert pictures_in(tmp_path / "by_recipe").keys() == pictures_in(tmp_path / "out0").keys()
+    shutil.copytree(run, tmp_path / "run")  # eval writes into it
+    told = succeed("eval", tmp_path / "run", "--checkpoint", "2").stdout
+    assert f"{grid.scores.mean():.4f}" in told
+    succeed("export", run, "--out", tmp_path / "pipe", "--checkpoint", "2", "--set", "engine.attention=sdpa")
+    found = SD3Transformer2DModel.from_pretrained(tmp_path / "pipe" / "transformer", dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in weights_of(run, 2).items())
+
+
+@pytest.mark.parametrize(("which", "hint"), [("3", "give 2 or 4"), ("best", "run.keep_best"), ("/gone", "/gone"), ("", "not a checkpoint")])
+def test_a_checkpoint_that_is_not_there_is_one_line(run, recipe, tmp_path, which, hint):
+    for command in ("sample", "export", "eval"):
+        options = ["--out", tmp_path / "out"] if command != "eval" else []
+        options += ["--prompts", recipe.parent / "eval.txt"] if command == "sample" else []
+        assert hint in refuse(command, run, *options, "--checkpoint", which)
+    assert not (tmp_path / "out").exists()
+    for source in ("2", "best"):
+        line = refuse("sample", recipe, "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / "out", "--checkpoint", source)
+        assert "is no run folder" in line
+
+
 # doctor
 
 

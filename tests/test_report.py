@@ -10,10 +10,13 @@ import yaml
 from PIL import Image
 
 from engine_cases import EVAL_PROMPTS, metrics_of, succeed, tiny_recipe
+from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated
-from flowgrove.grids import load_grid, save_grid
+from flowgrove.figures import literal, pyplot, save_figure
+from flowgrove.grids import Grid, in_common, load_grid, save_grid
 from flowgrove.recipe import dump_recipe, load_recipe
 from flowgrove.report import evaluations, write_report
+from flowgrove.side_by_side import draw_side_by_side
 
 LINE = {
     "iteration": 0, "reward": {"shapes": {"mean": 0.5, "std": 0.1}}, "ratio_mean": 1.0, "ratio_min": 0.9, "ratio_max": 1.1, "clipped_low": 0.1,
@@ -199,3 +202,135 @@ def test_the_grids_of_a_run_hold_the_same_prompts_before_and_after(run):
     assert all(grid.prompts == list(EVAL_PROMPTS) for grid in grids)
     assert all(grid.tiles.shape == (2, 2, 32, 32, 3) for grid in grids)
     assert not np.array_equal(grids[0].tiles, grids[-1].tiles)
+
+
+# Evaluations of other prompts, and what others wrote
+
+
+def grids_in(folder, *evaluations):
+    """Saves (iteration, prompts, samples) as grids of a run."""
+    for iteration, prompts, samples in evaluations:
+        texts = [text for text in prompts for _ in range(samples)]
+        pictures = torch.rand(len(texts), 3, 8, 12, generator=torch.Generator().manual_seed(iteration))
+        given = Evaluated(pictures, texts, torch.rand(len(texts), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(iteration)))
+        save_grid(folder / "samples" / f"iteration_{iteration:06d}.png", given, samples, [1.0])
+
+
+LETTERS = [f"a red circle, number {number}" for number in range(12)]
+CHANGES = {
+    "fewer prompts": ([(0, LETTERS[:4], 1), (3, LETTERS[:2], 1)], 2, True),
+    "more prompts": ([(0, LETTERS[:2], 1), (3, LETTERS[:5], 1)], 2, True),
+    "fewer samples": ([(0, LETTERS[:3], 4), (3, LETTERS[:3], 2)], 3, False),
+    "other prompts": ([(0, LETTERS[:3], 1), (3, LETTERS[4:7], 1)], 0, True),
+    "the same at other places, which have other seeds": ([(0, LETTERS[:3], 1), (3, LETTERS[1:4], 1)], 0, True),
+    "none changed": ([(0, LETTERS[:3], 2), (3, LETTERS[:3], 2)], 3, False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_before_and_after_show_what_has_the_same_prompts_and_seeds(tmp_path, change):
+    saved, rows, told = CHANGES[change]
+    run = tmp_path / "run"
+    recipe = synthetic_run(run, [LINE | {"iteration": n, "eval_reward": 0.5} for n in range(3)])
+    grids_in(run, *saved)
+    write_report(recipe, run)
+    page = Page(run / "report.html")
+    assert ("before_after.png" in page.pictures) == (run / "before_after.png").exists() == (rows > 0)
+    assert ("the held-out prompts changed in between" in page.text) == told
+    common = in_common(*(load_grid(path) for path in sorted((run / "samples").glob("*.png"))))
+    assert (0 if common is None else len(common[0].prompts)) == rows
+    if common is not None:
+        assert common[0].prompts == common[1].prompts
+        assert common[0].tiles.shape == common[1].tiles.shape
+
+
+def test_grids_from_before_numbers_were_kept_are_compared_where_their_prompts_are_the_same():
+    old, new, other = (
+        Grid(np.zeros((2, 1, 4, 4, 3), np.uint8), [*texts], np.zeros((2, 1)), numbers) for texts, numbers in (("ab", ()), ("ab", (0, 1)), ("ac", (0, 1)))
+    )
+    assert in_common(old, new)[1].prompts == ["a", "b"]
+    assert in_common(old, other) is None
+
+
+def test_a_run_that_resumes_with_fewer_held_out_prompts_ends_with_a_report(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={"iterations": 1, "eval_every": 1})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    (tmp_path / "eval.txt").write_text(EVAL_PROMPTS[1] + "\n")
+    succeed("train", recipe, "--out", tmp_path / "run", "--set", "run.iterations=2")
+    page = Page(tmp_path / "run" / "report.html")
+    assert "before_after.png" not in page.pictures  # that prompt had another seed
+    assert "the held-out prompts changed in between" in page.text
+
+
+FOREIGN = [
+    "", "{", "[]", "null", "3", '"text"', "\x00", '{"iteration": "one"}', '{"iteration": true}', '{"iteration": 1}',
+    '{"iteration": 9, "reward": {"shapes": 3}}',
+    '{"iteration": 8, "reward": {"shapes": {"mean": "x", "std": 1}}, "seconds": {}}', json.dumps(LINE | {"iteration": 7, "seconds": [1]}),
+    json.dumps(LINE | {"iteration": 7, "eval_reward": None}), json.dumps(LINE | {"iteration": 7, "advantage_by_step": {"x": 1}}), "[" * 100_000,
+]  # fmt: skip
+
+
+def test_lines_that_are_damaged_or_of_others_are_passed_over(tmp_path):
+    """Wherever they stand; a line that was written twice counts once; U+2028 ends no line."""
+    good = [LINE | {"iteration": n, "note": "a\u2028b\u0085c"} for n in range(3)]
+    mixed = [FOREIGN[0], *(text for line, foreign in zip([*good, good[1]], (FOREIGN[1:6], FOREIGN[6:9], FOREIGN[9:12], FOREIGN[12:]), strict=True)
+                           for text in (json.dumps(line, ensure_ascii=False), *foreign))]  # fmt: skip
+    pages = []
+    for name, texts in (("plain", [json.dumps(line) for line in good]), ("mixed", mixed)):
+        recipe = synthetic_run(tmp_path / name, [])
+        (tmp_path / name / "metrics.jsonl").write_bytes("\n".join(texts).encode() + b"\n\xff\xfe\n")
+        write_report(recipe, tmp_path / name)
+        pages.append(Page(tmp_path / name / "report.html").text.split("Recipe")[0].replace(name, ""))
+    assert pages[0] == pages[1]
+
+
+def test_without_a_line_there_is_one_line_of_error(tmp_path):
+    recipe = synthetic_run(tmp_path / "run", [{"iteration": 0}])
+    with pytest.raises(UserError, match="holds no line of this recipe"):
+        write_report(recipe, tmp_path / "run")
+
+
+def test_pictures_of_others_among_the_grids_are_passed_over(tmp_path):
+    run = tmp_path / "run"
+    recipe = synthetic_run(run, [LINE | {"iteration": n} for n in range(3)])
+    grids_in(run, (0, LETTERS[:2], 1), (3, LETTERS[:2], 1))
+    Image.new("RGB", (8, 8)).save(run / "samples" / "iteration_000001.png")
+    Image.new("RGB", (8, 8)).save(run / "samples" / "iteration_last.png")
+    (run / "samples" / "iteration_000009.png").write_bytes(b"no picture")
+    write_report(recipe, run)
+    assert "after 3 iterations" not in Page(run / "report.html").text  # it stands in the picture
+    assert shows_something(run / "before_after.png")
+
+
+# Text that users wrote
+
+
+TEXTS = ["a cat with $_$ eyes", "$", "$$", "$\\frac{1}{2}$ of a cake", "100 % {x} \\n ^_", "a\x00b\x1b[0m", "漢字 🐱", "\ud800"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompts_are_no_mathematics(tmp_path, text):
+    grid = Grid(np.zeros((1, 1, 8, 8, 3), np.uint8), [text], np.zeros((1, 1)))
+    draw_side_by_side(grid, grid, (text, text), tmp_path / "picture.png")
+    assert shows_something(tmp_path / "picture.png")
+
+
+def test_dollars_are_drawn_as_dollars(tmp_path):
+    """Two of them around a letter would be an italic letter alone."""
+    found = []
+    for text in ("$a$", "a"):
+        figure = pyplot.figure(figsize=(2, 1))
+        figure.text(0.2, 0.5, **literal(text))
+        save_figure(figure, tmp_path / "text.png")
+        found.append(int((np.asarray(Image.open(tmp_path / "text.png").convert("L")) < 128).sum()))
+    assert found[0] > 2 * found[1]
+
+
+def test_a_run_of_such_prompts_has_a_report_and_pages(tmp_path):
+    nasty = "a cat with $_$ eyes"
+    recipe = tiny_recipe(tmp_path, reward=[{"name": "jpeg_size"}], run={"iterations": 1, "eval_every": 1})
+    (tmp_path / "eval.txt").write_text(f"{nasty}\n")
+    succeed("train", recipe, "--out", tmp_path / "run")
+    assert shows_something(tmp_path / "run" / "before_after.png")
+    succeed("sample", tmp_path / "run", "--prompts", tmp_path / "eval.txt", "--out", tmp_path / "out", "--compare")
+    assert shows_something(tmp_path / "out" / "compare_00.png")

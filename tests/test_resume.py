@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_cases import checkpoints, contents, error_line, flowgrove, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
+from engine_cases import checkpoints, contents, flowgrove, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
+from flowgrove.checkpoint import best_checkpoint, find_checkpoint
+from flowgrove.grids import load_grid
 from flowgrove.recipe import load_recipe
 from subprocesses import FLOWGROVE, environment
 
@@ -202,15 +204,34 @@ def test_a_finished_run_is_one_line_and_no_change(whole, recipe):
     assert contents(whole) == before
 
 
-OTHERS = ["update.lr=2e-4", "rollout.noise_level=0.5", "data.prompts_per_iteration=1", "run.seed=3", "reward=[{name: shapes, weight: 2}]"]
+OTHERS = {
+    "update.lr=2e-4": "update.lr is 0.0002 instead of the run's 0.0001",
+    "rollout.noise_level=0.5": "rollout.noise_level is 0.5 instead of the run's 0.7",
+    "data.prompts_per_iteration=1": "data.prompts_per_iteration is 1 instead of the run's 2",
+    "run.seed=3": "run.seed is 3 instead of the run's 42",
+    "reward=[{name: shapes, weight: 2}]": "reward.0.weight is 2.0 instead of the run's 1.0",
+    "model.lora={rank: 2, alpha: 4}": "instead of the run's null",
+}
 
 
 @pytest.mark.parametrize("override", OTHERS)
 def test_another_recipe_does_not_go_into_the_same_folder(whole, recipe, override):
     before = contents(whole)
-    assert str(whole) in refuse("train", recipe, "--out", whole, "--set", override)
-    assert str(whole) in refuse("train", recipe, "--out", whole, "--set", override, "--resume", whole / "checkpoints" / "step_000002")
+    by_name = refuse("train", recipe, "--out", whole, "--set", override)
+    by_path = refuse("train", recipe, "--out", whole, "--set", override, "--resume", whole / "checkpoints" / "step_000002")
+    for line in (by_name, by_path):
+        assert str(whole) in line
+        assert OTHERS[override] in line
+        assert f"resume with {whole / 'recipe.yaml'}" in line
+    assert "give another --out" in by_name
     assert contents(whole) == before
+
+
+def test_other_prompts_in_the_same_file_are_named(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={"iterations": 1, "eval_every": 0})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    (tmp_path / "train.txt").write_text("a red circle at the centre\n")
+    assert "data.prompts holds other prompts than when it began" in refuse("train", recipe, "--out", tmp_path / "run")
 
 
 def halved(path):
@@ -244,15 +265,15 @@ def test_a_damaged_checkpoint_is_one_line(recipe, cut, damage):
 
 @pytest.mark.parametrize("damage", ["weights cut", pytest.param("state cut", marks=pytest.mark.long)])
 def test_a_damaged_newest_checkpoint_does_not_spoil_the_run(whole, recipe, cut, damage):
-    """An error line, or on from the newest valid one; never a traceback, never other weights."""
+    """It is named, and the run goes on from the newest whole one to the same bits."""
     run = cut(4, 4)
     DAMAGE[damage](run / "checkpoints" / "step_000004")
     result = flowgrove("train", recipe, "--out", run)
-    if result.exit_code == 0:
-        assert_same_run(run, whole)
-    else:
-        assert result.exit_code == 2
-        assert "step_000004" in error_line(result.stdout, result.stderr)
+    assert result.exit_code == 0
+    assert_same_run(run, whole)
+    told = result.stderr.splitlines()[0]
+    assert told.startswith(f"{run / 'checkpoints' / 'step_000004'} is damaged (")
+    assert told.endswith("going on from step_000002 instead")
 
 
 @pytest.mark.parametrize("damage", ["weights cut", "state cut"])
@@ -271,6 +292,19 @@ def test_only_the_newest_checkpoints_stay(recipe, tmp_path, keep, stay):
     succeed("train", recipe, "--out", tmp_path / "run", *options)
     assert checkpoints(tmp_path / "run") == stay
     assert (tmp_path / "run" / "latest").resolve().name == "step_000004"
+
+
+def test_the_best_held_out_checkpoint_stays_beside_the_newest(recipe, tmp_path):
+    """And is found again when the run goes on; the evaluation needs no checkpoint_every of its own."""
+    run, options = tmp_path / "run", ["--set", "run.keep_best=true", "--set", "run.keep_last=1", "--set", "run.checkpoint_every=0"]
+    options += ["--set", "run.eval_every=1", "--set", "update.lr=1e-3"]
+    succeed("train", recipe, "--out", run, *options, "--set", "run.iterations=3")
+    succeed("train", recipe, "--out", run, *options)
+    scores = {int(path.stem[-6:]): load_grid(path).scores.mean() for path in (run / "samples").glob("*.png")}
+    best = max((number for number in scores if number), key=lambda number: (scores[number], -number))
+    assert find_checkpoint(run, "best").name == f"step_{best:06d}"
+    assert checkpoints(run) == sorted({f"step_{best:06d}", f"step_{ITERATIONS:06d}"})
+    assert best_checkpoint(run)[1] == pytest.approx(scores[best])
 
 
 def test_the_folder_of_a_run_can_be_moved(whole, recipe, tmp_path):

@@ -156,7 +156,7 @@ def find_checkpoint(run: Path, which: str | None) -> Path:
     if which.isdecimal() and which.isascii():
         found = [folder for folder in checkpoints if int(folder.name[5:]) == int(which[:20])]
         if not found:
-            raise UserError(f"--checkpoint {which}: {run} has no such checkpoint: give {_choices(checkpoints)}")
+            raise UserError(f"--checkpoint {which[:40]}: {run} has no such checkpoint: give {_choices(checkpoints)}")
         return found[0]
     return pointed_at(Path(which))
 

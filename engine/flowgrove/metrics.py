@@ -93,7 +93,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and type(number := line.get("iteration")) is int and number >= 0:
+        if not isinstance(line, dict) or type(number := line.get("iteration")) is not int or number < 0:
+            continue
+        if "reward" in line or "reward" not in found.get(number, {}):  # another program may note iterations too
             found[number] = line
     return [found[number] for number in sorted(found)]
 

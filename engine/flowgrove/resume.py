@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,15 @@ def differences(recipe: Recipe, out: Path) -> str:
     """The keys in which `recipe` is another than that of the run in `out`, with both values, as one phrase."""
     own = out / "recipe.yaml"
     try:
-        here, there = (_flat(_deciding(one, exclude_defaults=False)) for one in (recipe, load_recipe(own)))
+        here, there = (_deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(own)))
     except (UserError, OSError):
         return f"its {own} cannot be read, so that the keys that differ are not known"
     for content in (here, there):
-        content.pop("data.prompts", None)
-        content.pop("data.eval_prompts", None)
-    keys = [key for key in {**there, **here} if here.get(key) != there.get(key)]
-    named = [f"{key} is {_shown(here.get(key))} instead of the run's {_shown(there.get(key))}" for key in keys[:_MOST_NAMED]]
-    if len(keys) > _MOST_NAMED:
-        named.append(f"{len(keys) - _MOST_NAMED} more keys differ")
+        content["data"] = {key: value for key, value in content["data"].items() if key not in ("prompts", "eval_prompts")}
+    found = list(_differing(here, there))
+    named = [f"{key} is {_shown(ours)} instead of the run's {_shown(theirs)}" for key, ours, theirs in found[:_MOST_NAMED]]
+    if len(found) > _MOST_NAMED:
+        named.append(f"{len(found) - _MOST_NAMED} more keys differ")
     return ", ".join(named) or "data.prompts holds other prompts than when it began"
 
 
@@ -124,17 +124,15 @@ def stored_budget(checkpoint: Path | None, own: str) -> int | None:
     return tokens if state.get("recipe") == own and isinstance(tokens, int) and tokens > 0 else None
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """{section.key: value}; entries of lists by their number."""
-    entries = content.items() if isinstance(content, dict) else enumerate(content)
-    found: dict[str, Any] = {}
-    for key, value in entries:
-        name = f"{prefix}{key}"
-        if isinstance(value, dict | list) and value and (isinstance(value, dict) or isinstance(value[0], dict)):
-            found |= _flat(value, f"{name}.")
-        else:
-            found[name] = value
-    return found
+def _differing(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(section.key, value here, value there), as deep as both have the same sections; entries of lists by their number."""
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        here, there = dict(enumerate(here)), dict(enumerate(there))
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in {**there, **here}:
+            yield from _differing(here.get(name), there.get(name), f"{key}.{name}" if key else f"{name}")
+    elif here != there:
+        yield key, here, there
 
 
 def _shown(value: Any) -> str:

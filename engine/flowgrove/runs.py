@@ -47,6 +47,7 @@ def open_recipe(source: Path, overrides: tuple[str, ...] = (), which: str | None
     """
     if source.is_dir():
         checkpoint = find_checkpoint(source, which)
+        verify(checkpoint)  # before a model is loaded
         return load_recipe(source / "recipe.yaml", overrides), checkpoint
     if which is not None and (which == "best" or not Path(which).exists()):
         raise UserError(f"--checkpoint {which}: {source} is no run folder: give one, or the path of a checkpoint")

@@ -1,0 +1,219 @@
+"""One run at a time in a folder, and what a run that is stopped leaves in it (issue 13, items 6 and 16)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import torch
+
+from engine_cases import checkpoints, contents, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
+from flowgrove import stopping
+from flowgrove.errors import UserError
+from flowgrove.folder_lock import NAME, FolderLock
+from flowgrove.metrics import read_metrics
+from flowgrove.recipe import load_recipe
+from flowgrove.stopping import Stopped, Stopping
+from flowgrove.trainer import Trainer
+from subprocesses import PYTHON, environment
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flowgrove.folder_lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+RUN = {"iterations": 4, "checkpoint_every": 0, "eval_every": 0, "log": ["jsonl"]}
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has tmp_path/run."""
+    with subprocess.Popen([PYTHON, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+# The lock
+
+
+def test_a_folder_in_use_is_refused_and_that_of_a_dead_process_taken_over(holder, tmp_path):
+    recipe = tiny_recipe(tmp_path, run=RUN)
+    before = contents(tmp_path / "run")
+    line = refuse("train", recipe, "--out", tmp_path / "run")
+    assert f"{tmp_path / 'run'} is in use by another run, process {holder.pid} on {socket.gethostname()}: give another --out" in line
+    assert contents(tmp_path / "run") == before
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "run" / NAME).exists()
+    FolderLock(tmp_path / "run").release()
+    assert not (tmp_path / "run" / NAME).exists()
+
+
+@pytest.mark.parametrize("seconds", [0, 60, 3600])
+def test_a_run_on_another_host_counts_while_it_touches_its_file(tmp_path, seconds):
+    lock = tmp_path / NAME
+    lock.write_text(json.dumps({"host": "elsewhere", "process": 77}))
+    os.utime(lock, (time.time() - seconds, time.time() - seconds))
+    if seconds > 120:
+        FolderLock(tmp_path).release()
+        assert not lock.exists()
+    else:
+        with pytest.raises(UserError, match="process 77 on elsewhere: give another --out, or end that process, or wait 120 seconds"):
+            FolderLock(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b'{"host": 3}' + b" " * 2000, b'{"process": -1}'])
+def test_a_damaged_lock_file_that_is_old_keeps_nobody_out(tmp_path, content):
+    (tmp_path / NAME).write_bytes(content)
+    os.utime(tmp_path / NAME, (0, 0))
+    FolderLock(tmp_path).release()
+
+
+def test_a_file_system_without_locks_still_knows_its_own_processes(holder, tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("flowgrove.folder_lock.fcntl.flock", unsupported)
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        FolderLock(tmp_path / "run")
+    holder.kill()
+    holder.wait()
+    FolderLock(tmp_path / "run").release()
+
+
+def test_a_mistake_after_the_lock_leaves_no_folder_behind(tmp_path):
+    recipe = tiny_recipe(tmp_path, run=RUN)
+    refuse("train", recipe, "--set", f"model.path={tmp_path / 'gone'}", "--out", tmp_path / "a" / "b" / "run")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_finished_run_leaves_no_lock(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={**RUN, "iterations": 1})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / NAME).exists()
+
+
+# Signals in this process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_interrupts_what_may_be_thrown_away_and_waits_elsewhere(number, monkeypatch):
+    monkeypatch.setattr(stopping, "_ONE_REQUEST", 0.05)
+    before, left = signal.getsignal(number), []
+    signal.signal(number, signal.default_int_handler)  # as in a terminal; under nohup it stays ignored
+    try:
+        with Stopping(left.append) as stop:
+            with pytest.raises(Stopped) as caught:
+                signal.raise_signal(number)
+            assert caught.value.exit_code == 128 + number
+        with Stopping(left.append) as stop:
+            stop.hold()
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # the same request, as a terminal that closes sends it twice
+            assert left == []
+            time.sleep(0.06)
+            signal.raise_signal(number)
+            assert left == [128 + number]
+            with pytest.raises(Stopped):
+                stop.let_go()
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopping():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Interrupting:
+    """Stands for a reward: the signal comes while it scores iteration `at`."""
+
+    def __init__(self, inner, at, error=None):
+        self.inner, self.at, self.error, self.calls = inner, at, error, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls == self.at + 1:
+            if self.error is None:
+                signal.raise_signal(signal.SIGTERM)
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except BaseException:  # a reward that catches everything
+                raise self.error from None
+        return self.inner(*arguments)
+
+
+@pytest.mark.parametrize("error", [None, UserError("the reward failed")])
+def test_a_run_stopped_while_it_draws_goes_on_to_the_same_bits(tmp_path, error):
+    recipe = tiny_recipe(tmp_path, run=RUN)
+    succeed("train", recipe, "--out", tmp_path / "whole")
+    run = tmp_path / "run"
+    with Stopping() as stop:
+        trainer = Trainer(load_recipe(recipe), run, stopping=stop)
+        trainer.stages.rewards = Interrupting(trainer.rewards, 2, error)
+        with pytest.raises(Stopped):
+            trainer.run()
+    assert stop.saved == run / "checkpoints" / "step_000002"
+    assert checkpoints(run) == ["step_000002"]
+    assert not (run / NAME).exists()
+    succeed("train", recipe, "--out", run)
+    assert timeless(metrics_of(run)) == timeless(metrics_of(tmp_path / "whole"))
+    expected = weights_of(tmp_path / "whole", 4)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(run, 4).items())
+
+
+def test_a_run_stopped_before_its_first_update_has_nothing_to_save(tmp_path):
+    recipe = tiny_recipe(tmp_path, run=RUN)
+    with Stopping() as stop:
+        trainer = Trainer(load_recipe(recipe), tmp_path / "run", stopping=stop)
+        trainer.stages.rewards = Interrupting(trainer.rewards, 0)
+        with pytest.raises(Stopped):
+            trainer.run()
+    assert stop.saved is None
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# In a process of its own
+
+LISTENING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from flowgrove.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGHUP))])
+def test_a_signal_saves_and_tells(tmp_path, number):
+    recipe = tiny_recipe(tmp_path, run={**RUN, "iterations": 10_000})
+    run = tmp_path / "run"
+    command = [PYTHON, "-c", LISTENING, "train", recipe, "--out", run]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run)) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    (name,) = checkpoints(run)
+    assert int(name[5:]) == len(read_metrics(run))
+    assert f"saved {run / 'checkpoints' / name}: the same command goes on from it" in errors
+    assert f"interrupted ({signal.Signals(number).name})" in errors
+    assert "Traceback" not in errors
+    assert not (run / NAME).exists()
