@@ -42,10 +42,11 @@ def read_bytes(path: Path, most: int, what: str) -> bytes:
 
     Raises OSError, and UserError beginning with `what`.
     """
-    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a folder has an error of its own
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a folder has an error of its own
         raise UserError(f"{what} {path} is a pipe or a device: write it into a file and give that")
     with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        content = file.read(most + 1) if found.st_size <= most else b""
+    if max(found.st_size, len(content)) > most:
         raise UserError(f"{what} {path} is larger than {most >> 10:,} KiB: give the right file, or split it")
     return content
