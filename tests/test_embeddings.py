@@ -199,7 +199,35 @@ def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_pat
     assert loads == [encoders, rest]
     loads.clear()
     succeed("export", run, "--out", tmp_path / "export")
-    assert loads == [(*rest, "vae")]
+    assert loads == ([(*rest, "vae")] if lora is None else []), "a LoRA needs no model"
     if lora is None:
         theirs, ours = ((Path(folder) / "text_encoder" / "model.safetensors").read_bytes() for folder in (folders["wan"], tmp_path / "export"))
         assert theirs == ours
+
+
+@pytest.mark.parametrize("cache", ["none", "stored"])
+@pytest.mark.parametrize("name", ["sd3", *MODELS])
+def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, caplog, name, cache):
+    long = "a red circle left of a blue square " * 5
+    alike = [f"{long}one", f"{long}two", f"{long}three"]
+    with caplog.at_level("WARNING", "flowgrove"):
+        Policy(recipe_of(folders, name, "none" if cache == "none" else tmp_path), CPU, [*TEXTS, *alike, *TEXTS])
+    told = [record.getMessage() for record in caplog.records if "limit" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("2 prompts differ from others only after the text encoders' limit")
+
+
+@pytest.mark.parametrize("name", ["sd3", *MODELS])
+def test_prompts_that_are_read_whole_are_not_told(folders, caplog, name):
+    with caplog.at_level("WARNING", "flowgrove"):
+        Policy(recipe_of(folders, name, "none"), CPU, ["a red", "a big", "A red", "a  red", "x" * 200, "a red circle"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"version https://git-lfs.github.com/spec/v1"])
+def test_a_damaged_file_of_embeddings_is_one_line(folders, tmp_path, content):
+    policy = Policy(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged .* remove it"):
+        policy.encode(TEXTS)

@@ -126,6 +126,13 @@ class Adapter(ABC):
         """Samples that are decoded together."""
         return max(1, _PIXELS_PER_DECODE[device_type] // self.geometry.pixels)
 
+    def tokenizers(self) -> list[tuple[Any, int]]:
+        """Those of the loaded text encoders, each with the tokens that its encoder reads of a prompt."""
+        named = [name for name, encoder in self._text_parts() if getattr(self.pipe, encoder) is not None]
+        asked = {named[-1]: self.geometry.prompt_tokens} if named else {}
+        found = [(getattr(self.pipe, name), asked.get(name)) for name in named]
+        return [(one, min(one.model_max_length, most or one.model_max_length)) for one, most in found]
+
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Text embeddings, one row per prompt; `uncond_text` is the unconditional prompt."""

@@ -4,6 +4,7 @@ On disk each prompt is a safetensors file without padding, in a folder named aft
 """
 
 import hashlib
+import logging
 import os
 import shutil
 from collections import OrderedDict
@@ -15,10 +16,12 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowgrove.data import cut_alike
 from flowgrove.device import release_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_file
@@ -31,9 +34,25 @@ _KEPT_ON_DEVICE, _KEPT_ON_HOST = 1 << 28, 1 << 33  # bytes of embeddings
 _LARGE = 1 << 30  # bytes of text encoders that `auto` rather frees
 MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user's cache folder
 _LENGTH = ".length"
+_MARKS = 8  # tokens that a tokenizer puts around a text, at most
+_log = logging.getLogger(__name__)
 
 
 Encoder = Callable[[list[str]], Conditioning]  # one row per text; where the policy gets its conditioning from
+
+
+def warn_of_cut_prompts(adapter: Adapter, texts: Iterable[str]) -> None:
+    """Logs how many of `texts` differ from others only after what the encoders of `adapter` read."""
+    tokenizers = adapter.tokenizers()
+    most = max((limit for _, limit in tokenizers), default=0)
+    long = [text for text in dict.fromkeys(texts) if len(text.encode()) + _MARKS > most]  # a token holds a byte or more
+    long = [text for text in long if all(len(one(text).input_ids) >= limit for one, limit in tokenizers)]
+
+    def read(text: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(one(text, truncation=True, max_length=limit).input_ids) for one, limit in tokenizers)
+
+    if tokenizers and (told := cut_alike(long, read)) is not None:
+        _log.warning("%s", told)
 
 
 class LoadedEncoder:
@@ -107,6 +126,7 @@ class StoredEncoder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         adapter = self.load(self.device)
+        warn_of_cut_prompts(adapter, missing)
         first = missing[:_FIRST]
         for number, text in enumerate(missing):
             tensors = _without_end(adapter.encode([text]))  # alone: its bits depend on no other text
@@ -119,7 +139,14 @@ class StoredEncoder:
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
         self.prepare(texts)
-        return Conditioning.cat([_with_end(load_file(self._file(text))) for text in texts]).to(self.device)
+        return Conditioning.cat([self._read(text) for text in texts]).to(self.device)
+
+    def _read(self, text: str) -> Conditioning:
+        file = self._file(text)
+        try:
+            return _with_end(load_file(file))
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error}): remove it, and its prompt is encoded anew") from None
 
     def _check_room(self, some: list[str], count: int) -> None:
         needed = sum(self._file(text).stat().st_size for text in some) * count // len(some)

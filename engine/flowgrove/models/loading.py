@@ -8,7 +8,16 @@ import torch
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
-from flowgrove.models.embeddings import MOST_UNASKED, Encoder, LoadedEncoder, OffloadedEncoder, StoredEncoder, TooManyPromptsError, cache_folder
+from flowgrove.models.embeddings import (
+    MOST_UNASKED,
+    Encoder,
+    LoadedEncoder,
+    OffloadedEncoder,
+    StoredEncoder,
+    TooManyPromptsError,
+    cache_folder,
+    warn_of_cut_prompts,
+)
 from flowgrove.models.flux import Flux
 from flowgrove.models.folders import model_folder
 from flowgrove.models.geometry import read_geometry
@@ -42,6 +51,7 @@ def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: 
     folder_of_embeddings = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
     if folder_of_embeddings is None:
         adapter = load(device)
+        warn_of_cut_prompts(adapter, texts)
         return adapter, LoadedEncoder(adapter)
     stored = StoredEncoder(folder_of_embeddings, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
     encoder: Encoder = stored
