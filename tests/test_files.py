@@ -10,7 +10,7 @@ import time
 import pytest
 
 from engine_cases import succeed, tiny_recipe
-from flowgrove.files import write_file, write_text
+from flowgrove.files import partial_name, remove_left_behind, write_file, write_text
 from flowgrove.metrics import MetricsLog, read_metrics
 from subprocesses import PYTHON, environment
 
@@ -46,6 +46,17 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     write_file(path, first)
     assert path.read_text() == "first"
     assert os.listdir(tmp_path) == ["cache.json"]
+
+
+def test_what_killed_writers_have_left_goes_after_an_hour(tmp_path):
+    for path, age in ((partial_name(tmp_path / "report.html"), 7200), (partial_name(tmp_path / "eval.json"), 60), (tmp_path / ".mine.partial", 7200)):
+        path.write_text("half")
+        os.utime(path, (time.time() - age, time.time() - age))
+    remove_left_behind(tmp_path)
+    left = sorted(os.listdir(tmp_path))
+    assert len(left) == 2
+    assert left[0].startswith(".eval.")
+    assert left[1] == ".mine.partial"
 
 
 def test_a_file_of_the_longest_name_can_be_written(tmp_path):

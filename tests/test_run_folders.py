@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -188,7 +190,64 @@ def test_a_run_stopped_before_its_first_update_has_nothing_to_save(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_run_stopped_while_it_evaluates_keeps_its_weights_and_not_their_averages(tmp_path):
+    recipe = tiny_recipe(
+        tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5}, run={**RUN, "iterations": 2, "checkpoint_every": 1}
+    )
+    succeed("train", recipe, "--out", tmp_path / "whole")
+    run = tmp_path / "run"
+    with Stopping() as stop:
+        trainer = Trainer(load_recipe(recipe, ("run.eval_every=1", "run.checkpoint_every=0")), run, stopping=stop)
+        trainer.rewards = Interrupting(trainer.rewards, 1)  # of evaluations, the second
+        with pytest.raises(Stopped):
+            trainer.run()
+    assert stop.saved == run / "checkpoints" / "step_000001"
+    for name in ("weights", "ema", "optimizer"):
+        file = f"checkpoints/step_000001/{name}.safetensors"
+        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 # In a process of its own
+
+HOLDING = """
+import os, signal, time
+from flowgrove.stopping import Stopping
+with Stopping() as stop:
+    stop.hold()
+    print("held", flush=True)
+    time.sleep(600)
+    time.sleep(600)
+"""
+
+
+def test_a_second_signal_ends_at_once():
+    with subprocess.Popen([PYTHON, "-c", HOLDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGTERM)
+        told = process.stderr.readline()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 143
+    assert told == "SIGTERM: ends after this update and a checkpoint; once more ends at once\n"
+
+
+@pytest.mark.long
+def test_a_terminal_that_closes_saves_too(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={**RUN, "iterations": 10_000})
+    run = tmp_path / "run"
+    child, ours = pty.fork()
+    if child == 0:
+        os.execve(PYTHON, [PYTHON, "-c", LISTENING, "train", str(recipe), "--out", str(run)], environment())
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run)) < 2 and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 10_000)
+    os.close(ours)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    (name,) = checkpoints(run)
+    assert int(name[5:]) == len(read_metrics(run))
+
 
 LISTENING = """
 import signal

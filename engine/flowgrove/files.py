@@ -5,10 +5,14 @@ permissions that the user's umask gives to new files, whatever the library that 
 """
 
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+_PARTIAL = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.partial(\..+)?")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,6 +40,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 def partial_name(path: Path) -> Path:
     """A name beside `path` that nobody else uses, with its suffix: libraries take a format from it."""
     return path.with_name(f".{path.stem[:80]}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Removes what writers that were killed more than an hour ago have left in `folder`."""
+    for file in folder.glob(".*.partial*"):
+        with suppress(OSError):
+            if _PARTIAL.fullmatch(file.name) and file.stat().st_mtime < time.time() - 3600:
+                file.unlink()
 
 
 def follow_umask(folder: Path) -> None:

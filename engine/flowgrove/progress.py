@@ -29,8 +29,9 @@ class TrainingDisplay:
             self.progress.stop()
 
     def update(self, line: dict[str, Any]) -> None:
-        self.progress.console.print(format_line(line))
-        self.progress.advance(self.task)
+        with suppress(OSError):  # a run outlives its terminal
+            self.progress.console.print(format_line(line))
+            self.progress.advance(self.task)
 
 
 def format_line(line: dict[str, Any]) -> str:

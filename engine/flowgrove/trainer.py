@@ -13,7 +13,7 @@ from flowgrove.data import prompts_of_iteration, read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
-from flowgrove.files import write_text
+from flowgrove.files import remove_left_behind, write_text
 from flowgrove.folder_lock import FolderLock
 from flowgrove.grids import grid_files, save_grid
 from flowgrove.iteration import Stages
@@ -86,6 +86,8 @@ class Trainer:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)
             place = checkpoint.resolve()
             self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
+        for folder in (self.out, self.out / "samples"):
+            remove_left_behind(folder)
         write_text(self.out / "recipe.yaml", dump_recipe(recipe))
 
     def _texts(self) -> list[str]:
