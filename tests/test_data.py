@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrove.data import prompts_of_iteration, read_prompts
+from flowgrove.data import prompts_of_iteration, prompts_of_run, read_prompts
 from planner_cases import user_error
 from subprocesses import python
 
@@ -82,6 +82,16 @@ def test_every_pass_over_the_file_is_a_permutation_and_passes_follow_without_a_g
         assert set(part) <= set(prompts)
         if len(part) == length:
             assert sorted(part) == sorted(prompts)
+
+
+@given(length=LENGTHS, count=COUNTS, iterations=st.integers(1, 6), seed=SEEDS)
+def test_the_prompts_of_a_run_are_those_of_its_iterations_in_the_order_of_first_use(length, count, iterations, seed):
+    prompts = numbered(length)
+    assert prompts_of_run(prompts, iterations, count, seed) == list(dict.fromkeys(stream(prompts, iterations, count, seed)))
+
+
+def test_the_prompts_of_the_longest_run_take_no_time():
+    assert len(prompts_of_run(numbered(3), 1_000_000, 100_000, 1)) == 3
 
 
 @given(length=LENGTHS, seed=SEEDS, counts=st.tuples(st.integers(1, 6), st.integers(1, 6)))

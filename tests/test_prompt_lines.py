@@ -98,6 +98,21 @@ def test_pipes_devices_loops_and_huge_files_are_one_line(tmp_path):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.parquet"])
+def test_a_pointer_of_git_lfs_is_no_file_of_prompts(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
+    assert "git lfs pull" in refused(tmp_path, name, pointer)
+
+
+def test_pipes_in_place_of_tables_are_one_line(tmp_path):
+    os.mkfifo(tmp_path / "p.parquet")
+    assert "pipe" in user_error(read_prompts, tmp_path / "p.parquet", KEY)
+    assert "pipe" in user_error(read_prompts, tmp_path, KEY)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "p.parquet"}]}')
+    assert "pipe" in user_error(read_prompts, tmp_path, KEY)
+
+
 BROKEN = ["[]", "{}", '{"splits": 3}', '{"splits": []}', '{"splits": [1]}', '{"splits": "x"}', "[" * 100_000, "\xff", "null"]
 
 

@@ -293,7 +293,7 @@ def test_what_is_set_by_hand_is_kept_and_written_down(tmp_path):
     (tmp_path / "other.txt").write_text("a red circle at the centre\n")
     options = [
         "engine.token_budget=70", "engine.exact_replay=true", "rollout.window={strategy: frozen, size: 3}", "data.prompts=other.txt", "model.lora.rank=2",
-        "model.lora.alpha=4",
+        "model.lora.alpha=4", "reward.0.weight=2",
     ]  # fmt: skip
     written = tmp_path / "elsewhere" / "tuned.yaml"
     succeed("tune", recipe, "--out", written, *[part for option in options for part in ("--set", option)])

@@ -136,7 +136,7 @@ def train(
 def plan(
     recipe: RecipePath,
     set_: Overrides = None,
-    iteration: Annotated[int, typer.Option(min=0, help="which iteration, counted from 0")] = 0,
+    iteration: Annotated[int, typer.Option(min=0, max=999_999, help="which iteration, counted from 0")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")] = False,
 ) -> None:

@@ -118,6 +118,11 @@ def prompts_of_iteration(prompts: list[str], iteration: int, count: int, seed: i
     return chosen
 
 
+def prompts_of_run(prompts: list[str], iterations: int, count: int, seed: int) -> list[str]:
+    """What `prompts_of_iteration` takes in that many iterations, each line once, in the order of its first use."""
+    return [prompts[index] for index in _order(seed, 0, len(prompts))[: iterations * count]]
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"prompts/{seed}/{epoch}").sample(range(count), count)

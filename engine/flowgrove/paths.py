@@ -37,16 +37,22 @@ def find(text: str, folder: Path, key: str) -> str | None:
     return os.path.realpath(path) if exists(path) else None
 
 
+def check_regular(path: Path, what: str) -> int:
+    """Its size, or that of a folder, which has errors of its own. Raises OSError, and UserError for pipes and devices."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{what} {path} is a pipe or a device: write it into a file and give that")
+    return found.st_size
+
+
 def read_bytes(path: Path, most: int, what: str) -> bytes:
     """The content of a regular file of at most `most` bytes: a pipe or a device could be read for ever.
 
     Raises OSError, and UserError beginning with `what`.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a folder has an error of its own
-        raise UserError(f"{what} {path} is a pipe or a device: write it into a file and give that")
+    size = check_regular(path, what)
     with path.open("rb") as file:
-        content = file.read(most + 1) if found.st_size <= most else b""
-    if max(found.st_size, len(content)) > most:
+        content = file.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:
         raise UserError(f"{what} {path} is larger than {most >> 10:,} KiB: give the right file, or split it")
     return content

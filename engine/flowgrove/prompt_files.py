@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
-from flowgrove.paths import read_bytes
+from flowgrove.paths import check_regular, read_bytes
 
 _COLUMNS = ("prompt", "caption", "text")  # taken in this order where data.prompt_key is null
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-(?P<count>\d{5})")
 _SPLITS = ("train", "validation", "test")
 MOST_PROMPTS, MOST_CHARACTERS = 4_000_000, 1 << 28
 _MOST_BYTES = 1 << 29  # of a text file; of a column of a parquet file, uncompressed
+_POINTER = "version https://git-lfs.github.com/spec/"
 _BATCH = 256  # rows: one text that stands in each of them is held that often
 
 
@@ -38,6 +39,8 @@ def read_file(file: Path, key: str, column: str | None) -> list[str]:
 
 def _text(file: Path, key: str) -> str:
     content = read_bytes(file, _MOST_BYTES, f"{key}:").decode("utf-8-sig")
+    if content.startswith(_POINTER):
+        raise UserError(f"{key}: {file} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
     if content.count("\n") > 2 * MOST_PROMPTS:
         raise UserError(f"{key}: {file} has more than {2 * MOST_PROMPTS:,} lines: give a part of it")
     return content
@@ -139,6 +142,7 @@ def _read_saved(folder: Path, key: str, column: str | None) -> list[str]:
     texts: list[str] = []
     characters = 0
     for file in (folder / entry["filename"] for entry in state["_data_files"]):
+        check_regular(file, f"{key}:")
         with arrow.memory_map(str(file)) as source, arrow.ipc.open_stream(source) as stream:
             name = _pick_column(stream.schema.names, folder, key, column)
             for batch in stream:
@@ -151,6 +155,8 @@ def _read_parquet(files: list[Path], key: str, column: str | None) -> list[str]:
     texts: list[str] = []
     characters = 0
     for file in files:
+        if check_regular(file, f"{key}:") < 1000 and file.read_bytes().startswith(_POINTER.encode()):
+            raise UserError(f"{key}: {file} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
         with parquet.ParquetFile(file) as table:
             name = _pick_column(table.schema_arrow.names, file, key, column)
             index = table.schema_arrow.names.index(name)

@@ -113,8 +113,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write --set section.key=value, like --set run.seed=3")
     try:
         given = read_yaml(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {value!r} is not YAML") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {value!r} is not YAML: {error}") from None
     place: Any = content
     for depth, section in enumerate(sections):
         found = place[_entry(place, section, override)] if isinstance(place, list) else place.get(section)

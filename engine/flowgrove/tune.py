@@ -225,6 +225,9 @@ def _given(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
         place, value = given, recipe.model_dump(mode="json")
         *sections, last = override.partition("=")[0].strip().split(".")
         for section in sections:
+            if isinstance(value[section], list):  # whole, whichever entry was set
+                last = section
+                break
             place, value = place.setdefault(section, {}), value[section]
         place[last] = value[last]
     return given
