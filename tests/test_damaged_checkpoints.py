@@ -240,6 +240,15 @@ def test_the_best_checkpoint_outlives_the_newest_ones(trained, tmp_path):
     assert find_checkpoint(tmp_path, "best").name == "step_000002"
 
 
+def test_the_best_of_a_branch_that_was_left_goes_with_it(trained, tmp_path):
+    """Else the run would go on from there."""
+    trained.save(tmp_path, 1)
+    mark_best(trained.save(tmp_path, 5), 0.5)
+    trained.save(tmp_path, 2)
+    assert [folder.name for folder in valid_checkpoints(tmp_path)] == ["step_000001", "step_000002"]
+    assert checkpoints.best_checkpoint(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"completed_iterations": 1}', '{"completed_iterations": "x", "eval_reward": 1}', '{"completed_iterations": 1e999}']
 )

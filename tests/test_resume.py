@@ -1,5 +1,6 @@
 """Kill and resume: the same weights to the last bit, the same metrics, no line twice and none missing (issue 2, DESIGN §3.3)."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,18 @@ def test_a_damaged_checkpoint_is_one_line(recipe, cut, damage):
     assert str(checkpoint) in refuse("train", recipe, "--out", run)
     assert str(checkpoint) in refuse("train", recipe, "--out", run, "--resume", checkpoint)
     assert contents(run) == before
+
+
+def test_a_run_from_before_manifests_goes_on_to_the_same_bits(whole, recipe, cut):
+    """Its checkpoints are those of today without manifest.json and with format 1."""
+    run = cut(2, 2)
+    checkpoint = run / "checkpoints" / "step_000002"
+    (checkpoint / "manifest.json").unlink()
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, "format": 1}))
+    result = succeed("train", recipe, "--out", run)
+    assert "damaged" not in result.stderr
+    assert_same_run(run, whole)
 
 
 @pytest.mark.parametrize("damage", ["weights cut", pytest.param("state cut", marks=pytest.mark.long)])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowgrove.errors import UserError
 from flowgrove.files import follow_umask, partial_name, write_text
-from flowgrove.manifest import FORMAT, DamagedError, unreadable, verify, write_manifest
+from flowgrove.manifest import FORMAT, DamagedError, bears_a_number, unreadable, verify, write_manifest
 from flowgrove.models.policy import Policy
 from flowgrove.optimizers import load_state_tensors, state_tensors
 from flowgrove.update import Updater
@@ -29,7 +29,8 @@ _log = logging.getLogger("flowgrove")
 
 
 def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int, fingerprint: str, keep_last: int, line: dict[str, Any]) -> Path:
-    """Writes checkpoints/step_NNNNNN (NNNNNN: completed iterations), moves `latest`, removes all but the newest `keep_last` and the best."""
+    """Writes checkpoints/step_NNNNNN (NNNNNN: completed iterations), moves `latest`, removes all but the newest
+    `keep_last` and the best."""
     folder = run / "checkpoints" / f"step_{completed:06d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.iterdir():  # by runs that were killed: whoever saves has the folder for himself
@@ -43,8 +44,12 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
     if updater.ema is not None:
         tensors["ema"] = {name: average.contiguous() for name, average in updater.ema.average.items()}
     state = {
-        "format": FORMAT, "completed_iterations": completed, "recipe": fingerprint, "line": line, "token_budget": policy.budget.tokens,
-    }  # fmt: skip
+        "format": FORMAT,
+        "completed_iterations": completed,
+        "recipe": fingerprint,
+        "line": line,
+        "token_budget": policy.budget.tokens,
+    }
     partial = partial_name(folder)
     partial.mkdir()
     try:
@@ -68,12 +73,13 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
 
 
 def remove_older(run: Path, newest: Path, keep_last: int) -> None:
-    """Leaves the `keep_last` checkpoints up to `newest`, and the best; later ones are of a branch that a resumed run has left."""
+    """Leaves the `keep_last` checkpoints up to `newest`, and the best; later ones are of a branch that a resumed run has
+    left."""
     checkpoints, best = valid_checkpoints(run), best_checkpoint(run)
     place = checkpoints.index(newest)
-    for other in (*checkpoints[: max(0, place + 1 - keep_last)], *checkpoints[place + 1 :]):
-        if best is None or other != best[0]:
-            _remove(other)
+    older = [folder for folder in checkpoints[: max(0, place + 1 - keep_last)] if best is None or folder != best[0]]
+    for other in (*older, *checkpoints[place + 1 :]):
+        _remove(other)
 
 
 def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tuple[int, dict[str, Any]]:
@@ -108,13 +114,13 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tu
             parameter.copy_(weights[name])
     policy.refresh()
     if updater is not None and updater.ema is not None:
-        updater.ema.average = {name: tensor.to(policy.device, parameters[name].dtype) for name, tensor in average.items()}
+        updater.ema.average = {n: tensor.to(policy.device, parameters[n].dtype) for n, tensor in average.items()}
     return int(state["completed_iterations"]), state["line"]
 
 
 def valid_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run that bear their name, the oldest first."""
-    found = (p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdecimal() and p.name.isascii() and p.is_dir())
+    found = [p for p in (run / "checkpoints").glob("step_*") if bears_a_number(p) and p.is_dir()]
     return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
@@ -139,19 +145,22 @@ def newest_checkpoint(run: Path, say: Say = _log.warning) -> Path | None:
 
 
 def find_checkpoint(run: Path, which: str | None) -> Path:
-    """Of a run folder the newest one (None), that of N iterations ("N"), the best ("best"), or whatever folder is named.
+    """Of a run folder the newest one (None), that of N iterations ("N"), the best ("best"), or whatever folder is
+    named.
 
     Older weights are no stand-in for damaged ones: whoever wants them names them. Raises UserError.
     """
     checkpoints = valid_checkpoints(run)
     if which is None:
         if not checkpoints:
-            raise UserError(f"{run} holds no checkpoint: give the folder of a run that has written one, or a recipe for the base model")
+            ways = "give the folder of a run that has written one, or a recipe for the base model"
+            raise UserError(f"{run} holds no checkpoint: {ways}")
         return checkpoints[-1]
     if which == "best":
         best = best_checkpoint(run)
         if best is None:
-            raise UserError(f"{run} has no best checkpoint: train with run.keep_best: true and held-out prompts, or give {_choices(checkpoints)}")
+            ways = f"train with run.keep_best: true and held-out prompts, or give {_choices(checkpoints)}"
+            raise UserError(f"{run} has no best checkpoint: {ways}")
         return best[0]
     if which.isdecimal() and which.isascii():
         found = [folder for folder in checkpoints if int(folder.name[5:]) == int(which[:20])]
@@ -162,7 +171,10 @@ def find_checkpoint(run: Path, which: str | None) -> Path:
 
 
 def pointed_at(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or where `latest` of a run points, be it a link or a text file. Raises UserError."""
+    """The checkpoint that a path means: itself, or where `latest` of a run points, be it a link or a text file.
+
+    Raises UserError.
+    """
     if not path.exists():
         raise UserError(f"{path} is not a checkpoint: there is no such folder; give checkpoints/step_NNNNNN of a run")
     if not path.is_file():
@@ -178,10 +190,12 @@ def pointed_at(path: Path) -> Path:
 
 
 def best_checkpoint(run: Path) -> tuple[Path, float] | None:
-    """The checkpoint that scored best on the held-out prompts, and its score; None without `run.keep_best`, or if it is gone."""
+    """The checkpoint that scored best on the held-out prompts, and its score; None without `run.keep_best`, or if it is
+    gone."""
     try:
         told = json.loads((run / _BEST).read_text(encoding="utf-8"))
-        folder, reward = run / "checkpoints" / f"step_{int(told['completed_iterations']):06d}", float(told["eval_reward"])
+        folder = run / "checkpoints" / f"step_{int(told['completed_iterations']):06d}"
+        reward = float(told["eval_reward"])
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
     return (folder, reward) if folder.is_dir() else None
@@ -194,7 +208,8 @@ def mark_best(folder: Path, reward: float) -> None:
 
 
 def _choices(checkpoints: list[Path]) -> str:
-    return " or ".join(str(int(folder.name[5:])) for folder in checkpoints) or "the folder of a run that has written one"
+    numbers = " or ".join(str(int(folder.name[5:])) for folder in checkpoints)
+    return numbers or "the folder of a run that has written one"
 
 
 def _check_fit(folder: Path, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], whose: str) -> None:
@@ -202,7 +217,8 @@ def _check_fit(folder: Path, tensors: dict[str, Tensor], parameters: dict[str, n
         raise UserError(f"{folder} holds other weights than {whose}")
     odd = {tensor.dtype for tensor in tensors.values()} - {torch.float32, torch.float64}
     if odd:  # master weights are never anything else
-        raise DamagedError(folder, f"weights of {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in odd))}")
+        kinds = sorted(str(dtype).removeprefix("torch.") for dtype in odd)
+        raise DamagedError(folder, f"weights of {', '.join(kinds)}")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

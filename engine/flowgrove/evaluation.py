@@ -68,8 +68,14 @@ def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int
     return torch.cat([to_host(pictures) for pictures in draw(recipe, policy, prompts, first_prompt)])
 
 
-def evaluate(recipe: Recipe, policy: Policy, rewards: Rewards, prompts: list[str], between: Callable[[], None] = lambda: None) -> Evaluated:
-    """Samples the held-out prompts and scores them, some at a time; `between` is called after each of them, and may raise."""
+def evaluate(
+    recipe: Recipe,
+    policy: Policy,
+    rewards: Rewards,
+    prompts: list[str],
+    between: Callable[[], None] = lambda: None,
+) -> Evaluated:
+    """Samples the held-out prompts and scores them, some at a time; `between` is called after each, and may raise."""
     repeated = [prompt for prompt in prompts for _ in range(recipe.run.eval.samples)]
     small: list[Tensor] = []
     scores: list[Tensor] = []

@@ -15,7 +15,8 @@ __all__ = ["literal", "pyplot", "save_figure"]
 
 
 def literal(text: str, argument: str = "s") -> dict[str, Any]:
-    """Arguments of matplotlib's text functions that show `text` as it is: $…$ is no mathematics. `argument`: what they call the text."""
+    """Arguments of matplotlib's text functions that show `text` as it is: $…$ is no mathematics. `argument`: what they
+    call the text."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return {argument: shown, "parse_math": False, "usetex": False}
 

@@ -1,4 +1,5 @@
-"""Files that are whole or absent: written under another name first, so that a full disk or a kill leaves no half of one.
+"""Files that are whole or absent: written under another name first, so that a full disk or a kill leaves no half of
+one.
 
 That other name is nobody else's, so that two jobs may write the same file: the later one wins. What is written has the
 permissions that the user's umask gives to new files, whatever the library that writes it asks for.
@@ -63,7 +64,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def why_unreadable(file: Path, error: OSError) -> str:
-    """What the user can do about a file that is there and cannot be read: it may be a good one, so never to remove it."""
+    """What the user can do about a file that is there and cannot be read: it may be good, so never to remove it."""
     if isinstance(error, PermissionError):
         return f"{file}: permission denied: make it readable for this user, as with chmod u+r"
     return f"{file} cannot be read: {error.strerror or error}; try again when its disk can be reached"

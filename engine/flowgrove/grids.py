@@ -18,8 +18,8 @@ _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 
 @dataclass(frozen=True)
 class Grid:
-    """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums, NaN where nothing was scored; `numbers` of the prompts among
-    those that were drawn, which name their noise (-1: not known)."""
+    """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums, NaN where nothing was scored;
+    `numbers` of the prompts among those that were drawn, which name their noise (none: not known)."""
 
     tiles: NDArray[np.uint8]
     prompts: list[str]
@@ -29,21 +29,21 @@ class Grid:
     def part(self, rows: list[int], columns: int) -> "Grid":
         """Some of its rows, and the first `columns` samples of each."""
         numbers = tuple(self.numbers[row] for row in rows) if self.numbers else ()
-        return Grid(self.tiles[rows, :columns], [self.prompts[row] for row in rows], self.scores[rows, :columns], numbers)
+        prompts = [self.prompts[row] for row in rows]
+        return Grid(self.tiles[rows, :columns], prompts, self.scores[rows, :columns], numbers)
 
     def rows(self) -> dict[tuple[int, str], int]:
         """(number, prompt) → row."""
-        numbers = self.numbers or (-1,) * len(self.prompts)
-        return {key: row for row, key in enumerate(zip(numbers, self.prompts, strict=True))}
+        return {key: row for row, key in enumerate(zip(self.numbers, self.prompts, strict=True))}
 
 
 def in_common(first: Grid, second: Grid) -> tuple[Grid, Grid] | None:
     """What two grids show of the same prompts and seeds; None if there is nothing."""
-    places, others = first.rows(), second.rows()
-    if not (first.numbers and second.numbers):  # one is from before numbers were kept: rows of unchanged lists alone are sure to match
-        places, others = ((grid.rows() if first.prompts == second.prompts else {}) for grid in (first, second))
-        places, others = ({(-1, prompt): row for (_, prompt), row in rows.items()} for rows in (places, others))
-    same = [(row, others[key]) for key, row in places.items() if key in others]
+    if first.numbers and second.numbers:
+        others = second.rows()
+        same = [(row, others[key]) for key, row in first.rows().items() if key in others]
+    else:  # one is from before numbers were kept: only rows of unchanged lists are sure to match
+        same = [(row, row) for row in range(len(first.prompts))] if first.prompts == second.prompts else []
     if not same or first.tiles.shape[2:] != second.tiles.shape[2:]:
         return None
     columns = min(first.tiles.shape[1], second.tiles.shape[1])
@@ -53,7 +53,7 @@ def in_common(first: Grid, second: Grid) -> tuple[Grid, Grid] | None:
 def grid_files(run: Path) -> dict[int, Path]:
     """The grids of a run by the iterations that their model had behind it, in that order."""
     found = {path.stem.removeprefix("iteration_"): path for path in (run / "samples").glob("iteration_*.png")}
-    return dict(sorted((int(number), path) for number, path in found.items() if number.isdecimal() and number.isascii()))
+    return dict(sorted((int(name), path) for name, path in found.items() if name.isdecimal() and name.isascii()))
 
 
 def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[float]) -> None:
@@ -65,7 +65,7 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     tiles = to_bytes(evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]).numpy()
     prompts = [evaluated.prompts[index * samples] for index in chosen]
     info = PngInfo()
-    layout = {"rows": rows, "columns": columns, "prompts": prompts, "scores": scores.tolist(), "numbers": chosen.tolist()}
+    layout = {"rows": rows, "columns": columns, "prompts": prompts, "numbers": chosen.tolist(), "scores": scores.tolist()}
     info.add_itxt("flowgrove", json.dumps(layout))
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = tiles.shape[1:3]
@@ -83,7 +83,8 @@ def load_grid(path: Path) -> Grid:
         height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
         tiles = pixels.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
         scores = np.array(layout["scores"], dtype=np.float64).reshape(rows, columns)
-        prompts, numbers = [str(prompt) for prompt in layout["prompts"]], tuple(int(n) for n in layout.get("numbers", ()))
+        prompts = [str(prompt) for prompt in layout["prompts"]]
+        numbers = tuple(int(number) for number in layout.get("numbers", ()))
     except PermissionError:
         raise
     except (OSError, SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError):

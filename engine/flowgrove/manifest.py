@@ -1,4 +1,5 @@
-"""What makes a checkpoint whole: manifest.json holds the size and SHA-256 of every tensor file, and the state once more.
+"""What makes a checkpoint whole: manifest.json holds the size and SHA-256 of every tensor file, and the state once
+more.
 
 Checkpoints of format 1 are older than that: of those, what can be seen without it is checked.
 """
@@ -29,21 +30,23 @@ class DamagedError(UserError):
     """A checkpoint that is not as it was written. Another one may serve."""
 
     def __init__(self, folder: Path, what: str) -> None:
-        super().__init__(f"{folder} is damaged ({what}): remove it to go on from the one before, or give another checkpoints/step_NNNNNN of a run")
+        ways = "remove it to go on from the one before, or give another checkpoints/step_NNNNNN of a run"
+        super().__init__(f"{folder} is damaged ({what}): {ways}")
         self.folder, self.what = folder, what
 
 
 def write_manifest(folder: Path, state: dict[str, Any]) -> None:
     """Adds state.json and manifest.json to a folder that holds its tensor files."""
     (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    files: dict[str, dict[str, int | str]] = {file.name: {"bytes": file.stat().st_size} for file in _tensor_files(folder)}
+    files: dict[str, dict[str, int | str]] = {f.name: {"bytes": f.stat().st_size} for f in _tensor_files(folder)}
     for name, digest in _digests(folder, files).items():
         files[name]["sha256"] = digest
-    (folder / _MANIFEST).write_text(json.dumps({"format": 1, "files": files, "state": state}, indent=1), encoding="utf-8")
+    manifest = {"format": 1, "files": files, "state": state}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint that is as it was written. Raises DamagedError, or UserError for one that may not be read."""
+    """The state of a checkpoint that is as it was written. Raises DamagedError, or UserError if it may not be read."""
     begun = time.time()
     seen = _fingerprint(folder)
     known = _verified.get(folder)
@@ -64,11 +67,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: format, completed_iterations, recipe, line, and token_budget unless it is older than that.
+    """What a checkpoint says of itself: format, completed_iterations, recipe, line, and token_budget unless it is older
+    than that.
 
     Raises DamagedError, or UserError for a folder that is no checkpoint or may not be read.
     """
-    if not _bears_a_number(folder) and _holds_nothing(folder):
+    if not bears_a_number(folder) and _holds_nothing(folder):
         raise UserError(f"{folder} is not a checkpoint: give a folder checkpoints/step_NNNNNN of a run")
     state = _read_json(folder / _STATE)
     kinds: dict[str, type] = {"completed_iterations": int, "recipe": str, "line": dict}
@@ -78,7 +82,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
         raise DamagedError(folder, f"{_STATE} has format {state['format']!r}, which this version does not know")
     completed = state["completed_iterations"]
-    if completed < 0 or (_bears_a_number(folder) and completed != int(folder.name[5:])):
+    if completed < 0 or (bears_a_number(folder) and completed != int(folder.name[5:])):
         raise DamagedError(folder, f"{_STATE} is that of {completed} completed iterations")
     if state["line"].get("iteration", completed - 1) != completed - 1:
         raise DamagedError(folder, f"{_STATE} holds the line of another iteration")
@@ -87,7 +91,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _check_manifest(folder: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
     told, files = manifest.get("state"), manifest.get("files")
-    if not isinstance(told, dict) or not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+    if not (isinstance(told, dict) and isinstance(files, dict) and all(isinstance(f, dict) for f in files.values())):
         raise DamagedError(folder, f"{_MANIFEST} says too little")
     if _text(state) != _text({key: value for key, value in told.items() if key in state or key not in _ADDED_LATER}):
         raise DamagedError(folder, f"{_STATE} and {_MANIFEST} contradict each other")
@@ -116,7 +120,8 @@ def _check_headers(folder: Path) -> None:
 
 
 def unreadable(file: Path, folder: Path, error: OSError) -> UserError:
-    """What to raise for a file of the checkpoint `folder`: it is damaged where there is no file, else its disk or its permissions are at fault."""
+    """What to raise for a file of the checkpoint `folder`: it is damaged where there is no file, else its disk or its
+    permissions are at fault."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
         return DamagedError(folder, f"{file.name} is missing")
     return UserError(why_unreadable(file, error))
@@ -171,7 +176,8 @@ def _fingerprint(folder: Path) -> tuple[tuple[str, int, float], ...]:
     return tuple((name, told.st_size, max(told.st_ctime, told.st_mtime)) for name, told in found)
 
 
-def _bears_a_number(folder: Path) -> bool:
+def bears_a_number(folder: Path) -> bool:
+    """Whether a folder has the name of a run's checkpoint, step_NNNNNN."""
     return folder.name.startswith("step_") and folder.name[5:].isdecimal() and folder.name.isascii()
 
 

@@ -20,13 +20,15 @@ _TRAIN, _HELD_OUT, _MUTED = "#8fa8c8", "#1f4e8c", "#666666"
 
 
 def write_report(recipe: Recipe, out: Path) -> Path:
-    """Writes reward.png, ratio.png, before_after.png (with held-out prompts) and report.html into the run folder; returns the page.
+    """Writes reward.png, ratio.png, before_after.png (with held-out prompts) and report.html into the run folder;
+    returns the page.
 
     Raises UserError if metrics.jsonl holds no line of this recipe.
     """
     lines = [line for line in read_metrics(out) if _is_whole(line, recipe)]
     if not lines:
-        raise UserError(f"{out / 'metrics.jsonl'} holds no line of this recipe: give the folder of a run that has trained")
+        log = out / "metrics.jsonl"
+        raise UserError(f"{log} holds no line of this recipe: give the folder of a run that has trained")
     plots = {"Reward": "reward.png", "Policy ratio": "ratio.png", "Clipped edges": "clipped.png", "Advantage by step": "advantage.png"}
     _reward_curve(lines, recipe, out / "reward.png")
     if len(recipe.reward) > 1:

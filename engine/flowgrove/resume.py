@@ -35,7 +35,8 @@ def fingerprint(recipe: Recipe) -> str:
     Keys at their default do not enter, so that a version with new keys resumes old runs.
     """
     content = _deciding(recipe, exclude_defaults=True)
-    content["data"] |= {"prompts": read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key), "eval_prompts": None}
+    prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
+    content["data"] |= {"prompts": prompts, "eval_prompts": None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -57,15 +58,16 @@ def _deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
 
 def differences(recipe: Recipe, out: Path) -> str:
     """The keys in which `recipe` is another than that of the run in `out`, with both values, as one phrase."""
-    own = out / "recipe.yaml"
+    file = out / "recipe.yaml"
     try:
-        here, there = (_deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(own)))
+        here, there = (_deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(file)))
     except (UserError, OSError):
-        return f"its {own} cannot be read, so that the keys that differ are not known"
+        return f"its {file} cannot be read, so that the keys that differ are not known"
     for content in (here, there):
-        content["data"] = {key: value for key, value in content["data"].items() if key not in ("prompts", "eval_prompts")}
+        for key in ("prompts", "eval_prompts"):
+            content["data"].pop(key, None)
     found = list(_differing(here, there))
-    named = [f"{key} is {_shown(ours)} instead of the run's {_shown(theirs)}" for key, ours, theirs in found[:_MOST_NAMED]]
+    named = [f"{key} is {_shown(own)} instead of the run's {_shown(old)}" for key, own, old in found[:_MOST_NAMED]]
     if len(found) > _MOST_NAMED:
         named.append(f"{len(found) - _MOST_NAMED} more keys differ")
     return ", ".join(named) or "data.prompts holds other prompts than when it began"
@@ -125,7 +127,7 @@ def stored_budget(checkpoint: Path | None, own: str) -> int | None:
 
 
 def _differing(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(section.key, value here, value there), as deep as both have the same sections; entries of lists by their number."""
+    """(section.key, value here, value there), as deep as both have the same sections; entries of lists by number."""
     if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
         here, there = dict(enumerate(here)), dict(enumerate(there))
     if isinstance(here, dict) and isinstance(there, dict):

@@ -42,8 +42,8 @@ class Model:
 
 
 def open_recipe(source: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> tuple[Recipe, Path | None]:
-    """The recipe of a run folder and one of its checkpoints, as `find_checkpoint` understands `which`, or a recipe file's
-    and None; with a recipe file, `which` may name a checkpoint's folder. Raises UserError.
+    """The recipe of a run folder and one of its checkpoints, as `find_checkpoint` understands `which`, or a recipe
+    file's and None; with a recipe file, `which` may name a checkpoint's folder. Raises UserError.
     """
     if source.is_dir():
         checkpoint = find_checkpoint(source, which)
@@ -61,7 +61,8 @@ def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | N
 
 
 def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> dict[str, dict[str, float]]:
-    """Rewards of a checkpoint (None: the newest) on the held-out prompts: {name: {mean, confidence}} (half of the 95 % interval), and "weighted_sum".
+    """Rewards of a checkpoint (None: the newest) on the held-out prompts: {name: {mean, confidence}} (half of the 95 %
+    interval), and "weighted_sum".
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
@@ -107,7 +108,8 @@ def export_run(
         raise UserError(f"{out} is not empty: give a new folder")
     if not run.is_dir():
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    recipe, checkpoint = open_recipe(run, ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto", *overrides), which)
+    here = ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto")
+    recipe, checkpoint = open_recipe(run, (*here, *overrides), which)
     family, lora = ADAPTERS[recipe.model.adapter], recipe.model.lora
     if lora is None and form == "comfyui":
         raise UserError(f"--format comfyui is for a LoRA, and {run} trained the whole model: write --format diffusers")

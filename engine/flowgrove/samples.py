@@ -23,7 +23,14 @@ from flowgrove.video import write_mp4
 _PROMPTS_PER_PAGE, _MOST_SAMPLES = 8, 4
 
 
-def write_samples(source: Path, overrides: tuple[str, ...], prompts: list[str], out: Path, compare: bool = False, which: str | None = None) -> int:
+def write_samples(
+    source: Path,
+    overrides: tuple[str, ...],
+    prompts: list[str],
+    out: Path,
+    compare: bool = False,
+    which: str | None = None,
+) -> int:
     """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number.
 
     `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for a recipe: it has one model.

@@ -1,7 +1,7 @@
 """Signals that end a run: it is saved first; a second one ends it at once.
 
-A signal interrupts what may be thrown away: loading, drawing, judging. While weights change or files are written it waits
-for `check`.
+A signal interrupts what may be thrown away: loading, drawing, judging. While weights change or files are written it
+waits for `check`.
 """
 
 import os
@@ -74,4 +74,5 @@ class Stopping:
         if not self.holding:
             raise Stopped(number)
         with suppress(OSError):  # printing is not safe in a handler, and the terminal may be gone
-            os.write(2, f"{signal.Signals(number).name}: ends after this update and a checkpoint; once more ends at once\n".encode())
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: ends after this update and a checkpoint; once more ends at once\n".encode())

@@ -47,12 +47,20 @@ class _HeldUpdater(Updater):
 
 
 class Trainer:
-    """One run in one folder, which no other process may have meanwhile. `resume`: "auto", "never" or a checkpoint folder.
+    """One run in one folder, which no other process may have meanwhile. `resume`: "auto", "never" or a checkpoint
+    folder.
 
     `stopping` tells when to save and end; `say` takes what the user should know.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, resume: str = "auto", stopping: Stopping | None = None, say: Say = _log.warning) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        resume: str = "auto",
+        stopping: Stopping | None = None,
+        say: Say = _log.warning,
+    ) -> None:
         keep_freed_memory()
         self.recipe, self.out, self.stopping = recipe, out, stopping or Stopping()
         self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
@@ -99,8 +107,10 @@ class Trainer:
         return prompts_of_iteration(self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed)
 
     def run(self, report: Report = lambda line: None) -> None:
-        """Trains to `run.iterations`; `report` gets the metrics line of every iteration. Raises Stopped, with a checkpoint
-        of all that is done, after a signal that `stopping` has heard."""
+        """Trains to `run.iterations`; `report` gets the metrics line of every iteration.
+
+        Raises Stopped, with a checkpoint of all that is done, after a signal that `stopping` has heard.
+        """
         if self.lock.released:
             self.lock = FolderLock(self.out)
         log = metrics.MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
@@ -135,7 +145,8 @@ class Trainer:
             if evaluated is not None:
                 line["eval_reward"] = evaluated.weighted(self.rewards.weights)
             self.completed, self.last_line, self.saved = iteration + 1, line, None
-            if iteration + 1 == run.iterations or (run.checkpoint_every and (iteration + 1) % run.checkpoint_every == 0):
+            done = iteration + 1
+            if done == run.iterations or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 self._save()
             self._finish(line, log)
             report(line)
@@ -143,8 +154,8 @@ class Trainer:
     def _save(self) -> Path:
         """The checkpoint of all iterations that are completed."""
         if self.saved is None:
-            keep, line = self.recipe.run.keep_last, self.last_line or {}
-            self.saved = save_checkpoint(self.out, self.policy, self.updater, self.completed, self.fingerprint, keep, line)
+            state = (self.out, self.policy, self.updater, self.completed, self.fingerprint)
+            self.saved = save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
         return self.saved
 
     def _finish(self, line: dict[str, Any], log: metrics.MetricsLog) -> None:
