@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from flowgrove.bench.machine import describe
@@ -26,6 +25,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.pass_times import NEAR, Passes, Timed, Work, first_near_best
 from flowgrove.recipe import Recipe, load_recipe
 from flowgrove.token_budget import no_room, room_beside
+from flowgrove.yaml_files import write_yaml
 from flowgrove_kernels import step_coefficients
 
 _ROUNDS = 3
@@ -244,7 +244,7 @@ def _header(device: torch.device, work: Work) -> list[str]:
 
 def _text(content: dict[str, Any], fixed: dict[str, Any], choices: list[Choice], header: list[str]) -> str:
     """YAML with the measurements as comments."""
-    engine = [f"{yaml.safe_dump(fixed)}"] if fixed else []
-    engine += ["".join(f"# {line}\n" for line in choice.lines) + yaml.safe_dump({choice.key: choice.value}) for choice in choices]
+    engine = [f"{write_yaml(fixed)}"] if fixed else []
+    engine += ["".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}) for choice in choices]
     top = "".join(f"# {line}\n" for line in header)
-    return top + yaml.safe_dump(content, sort_keys=False, allow_unicode=True) + "engine:\n" + textwrap.indent("".join(engine), "  ")
+    return top + write_yaml(content, allow_unicode=True) + "engine:\n" + textwrap.indent("".join(engine), "  ")

@@ -137,5 +137,6 @@ for _name, _pattern, _first in _SCALARS:
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
 
 
-def write_yaml(content: Any) -> str:
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+def write_yaml(content: Any, allow_unicode: bool = False) -> str:
+    """Text that `read_yaml` reads back as `content`, and so does YAML 1.1."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode)
