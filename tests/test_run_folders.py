@@ -90,6 +90,16 @@ def test_a_file_system_without_locks_still_knows_its_own_processes(holder, tmp_p
     FolderLock(tmp_path / "run").release()
 
 
+def test_a_run_that_was_taken_over_while_it_slept_writes_no_more(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.check()
+    (tmp_path / NAME).write_text(json.dumps({"host": "elsewhere", "process": 77}))
+    with pytest.raises(UserError, match="was taken over by process 77 on elsewhere"):
+        lock.check()
+    lock.release()
+    assert (tmp_path / NAME).exists()  # it is the other one's
+
+
 def test_a_mistake_after_the_lock_leaves_no_folder_behind(tmp_path):
     recipe = tiny_recipe(tmp_path, run=RUN)
     refuse("train", recipe, "--set", f"model.path={tmp_path / 'gone'}", "--out", tmp_path / "a" / "b" / "run")

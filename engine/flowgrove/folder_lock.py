@@ -29,6 +29,7 @@ class FolderLock:
         earlier = _mine.pop(self.path, None)
         if earlier is not None:
             earlier.release()
+        self._me: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid()}
         self.made = _missing_folders(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._take()
@@ -41,6 +42,14 @@ class FolderLock:
         """Whether others may have it."""
         return self._released.is_set()
 
+    def check(self) -> None:
+        """Raises UserError if another process has the folder now, as after a machine has slept."""
+        holder = _holder(self._file)
+        if not self.released and (holder != self._me or not _is_open_file(self._file, self.path)):
+            who = f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
+            way = "end that one, or give another --out"
+            raise UserError(f"{self.path.parent} was taken over by {who} while this run slept: {way}")
+
     def release(self) -> None:
         """Others may have the folder now. Folders that were made for the lock and hold nothing else go with it."""
         if self._released.is_set():
@@ -49,7 +58,7 @@ class FolderLock:
         if _mine.get(self.path) is self:
             del _mine[self.path]
         with suppress(OSError):
-            if _is_open_file(self._file, self.path):
+            if _is_open_file(self._file, self.path) and _holder(self._file) == self._me:
                 self.path.unlink()
         self._file.close()
         for folder in self.made:
@@ -69,7 +78,7 @@ class FolderLock:
                 file.close()
                 raise
             file.truncate(0)
-            file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+            file.write(json.dumps(self._me) + "\n")
             file.flush()
             return file
 

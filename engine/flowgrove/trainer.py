@@ -134,7 +134,7 @@ class Trainer:
 
     def _train(self, report: Report, log: metrics.MetricsLog) -> None:
         run = self.recipe.run
-        if self.last_line is not None:  # the checkpoint's own line: the run may have stopped before writing it, or end later now than it did then
+        if self.last_line is not None:  # the checkpoint's own: a run may stop before writing it, or end later than it did
             self._finish(self.last_line, log)
         for iteration in range(self.completed, run.iterations):
             evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
@@ -144,8 +144,8 @@ class Trainer:
             self.stopping.hold()
             if evaluated is not None:
                 line["eval_reward"] = evaluated.weighted(self.rewards.weights)
-            self.completed, self.last_line, self.saved = iteration + 1, line, None
             done = iteration + 1
+            self.completed, self.last_line, self.saved = done, line, None
             if done == run.iterations or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 self._save()
             self._finish(line, log)
@@ -154,6 +154,7 @@ class Trainer:
     def _save(self) -> Path:
         """The checkpoint of all iterations that are completed."""
         if self.saved is None:
+            self.lock.check()
             state = (self.out, self.policy, self.updater, self.completed, self.fingerprint)
             self.saved = save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
         return self.saved
@@ -163,6 +164,7 @@ class Trainer:
         run = self.recipe.run
         if line["iteration"] + 1 == run.iterations and run.eval_every and (evaluated := self.evaluate(run.iterations)) is not None:
             line["eval_reward"] = evaluated.weighted(self.rewards.weights)
+        self.lock.check()
         log.write(line)
 
     def _keep_if_best(self, reward: float) -> None:
