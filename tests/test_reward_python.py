@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from engine_cases import refuse, tiny_recipe
 from planner_cases import user_error
 from reward_cases import pictures, reward_of, rewards_of
 
@@ -160,3 +161,10 @@ def test_a_process_that_the_function_forks_may_leave(written):
         "    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])] * len(prompts)\n"
     )
     assert rewards_of({"name": "python", "file": path})(pictures(3, 8, 8), PROMPTS)[:, 0].tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize("line", ["import sys; sys.exit()", "import os; os._exit(0)"])
+def test_a_function_that_leaves_does_not_end_a_run_in_silence(written, tmp_path, line):
+    path = written(f"def score(pictures, prompts):\n    {line}\n")
+    recipe = tiny_recipe(tmp_path / "recipe", reward=[{"name": "python", "file": path}])
+    assert "mine.py, line 2: SystemExit" in refuse("train", recipe, "--allow-python", "--out", tmp_path / "run")
