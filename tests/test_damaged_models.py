@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from engine_cases import refuse, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.folders import TINY
+from flowgrove.models.parts import load_part
 from flowgrove.models.policy import Policy
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
@@ -137,6 +138,44 @@ def test_weights_that_are_not_whole_are_found_with_embeddings_on_disk_too(copied
     assert str(folder / part) in refusal("flux", folder, tmp_path / "embeddings")
 
 
+def old_clip(tensors):
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    return {**named, "text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+
+def new_qwen(tensors):
+    tops = {"model.": "model.language_model.", "visual.": "model.visual."}
+    prefixes = {name: next((top for top in tops if name.startswith(top)), "") for name in tensors}
+    return {tops.get(top, "") + name.removeprefix(top): tensors[name] for name, top in prefixes.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "rename"),
+    [
+        ("flux", "text_encoder", old_clip),
+        ("flux", "text_encoder_2", lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}),
+        ("flux", "text_encoder_2", lambda tensors: {**tensors, "decoder.final_layer_norm.weight": torch.zeros(3)}),
+        ("wan", "text_encoder", lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}),
+        ("qwen_image", "text_encoder", new_qwen),
+    ],
+)
+def test_names_of_published_files_are_whole(copied, originals, name, part, rename):
+    """Tied weights twice, buffers that were stored once, and names that a library has changed since."""
+    folder = copied(name)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = {key: tensor.clone() for key, tensor in rename(load_file(file)).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    found, expected = (load_part(place, part, torch.float32).state_dict() for place in (folder, originals[name]))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+
+
+def test_pointers_of_variants_that_nobody_reads_are_left_alone(copied):
+    folder = copied("flux")
+    for part in ("text_encoder", "transformer", "tokenizer"):
+        (folder / part / "model.fp16.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    Policy(small_recipe(model={**MODELS["flux"], "path": str(folder), "dtype": "fp32"}), CPU, TEXTS)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3", "transformer", "vae"])
 def test_pointers_of_git_lfs_are_named(copied, part):
     folder = copied("sd3")
@@ -209,6 +248,14 @@ def test_loops_of_links_are_one_line_or_harmless(copied, tmp_path, place):
         assert (tmp_path / "export" / "vae" / "config.json").is_file()
     else:
         assert str(folder) in refusal("sd3", folder)
+
+
+@pytest.mark.parametrize("longest", [0, 78, 2**40, 10**30, "77"])
+def test_a_tokenizer_that_pads_to_more_than_its_encoder_reads_is_one_line(copied, longest):
+    folder = copied("flux")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": longest}))
+    assert str(folder / "tokenizer") in refusal("flux", folder)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])

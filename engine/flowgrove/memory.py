@@ -28,7 +28,7 @@ from flowgrove.models.folders import configuration_folder
 from flowgrove.models.geometry import read_geometry
 from flowgrove.models.loading import ADAPTERS
 from flowgrove.models.masters import Masters
-from flowgrove.models.parts import part_class
+from flowgrove.models.parts import is_of_a_library, part_class
 from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.packing import pack
@@ -75,7 +75,7 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     like_cuda = device_type == "cuda" and compute == torch.bfloat16
     prompts, width = recipe.data.prompts_per_iteration, max(step.nodes_out for step in plan.steps)
     latent = geometry.latent_shape
-    with FakeTensorMode():
+    with _errors_of(folder), FakeTensorMode():
         _materialise(transformer, compute, master)
         masters = sum(p.numel() * p.element_size() for p in Masters(transformer, compute).of.values()) if compute == torch.bfloat16 else 0
         weights = sum(tensor.numel() * tensor.element_size() for tensor in (*transformer.parameters(), *transformer.buffers()))
@@ -168,6 +168,19 @@ def _norms_in_fp32() -> Iterator[None]:
     finally:
         for name, norm in kept.items():
             setattr(functional, name, norm)
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """What the model's code raises inside the block is a UserError: it does not run with its configuration."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"the model in {folder} does not run as its configuration files describe it ({reason})"
+        raise UserError(f"{what}: download the folder anew") from error
 
 
 def _from_config(folder: Path, part: str) -> Any:

@@ -18,7 +18,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, read_geometry
 from flowgrove.models.lora_files import write_lora
-from flowgrove.models.parts import check_tokenizer, load_part, part_names
+from flowgrove.models.parts import check_statistics, check_tokenizer, load_part, part_names
 from flowgrove.models.stored import stored_in
 from flowgrove.recipe import Lora, Model
 
@@ -68,6 +68,8 @@ class Adapter(ABC):
         for tokenizer, encoder in cls._text_parts():
             if parts.get(encoder) is not None:
                 check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
+        if parts.get("vae") is not None:
+            check_statistics(folder / "vae", parts["vae"])
         pipe = cls.pipeline.from_pretrained(folder, local_files_only=True, **parts).to(device)
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():

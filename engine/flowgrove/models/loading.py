@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import diffusers
 import torch
 
-from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.embeddings import (
@@ -21,6 +20,7 @@ from flowgrove.models.embeddings import (
 from flowgrove.models.flux import Flux
 from flowgrove.models.folders import model_folder
 from flowgrove.models.geometry import read_geometry
+from flowgrove.models.parts import is_of_a_library
 from flowgrove.models.qwen_image import QwenImage
 from flowgrove.models.sd3 import SD3
 from flowgrove.models.wan import Wan
@@ -37,8 +37,8 @@ def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: 
     def load(place: torch.device, without: tuple[str, ...] = ()) -> Adapter:
         try:
             return family.load(folder, model, place, dtype, without)
-        except Exception as error:  # what libraries raise over a damaged folder has many types
-            if isinstance(error, UserError | MemoryError) or is_out_of_memory(error):
+        except BaseException as error:
+            if not is_of_a_library(error):
                 raise
             raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
 

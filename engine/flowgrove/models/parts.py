@@ -4,6 +4,7 @@ Libraries give what a damaged folder lacks random weights or an empty vocabulary
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,6 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     kind, place = part_class(folder, name), folder / name
     if not place.is_dir():
         raise UserError(f"{folder} has no folder {name}, which its model_index.json names: download the whole pipeline folder")
-    for file in sorted(place.iterdir()):
-        if _is_pointer(file):
-            raise UserError(f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in {folder}, or hf download")
     try:
         if not issubclass(kind, torch.nn.Module):
             return kind.from_pretrained(place, local_files_only=True)
@@ -56,10 +54,10 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
             part, found = kind.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **options)
         else:
             part, found = kind.from_pretrained(place, torch_dtype=dtype, **options)
-    except Exception as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
+    except BaseException as error:
+        if not is_of_a_library(error):
             raise
-        raise UserError(f"{place} does not load as a {kind.__name__}: {_reason(error, place)}") from None
+        raise UserError(_pointer(place) or f"{place} does not load as a {kind.__name__}: {_reason(error, place)}") from None
     _check_tensors(place, kind, found)
     return part
 
@@ -70,14 +68,42 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
         raise UserError(f"{place} has no tokenizer_config.json: download the whole pipeline folder")
     try:
         first, second = (list(tokenizer(text).input_ids) for text in _PROBES)
-    except Exception as error:
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
         raise UserError(f"{place} holds a tokenizer that reads no text: {_reason(error, place)}; download the folder anew") from None
     if first == second:
-        raise UserError(f"{place} holds a tokenizer without its vocabulary, to which all texts are alike: download the whole folder")
+        raise UserError(_pointer(place) or f"{place} holds a tokenizer without its vocabulary, to which all texts are alike: download the whole folder")
+    if isinstance(encoder, transformers.CLIPPreTrainedModel):  # texts are padded to it
+        longest, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if not 2 <= longest <= positions:
+            file = place / "tokenizer_config.json"
+            raise UserError(f"{file} says model_max_length {longest}, where the encoder reads {positions}: download the file anew")
     known = encoder.get_input_embeddings().num_embeddings
     foreign = max((*first, *second), default=0)
     if foreign >= known:
         raise UserError(f"{place} holds a tokenizer of another model: it gives the token {foreign}, and the text encoder knows {known}")
+
+
+def check_statistics(place: Path, vae: Any) -> None:
+    """Raises UserError unless the numbers that bring latents into the VAE's range are there and finite."""
+    config = vae.config
+    if "latents_mean" in config and isinstance(config.get("z_dim"), int):
+        numbers = [config.latents_mean, config.latents_std]
+        fits = all(isinstance(one, list | tuple) and len(one) == config.z_dim for one in numbers)
+        numbers = [number for one in numbers for number in one] if fits else [None]
+    else:
+        numbers = [config.get("scaling_factor"), config.get("shift_factor")]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        file = place / "config.json"
+        raise UserError(f"{file} lacks the scale or the mean of latents as finite numbers: download the file anew")
+
+
+def is_of_a_library(error: BaseException) -> bool:
+    """Whether it says what is wrong with a file, in one of the many types that libraries use, and not what the user or the machine wants."""
+    if isinstance(error, UserError | MemoryError) or is_out_of_memory(error):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # Rust's, in tokenizers
 
 
 def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
@@ -92,7 +118,7 @@ def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
             raise UserError(f"{place} {title} {names[0]}{more}: its files are not those of a whole {kind.__name__}; download the folder anew")
 
 
-def _reason(error: Exception, place: Path) -> str:
+def _reason(error: BaseException, place: Path) -> str:
     text = " ".join(str(error).split()).split(" If you want to instead")[0][:300] or type(error).__name__
     if isinstance(error, ImportError) and _is_quantised(place):
         return f"it is stored quantised (quantization_config), and the library for it is not installed: {text}"
@@ -108,11 +134,12 @@ def _is_quantised(place: Path) -> bool:
         return False
 
 
-def _is_pointer(file: Path) -> bool:
-    if not file.is_file() or file.stat().st_size > 1024:
-        return False
-    with file.open("rb") as handle:
-        return handle.read(len(_POINTER)) == _POINTER
+def _pointer(place: Path) -> str | None:
+    """What to say of a file that is a Git LFS pointer; asked after a failure, since files of variants may stay pointers."""
+    for file in sorted(place.iterdir()):
+        if file.is_file() and file.stat().st_size <= 1024 and file.read_bytes().startswith(_POINTER):
+            return f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in {place.parent}, or hf download"
+    return None
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
