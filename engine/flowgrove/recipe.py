@@ -40,7 +40,7 @@ class Section(_Said):
 class Lora(Section):
     rank: Annotated[int, Field(ge=1, le=100_000)]
     alpha: Positive
-    targets: list[str] | None = None  # null: the adapter's published ones
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None  # null: the adapter's published ones
 
 
 class Model(Section):
@@ -106,7 +106,7 @@ class Cache(Section):
 
 class Rollout(Section):
     steps: Steps = 25
-    shift: Positive | None = 3.0
+    shift: Annotated[float, Field(ge=0.01, le=100)] | None = 3.0  # beyond it steps fall together
     dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
     noise_level: Positive = 0.7
     group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12
