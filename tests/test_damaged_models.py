@@ -274,3 +274,21 @@ def test_a_plan_of_memory_over_a_damaged_configuration_is_one_line(copied, tmp_p
     file.unlink() if content is None else file.write_text(content)
     recipe = tiny_recipe(tmp_path, model={"path": str(folder)})
     assert str(folder) in refuse("plan", recipe, "--memory")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"", b"abc"])
+def test_a_damaged_cache_of_the_hub_is_one_line(tmp_path, monkeypatch, content):
+    reference = tmp_path / "models--owner--name" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_bytes(content)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "hf download owner/name" in refuse("plan", tiny_recipe(tmp_path, model={"path": "owner/name"}, rollout={"shift": None}))
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "0.1", [0.1], {}])
+@pytest.mark.parametrize(("name", "key"), [("sd3", "scaling_factor"), ("flux", "shift_factor"), ("qwen_image", "latents_mean"), ("wan", "latents_std")])
+def test_a_vae_without_the_numbers_of_its_latents_is_one_line(copied, name, key, value):
+    folder = copied(name)
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert str(folder / "vae") in refusal(name, folder)

@@ -10,5 +10,5 @@ def cached_snapshot(repository: str, kind: str = "model") -> Path | None:
 
     try:
         return Path(snapshot_download(repository, repo_type=kind, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (LocalEntryNotFoundError, HFValidationError, UnicodeDecodeError):  # the last: a damaged refs/main
         return None

@@ -42,6 +42,7 @@ class Adapter(ABC):
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # text encoders that a folder may leave out, with their tokenizers
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    LATENTS: ClassVar[tuple[str, ...]] = ()  # numbers in the VAE's configuration that `decode` needs
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
     fps: ClassVar[int] = 16  # of videos, as files
 
@@ -69,7 +70,7 @@ class Adapter(ABC):
             if parts.get(encoder) is not None:
                 check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
         if parts.get("vae") is not None:
-            check_statistics(folder / "vae", parts["vae"])
+            check_statistics(folder / "vae", parts["vae"], cls.LATENTS)
         pipe = cls.pipeline.from_pretrained(folder, local_files_only=True, **parts).to(device)
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():

@@ -14,6 +14,7 @@ class Flux(Adapter):
     pipeline = FluxPipeline
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    LATENTS = ("scaling_factor", "shift_factor")
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

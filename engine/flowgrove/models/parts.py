@@ -85,18 +85,14 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
         raise UserError(f"{place} holds a tokenizer of another model: it gives the token {foreign}, and the text encoder knows {known}")
 
 
-def check_statistics(place: Path, vae: Any) -> None:
-    """Raises UserError unless the numbers that bring latents into the VAE's range are there and finite."""
-    config = vae.config
-    if "latents_mean" in config and isinstance(config.get("z_dim"), int):
-        numbers = [config.latents_mean, config.latents_std]
-        fits = all(isinstance(one, list | tuple) and len(one) == config.z_dim for one in numbers)
-        numbers = [number for one in numbers for number in one] if fits else [None]
-    else:
-        numbers = [config.get("scaling_factor"), config.get("shift_factor")]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        file = place / "config.json"
-        raise UserError(f"{file} lacks the scale or the mean of latents as finite numbers: download the file anew")
+def check_statistics(place: Path, vae: Any, names: tuple[str, ...]) -> None:
+    """Raises UserError unless the VAE's configuration has finite numbers of these names, or a list with one per channel."""
+    for name in names:
+        value = vae.config.get(name)
+        numbers = value if isinstance(value, list | tuple) and len(value) == vae.config.get("z_dim") else [value]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            file = place / "config.json"
+            raise UserError(f"{file}: {name} is not a finite number for each channel of the latents: download the file anew")
 
 
 def is_of_a_library(error: BaseException) -> bool:

@@ -37,6 +37,7 @@ class QwenImage(Adapter):
     uncond_text = " "
     masks_prompts = True
     TEXT = ("text_encoder", "tokenizer")
+    LATENTS = ("latents_mean", "latents_std")
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -17,6 +17,7 @@ class SD3(Adapter):
     pipeline = StableDiffusion3Pipeline
     lora_targets = JOINT_ATTENTION
     TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    LATENTS = ("scaling_factor", "shift_factor")
     OPTIONAL = ("text_encoder_3",)
 
     @classmethod

@@ -14,6 +14,7 @@ class Wan(Adapter):
     pipeline = WanPipeline
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     TEXT = ("text_encoder", "tokenizer")
+    LATENTS = ("latents_mean", "latents_std")
     vae_dtype = torch.float32
 
     @torch.no_grad()
