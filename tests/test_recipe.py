@@ -83,6 +83,7 @@ DEFAULTS = {
         "out": "runs/NAME",
         "checkpoint_every": 50,
         "keep_last": 3,
+        "keep_best": False,
         "eval_every": 25,
         "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0},
         "log": ["jsonl", "tensorboard"],

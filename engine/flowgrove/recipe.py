@@ -106,7 +106,7 @@ class Cache(Section):
 
 class Rollout(Section):
     steps: Steps = 25
-    shift: Annotated[float, Field(ge=0.01, le=100)] | None = 3.0  # beyond it steps fall together
+    shift: Annotated[float, Field(ge=1e-6, le=100)] | None = 3.0  # beyond it steps fall together
     dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
     noise_level: Positive = 0.7
     group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12
