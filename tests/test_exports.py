@@ -1,4 +1,4 @@
-"""`flowgrove export`: LoRA files at full strength for loaders that take alpha = rank, ComfyUI's names, dtypes, and no base model for a LoRA."""
+"""`flowgrove export`: LoRA files at full strength for loaders that take alpha = rank, ComfyUI's names, and dtypes."""
 
 import json
 import re
@@ -24,12 +24,13 @@ LORA = {"rank": 4, "alpha": 12}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
-    return {name: write_pipeline(name, root / name) for name in FAMILIES[1:]} | {"sd3": shutil.copytree(TINY, root / "sd3")}
+    written = {name: write_pipeline(name, root / name) for name in FAMILIES[1:]}
+    return {**written, "sd3": shutil.copytree(TINY, root / "sd3")}
 
 
 @pytest.fixture(scope="session")
 def runs(folders, tmp_path_factory):
-    """A run of one iteration per family with a LoRA whose B is not zero, and its base model in a folder that the run alone knows."""
+    """A run of one iteration with a LoRA whose B is not zero, and its base model in a folder of its own."""
 
     def run(name, **model):
         place = tmp_path_factory.mktemp(name)
@@ -70,7 +71,7 @@ WAN_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "
 
 
 def asked_by_comfyui(name, module):
-    """Under what name ComfyUI's loader looks for a layer on a module of diffusers' blocks (facts of its comfy/lora.py and comfy/utils.py)."""
+    """Under what name ComfyUI's loader looks for a layer on a module of diffusers' blocks (comfy/lora.py, comfy/utils.py)."""
     if name != "wan":
         return f"transformer.{module}"
     block, number, attention, layer = module.split(".", 3)
@@ -121,8 +122,9 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
     assert close(pass_of(unknowing)), "a loader that knows no alpha"
 
     patched = plain_policy(name, folders[name])
-    layers = {module: layer for module, layer in patched.transformer.named_modules() if isinstance(layer, torch.nn.Linear) and "blocks." in module}
-    patches = comfyui_patches(name, tmp_path / "comfyui" / COMFYUI_FILE, [m for m in layers if re.search(r"attn\d?\.", m)])
+    layers = {module: layer for module, layer in patched.transformer.named_modules() if re.search(r"blocks.*attn\d?\.", module)}
+    linear = [module for module, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
+    patches = comfyui_patches(name, tmp_path / "comfyui" / COMFYUI_FILE, linear)
     assert len(patches) == len(tensors) // 2
     with torch.no_grad():
         for module, patch in patches.items():

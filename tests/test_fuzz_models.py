@@ -1,4 +1,4 @@
-"""Model folders with one file cut, emptied, removed or changed: an error of one line or a model that draws, in `plan --memory` and in loading."""
+"""Model folders with one file cut, emptied, removed or changed: an error of one line or a model that draws."""
 
 import json
 import random

@@ -147,4 +147,5 @@ def _lora_layers(checkpoint: Path, lora: Lora) -> dict[str, torch.Tensor]:
     try:
         return layers_of(load_file(averages if averages.is_file() else checkpoint / "weights.safetensors"), lora)
     except (ValueError, SafetensorError) as error:
-        raise UserError(f"{checkpoint} holds other weights than its recipe.yaml trains ({error}): give the run's own folder") from None
+        what = f"{checkpoint} holds other weights than its recipe.yaml trains ({error})"
+        raise UserError(f"{what}: give the run's own folder") from None

@@ -1,6 +1,7 @@
 """The parts of a pipeline folder, loaded one by one and checked.
 
-Libraries give what a damaged folder lacks random weights or an empty vocabulary, and say nothing: a run would train on noise.
+Libraries give what a damaged folder lacks random weights or an empty vocabulary, and say nothing: a run would train on
+noise.
 """
 
 import json
@@ -27,7 +28,8 @@ _POINTER = b"version https://git-lfs"
 
 def part_names(folder: Path) -> list[str]:
     """The parts that model_index.json names, without those that it leaves out as null."""
-    return [name for name, value in _read_index(folder).items() if isinstance(value, list) and value[:1] not in ([], [None])]
+    named = _read_index(folder).items()
+    return [name for name, value in named if isinstance(value, list) and value[:1] not in ([], [None])]
 
 
 def part_class(folder: Path, name: str) -> Any:
@@ -37,15 +39,20 @@ def part_class(folder: Path, name: str) -> Any:
     kind = getattr(_LIBRARIES[value[0]], value[1], None) if fits else None
     if not isinstance(kind, type) or not issubclass(kind, _KINDS):
         what = f"{value[1]} as the {name}, which {value[0]} does not have" if fits else f"{value!r} as the {name}"
-        raise UserError(f"{folder / 'model_index.json'} names {what}: download the file anew, or install the versions that the model was made for")
+        fix = "download the file anew, or install the versions that the model was made for"
+        raise UserError(f"{folder / 'model_index.json'} names {what}: {fix}")
     return kind
 
 
 def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """One part: a model with all of its weights, a tokenizer or a scheduler. Raises UserError that names the part, and the tensor if one is at fault."""
+    """One part: a model with all of its weights, a tokenizer or a scheduler.
+
+    Raises UserError that names the part, and the tensor if one is at fault.
+    """
     kind, place = part_class(folder, name), folder / name
     if not place.is_dir():
-        raise UserError(f"{folder} has no folder {name}, which its model_index.json names: download the whole pipeline folder")
+        what = f"{folder} has no folder {name}, which its model_index.json names"
+        raise UserError(f"{what}: download the whole pipeline folder")
     try:
         if not issubclass(kind, torch.nn.Module):
             return kind.from_pretrained(place, local_files_only=True)
@@ -57,7 +64,8 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     except BaseException as error:
         if not is_of_a_library(error):
             raise
-        raise UserError(_pointer(place) or f"{place} does not load as a {kind.__name__}: {_reason(error, place)}") from None
+        what = f"{place} does not load as a {kind.__name__}: {_reason(error, place)}"
+        raise UserError(_pointer(place) or what) from None
     _check_tensors(place, kind, found)
     return part
 
@@ -71,32 +79,40 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
     except BaseException as error:
         if not is_of_a_library(error):
             raise
-        raise UserError(f"{place} holds a tokenizer that reads no text: {_reason(error, place)}; download the folder anew") from None
+        what = f"{place} holds a tokenizer that reads no text: {_reason(error, place)}"
+        raise UserError(f"{what}; download the folder anew") from None
     if first == second:
-        raise UserError(_pointer(place) or f"{place} holds a tokenizer without its vocabulary, to which all texts are alike: download the whole folder")
+        what = f"{place} holds a tokenizer without its vocabulary, to which all texts are alike"
+        raise UserError(_pointer(place) or f"{what}: download the whole folder")
     if isinstance(encoder, transformers.CLIPPreTrainedModel):  # texts are padded to it
         longest, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
         if not 2 <= longest <= positions:
             file = place / "tokenizer_config.json"
-            raise UserError(f"{file} says model_max_length {longest}, where the encoder reads {positions}: download the file anew")
+            what = f"{file} says model_max_length {longest}, where the encoder reads {positions}"
+            raise UserError(f"{what}: download the file anew")
     known = encoder.get_input_embeddings().num_embeddings
     foreign = max((*first, *second), default=0)
     if foreign >= known:
-        raise UserError(f"{place} holds a tokenizer of another model: it gives the token {foreign}, and the text encoder knows {known}")
+        what = f"it gives the token {foreign}, and the text encoder knows {known}"
+        raise UserError(f"{place} holds a tokenizer of another model: {what}")
 
 
 def check_statistics(place: Path, vae: Any, names: tuple[str, ...]) -> None:
-    """Raises UserError unless the VAE's configuration has finite numbers of these names, or a list with one per channel."""
+    """Raises UserError unless the VAE's configuration has finite numbers of these names, or a list, one per channel."""
     for name in names:
         value = vae.config.get(name)
         numbers = value if isinstance(value, list | tuple) and len(value) == vae.config.get("z_dim") else [value]
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             file = place / "config.json"
-            raise UserError(f"{file}: {name} is not a finite number for each channel of the latents: download the file anew")
+            what = f"{name} is not a finite number for each channel of the latents"
+            raise UserError(f"{file}: {what}: download the file anew")
 
 
 def is_of_a_library(error: BaseException) -> bool:
-    """Whether it says what is wrong with a file, in one of the many types that libraries use, and not what the user or the machine wants."""
+    """Whether it says what is wrong with a file, in one of the many types that libraries use.
+
+    Not so: that the user stops, or that memory is full.
+    """
     if isinstance(error, UserError | MemoryError) or is_out_of_memory(error):
         return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # Rust's, in tokenizers
@@ -111,14 +127,16 @@ def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in found.get(what) or ())
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise UserError(f"{place} {title} {names[0]}{more}: its files are not those of a whole {kind.__name__}; download the folder anew")
+            whole = f"its files are not those of a whole {kind.__name__}"
+            raise UserError(f"{place} {title} {names[0]}{more}: {whole}; download the folder anew")
 
 
 def _reason(error: BaseException, place: Path) -> str:
     text = " ".join(str(error).split()).split(" If you want to instead")[0][:300] or type(error).__name__
     if isinstance(error, ImportError) and _is_quantised(place):
         return f"it is stored quantised (quantization_config), and the library for it is not installed: {text}"
-    if not any(place.glob("*.safetensors")) and any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in place.iterdir()):
+    suffixes = {file.suffix for file in place.iterdir()}
+    if ".safetensors" not in suffixes and suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
         return f"its weights are a pickle, which can hold programs: get or make a .safetensors of them ({text})"
     return text
 
@@ -131,10 +149,11 @@ def _is_quantised(place: Path) -> bool:
 
 
 def _pointer(place: Path) -> str | None:
-    """What to say of a file that is a Git LFS pointer; asked after a failure, since files of variants may stay pointers."""
+    """What to say of a file that is a Git LFS pointer. Asked after a failure: files of variants may stay pointers."""
     for file in sorted(place.iterdir()):
         if file.is_file() and file.stat().st_size <= 1024 and file.read_bytes().startswith(_POINTER):
-            return f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in {place.parent}, or hf download"
+            what = f"{file} is a Git LFS pointer instead of the file"
+            return f"{what}: run `git lfs pull` in {place.parent}, or hf download"
     return None
 
 

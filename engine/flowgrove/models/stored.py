@@ -27,7 +27,8 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def all_in(transformer: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`dtype` for all weights but those that the transformer's class keeps in fp32."""
     kept = getattr(transformer, "_keep_in_fp32_modules", None) or []
-    return {name: torch.float32 if any(part in kept for part in name.split(".")) else dtype for name in transformer.state_dict()}
+    names = list(transformer.state_dict())
+    return {name: torch.float32 if any(part in kept for part in name.split(".")) else dtype for name in names}
 
 
 def bf16_in(folder: Path) -> dict[str, torch.dtype]:
@@ -36,7 +37,8 @@ def bf16_in(folder: Path) -> dict[str, torch.dtype]:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt") as tensors:
-                found |= {name: torch.bfloat16 for name in tensors.keys() if tensors.get_slice(name).get_dtype() == "BF16"}  # noqa: SIM118
+                kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+                found |= {name: torch.bfloat16 for name, kind in kinds.items() if kind == "BF16"}
         except (OSError, SafetensorError):
             continue  # loading will have said what is wrong with it
     return found
@@ -44,7 +46,10 @@ def bf16_in(folder: Path) -> dict[str, torch.dtype]:
 
 @contextmanager
 def stored_in(transformer: nn.Module, dtypes: dict[str, torch.dtype]) -> Iterator[None]:
-    """Inside the block the weights of `transformer` are in `dtypes`; those without one, as they are. Raises UserError."""
+    """Inside the block the weights of `transformer` are in `dtypes`; those without one, as they are.
+
+    Raises UserError.
+    """
     own = []
     try:
         for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
