@@ -6,6 +6,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RECIPE ?= recipes/quickstart.yaml
 SEEDS ?= 42
+# Workers of one thread each: two threads on one test finish little sooner than one.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
 INTERPRETED := tests/test_op_flow_step.py tests/test_op_flow_logprob.py tests/test_op_grpo_loss.py tests/test_op_clean_estimate.py tests/test_noise.py
 
@@ -24,13 +27,13 @@ quickstart: $(STAMP)
 	for seed in $(SEEDS); do $(BIN)/flowgrove train $(RECIPE) --set run.seed=$$seed --out runs/quickstart-$$seed || exit 1; done
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not long" --durations=10
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not long" -k triton $(INTERPRETED)
+	$(PYTEST) -m "not gpu and not long" --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu and not long" -k triton $(INTERPRETED)
 
 test-long: $(STAMP)
 	mkdir -p test-results
-	$(BIN)/python -m pytest -m "not gpu" -v --junitxml=test-results/$$(date +%Y-%m-%d).xml
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -v -k triton tests/test_op_*.py tests/test_noise.py tests/test_every_backend.py \
+	$(PYTEST) -m "not gpu" -v --junitxml=test-results/$$(date +%Y-%m-%d).xml
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" -v -k triton tests/test_op_*.py tests/test_noise.py tests/test_every_backend.py \
 		--junitxml=test-results/$$(date +%Y-%m-%d)-interpreted.xml
 
 test-gpu: $(STAMP)
