@@ -261,6 +261,15 @@ def test_a_tokenizer_that_pads_to_more_than_its_encoder_reads_is_one_line(copied
     assert str(folder / "tokenizer") in refusal("flux", folder)
 
 
+@pytest.mark.parametrize("longest", [0, -1, "77", True, [1]])
+@pytest.mark.parametrize("name", ["qwen_image", "wan"])
+def test_a_tokenizer_that_reads_less_than_a_word_is_one_line(copied, name, longest):
+    folder = copied(name)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": longest}))
+    assert str(folder / "tokenizer") in refusal(name, folder)
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 @pytest.mark.parametrize("named", ["Nonesuch", "AutoencoderKLWan", "FluxTransformer2DModel", None])
 def test_a_plan_of_memory_names_the_wrong_class(copied, tmp_path, part, named):

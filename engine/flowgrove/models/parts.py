@@ -84,12 +84,13 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
     if first == second:
         what = f"{place} holds a tokenizer without its vocabulary, to which all texts are alike"
         raise UserError(_pointer(place) or f"{what}: download the whole folder")
+    longest, most = tokenizer.model_max_length, math.inf
     if isinstance(encoder, transformers.CLIPPreTrainedModel):  # texts are padded to it
-        longest, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
-        if not 2 <= longest <= positions:
-            file = place / "tokenizer_config.json"
-            what = f"{file} says model_max_length {longest}, where the encoder reads {positions}"
-            raise UserError(f"{what}: download the file anew")
+        most = encoder.config.max_position_embeddings
+    if not isinstance(longest, int | float) or not 2 <= longest <= most:
+        file = place / "tokenizer_config.json"
+        what = f"{file} says model_max_length {longest!r}, where the encoder reads {most} tokens"
+        raise UserError(f"{what}: download the file anew")
     known = encoder.get_input_embeddings().num_embeddings
     foreign = max((*first, *second), default=0)
     if foreign >= known:
