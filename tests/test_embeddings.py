@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine_cases import contents, succeed, tiny_recipe, weights_of, write_lines
 from flowgrove.errors import UserError
@@ -231,3 +232,23 @@ def test_a_damaged_file_of_embeddings_is_one_line(folders, tmp_path, content):
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"is damaged .* remove it"):
         policy.encode(TEXTS)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
+def test_a_flipped_bit_among_embeddings_is_damage(folders, tmp_path, place):
+    policy = Policy(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
+    (file, *_) = tmp_path.glob("*/*.safetensors")
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + int(place * (len(content) - header))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged \(its content is not what was written\)"):
+        policy.encode(TEXTS)
+
+
+def test_embeddings_from_before_digests_are_read(folders, tmp_path):
+    policy = Policy(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
+    expected = policy.encode(TEXTS)
+    for file in tmp_path.glob("*/*.safetensors"):
+        save_file(load_file(file), file)
+    assert torch.equal(policy.encode(TEXTS).cond.tensors["encoder_hidden_states"], expected.cond.tensors["encoder_hidden_states"])

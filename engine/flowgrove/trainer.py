@@ -9,7 +9,7 @@ from typing import Any
 from flowgrove import metrics
 from flowgrove.allocator import keep_freed_memory
 from flowgrove.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
-from flowgrove.data import prompts_of_iteration, read_prompts
+from flowgrove.data import prompts_of_iteration, prompts_of_run, read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
@@ -100,8 +100,8 @@ class Trainer:
 
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
-        trained = (self._prompts(iteration) for iteration in range(self.recipe.run.iterations))
-        return [text for texts in (self.eval_prompts, *trained) for text in texts]
+        run, count = self.recipe.run, self.recipe.data.prompts_per_iteration
+        return [*self.eval_prompts, *prompts_of_run(self.train_prompts, run.iterations, count, run.seed)]
 
     def _prompts(self, iteration: int) -> list[str]:
         return prompts_of_iteration(self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed)

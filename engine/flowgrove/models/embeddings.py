@@ -16,7 +16,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,6 +34,7 @@ _KEPT_ON_DEVICE, _KEPT_ON_HOST = 1 << 28, 1 << 33  # bytes of embeddings
 _LARGE = 1 << 30  # bytes of text encoders that `auto` rather frees
 MOST_UNASKED = 20 << 30  # bytes of embeddings that `auto` writes into the user's cache folder
 _LENGTH = ".length"
+_DIGEST = "sha256"
 _MARKS = 8  # tokens that a tokenizer puts around a text, at most
 _log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class StoredEncoder:
         first = missing[:_FIRST]
         for number, text in enumerate(missing):
             tensors = _without_end(adapter.encode([text]))  # alone: its bits depend on no other text
-            write_file(self._file(text), partial(save_file, tensors))
+            write_file(self._file(text), partial(save_file, tensors, metadata={_DIGEST: _digest(tensors)}))
             if number == len(first) - 1:
                 self._check_room(first, len(missing))
         del adapter
@@ -144,7 +145,12 @@ class StoredEncoder:
     def _read(self, text: str) -> Conditioning:
         file = self._file(text)
         try:
-            return _with_end(load_file(file))
+            tensors = load_file(file)
+            with safe_open(file, "pt") as opened:
+                written = (opened.metadata() or {}).get(_DIGEST)
+            if written is not None and written != _digest(tensors):  # none in files from before there was one
+                raise ValueError("its content is not what was written")
+            return _with_end(tensors)
         except (SafetensorError, ValueError) as error:
             raise UserError(f"{file} is damaged ({error}): remove it, and its prompt is encoded anew") from None
 
@@ -164,6 +170,14 @@ class StoredEncoder:
 
 class TooManyPromptsError(Exception):
     """More embeddings than `auto` puts into the user's cache folder unasked."""
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + b"\0" + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _without_end(cond: Conditioning) -> dict[str, Tensor]:
