@@ -22,7 +22,7 @@ WAYS = {  # "GNU's default" spins; an empty KMP_BLOCKTIME says nothing to GNU's 
     "GNU's default": {"KMP_BLOCKTIME": ""},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "GOMP_SPINCOUNT=0": {"GOMP_SPINCOUNT": "0"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 3000, 10_000)},
 }
 _PLAIN = ["run.eval_every=0", "run.checkpoint_every=0"]
 _BUSY = "while True: pass"

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from gpu_kit import KIT, LIBRARIES, ROOT, sources_digest
 
+FAILURES = "failures.txt"
 MOST_CHARACTERS = 11_500  # of the last lines
 MOST_LOG = 15 * 2**20
 PACKAGE = ROOT / "kernels" / "flowgrove_kernels"
@@ -70,13 +71,15 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    (out / FAILURES).unlink(missing_ok=True)
+    began = time.time()
     deadline = time.monotonic() + (options.seconds or {1: 360, 2: 330}[options.call])
     python, environment = prepared(out, options.dry_run)
     wanted = (options.only or "").split(",")
     steps = [step for step in all_steps(options, python, out) if not options.only or step.name in wanted]
     with (out / f"gpu_check_{options.call}.log").open("w", encoding="utf-8") as log:
         outcomes = [run(step, environment, log, deadline) for step in steps]
-    table = "\n".join(report(outcomes, out))
+    table = "\n".join(report(outcomes, out, began))
     _pack_plots(out)
     (out / f"gpu_check_{options.call}.txt").write_text(table + "\n", encoding="utf-8")
     print(table if len(table) <= MOST_CHARACTERS else table[:MOST_CHARACTERS] + "\n(the rest is in the .txt)")
@@ -90,7 +93,7 @@ def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
     """(the interpreter, the environment of every step): the kit's wheels on the path, the op libraries in their place."""
     roots = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "profiling"), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    quiet["FIRST_FAILURES"] = str(out / "failures.txt")
+    quiet["FIRST_FAILURES"] = str(out / FAILURES)
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(roots), "TERM": "dumb", "COLUMNS": "200"}
     if dry:
         return sys.executable, {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -107,11 +110,7 @@ def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
 
 def _libraries(environment: dict[str, str], out: Path) -> str:
     """Puts the prebuilt op libraries where the package looks for them, or builds them for the visible card; says which."""
-    try:
-        fresh = json.loads((KIT / "kit.json").read_text(encoding="utf-8"))["sources"] == sources_digest()
-    except FileNotFoundError:
-        fresh = False
-    if fresh:
+    if _suits(environment):
         for name in LIBRARIES:
             shutil.copy2(KIT / "lib" / name, PACKAGE)
         if _loads(environment):
@@ -124,6 +123,17 @@ def _libraries(environment: dict[str, str], out: Path) -> str:
     if loaded:
         (out / "build.log").unlink()
     return f"libraries built here in {time.monotonic() - began:.0f} s: they {'load' if loaded else 'do not load, see build.log'}"
+
+
+def _suits(environment: dict[str, str]) -> bool:
+    """Whether the kit's libraries are of these sources, this torch and this card."""
+    try:
+        kit = json.loads((KIT / "kit.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    asked = "import torch; print(torch.__version__.split('+')[0], *torch.cuda.get_device_capability(), sep='.')"
+    told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=False).stdout.strip()
+    return kit["sources"] == sources_digest() and told == f"{kit['torch']}.{kit['architecture'].rstrip('a')}"
 
 
 def _loads(environment: dict[str, str]) -> bool:
@@ -151,6 +161,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     long = ["engine.device=cuda", "engine.cuda_graphs=true", "run.iterations=30"]
     engine = [*command, "bench", "engine", "--out", str(out), "--rounds", "1"]
     smoke = [*script("gpu_smoke.py"), "--plain"]
+    families = [*smoke, "--families", "--rows", "2", "--sizes"]
     counters = ["gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "dram__bytes.sum", "launch__registers_per_thread"]
     counters += ["sm__warps_active.avg.pct_of_peak_sustained_active", "sm__throughput.avg.pct_of_peak_sustained_elapsed", "launch__cluster_size"]
     ncu = ["ncu", "--clock-control", "none", "--metrics", ",".join(counters), "--kernel-name", "regex:^(flow_step|grpo_loss)", "--launch-count", "3"]
@@ -172,8 +183,9 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
             ],
         ),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
-        Step("sanitizer", 60, [*([] if dry else sanitizer), *smoke, "--rows", "2", "--sizes", "63" if dry else "63,1032,66000,140000"]),
-        Step("races", 60, [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *smoke, "--rows", "2", "--sizes", "63" if dry else "1032,66000"]),
+        Step("sanitizer", 60, [*([] if dry else sanitizer), *families, "63" if dry else "63,1032,66000,140000"]),
+        Step("races", 60, [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *families, "63" if dry else "1032,66000"]),
+        Step("barriers", 40, [*([] if dry else [*sanitizer, "--tool", "synccheck"]), *families, "63" if dry else "66000"]),
     ]
 
 
@@ -217,7 +229,7 @@ def _pytest(python: str, dry: bool, what: str) -> list[str]:
     plugin = ["-p", "no:cacheprovider", "-p", "gpu_tests", "--tb=short"]
     if dry:
         return [python, "-m", "pytest", *plugin, "tests/test_spans.py", "-m", "not gpu and not long"]
-    return [python, "-m", "pytest", *plugin, "-n", "14", "--dist", "loadgroup", "--durations", "15", *what.split()]
+    return [python, "-m", "pytest", *plugin, "-n", "14", "--durations", "15", *what.split()]
 
 
 # ---- running and telling ----
@@ -267,8 +279,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             continue
 
 
-def report(outcomes: list[Outcome], out: Path) -> Iterator[str]:
-    """The lines of the table."""
+def report(outcomes: list[Outcome], out: Path, began: float = 0.0) -> Iterator[str]:
+    """The lines of the table; figures of files written since `began`, in seconds of the clock."""
     by_name = {outcome.step.name: outcome for outcome in outcomes}
     yield "==== gpu_check"
     if "ceilings" in by_name:
@@ -278,13 +290,13 @@ def report(outcomes: list[Outcome], out: Path) -> Iterator[str]:
         yield f"{outcome.step.name:16} {outcome.told:14} {outcome.seconds:6.1f} s  {last.strip()[:110]}"
     for outcome in outcomes:
         yield from _failures(outcome)
-    if (out / "failures.txt").exists():
-        told = (out / "failures.txt").read_text(encoding="utf-8").splitlines()
+    if (out / FAILURES).exists():
+        told = (out / FAILURES).read_text(encoding="utf-8").splitlines()
         yield f"{len(told)} tests failed; the first lines:"
         yield from (f"  {line[:230]}" for line in told[:30])
-    yield from _ops(out)
-    yield from _engine(out)
-    yield from _rows(out)
+    yield from _ops(out, began)
+    yield from _engine(out, began)
+    yield from _rows(out, began)
     if "counters" in by_name:
         yield from _counters(by_name["counters"].output)
     if "idle" in by_name:
@@ -310,15 +322,15 @@ def _failures(outcome: Outcome) -> Iterator[str]:
         yield f"  {outcome.step.name}: and {len(found) - 25} more"
 
 
-def _tables(out: Path, pattern: str) -> Iterator[dict[str, str]]:
-    for path in sorted(out.rglob(pattern)):
+def _tables(out: Path, pattern: str, began: float) -> Iterator[dict[str, str]]:
+    for path in sorted(path for path in out.rglob(pattern) if path.stat().st_mtime >= began):
         with path.open(encoding="utf-8") as file:
             yield from csv.DictReader(file)
 
 
-def _ops(out: Path) -> Iterator[str]:
+def _ops(out: Path, began: float) -> Iterator[str]:
     """By graph replay all but the first figure, where there is one."""
-    rows = list(_tables(out, "ops_*.csv"))
+    rows = list(_tables(out, "ops_*.csv", began))
     if rows:
         yield f"{'op':13} {'case':17} {'shape':11} v    {'contender':14}       us graph us    GB/s % copy x eager x compiled"
     for row in rows:
@@ -330,9 +342,9 @@ def _ops(out: Path) -> Iterator[str]:
         )
 
 
-def _engine(out: Path) -> Iterator[str]:
+def _engine(out: Path, began: float) -> Iterator[str]:
     """What the published loop was not run for stays empty."""
-    rows = list(_tables(out, "engine_*.csv"))
+    rows = list(_tables(out, "engine_*.csv", began))
     if rows:
         told = "passes         s  rows× perrow×     × predicted dance rows× dance× outside    GiB"
         yield f"{'recipe':17} {'lever':20} {told}"
@@ -346,8 +358,8 @@ def _engine(out: Path) -> Iterator[str]:
         yield f"{row['recipe']:17} {row['lever']:20} {told}"
 
 
-def _rows(out: Path) -> Iterator[str]:
-    rows = list(_tables(out, "rows_*.csv"))
+def _rows(out: Path, began: float) -> Iterator[str]:
+    rows = list(_tables(out, "rows_*.csv", began))
     if rows:
         yield "blocks  rows mode      forward ms  train ms  TFLOP/s"
     for row in rows:

@@ -1,7 +1,4 @@
-"""A pytest plugin for `gpu_check.py`: failures are told as they come, and tests that compile the same Triton kernels go to the same worker.
-
-A file that the environment's FIRST_FAILURES names gets a line per failed test. Groups leave out the size, which most kernels take as it comes.
-"""
+"""A pytest plugin for `gpu_check.py`: a file that the environment's FIRST_FAILURES names gets a line per failed test, as it fails."""
 
 import os
 
@@ -10,18 +7,9 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only the process that the workers report to writes."""
-    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs")  # where xdist is not installed
     path = os.environ.get("FIRST_FAILURES")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Teller(path))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A group per function and parameters without `size`, for --dist loadgroup."""
-    for item in items:
-        parameters = getattr(item, "callspec", None)
-        rest = [] if parameters is None else [f"{name}={value}" for name, value in sorted(parameters.params.items()) if name not in ("size", "elements")]
-        item.add_marker(pytest.mark.xdist_group(f"{item.location[0]}:{getattr(item, 'originalname', item.name)}:{rest}"))
 
 
 class _Teller:

@@ -235,7 +235,21 @@ def test_an_empty_batch_first_leaves_one_pass_to_those_that_follow(size, unasked
         assert tuple(emulator.launches(call) for call in calls(size).values()) == (1, 1, 1, 1, 2, 2)
 
 
-@pytest.mark.parametrize("question", range(1, 13))
+def test_code_for_older_devices_makes_no_clusters_on_newer_ones(unasked, emulator):
+    """It has no cluster barrier in it; the driver compiles it for the device that is there."""
+    batch = batch_of(2, 66_000)
+    expected = every_op(batch)
+    with emulator(unasked):
+        emulator.library.emulated_compile_for(80)
+        try:
+            found, launches = every_op(batch), tuple(emulator.launches(call) for call in calls(66_000).values())
+        finally:
+            emulator.library.emulated_compile_for(90)
+    assert launches == (1, 1, 2, 2, 3, 4)
+    assert different(found, expected) == []
+
+
+@pytest.mark.parametrize("question", range(1, 14))
 def test_a_question_that_the_runtime_does_not_answer_is_asked_again(question, unasked, emulator):
     """And what its failure leaves behind is not taken for the error of the next one that looks."""
     b = batch_of(2, 66_000)

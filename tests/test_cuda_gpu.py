@@ -22,9 +22,10 @@ from flowgrove_kernels import (
     philox_normal,
     use_backend,
 )
-from kernel_cases import randn, stochastic_rows
+from kernel_cases import LOSS_MODES, loss_arguments, randn, rollout, stochastic_rows
 from op_calls import CLIP, assert_close, batch_of, different, every_op, rows_of
 from subprocesses import python
+from test_every_backend import moved
 from test_op_layouts import every_second_row, one_element_off, rows_at_every_alignment, rows_in_wider_rows, transposed
 
 HERE = torch.cuda.is_available() and "cuda" in available_backends()
@@ -135,6 +136,24 @@ def test_every_op_returns_the_log_probability_of_the_step(size):
     out, _, _ = grpo_loss_and_grad(x, v, x_next, coef, logp, ones, ones, clip_range=0.1, fanout=3)
     assert torch.equal(out.logp, logp)
     assert torch.equal(out.ratio, ones)
+
+
+@pytest.mark.parametrize("mode", ["density", "guard", "guard, kl, guidance"])
+@pytest.mark.parametrize("children", [13, 70])
+@pytest.mark.parametrize("size", [1032, 66_000])
+def test_more_children_than_one_pass_takes(size, children, mode):
+    """12 edges a pass (4 under guard), 64 slopes in shared memory; the log-probabilities are those of the edges alone."""
+    case = rollout([children, 0, 3], (size,), dtype=torch.float32)
+    positional, options, _ = moved(loss_arguments(case, **LOSS_MODES[mode]), "cuda")
+    found = grpo_loss_and_grad(*positional, **options)
+    with use_backend("reference"):
+        expected = grpo_loss_and_grad(*positional, **options)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-7)
+    again = grpo_loss_and_grad(*positional, **options)
+    assert all(torch.equal(left, right) for left, right in zip((*found[0], found[1]), (*again[0], again[1]), strict=True))
+    apart = positional[0][case.parent], positional[1][case.parent], positional[2], positional[3][case.parent]
+    assert torch.equal(flow_logprob(*apart), found[0].logp) or mode == "guard, kl, guidance"
 
 
 def test_inputs_of_more_than_2_31_elements():
@@ -248,7 +267,7 @@ def test_launches(size):
         "flow_step": (lambda: flow_step(batch.x, batch.v, batch.coef, key=key, fanout=2), 1 if at_once else 2),
         "flow_logprob": (lambda: flow_logprob(*batch.steps, fanout=2), 1 if at_once else 2),
         "grpo_loss": (lambda: grpo_loss(*batch.steps, *batch.scores, clip_range=CLIP, fanout=2), 2 if at_once else 3),
-        "grpo": (lambda: torch.ops.flowgrove.grpo_loss_and_grad(one, *loss_arguments(batch)), 2 if at_once else 4),
+        "grpo": (lambda: torch.ops.flowgrove.grpo_loss_and_grad(one, *op_arguments(batch)), 2 if at_once else 4),
     }
     for name, (call, count) in calls.items():
         launched = kernels(call)
@@ -256,7 +275,7 @@ def test_launches(size):
         assert any(name in kernel for kernel in launched)
 
 
-def loss_arguments(batch):
+def op_arguments(batch):
     c, nothing = batch.coef, None
     rows = (batch.x, batch.v, batch.x_next, c.x_coef, c.v_coef, c.std, c.precision, c.log_norm)
     return *rows, *batch.scores, nothing, nothing, nothing, nothing, nothing, False, *CLIP, batch.fanout, 0.0, 0.0, 1.0

@@ -42,7 +42,7 @@ def steps_of(lines):
 
 def test_every_row_of_the_first_call_runs(tmp_path):
     lines = dry_run(1, tmp_path)
-    names = ("ceilings", "smoke", "ops compiled", "ops", "tests", "recipe", "engine sd3_mid", "counters", "sanitizer", "races")
+    names = ("ceilings", "smoke", "ops compiled", "ops", "tests", "recipe", "engine sd3_mid", "counters", "sanitizer", "races", "barriers")
     assert steps_of(lines) == dict.fromkeys(names, "ok")
     card = json.loads(lines[0])
     assert card["copy_gb_per_s"] > 0

@@ -9,7 +9,7 @@ from subprocesses import python
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 NAMES = (*ALLOCATOR, *WAITING)
-VALUES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_WAIT_POLICY": "passive"}
+VALUES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "GOMP_SPINCOUNT": "10000"}
 
 
 def found_after(imported, **given):

@@ -68,6 +68,15 @@ DEVICE void cluster_arrive() {
 #endif
 }
 
+// The same of a block that has published nothing yet: others learn that it has begun.
+DEVICE void cluster_arrive_first() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  __syncthreads();
+#else
+  __cluster_barrier_arrive_relaxed();
+#endif
+}
+
 DEVICE void cluster_wait() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
@@ -180,8 +189,9 @@ inline std::optional<bool> ask_whether_it_fits(const void* kernel, Launch how) {
   if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)))) return std::nullopt;
   if (how.cluster == 1) return true;
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  if (major == 0) return std::nullopt;
-  if (major < 9) return false;
+  cudaFuncAttributes compiled = {};
+  if (major == 0 || !answered(cudaFuncGetAttributes(&compiled, kernel))) return std::nullopt;
+  if (major < 9 || compiled.ptxVersion < 90) return false;  // code for older devices, which newer ones run too, has no cluster barrier in it
   // More than 8 blocks.
   if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))) return std::nullopt;
   how.blocks = how.cluster;

@@ -11,6 +11,7 @@ struct Slope {
   float push, pull;
 };
 
+constexpr int LEAST_BLOCKS = 2;  // that share a multiprocessor's memory: one alone has nothing to do while its threads meet
 constexpr int MOST_SLOPES = 64;  // of a row in shared memory; a row with more children uses device memory
 
 struct GRPOPasses {
@@ -291,7 +292,8 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
   plan.launch.shared_bytes = sums;
   // Rows have different numbers of children under offsets: room for the average, and what does not fit is read again.
   const int64_t wanted = op.grad_loss == nullptr ? 0 : with_kl + (by_offsets ? divide_up(op.edges, rows) : op.children.fanout);
-  const size_t slot = plan.partition.part_elements * sizeof(float), head = sums + MOST_SLOPES * sizeof(Slope), room = most_shared_bytes();
+  const size_t slot = plan.partition.part_elements * sizeof(float), head = sums + MOST_SLOPES * sizeof(Slope);
+  const size_t room = most_shared_bytes() / LEAST_BLOCKS;
   const int64_t fitting = room > head && slot > 0 ? static_cast<int64_t>((room - head) / slot) : 0;
   for (const int64_t kept : {wanted < fitting ? wanted : fitting, int64_t{0}}) {
     Launch clustered = plan.launch;

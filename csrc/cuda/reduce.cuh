@@ -96,7 +96,7 @@ DEVICE double partials_total(const double* partials, int64_t parts) {
 // A cluster meets once per pass, and once before the first: no block may write into another that has not begun. Between begin_cluster and the wait in
 // the first pass a block works on its own.
 DEVICE void begin_cluster(bool clustered) {
-  if (clustered) cluster_arrive();
+  if (clustered) cluster_arrive_first();
 }
 
 DEVICE void end_cluster(bool clustered, int passes) {

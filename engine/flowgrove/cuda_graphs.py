@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,12 +63,9 @@ class CudaGraphs:
         return [None if tensor is None else tensor.clone() for tensor in recorded.outputs]
 
     def _leave_pool(self) -> None:
-        """Ends what a failed capture leaves begun: the allocator would take no other recording into the pool, and put
-        off freeing what other streams have used until the capture ends."""
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        """Ends what a failed capture leaves begun; the next recording has a pool of its own."""
         if self._pool is not None:
-            with suppress(RuntimeError):  # it has ended
-                torch._C._cuda_endAllocateToPool(index, self._pool)
+            leave_pool(self.device, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
 
     def _record(self, function: Callable[..., Tensors], inputs: Tensors) -> _Recorded:
@@ -91,6 +89,14 @@ class CudaGraphs:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"engine.cuda_graphs: the model's forward cannot be recorded ({reason}): write engine.cuda_graphs: false") from None
         return _Recorded(inputs, outputs, graph.replay)
+
+
+def leave_pool(device: torch.device, pool: Any) -> None:
+    """After a capture into `pool` that has failed: the allocator would take no other recording into it, and put off
+    freeing what other streams have used until the capture ends."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # it has ended
+        torch._C._cuda_endAllocateToPool(index, pool)
 
 
 def _memory_error(error: BaseException | None) -> BaseException | None:

@@ -13,12 +13,14 @@ def settle() -> None:
     """Sets what the user has not set, unless torch is loaded already.
 
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: passes differ in size, and segments that cannot grow leave memory
-    between them that no pass fits into. OMP_WAIT_POLICY=passive: by default a thread that has reached a barrier spins
-    there, also while the processor runs another program instead of the thread that it waits for.
+    between them that no pass fits into. GOMP_SPINCOUNT=10000: by default a thread that has reached a barrier of GNU's
+    OpenMP spins there for up to some milliseconds, also while the processor runs another program instead of the thread
+    that it waits for. So short a spin costs nothing on a quiet machine, where sleeping at once would cost half again;
+    profiling/figures/busy_machine.csv has the measurements.
     """
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["GOMP_SPINCOUNT"] = "10000"

@@ -86,6 +86,7 @@ static const std::function<void()>* program = nullptr;
 static std::string last_line;
 static int64_t lines = 0;         // printed in all launches
 static bool broken = false;       // a rule of the emulator, unlike a trap, ends the launch at once
+static int compiled_for = 90;      // the compute capability, times ten, that kernels say they were compiled for
 static int until_unanswered = 0;  // questions to the runtime up to the one that fails; 0: none does
 static cudaError_t last_error = cudaSuccess;
 static thread_local std::string failure;  // of the last launch from this thread of the program; launches take turns
@@ -316,6 +317,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (unanswered()) return cudaErrorNotReady;
+  attributes->ptxVersion = emulated::compiled_for;
+  return cudaSuccess;
+}
+
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
   if (unanswered()) return cudaErrorNotReady;
   *clusters = emulated::can_launch(*config, kernel) ? 1 : 0;
@@ -333,6 +340,11 @@ extern "C" void emulated_use_device(int major, int shared_bytes, int most_cluste
   const auto found = std::find(emulated::devices.begin(), emulated::devices.end(), wanted);
   emulated::current_device = static_cast<int>(found - emulated::devices.begin());
   if (found == emulated::devices.end()) emulated::devices.push_back(wanted);
+}
+
+// The compute capability, times ten, that kernels say they were compiled for.
+extern "C" void emulated_compile_for(int capability) {
+  emulated::compiled_for = capability;
 }
 
 extern "C" void emulated_use_order(int order) {

@@ -57,6 +57,7 @@ void require(bool fine, const char* message);
 #define __syncthreads emulated::block_barrier
 #define __trap emulated::trap
 #define __cluster_barrier_arrive emulated::cluster_arrive
+#define __cluster_barrier_arrive_relaxed emulated::cluster_arrive
 #define __cluster_barrier_wait emulated::cluster_wait
 #define __cluster_map_shared_rank emulated::of_block
 #define printf emulated::print
@@ -145,6 +146,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);

@@ -86,8 +86,8 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
 def _told(line: Row) -> str:
     if line["forward_ms"] is None:
         return "no room"
-    train = "" if line["train_ms"] is None else f" + {line['train_ms']:.2f}"
-    return f"{line['forward_ms']:.2f}{train} ms a row"
+    train = "" if line["train_ms"] is None else f", {line['train_ms']:.2f} with backward"
+    return f"{line['forward_ms']:.2f} ms a row{train}"
 
 
 class _Timer:

@@ -98,7 +98,7 @@ def draw_scaling(rows: list[Row], console: Console) -> None:
 def draw_row_times(rows: list[Row], console: Console) -> None:
     """One table: milliseconds of a row, and how much of the arithmetic that a second holds its forward does."""
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for heading in ("blocks", "rows", "mode", "forward ms", "+ backward ms", "TFLOP/s", ""):
+    for heading in ("blocks", "rows", "mode", "forward ms", "with backward", "TFLOP/s", ""):
         table.add_column(heading, justify="left" if heading in ("blocks", "mode", "") else "right", no_wrap=True)
     for row in rows:
         times = (_number(row[key], ".2f") for key in ("forward_ms", "train_ms"))

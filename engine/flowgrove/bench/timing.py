@@ -12,6 +12,7 @@ import numpy
 import torch
 
 from flowgrove.bench.cases import Contender
+from flowgrove.cuda_graphs import leave_pool
 from flowgrove_kernels import use_backend
 
 WARM_UP = 2
@@ -110,10 +111,15 @@ def record(calls: Sequence[Contender], device: torch.device) -> Graph:
         with torch.cuda.stream(side):  # what a first call allocates and compiles must not be captured; autograd remembers the stream
             for call in calls:
                 call.run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            outputs = [call.run() for call in calls]
+        caller = torch.cuda.current_stream(device)
+        caller.wait_stream(side)
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=pool, stream=side):  # a failed capture would leave `side` current
+                outputs = [call.run() for call in calls]
+        except RuntimeError:
+            leave_pool(device, pool)
+            raise
     return Graph(calls[0].name, graph.replay, len(calls), outputs)
 
 
