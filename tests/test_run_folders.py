@@ -75,7 +75,9 @@ def test_a_run_on_another_host_counts_while_it_touches_its_file(tmp_path, second
 def test_a_damaged_lock_file_that_is_old_keeps_nobody_out(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     os.utime(tmp_path / NAME, (0, 0))
-    FolderLock(tmp_path).release()
+    lock = FolderLock(tmp_path)
+    assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+    lock.release()
 
 
 def test_a_file_system_without_locks_still_knows_its_own_processes(holder, tmp_path, monkeypatch):
@@ -145,6 +147,7 @@ def test_ignored_signals_stay_ignored():
     try:
         with Stopping():
             signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
