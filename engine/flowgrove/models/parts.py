@@ -76,6 +76,7 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
         raise UserError(f"{place} has no tokenizer_config.json: download the whole pipeline folder")
     try:
         first, second = (list(tokenizer(text).input_ids) for text in _PROBES)
+        every = tokenizer.get_vocab().values()
     except BaseException as error:
         if not is_of_a_library(error):
             raise
@@ -92,7 +93,7 @@ def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
         what = f"{file} says model_max_length {longest!r}, where the encoder reads {most} tokens"
         raise UserError(f"{what}: download the file anew")
     known = encoder.get_input_embeddings().num_embeddings
-    foreign = max((*first, *second), default=0)
+    foreign = max((*first, *second, *every), default=0)
     if foreign >= known:
         what = f"it gives the token {foreign}, and the text encoder knows {known}"
         raise UserError(f"{place} holds a tokenizer of another model: {what}")
