@@ -97,6 +97,15 @@ def test_a_tokenizer_that_knows_more_words_than_its_encoder_is_an_error(copied, 
     assert "gives the token" in refusal("wan", folder)
 
 
+def test_one_word_beyond_the_encoder_is_an_error_though_the_first_texts_have_it_not(copied):
+    folder = copied("sd3")
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["z</w>"] = 9999
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert "gives the token 9999" in refusal("sd3", folder)
+
+
 def test_sd3_without_t5_and_its_tokenizer_is_whole(copied):
     folder = copied("sd3")
     write_index(folder, text_encoder_3=[None, None], tokenizer_3=[None, None])
