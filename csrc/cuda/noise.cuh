@@ -37,10 +37,6 @@ DEVICE Octet octet_of(const Normals& low, const Normals& high) {
   return {low.z0, low.z1, low.z2, low.z3, high.z0, high.z1, high.z2, high.z3};
 }
 
-DEVICE bool has_noise(const Noise& noise) {
-  return noise.given.data != nullptr || noise.key.data != nullptr;
-}
-
 // Four normals of an edge, in which its siblings' part may be mixed.
 DEVICE Normals draw(const Noise& noise, const EdgeNoise& name, uint32_t block) {
   const NoiseWords& words = name.words;

@@ -181,9 +181,10 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
     rows: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
         bench = _Bench(model, settings, say)
+        planned = {name: bench.planned(name) for name in settings.recipes}
         for name, choice in settings.recipes.items():
             rows += bench.recipe(name, choice)
-            compare(rows, {each: bench.planned(each) for each in settings.recipes})
+            compare(rows, planned)
             if out is not None:  # a recipe may take minutes: what has been measured stays if the next one is stopped
                 out.mkdir(parents=True, exist_ok=True)
                 write_columns(rows, COLUMNS, out / f"{machine.file_stem(f'engine_{settings.model}', settings.device)}.csv")
