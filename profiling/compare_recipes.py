@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
-from flowgrove.data import prompts_of_iteration
+from flowgrove.data.prompts import prompts_of_iteration
 from flowgrove.device import pick_backend
-from flowgrove.pass_times import Passes
-from flowgrove.recipe import load_recipe
-from flowgrove.report import evaluations
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.report.page import evaluations
 from flowgrove.trainer import Trainer
+from flowgrove.tuning.pass_times import Passes
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash")

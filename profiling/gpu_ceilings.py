@@ -7,7 +7,7 @@ import subprocess
 
 import torch
 
-from flowgrove.bench.machine import describe, pick_device
+from flowgrove.machine import describe, pick_device
 from flowgrove.spans import Totals
 
 _REPEATS = 10

@@ -13,14 +13,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from flowgrove.bench.engine import RECIPES, bench_prompts, bench_recipe
-from flowgrove.bench.machine import describe, pick_device
 from flowgrove.bench.models import NAMES, bench_model
 from flowgrove.device import pick_backend
 from flowgrove.iteration import Stages
+from flowgrove.machine import describe, pick_device
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span_totals
-from flowgrove.update import Updater
+from flowgrove.update.updater import Updater
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import torch
 from flowgrove.bench.cases import CASES, Case, Contender, contenders
 from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, Inputs, find_shape, make_inputs
-from flowgrove.bench.machine import pick_device
 from flowgrove.bench.ops import available_contenders
 from flowgrove.bench.timing import record
+from flowgrove.machine import pick_device
 from flowgrove_kernels import NoiseKey, flow_step, grpo_loss_and_grad, step_coefficients, use_backend
 
 CHILDREN = (14, 0, 70, 3)  # of each row: more than a pass of the loss takes, and more than its shared memory has slopes for

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flowgrove.checkpoint import save_checkpoint
 from flowgrove.models.policy import Policy
-from flowgrove.optimizers import state_tensors
-from flowgrove.update import Updater
+from flowgrove.run.checkpoint import save_checkpoint
+from flowgrove.update.optimizers import state_tensors
+from flowgrove.update.updater import Updater
 from policy_cases import CPU, small_recipe
 
 

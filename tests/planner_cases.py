@@ -8,7 +8,7 @@ import yaml
 from hypothesis import strategies as st
 
 from flowgrove.errors import UserError
-from flowgrove.recipe import parse_recipe
+from flowgrove.recipe.loading import parse_recipe
 
 
 def recipe_content(**sections):

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from flowgrove.models.policy import Policy, Prompts
-from flowgrove.plan import RolloutPlan, make_plan
-from flowgrove.recipe import Recipe, parse_recipe
-from flowgrove.rows import plan_rows
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import RolloutPlan, make_plan
+from flowgrove.recipe.loading import parse_recipe
+from flowgrove.recipe.schema import Recipe
 from flowgrove_kernels import StepCoefficients
 
 CPU = torch.device("cpu")
@@ -42,9 +43,9 @@ def policy_of(dtype: str = "fp64", guidance: float = 1.0, tokens: int | str = "a
     )
 
 
-def plan_and_rows(recipe: Recipe, iteration: int = 0) -> tuple[RolloutPlan, StepCoefficients]:
+def plan_and_coefficients(recipe: Recipe, iteration: int = 0) -> tuple[RolloutPlan, StepCoefficients]:
     plan = make_plan(recipe, iteration)
-    return plan, plan_rows(plan)
+    return plan, plan_coefficients(plan)
 
 
 def encoded(policy: Policy, texts: list[str] | None = None) -> Prompts:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from flowgrove.recipe import parse_recipe
+from flowgrove.recipe.loading import parse_recipe
 from flowgrove.rewards.registry import Rewards
 from planner_cases import recipe_content
 

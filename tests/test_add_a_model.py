@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from flowgrove.models import geometry, loading
 from flowgrove.models.folders import TINY
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
-from flowgrove.sigmas import recipe_sigmas
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, small_recipe
 from tiny_pipelines import autoencoder, lively, t5_config
@@ -55,7 +55,7 @@ def auraflow(tmp_path, monkeypatch):
 def test_the_example_draws_what_the_diffusers_pipeline_draws(auraflow):
     policy = Policy(auraflow, CPU)
     plan = make_plan(auraflow, 0, recipe_sigmas(auraflow))
-    forest = rollout(plan, plan_rows(plan), policy, encoded(policy), seed=3, iteration=9)
+    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy), seed=3, iteration=9)
     pipe = AuraFlowPipeline.from_pretrained(auraflow.model.path)
     pipe.set_progress_bar_config(disable=True)
     prompt = torch.arange(len(TEXTS)).repeat_interleave(2)

@@ -23,7 +23,7 @@ from flowgrove.bench.models import write_flux
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
-from flowgrove.update import Updater
+from flowgrove.update.updater import Updater
 from policy_cases import CPU
 
 # per prompt (MATH §5, T = 20, 16 leaves, one update), rollout forwards and train passes: of the published loop, of that

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from engine_cases import refuse, strict_json, succeed
-from flowgrove.bench import counting, machine, ops, published
+from flowgrove import machine
+from flowgrove.bench import counting, ops, published
 from flowgrove.bench.cases import CASES, Contender
 from flowgrove.bench.check import Deviation
 from flowgrove.bench.counting import footprint

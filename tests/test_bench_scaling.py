@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine_cases import refuse, succeed
-from flowgrove.bench.scaling import COLUMNS, PROMPTS, Point, exponent, point_recipe, upper_half
-from flowgrove.plan import make_plan
+from flowgrove.bench.scaling import COLUMNS, PROMPTS, Point, point_recipe
+from flowgrove.bench.scaling_fit import exponent, upper_half
+from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.jpeg_size import JpegSizeReward
 
 # leaves → distinct states that the rollout runs, states that train, nodes of the forest, per prompt. Splits at 0, 3, 6, 9 of 20 steps, window 0 … 3.

@@ -8,10 +8,10 @@ from engine_cases import succeed, tiny_recipe
 from flowgrove.credit import assign_credit
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.rollout import rollout
-from flowgrove.update_passes import Rolled
-from policy_cases import CPU, TEXTS, plan_and_rows, policy_of, small_recipe
+from flowgrove.plan.planner import make_plan
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
+from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, small_recipe
 from test_update import Recorder
 from tiny_pipelines import MODELS, write_pipeline
 
@@ -20,7 +20,7 @@ ROLLOUT = {"steps": 10, "window": {"strategy": "frozen", "size": 2, "start": 2}}
 
 def rows_seen(policy, recipe, **options):
     """Leaves, and the rows of every forward of the transformer."""
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     seen = []
     hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
     forest = rollout(plan, rows, policy, policy.encode(TEXTS), seed=1, iteration=0, **options)
@@ -31,7 +31,7 @@ def rows_seen(policy, recipe, **options):
 @pytest.mark.parametrize(("interval", "guided"), [(None, range(10)), ((1, 4), [1, 2, 3]), ((4, 7), [2, 3, 4, 5, 6]), ((0, 1), [0, 2, 3])])
 def test_steps_outside_the_range_run_one_row_for_one_unless_they_have_noise(interval, guided):
     recipe, policy = small_recipe(rollout={**ROLLOUT, "guidance_range": interval}), policy_of(guidance=2.5)
-    plan, _ = plan_and_rows(recipe)
+    plan, _ = plan_and_coefficients(recipe)
     _, seen = rows_seen(policy, recipe)
     assert seen == [len(TEXTS) * step.nodes_in * (2 if step.index in guided else 1) for step in plan.steps]
 
@@ -61,7 +61,7 @@ def flux_policy(folder, **rollout_keys):
 def test_attention_runs_where_the_plan_says_and_nowhere_else(flux, cache, budget):
     policy, recipe = flux_policy(flux, cache=cache)
     policy.budget.tokens = budget
-    plan, _ = plan_and_rows(recipe)
+    plan, _ = plan_and_coefficients(recipe)
     layers = [block.attn for block in (*policy.transformer.transformer_blocks, *policy.transformer.single_transformer_blocks)]
     ran, before = [], [layer.forward for layer in layers]
     hook = layers[0].to_q.register_forward_hook(lambda module, args, output: ran.append(len(args[0])))
@@ -82,7 +82,7 @@ def test_training_after_a_cached_rollout_equals_training_after_a_plain_one(flux)
     plain = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"cache": None})})
     gradients = []
     for each in (recipe, plain):
-        plan, rows = plan_and_rows(each)
+        plan, rows = plan_and_coefficients(each)
         prompts = policy.encode(TEXTS)
         forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
         credit = assign_credit(plan, each.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])

@@ -25,9 +25,9 @@ from engine_cases import (
     weights_of,
     write_lines,
 )
-from flowgrove.grids import load_grid
 from flowgrove.models.folders import TINY
-from flowgrove.recipe import load_recipe
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.report.grids import load_grid
 from flowgrove_kernels import available_backends
 from subprocesses import FLOWGROVE, environment
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from flowgrove.credit import assign_credit
-from flowgrove.kept_graphs import GraphKeeper
-from flowgrove.rollout import rollout
-from flowgrove.update_passes import Rolled
-from policy_cases import plan_and_rows, policy_of, small_recipe
+from flowgrove.rollout.loop import rollout
+from flowgrove.rollout.retained_graphs import RetainedGraphs
+from flowgrove.update.passes import Rolled
+from policy_cases import plan_and_coefficients, policy_of, small_recipe
 from test_update import Recorder
 
 TREE = {"steps": 20, "group_size": 16, "dynamics": "dance_sde", "noise_level": 0.3, "tree": {"splits": [0, 3, 6, 9], "fanout": 2}}
@@ -29,7 +29,7 @@ PLANS = {  # rollout forwards, train passes
 PUBLISHED = {"window_0": (300, 48), "window_7": (300, 48)}
 
 
-def counted(rollout_keys, updates, keeper=None, **engine):
+def counted(rollout_keys, updates, retained=None, **engine):
     """(rows forward in the rollout, rows forward in the updates, rows backward) of one prompt in which every edge has an advantage."""
     recipe = small_recipe(rollout=rollout_keys, update={"updates_per_iteration": updates}, engine={"device": "cpu", **engine})
     policy = policy_of(dtype="fp32")
@@ -40,10 +40,10 @@ def counted(rollout_keys, updates, keeper=None, **engine):
         if output[0].requires_grad:
             output[0].register_hook(lambda gradient: backward.append(len(gradient)))
 
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     prompts = policy.encode(["a red circle at the top left"])
     hook = policy.transformer.register_forward_hook(watch)
-    forest = rollout(plan, rows, policy, prompts, seed=0, iteration=0, share=recipe.engine.share, keeper=keeper)
+    forest = rollout(plan, rows, policy, prompts, seed=0, iteration=0, share=recipe.engine.share, retained=retained)
     rolled = sum(forward)
     credit = assign_credit(plan, recipe.credit, np.arange(float(plan.leaves)).reshape(1, -1, 1), [1.0])
     for edges in credit.values():
@@ -60,9 +60,9 @@ def test_rows_that_run_are_those_of_the_table(name):
 
 
 @pytest.mark.parametrize("name", ["tree_mix", "window_7"])
-def test_kept_graphs_leave_the_backward_and_save_the_forward(name):
+def test_retained_graphs_leave_the_backward_and_save_the_forward(name):
     keys, updates, forwards, passes = PLANS[name]
-    assert counted(keys, updates, GraphKeeper(10**6)) == (forwards, 0, passes)
+    assert counted(keys, updates, RetainedGraphs(10**6)) == (forwards, 0, passes)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,10 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flowgrove.credit import assign_credit, fused, normalised
-from flowgrove.forest import Forest, leaf_path_logp
-from flowgrove.plan import make_plan
-from flowgrove.recipe import Credit, parse_recipe
+from flowgrove.plan.planner import make_plan
+from flowgrove.recipe.loading import parse_recipe
+from flowgrove.recipe.schema import Credit
 from flowgrove.rewards.registry import Rewards
+from flowgrove.rollout.forest import Forest, leaf_path_logp
 from planner_cases import PRUNES, branch_tree, mix_window, recipe_content, recipe_with, recipes, user_error
 
 # MATH §4 on explicit nodes

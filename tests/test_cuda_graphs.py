@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowgrove.cuda_graphs import CudaGraphs, _Recorded
-from flowgrove.ema import Ema
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
-from flowgrove.rollout import rollout
-from policy_cases import CPU, TEXTS, plan_and_rows, small_recipe
+from flowgrove.passes.recordings import Recordings, _Recorded
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.ema import Ema
+from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
 from test_rollout import CPS, FLAT, TAIL, TREE
 from tiny_pipelines import MODELS, write_pipeline
 
@@ -24,7 +24,7 @@ RANGE = {"rollout": {"guidance_range": [0, 2]}}
 MODEL = {"adapter": "sd3", "path": "tiny", "gradient_checkpointing": False}
 
 
-class Replayed(CudaGraphs):
+class Replayed(Recordings):
     """Runs the recorded function again instead of a graph, and counts."""
 
     replays = 0
@@ -43,11 +43,11 @@ class Replayed(CudaGraphs):
 
 def policy_on(device, dtype="fp32", **model):
     policy = Policy(small_recipe(model={**MODEL, "dtype": dtype, **model}, engine={"device": device}), torch.device(device))
-    return policy, (CudaGraphs(policy.device) if device == "cuda" else Replayed(policy.device))
+    return policy, (Recordings(policy.device) if device == "cuda" else Replayed(policy.device))
 
 
 def leaves_of(policy, recipe, iteration=0, texts=TEXTS, seed=5, **options):
-    plan, rows = plan_and_rows(recipe, iteration)
+    plan, rows = plan_and_coefficients(recipe, iteration)
     forest = rollout(plan, rows.to(policy.device), policy, policy.encode(texts), seed=seed, iteration=iteration, **options)
     return forest.leaves, forest.logp
 
@@ -59,18 +59,18 @@ def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iteratio
     policy, graphs = policy_on(device, guidance_scale=guidance)
     recipe = small_recipe(**sections)
     for iteration, texts, seed in ((0, TEXTS, 5), (1, TEXTS[::-1], 6)):
-        policy.graphs = None
+        policy.recordings = None
         eager = leaves_of(policy, recipe, iteration, texts, seed)
-        policy.graphs = graphs
+        policy.recordings = graphs
         recorded = leaves_of(policy, recipe, iteration, texts, seed)
         assert all(torch.equal(one, other) for one, other in zip(eager, recorded, strict=True))
-    plan, _ = plan_and_rows(recipe)
+    plan, _ = plan_and_coefficients(recipe)
     assert 0 < len(graphs) < len(plan.steps) + 1, "a recording serves more than one timestep"
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_replay_follows_trained_weights_their_average_and_the_untouched_model(device, dtype):
+def test_a_replay_follows_trained_weights_their_average_and_the_reference_model(device, dtype):
     policy, graphs = policy_on(device, dtype, lora={"rank": 4, "alpha": 8})
     recipe = small_recipe()
     with torch.no_grad():
@@ -90,9 +90,9 @@ def test_a_replay_follows_trained_weights_their_average_and_the_untouched_model(
                 average = leaves_of(policy, recipe)[0]
             return trained, average, leaves_of(policy, recipe, tuned_steps=0)[0]
 
-        policy.graphs = None
+        policy.recordings = None
         eager = three()
-        policy.graphs = graphs
+        policy.recordings = graphs
         assert all(torch.equal(one, other) for one, other in zip(eager, three(), strict=True))
         kinds.append(eager)
     assert not torch.allclose(kinds[0][0], kinds[1][0], atol=1e-3), "training moved the leaves"
@@ -105,16 +105,16 @@ def test_prompts_of_other_lengths_are_other_recordings(tmp_path):
     recipe = small_recipe(model=model)
     policy, graphs = Policy(recipe, CPU, TEXTS), Replayed(CPU)
     for texts in (TEXTS, ["a red circle " * 12, "a cross"], TEXTS[::-1]):
-        policy.graphs = None
+        policy.recordings = None
         eager = leaves_of(policy, recipe, texts=texts)
-        policy.graphs = graphs
+        policy.recordings = graphs
         assert all(torch.equal(one, other) for one, other in zip(eager, leaves_of(policy, recipe, texts=texts), strict=True))
-    assert graphs.replays == 3 * len(plan_and_rows(recipe)[0].steps)
+    assert graphs.replays == 3 * len(plan_and_coefficients(recipe)[0].steps)
 
 
 def test_recordings_are_counted_by_shape():
     policy, graphs = policy_on("cpu")
-    policy.graphs = graphs
+    policy.recordings = graphs
     recipe = small_recipe(rollout={"steps": 8, "window": {"strategy": "frozen", "size": 2, "start": 3}})
     for seed in range(3):
         leaves_of(policy, recipe, seed=seed)
@@ -199,7 +199,7 @@ INVALID = RuntimeError("CUDA error: operation failed due to a previous error dur
 
 @pytest.mark.parametrize("ends", [None, INVALID], ids=["its end works", "its end fails"])
 def test_a_failed_capture_is_one_line_and_leaves_stream_and_allocator_as_they_were(gpu, ends):
-    graphs, gpu.ends = CudaGraphs(torch.device("cuda")), ends
+    graphs, gpu.ends = Recordings(torch.device("cuda")), ends
     with pytest.raises(UserError, match=r"engine\.cuda_graphs: false"):
         graphs("key", failing(RuntimeError("operation not permitted when stream is capturing")), [torch.ones(2)])
     assert gpu.current == "caller"
@@ -213,7 +213,7 @@ def test_a_failed_capture_is_one_line_and_leaves_stream_and_allocator_as_they_we
 @pytest.mark.parametrize("ends", [None, INVALID], ids=["its end works", "its end fails"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
 def test_a_capture_without_room_says_so_whatever_its_end_says(gpu, ends, error):
-    graphs, gpu.ends = CudaGraphs(torch.device("cuda")), ends
+    graphs, gpu.ends = Recordings(torch.device("cuda")), ends
     with pytest.raises(RuntimeError) as caught:
         graphs("key", failing(error), [torch.ones(2)])
     assert caught.value is error
@@ -224,7 +224,7 @@ def test_a_capture_without_room_says_so_whatever_its_end_says(gpu, ends, error):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_a_gpu_goes_on_after_a_failed_capture():
     device = torch.device("cuda")
-    graphs, before, x = CudaGraphs(device), torch.cuda.current_stream(), torch.ones(1000, device="cuda")
+    graphs, before, x = Recordings(device), torch.cuda.current_stream(), torch.ones(1000, device="cuda")
     with pytest.raises(UserError, match=r"engine\.cuda_graphs: false"):
         graphs("reads", lambda x: [x * x.sum().item()], [x])
     assert torch.cuda.current_stream() == before

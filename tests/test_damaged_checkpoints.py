@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import Trained
-from flowgrove import checkpoint as checkpoints
-from flowgrove.checkpoint import find_checkpoint, load_checkpoint, mark_best, newest_checkpoint, pointed_at, valid_checkpoints
 from flowgrove.errors import UserError
 from flowgrove.files import write_file
-from flowgrove.manifest import DamagedError, verify
+from flowgrove.run import checkpoint as checkpoints
+from flowgrove.run.checkpoint import find_checkpoint, load_checkpoint, mark_best, newest_checkpoint, pointed_at, valid_checkpoints
+from flowgrove.run.manifest import DamagedError, verify
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_disk_that_fails_is_no_reason_to_remove_a_checkpoint(run, monkeypatch)
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error", str(run / "checkpoints" / "step_000002" / "weights.safetensors"))
 
-    monkeypatch.setattr("flowgrove.manifest._digest", fail)
+    monkeypatch.setattr("flowgrove.run.manifest._digest", fail)
     with pytest.raises(UserError, match="Input/output error; try again") as caught:
         newest_checkpoint(run)
     assert "remove" not in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrove.data import prompts_of_iteration, prompts_of_run, read_prompts
+from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run, read_prompts
 from planner_cases import user_error
 from subprocesses import python
 
@@ -126,6 +126,6 @@ def test_every_prompt_comes_first_equally_often():
 
 
 def test_the_order_does_not_depend_on_the_process():
-    program = "from flowgrove.data import prompts_of_iteration as take; print(take([f'prompt {n}' for n in range(30)], 7, 30, 3))"
+    program = "from flowgrove.data.prompts import prompts_of_iteration as take; print(take([f'prompt {n}' for n in range(30)], 7, 30, 3))"
     outputs = {python("-c", program, env={"PYTHONHASHSEED": hash_seed}).stdout for hash_seed in ("0", "1")}
     assert outputs == {f"{prompts_of_iteration(numbered(30), 7, 30, 3)}\n"}

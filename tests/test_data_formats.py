@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from engine_cases import TRAIN_PROMPTS, metrics_of, succeed, timeless, tiny_recipe, weights_of, write_lines
-from flowgrove.data import NAMED_SETS, read_prompts
+from flowgrove.data.prompts import NAMED_SETS, read_prompts
 from planner_cases import user_error
 
 pa = pytest.importorskip("pyarrow")

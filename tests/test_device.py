@@ -7,7 +7,7 @@ from engine_cases import metrics_of, succeed, timeless, tiny_recipe
 from flowgrove.device import pick_backend
 from flowgrove.doctor import findings
 from flowgrove.errors import UserError
-from flowgrove.recipe import load_recipe
+from flowgrove.recipe.loading import load_recipe
 from flowgrove_kernels import available_backends, backends, clean_estimate, libraries
 
 X = torch.ones(2, 3)

@@ -13,7 +13,7 @@ from flowgrove.models import embeddings, loading
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy
-from flowgrove.recipe import load_recipe
+from flowgrove.recipe.loading import load_recipe
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 

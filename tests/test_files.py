@@ -11,7 +11,7 @@ import pytest
 
 from engine_cases import succeed, tiny_recipe
 from flowgrove.files import partial_name, remove_left_behind, write_file, write_text
-from flowgrove.metrics import MetricsLog, read_metrics
+from flowgrove.run.metrics import MetricsLog, read_metrics
 from subprocesses import PYTHON, environment
 
 

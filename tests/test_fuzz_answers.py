@@ -101,7 +101,7 @@ def served(number):
     chunks, pause, hang = answer(draw, chat)
     with answering(chunks, pause, hang) as url:
         entry = {"name": "unified_reward"} if chat else {"name": "http", "max_answer_mb": 0.1}
-        return judged({**entry, "url": url, "timeout": 0.3, "retries": draw.choice((0, 0, 1))})
+        return scored({**entry, "url": url, "timeout": 0.3, "retries": draw.choice((0, 0, 1))})
 
 
 RETURNS = (
@@ -137,7 +137,7 @@ def score(pictures, prompts):
 """
 
 
-def judged(entry):
+def scored(entry):
     batch, prompts = pictures(COUNT, 8, 8), list(PROMPTS)
     kept = batch.clone()
     scores = rewards_of(entry)(batch, prompts)
@@ -163,7 +163,7 @@ def test_hostile_functions_end_in_scores_or_in_one_line(tmp_path, monkeypatch):
     for number, returned in enumerate(RETURNS):
         path = tmp_path / f"r{number}.py"
         path.write_text(FILE.format(returned))
-        good += outcome(returned, judged, {"name": "python", "file": str(path)})[1] is None
+        good += outcome(returned, scored, {"name": "python", "file": str(path)})[1] is None
     assert 0 < good < len(RETURNS)
 
 
@@ -173,4 +173,4 @@ def test_hostile_files_of_functions_end_in_scores_or_in_one_line(tmp_path, monke
     whole = FILE.format("[1.0] * len(prompts)").encode()
     for number in range(60):
         path.write_bytes(damaged(draw, whole))
-        outcome(f"file {number}", judged, {"name": "python", "file": str(path)})
+        outcome(f"file {number}", scored, {"name": "python", "file": str(path)})

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import Trained
-from flowgrove.checkpoint import load_checkpoint, newest_checkpoint
 from flowgrove.errors import UserError
+from flowgrove.run.checkpoint import load_checkpoint, newest_checkpoint
 
 ROUNDS, CASES, SECONDS = 12, 30, 10
 TENSORS = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors")

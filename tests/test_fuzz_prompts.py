@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from flowgrove.data import NAMED_SETS, cut_alike, prompts_of_iteration, read_prompts
+from flowgrove.data.prompts import NAMED_SETS, cut_alike, prompts_of_iteration, read_prompts
 from hostile import NASTY, damaged, outcome
 
 pa = pytest.importorskip("pyarrow")

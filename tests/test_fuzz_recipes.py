@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowgrove.plan import make_plan
-from flowgrove.plan_view import plan_json
-from flowgrove.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
-from flowgrove.sigmas import shifted_sigmas
-from flowgrove.yaml_files import read_yaml
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import shifted_sigmas
+from flowgrove.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.yaml_files import read_yaml
+from flowgrove.report.plan_view import plan_json
 from hostile import NASTY, damaged, outcome
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -10,13 +10,13 @@ from flowgrove.credit import assign_credit
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
-from flowgrove.rollout import rollout
-from flowgrove.update import Updater
-from flowgrove.update_passes import Rolled
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
+from flowgrove.update.updater import Updater
 from flowgrove_kernels import NoiseKey, StepCoefficients, available_backends, flow_logprob, flow_step, grpo_loss_and_grad, philox_normal, use_backend
 from kernel_cases import randn, stochastic_rows
 from op_calls import CLIP, GPU_SIZES, assert_close, batch_of, different, every_op, rows_of
-from policy_cases import TEXTS, plan_and_rows, small_recipe
+from policy_cases import TEXTS, plan_and_coefficients, small_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 FUSED = [name for name in ("triton", "cuda") if name in available_backends()]
@@ -165,7 +165,7 @@ def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
     recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False}, engine={"device": "cuda"})
     policy = Policy(recipe, torch.device("cuda"))
     prompts, updater = policy.encode(TEXTS), Updater(recipe, policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     rows = rows.to("cuda")
     for mode in ("default", "error"):  # the first round loads and compiles kernels
         torch.cuda.set_sync_debug_mode(mode)

@@ -13,15 +13,15 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 
 from flowgrove.credit import assign_credit
-from flowgrove.cuda_graphs import CudaGraphs, _Recorded
 from flowgrove.device import to_device
 from flowgrove.models import qwen_image
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy
-from flowgrove.rollout import rollout
-from flowgrove.update_passes import Rolled
+from flowgrove.passes.recordings import Recordings, _Recorded
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
 from host_reads import DEVICE, HostWaits
-from policy_cases import CPU, TEXTS, plan_and_rows, small_recipe
+from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
 from test_update import Recorder
 from tiny_pipelines import MODELS, write_pipeline
 
@@ -89,7 +89,7 @@ def moved(cond):
 
 
 def rolled(recipe, policy, prompts, iteration=0):
-    plan, rows = plan_and_rows(recipe, iteration)
+    plan, rows = plan_and_coefficients(recipe, iteration)
     rows = rows.to(DEVICE, non_blocking=True)
     return plan, rows, rollout(plan, rows, policy, prompts, seed=1, iteration=iteration)
 
@@ -109,7 +109,7 @@ def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
     assert forest.leaves.device == DEVICE
 
 
-class Watched(CudaGraphs):
+class Watched(Recordings):
     """Runs what would be recorded, and notes what no recording can hold."""
 
     def __init__(self):
@@ -127,11 +127,11 @@ class Watched(CudaGraphs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_functions_hold_no_copy_and_no_read(folders, family):
     recipe, policy, prompts, _ = on_the_device(folders, family)
-    policy.graphs = Watched()
+    policy.recordings = Watched()
     with HostWaits():
         rolled(recipe, policy, prompts)
-    assert len(policy.graphs) > 0
-    assert policy.graphs.noted == []
+    assert len(policy.recordings) > 0
+    assert policy.recordings.noted == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])

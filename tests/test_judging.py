@@ -1,4 +1,4 @@
-"""Judging beside the rollout: bounded, in order, with the scores of doing one after the other, and with errors that are not lost."""
+"""Scoring beside the rollout: bounded, in order, with the scores of doing one after the other, and with errors that are not lost."""
 
 import threading
 
@@ -7,10 +7,10 @@ import torch
 
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
-from flowgrove.judging import Judging, score_leaves
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
-from flowgrove.update import Updater
+from flowgrove.rewards.scoring import Scoring, score_leaves
+from flowgrove.update.updater import Updater
 from policy_cases import CPU, TEXTS, policy_of, small_recipe
 
 
@@ -44,11 +44,11 @@ def latents(count, seed=0):
 def test_scores_come_in_order_and_equal_those_of_one_call():
     policy, scorer = policy_of(), Remote()
     whole = latents(12)
-    with Judging(rewards_of(scorer), CPU) as judging:
-        assert judging.beside
+    with Scoring(rewards_of(scorer), CPU) as scoring:
+        assert scoring.beside
         for start in range(0, 12, 3):
-            judging.submit(policy, whole[start : start + 3], [f"prompt {i}" for i in range(start, start + 3)])
-        scores = judging.scores()
+            scoring.submit(policy, whole[start : start + 3], [f"prompt {i}" for i in range(start, start + 3)])
+        scores = scoring.scores()
     expected = score_leaves(policy, rewards_of(Remote()), whole, [f"prompt {i}" for i in range(12)])
     assert torch.allclose(scores, expected, rtol=0, atol=1e-12)
     assert [prompts[0] for prompts in scorer.calls] == ["prompt 0", "prompt 3", "prompt 6", "prompt 9"]
@@ -58,38 +58,38 @@ def test_scores_come_in_order_and_equal_those_of_one_call():
 def test_the_rollout_does_not_wait_for_a_server_but_runs_at_most_two_ahead():
     policy, answered = policy_of(), threading.Event()
     scorer = Remote(wait=answered.wait)
-    with Judging(rewards_of(scorer), CPU) as judging:
+    with Scoring(rewards_of(scorer), CPU) as scoring:
         for _ in range(2):
-            judging.submit(policy, latents(1), ["a prompt"])  # returns, though nothing is answered yet
-        assert not any(future.done() for future in judging._futures)
-        third = threading.Thread(target=judging.submit, args=(policy, latents(1), ["a prompt"]))
+            scoring.submit(policy, latents(1), ["a prompt"])  # returns, though nothing is answered yet
+        assert not any(future.done() for future in scoring._futures)
+        third = threading.Thread(target=scoring.submit, args=(policy, latents(1), ["a prompt"]))
         third.start()
         third.join(0.2)
-        assert third.is_alive(), "two are waiting: the third rollout is not taken before one of them is judged"
+        assert third.is_alive(), "two are waiting: the third rollout is not taken before one of them is scored"
         answered.set()
         third.join()
-        assert judging.scores().shape == (3, 1)
+        assert scoring.scores().shape == (3, 1)
 
 
-def test_without_a_server_a_cpu_judges_when_it_is_asked():
+def test_without_a_server_a_cpu_scores_when_it_is_asked():
     scorer = Remote()
     rewards = rewards_of(scorer)
     rewards.remote = False
-    with Judging(rewards, CPU) as judging:
-        judging.submit(policy_of(), latents(2), ["one", "two"])
+    with Scoring(rewards, CPU) as scoring:
+        scoring.submit(policy_of(), latents(2), ["one", "two"])
         assert not scorer.calls
-        assert judging.scores().shape == (2, 1)
+        assert scoring.scores().shape == (2, 1)
     assert scorer.threads == {threading.current_thread().name}
 
 
 @pytest.mark.parametrize("fails_at", [1, 3])
 def test_an_error_of_a_reward_reaches_the_caller(fails_at):
-    with Judging(rewards_of(Remote(fails_at=fails_at)), CPU) as judging:
+    with Scoring(rewards_of(Remote(fails_at=fails_at)), CPU) as scoring:
 
         def all_of_it():
             for _ in range(4):
-                judging.submit(policy_of(), latents(1), ["a prompt"])
-            judging.scores()
+                scoring.submit(policy_of(), latents(1), ["a prompt"])
+            scoring.scores()
 
         with pytest.raises(UserError, match="the server said 500"):
             all_of_it()
@@ -97,7 +97,7 @@ def test_an_error_of_a_reward_reaches_the_caller(fails_at):
 
 
 def test_an_iteration_in_parts_equals_one_in_one():
-    """Where judging runs beside it the rollout goes some prompts at a time."""
+    """Where scoring runs beside it the rollout goes some prompts at a time."""
     recipe = small_recipe(update={"updates_per_iteration": 1}, engine={"device": "cpu", "token_budget": 70, "reuse_rollout_graph": True})
     lines = []
     for remote in (False, True):

@@ -6,24 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrove import kept_graphs
 from flowgrove.credit import assign_credit
-from flowgrove.kept_graphs import GraphKeeper, GraphRoom
-from flowgrove.memory import predict_memory
-from flowgrove.plan import make_plan
-from flowgrove.rollout import rollout
-from flowgrove.update_passes import Rolled
-from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from flowgrove.plan.planner import make_plan
+from flowgrove.rollout.loop import rollout
+from flowgrove.rollout.retained_graphs import RetainedGraphs
+from flowgrove.tuning import graph_room
+from flowgrove.tuning.graph_room import GraphRoom
+from flowgrove.tuning.memory import predict_memory
+from flowgrove.update.passes import Rolled
+from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 from test_update import CASES, Recorder, policy_with_reference
 
 MANY = 10**6
 
 
-def trained(recipe, policy, keeper, planted=None):
+def trained(recipe, policy, retained, planted=None):
     """(forest, stats, gradients per update, forwards of the update's own) of one iteration; `planted`: scores [prompts, leaves, 1]."""
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, keeper=keeper)
+    plan, rows = plan_and_coefficients(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, retained=retained)
     scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)) if planted is None else planted
     credit = assign_credit(plan, recipe.credit, scores, [1.0])
     seen = []
@@ -43,10 +44,10 @@ def agree(first, second):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kept_graphs_give_the_same_losses_and_gradients(case):
+def test_retained_graphs_give_the_same_losses_and_gradients(case):
     recipe = small_recipe(**CASES[case])
     policy = policy_with_reference(recipe, 1.0) if recipe.update.kl_weight else policy_of()
-    plain, kept = trained(recipe, policy, None), trained(recipe, policy, GraphKeeper(MANY))
+    plain, kept = trained(recipe, policy, None), trained(recipe, policy, RetainedGraphs(MANY))
     agree(plain, kept)
     assert sum(kept[3]) < sum(plain[3]), "the first update's forwards were saved"
     if recipe.update.updates_per_iteration == 1:
@@ -54,9 +55,9 @@ def test_kept_graphs_give_the_same_losses_and_gradients(case):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_kept_graphs_serve_guidance(guidance):
+def test_retained_graphs_serve_guidance(guidance):
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(guidance=guidance)
-    plain, kept = trained(recipe, policy, None), trained(recipe, policy, GraphKeeper(MANY))
+    plain, kept = trained(recipe, policy, None), trained(recipe, policy, RetainedGraphs(MANY))
     agree(plain, kept)
     assert plain[3]
     assert not kept[3]
@@ -65,34 +66,34 @@ def test_kept_graphs_serve_guidance(guidance):
 @pytest.mark.parametrize("room", [0, 3, 6, 7, 20])
 def test_room_for_some_rows_keeps_some_passes(room):
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(tokens=140)  # 4 rows a pass
-    keeper = GraphKeeper(room)
-    plain, kept = trained(recipe, policy, None), trained(recipe, policy, keeper)
+    retained = RetainedGraphs(room)
+    plain, kept = trained(recipe, policy, None), trained(recipe, policy, retained)
     agree(plain, kept)
-    held = sum(len(each.node) for each in keeper.passes)
+    held = sum(len(each.node) for each in retained.passes)
     assert held <= room
     assert sum(plain[3]) - sum(kept[3]) == held
 
 
 def test_small_passes_are_not_worth_keeping():
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of()
-    keeper = GraphKeeper(MANY, least=4)
-    trained(recipe, policy, keeper)
-    assert [len(each.node) for each in keeper.passes] == [4 * len(TEXTS)], "the window's first level has one state per prompt, the second four"
+    retained = RetainedGraphs(MANY, least=4)
+    trained(recipe, policy, retained)
+    assert [len(each.node) for each in retained.passes] == [4 * len(TEXTS)], "the window's first level has one state per prompt, the second four"
 
 
 def test_passes_without_signal_run_no_backward():
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(tokens=35)  # a row a pass
     scores = np.random.default_rng(0).random((len(TEXTS), 4, 1))
     scores[1] = 0.5
-    keeper = GraphKeeper(MANY)
-    _, stats, _, _ = trained(recipe, policy, keeper, scores)
-    assert len(keeper.passes) == len(TEXTS) * 5
+    retained = RetainedGraphs(MANY)
+    _, stats, _, _ = trained(recipe, policy, retained, scores)
+    assert len(retained.passes) == len(TEXTS) * 5
     assert stats.train_passes == (len(TEXTS) - 1) * 5
 
 
 def test_drift_is_exactly_zero_where_the_rollouts_own_velocity_serves():
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of(dtype="fp32")
-    _, stats, _, seen = trained(recipe, policy, GraphKeeper(MANY))
+    _, stats, _, seen = trained(recipe, policy, RetainedGraphs(MANY))
     assert not seen
     assert float(torch.cat(stats.drift).abs().max()) == 0.0
     assert len(torch.cat(stats.drift)) > 0
@@ -106,15 +107,15 @@ def room(engine=None, policy=None, **sections):
 def test_the_recipe_decides_whether_graphs_are_kept():
     policy, guided = policy_of(), policy_of(guidance=2.5)
     for off in ({"reuse_rollout_graph": False}, {"share": False}, {"exact_replay": True}):
-        assert room(off).keeper(policy) is None
-    always = room({"reuse_rollout_graph": True}).keeper(policy)
+        assert room(off).retained_graphs(policy) is None
+    always = room({"reuse_rollout_graph": True}).retained_graphs(policy)
     assert (always.rows, always.least) == (sys.maxsize, 1)
     automatic = room()
     assert automatic.states > 1000
-    assert automatic.keeper(policy).least == policy.budget.rows // 4
-    assert automatic.keeper(guided).least == policy.budget.rows // 2 // 4
+    assert automatic.retained_graphs(policy).least == policy.budget.rows // 4
+    assert automatic.retained_graphs(guided).least == policy.budget.rows // 2 // 4
     assert room(policy=guided).states == pytest.approx(automatic.states / 2, rel=0.05), "guidance runs two rows for a state"
-    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).keeper(policy) is None, "most graphs would be made for nothing"
+    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).retained_graphs(policy) is None, "most graphs would be made for nothing"
     assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).states == automatic.states
 
 
@@ -122,15 +123,15 @@ def test_the_recipe_decides_whether_graphs_are_kept():
 def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
     recipe, policy = small_recipe(), policy_of()
     memory = predict_memory(recipe, make_plan(recipe, 0), "cpu")
-    monkeypatch.setattr(kept_graphs, "total_memory", lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / kept_graphs._GPU_SHARE))
-    found, graph = kept_graphs._room_of_gpu(recipe, policy)
+    monkeypatch.setattr(graph_room, "total_memory", lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room._GPU_SHARE))
+    found, graph = graph_room._room_of_gpu(recipe, policy)
     assert graph == memory.graph
     assert found // graph == rows
     monkeypatch.setattr(policy, "bytes_when_loaded", memory.loaded + 3 * graph)  # three states' worth of reward models
-    assert kept_graphs._room_of_gpu(recipe, policy)[0] // graph == rows - 3
+    assert graph_room._room_of_gpu(recipe, policy)[0] // graph == rows - 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_predicted_bytes_of_a_graph_are_what_the_model_holds(guidance):
     recipe, policy = small_recipe(model={"guidance_scale": guidance}), policy_of(guidance=guidance)
-    assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(kept_graphs._room_of_cpu(policy)[1], rel=0.1)
+    assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(graph_room._room_of_cpu(policy)[1], rel=0.1)

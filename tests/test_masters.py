@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from engine_cases import succeed, tiny_recipe
-from flowgrove.checkpoint import load_checkpoint, save_checkpoint
-from flowgrove.ema import Ema
 from flowgrove.models.masters import Masters
 from flowgrove.models.policy import Policy
-from flowgrove.update import Updater
+from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
+from flowgrove.update.ema import Ema
+from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, small_recipe
 
 FULL = {"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False}

@@ -8,11 +8,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine_cases import refuse, succeed
 from flowgrove.iteration import Stages
-from flowgrove.memory import predict_memory
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
+from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.registry import Rewards
-from flowgrove.update import Updater
+from flowgrove.tuning.memory import predict_memory
+from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 from engine_cases import TRAIN_PROMPTS, metrics_of, refuse, succeed, write_lines
 from flowgrove.models.policy import Policy
-from flowgrove.recipe import load_recipe
-from flowgrove.samples import write_samples
-from flowgrove.video import write_mp4
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.report.samples import write_samples
+from flowgrove.report.video import write_mp4
 from policy_cases import CPU
 from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
 
@@ -71,7 +71,7 @@ def test_three_iterations(folders, tmp_path, name, algorithm):
         assert line["grad_norm"] > 0
     first = lines[0]
     assert (first["ratio_mean"], first["ratio_min"], first["ratio_max"], first["clipped_high"], first["clipped_low"]) == (1, 1, 1, 0, 0)
-    from flowgrove.runs import open_model, open_recipe
+    from flowgrove.run.finished_runs import open_model, open_recipe
 
     after = open_model(*open_recipe(tmp_path / "run")).restore().policy.trainable()
     moved = [key for key, p in after.items() if not torch.equal(p, before[key])]

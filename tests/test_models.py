@@ -7,10 +7,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from flowgrove.errors import UserError
 from flowgrove.evaluation import sample
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
-from flowgrove.sigmas import listed_sigmas, recipe_sigmas
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas
+from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, small_recipe
 from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
@@ -69,7 +69,7 @@ def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width,
     policy = Policy(recipe, CPU)
     assert policy.doubles == (guidance > 1 and name != "flux")
     plan = make_plan(recipe, 0, sigmas)
-    forest = rollout(plan, plan_rows(plan), policy, encoded(policy, PROMPTS), seed=3, iteration=9)
+    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy, PROMPTS), seed=3, iteration=9)
     prompt = torch.arange(len(PROMPTS)).repeat_interleave(2)
     latents = philox_normal((len(prompt), *policy.adapter.latent_shape), NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(PROMPTS))))
     expected = their_latents(name, pipe, [text for text in PROMPTS for _ in range(2)], recipe.model, latents, guidance, ODE["steps"])

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine_cases import metrics_of, refuse, succeed, timeless, tiny_recipe
-from flowgrove.optimizers import is_unrelated_apex, load_state_tensors, make_optimizer, state_tensors
-from flowgrove.recipe import Update
+from flowgrove.recipe.schema import Update
+from flowgrove.update.optimizers import is_unrelated_apex, load_state_tensors, make_optimizer, state_tensors
 from host_reads import count_host_reads
 from planner_cases import user_error
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from engine_cases import refuse, tiny_recipe
-from flowgrove.budget import fitting
 from flowgrove.credit import assign_credit
 from flowgrove.device import is_out_of_memory
-from flowgrove.kept_graphs import GraphKeeper
 from flowgrove.models.policy import Policy
+from flowgrove.passes.budget import retry_smaller
 from flowgrove.rewards.python import PythonReward
-from flowgrove.rollout import rollout
-from flowgrove.update_passes import Rolled
-from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from flowgrove.rollout.loop import rollout
+from flowgrove.rollout.retained_graphs import RetainedGraphs
+from flowgrove.update.passes import Rolled
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 from test_update import Recorder
 
 
@@ -45,10 +45,10 @@ def fresh_policy():
     return Policy(small_recipe(), CPU)
 
 
-def iteration(recipe, policy, keeper=None):
+def iteration(recipe, policy, retained=None):
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, keeper=keeper)
+    plan, rows = plan_and_coefficients(recipe)
+    forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, retained=retained)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     recorder = Recorder(recipe, policy)
     stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
@@ -71,7 +71,7 @@ def test_passes_are_halved_until_they_fit_and_results_stay(where, rows, monkeypa
     assert len(torch.cat(again.ratio)) == len(torch.cat(stats.ratio))
 
 
-def test_kept_graphs_are_given_up_before_passes_are_halved(monkeypatch):
+def test_retained_graphs_are_given_up_before_passes_are_halved(monkeypatch):
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), fresh_policy()
     whole, (_, gradient, _) = policy.budget.tokens, iteration(recipe, policy_of())
     failing = iter([False, True])  # the first graph is made, the second has no room
@@ -83,19 +83,19 @@ def test_kept_graphs_are_given_up_before_passes_are_halved(monkeypatch):
         return inner(x, *rest)
 
     monkeypatch.setattr(policy.adapter, "velocity", velocity)
-    keeper = GraphKeeper(10**6)
-    _, other, _ = iteration(recipe, policy, keeper)
-    assert [kept.velocity for kept in keeper.passes] == [None]
+    retained = RetainedGraphs(10**6)
+    _, other, _ = iteration(recipe, policy, retained)
+    assert [one.velocity for one in retained.passes] == [None]
     assert policy.budget.tokens == whole
     assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
 
 
-def test_a_backward_without_room_gives_kept_graphs_up(monkeypatch):
+def test_a_backward_without_room_gives_retained_graphs_up(monkeypatch):
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), fresh_policy()
     _, gradient, _ = iteration(recipe, policy_of())
     small = Small(policy, 5, "backward", monkeypatch)
-    _, other, _ = iteration(recipe, policy, GraphKeeper(10**6))
-    assert small.failures >= 2, "once with the kept graph, once with a pass as large"
+    _, other, _ = iteration(recipe, policy, RetainedGraphs(10**6))
+    assert small.failures >= 2, "once with the retained graph, once with a pass as large"
     assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
 
 
@@ -133,7 +133,7 @@ def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, mon
         monkeypatch.setattr(policy.adapter, "velocity", velocity)
         torch.manual_seed(0)
         prompts = encoded(policy)
-        plan, rows = plan_and_rows(recipe)
+        plan, rows = plan_and_coefficients(recipe)
         forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
         if not fails:
             policy.budget.tokens = 70  # what the failed update was halved to
@@ -196,7 +196,7 @@ def test_exhausted_memory_is_known_by_every_name(name):
             raise error
         return "done"
 
-    assert fitting(work, lambda: shrunk.append(1) or True) == "done"
+    assert retry_smaller(work, lambda: shrunk.append(1) or True) == "done"
     assert shrunk == [1]
 
 
@@ -208,7 +208,7 @@ def test_other_errors_are_raised_at_once(name):
         raise OTHERS[name]
 
     with pytest.raises(type(OTHERS[name])) as caught:
-        fitting(work, lambda: pytest.fail("nothing to make smaller"))
+        retry_smaller(work, lambda: pytest.fail("nothing to make smaller"))
     assert caught.value is OTHERS[name]
 
 
@@ -226,7 +226,7 @@ def test_a_failed_attempts_tensors_are_gone_before_the_next(monkeypatch):
             raise torch.OutOfMemoryError("out of memory") from None
 
     with pytest.raises(torch.OutOfMemoryError):
-        fitting(work, lambda: len(alive) < 3)
+        retry_smaller(work, lambda: len(alive) < 3)
     assert len(alive) == 3
 
 
@@ -235,7 +235,7 @@ def test_a_command_says_what_to_lower(name, monkeypatch, tmp_path):
     def fail(*arguments):
         raise MEMORY[name]
 
-    monkeypatch.setattr("flowgrove.tune.tune_recipe", fail)
+    monkeypatch.setattr("flowgrove.tuning.tune.tune_recipe", fail)
     assert "lower engine.token_budget" in refuse("tune", tiny_recipe(tmp_path))
 
 

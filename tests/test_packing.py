@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrove.packing import pack
+from flowgrove.passes.packing import pack
 
 ROWS = st.lists(st.integers(1, 600), max_size=60)
 BUDGET = st.integers(1, 2000)

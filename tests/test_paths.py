@@ -4,7 +4,7 @@ import pytest
 
 from engine_cases import refuse, tiny_recipe
 from flowgrove.errors import UserError, one_line
-from flowgrove.recipe import load_recipe
+from flowgrove.recipe.loading import load_recipe
 from planner_cases import recipe_content, user_error, write
 
 

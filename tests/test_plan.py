@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrove.plan import make_plan
-from flowgrove.recipe import parse_recipe
-from flowgrove.sigmas import listed_sigmas
-from flowgrove.windows import window_steps
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import listed_sigmas
+from flowgrove.recipe.loading import parse_recipe
+from flowgrove.recipe.windows import window_steps
 from planner_cases import (
     better_children,
     branch_tree,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrove.plan import make_plan
+from flowgrove.plan.planner import make_plan
 from planner_cases import better_children, branch_tree, forest_of, four_counts, recipe_with, recipes, stochastic_steps, train_by_hand, trained_steps
 
 

@@ -18,7 +18,7 @@ def found_after(imported, **given):
     return json.loads(python("-c", code, env={**dict.fromkeys(NAMES), **given}).stdout)
 
 
-@pytest.mark.parametrize("imported", ["flowgrove.cli", "flowgrove.recipe"])
+@pytest.mark.parametrize("imported", ["flowgrove.cli", "flowgrove.recipe.schema"])
 def test_what_the_user_has_not_set_is_settled_before_torch_is_loaded(imported):
     found, has_torch = found_after(imported)
     assert found == {**dict.fromkeys(NAMES), **VALUES}

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flowgrove.data import cut_alike, read_prompts
+from flowgrove.data.prompts import cut_alike, read_prompts
 from planner_cases import user_error
 
 KEY = "data.prompts"

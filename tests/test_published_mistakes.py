@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from flowgrove import metrics
 from flowgrove.credit import assign_credit
-from flowgrove.rollout import rollout
-from flowgrove.update import Updater, UpdateStats
-from flowgrove.update_passes import Rolled
+from flowgrove.rollout.loop import rollout
+from flowgrove.run import summaries
+from flowgrove.update.passes import Rolled
+from flowgrove.update.updater import Updater, UpdateStats
 from flowgrove_kernels import flow_logprob, grpo_loss_and_grad, step_coefficients
-from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 
 
 def rolled(recipe, policy):
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
     return forest, prompts, rows
 
@@ -40,7 +40,7 @@ def test_mistake_5_states_stay_fp32_whatever_the_compute_dtype():
 
 def test_mistake_6_rewards_and_advantages_are_float64_until_they_reach_the_loss():
     recipe = small_recipe()
-    plan, _ = plan_and_rows(recipe)
+    plan, _ = plan_and_coefficients(recipe)
     scores = np.array([[1000.0, 1000.0001, 1000.0002, 1000.0003]])[..., None]  # equal in fp16 and in bf16
     advantage = assign_credit(plan, recipe.credit, scores, [1.0])[plan.trained_steps[0].index].advantage
     assert advantage.dtype == np.float64
@@ -97,7 +97,7 @@ def test_mistake_18_clip_fractions_are_means_over_edges_not_sums_over_passes():
         stats.log_ratio.append(torch.zeros(size))
         stats.loss.append(torch.tensor(0.5))
     stats.grad_norm.append(torch.tensor(1.0))
-    summary = metrics.update_summary(stats)
+    summary = summaries.update_summary(stats)
     assert summary["clipped_high"] == 0.75
     assert summary["clipped_low"] == 0.0
     assert summary["loss"] == 1.0

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from engine_cases import refuse
-from flowgrove.plan import make_plan
-from flowgrove.recipe import load_recipe
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe.loading import load_recipe
 from flowgrove.rewards.registry import _REWARDS
-from flowgrove.sigmas import recipe_sigmas
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BASES = ("flux", "sd35m")  # what others extend

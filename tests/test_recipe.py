@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrove.recipe import dump_recipe, load_recipe, parse_recipe
+from flowgrove.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from planner_cases import recipe_content, recipes, user_error, value_at, write
 
 # The values of DESIGN §3.2 for the keys that are built

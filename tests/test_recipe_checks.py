@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from flowgrove.recipe import dump_recipe, load_recipe, parse_recipe
+from flowgrove.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from planner_cases import recipe_content, user_error, write
 
 REWARDS = [{"name": "jpeg_size", "weight": 2.0}, {"name": "shapes"}]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowgrove.recipe import dump_recipe, load_recipe
+from flowgrove.recipe.loading import dump_recipe, load_recipe
 from planner_cases import recipe_content, user_error, value_at, write
 
 

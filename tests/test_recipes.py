@@ -8,11 +8,11 @@ import torch
 
 from flowgrove.credit import assign_credit
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.recipe import load_recipe
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
-from flowgrove.update_passes import Rolled
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
 from policy_cases import CPU, TEXTS
 from test_update import Recorder
 
@@ -32,7 +32,7 @@ def one_iteration(name: str, share: bool):
         for parameter in policy.trainable().values():  # away from the reference model
             parameter.add_(torch.randn(parameter.shape, generator=moved, dtype=parameter.dtype), alpha=1e-3)
     plan = make_plan(recipe, ITERATION)
-    rows, prompts, seen, backward = plan_rows(plan), policy.encode(TEXTS[:2]), [], []
+    rows, prompts, seen, backward = plan_coefficients(plan), policy.encode(TEXTS[:2]), [], []
 
     def watch(module, arguments, keywords, output):
         seen.append(len(keywords["hidden_states"]))

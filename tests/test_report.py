@@ -12,11 +12,11 @@ from PIL import Image
 from engine_cases import EVAL_PROMPTS, metrics_of, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated
-from flowgrove.figures import literal, pyplot, save_figure
-from flowgrove.grids import Grid, in_common, load_grid, save_grid
-from flowgrove.recipe import dump_recipe, load_recipe
-from flowgrove.report import evaluations, write_report
-from flowgrove.side_by_side import draw_side_by_side
+from flowgrove.recipe.loading import dump_recipe, load_recipe
+from flowgrove.report.figures import literal, pyplot, save_figure
+from flowgrove.report.grids import Grid, in_common, load_grid, save_grid
+from flowgrove.report.page import evaluations, write_report
+from flowgrove.report.side_by_side import draw_side_by_side
 
 LINE = {
     "iteration": 0, "reward": {"shapes": {"mean": 0.5, "std": 0.1}}, "ratio_mean": 1.0, "ratio_min": 0.9, "ratio_max": 1.1, "clipped_low": 0.1,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from engine_cases import checkpoints, contents, flowgrove, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
-from flowgrove.checkpoint import best_checkpoint, find_checkpoint
-from flowgrove.grids import load_grid
-from flowgrove.recipe import load_recipe
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.report.grids import load_grid
+from flowgrove.run.checkpoint import best_checkpoint, find_checkpoint
 from subprocesses import FLOWGROVE, environment
 
 ITERATIONS = 5

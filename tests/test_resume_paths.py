@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from engine_cases import succeed, tiny_recipe
-from flowgrove.checkpoint import save_checkpoint, valid_checkpoints
 from flowgrove.errors import UserError
-from flowgrove.metrics import read_metrics
 from flowgrove.models.policy import Policy
-from flowgrove.recipe import load_recipe
-from flowgrove.resume import choose_checkpoint, fingerprint
-from flowgrove.update import Updater
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.run.checkpoint import save_checkpoint, valid_checkpoints
+from flowgrove.run.metrics import read_metrics
+from flowgrove.run.resume import choose_checkpoint, fingerprint
+from flowgrove.update.updater import Updater
 from policy_cases import CPU, small_recipe
 
 RUN = {"iterations": 3, "checkpoint_every": 1, "eval_every": 0, "log": ["jsonl"]}

@@ -9,8 +9,8 @@ import zlib
 import pytest
 import torch
 
-from flowgrove.pixels import to_bytes
 from flowgrove.rewards import endpoint
+from flowgrove.rewards.pixels import to_bytes
 from planner_cases import user_error
 from reward_cases import pictures, pixels_of, reward_of, rewards_of, serving
 

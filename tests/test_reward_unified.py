@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flowgrove.pixels import to_bytes
 from flowgrove.rewards import endpoint
+from flowgrove.rewards.pixels import to_bytes
 from flowgrove.rewards.unified_reward import read_score
 from planner_cases import user_error
 from reward_cases import pictures, pixels_of, reward_of, rewards_of, serving

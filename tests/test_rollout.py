@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from flowgrove.forest import leaf_path_logp
-from flowgrove.rollout import rollout
+from flowgrove.rollout.forest import leaf_path_logp
+from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, clean_estimate, flow_step, philox_normal
 from host_reads import count_host_reads
-from policy_cases import TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 
 FLAT = {}
 UNSHARED_NOISE = {"rollout": {"shared_initial_noise": False}}
@@ -18,7 +18,7 @@ CPS = {"rollout": {"dynamics": "cps"}}
 
 def one_trajectory(recipe, policy, prompts, prompt: int, leaf: int):
     """A leaf's whole path computed alone, batch 1, from the noise function: the published loop."""
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     seed, shape = recipe.run.seed, policy.adapter.latent_shape
 
     def node_at(step_out: int) -> int:
@@ -47,7 +47,7 @@ def one_trajectory(recipe, policy, prompts, prompt: int, leaf: int):
 def test_every_leaf_is_the_trajectory_that_the_published_loop_computes_alone(sections, guidance):
     recipe, policy = small_recipe(**sections), policy_of(guidance=guidance)
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0)
     path_logp = leaf_path_logp(forest)
     for prompt, leaf in [(0, 0), (1, plan.leaves - 1), (2, plan.leaves // 2)]:
@@ -60,7 +60,7 @@ def test_every_leaf_is_the_trajectory_that_the_published_loop_computes_alone(sec
 @pytest.mark.parametrize("sections", [FLAT, UNSHARED_NOISE, TREE, TAIL], ids=["flat", "unshared_noise", "tree", "tail"])
 def test_rows_through_the_transformer_equal_the_planned_forwards(sections):
     recipe, policy = small_recipe(**sections), policy_of()
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     seen = []
     hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
     rollout(plan, rows, policy, encoded(policy), seed=1, iteration=0)
@@ -71,7 +71,7 @@ def test_rows_through_the_transformer_equal_the_planned_forwards(sections):
 @torch.no_grad()
 def test_leaves_do_not_depend_on_prompt_order_batch_or_micro_batch():
     recipe = small_recipe()
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
 
     def leaves(policy, texts, first):
         return rollout(plan, rows, policy, encoded(policy, texts), seed=5, iteration=3, first_prompt=first).leaves.view(len(texts), plan.leaves, -1)
@@ -96,7 +96,7 @@ def test_initial_noise_is_bit_equal_for_any_prompt_order():
 @torch.no_grad()
 def test_siblings_share_their_parent_and_part_at_the_split():
     recipe = small_recipe(**TREE)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy_of(), encoded(policy_of()), seed=1, iteration=0)
     first = forest.states[forest.first_row[1] : forest.first_row[1] + 2]
     assert plan.steps[0].fanout == 2
@@ -107,6 +107,6 @@ def test_siblings_share_their_parent_and_part_at_the_split():
 @pytest.mark.parametrize("sections", [FLAT, TREE, TAIL], ids=["flat", "tree", "tail"])
 def test_no_host_read_in_rollout(sections):
     recipe, policy = small_recipe(**sections), policy_of(dtype="fp32")
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     prompts = encoded(policy)
     assert count_host_reads(lambda: rollout(plan, rows, policy, prompts, seed=1, iteration=0)) == 0

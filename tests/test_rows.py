@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrove.plan import make_plan
-from flowgrove.rows import plan_rows
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
 from flowgrove_kernels import StepCoefficients, dpmpp_2m_coefficients, step_coefficients
 from planner_cases import branch_tree, mix_window, recipe_with, recipes
 
@@ -33,7 +33,7 @@ def row_of(coef, index):
 @pytest.mark.parametrize("iteration", [0, 25 * 7, 25 * 20])
 def test_window_steps_take_their_dynamics_and_all_others_euler(dynamics, iteration):
     plan = make_plan(recipe_with({**mix_window(), "dynamics": dynamics, "noise_level": 0.6}), iteration)
-    rows = plan_rows(plan)
+    rows = plan_coefficients(plan)
     second = 3 * 0.96 / (0.04 + 3 * 0.96)
     assert len(rows) == 25
     assert all(getattr(rows, name).dtype == torch.float32 for name in FIELDS)
@@ -48,7 +48,7 @@ def tail_rows(count, **rollout):
     window = {"strategy": "frozen", "size": 2, "start": 1}
     plan = make_plan(recipe_with({"steps": 12, "window": window, "tail": {"compress": count / 9}, **rollout}), 0)
     assert len(plan.steps) == 3 + count
-    return plan, plan_rows(plan)
+    return plan, plan_coefficients(plan)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
@@ -87,7 +87,7 @@ def test_tails_of_one_and_two_steps_are_euler(count):
 def test_without_a_stochastic_step_the_first_two_rows_are_euler_because_sigma_prev_is_1():
     rollout = {"steps": 10, "shared_initial_noise": False, "window": {"strategy": "none"}, "tail": {"compress": 0.5}}
     plan = make_plan(recipe_with(rollout), 0)
-    rows = plan_rows(plan)
+    rows = plan_coefficients(plan)
     assert len(plan.steps) == 5
     for index in (0, 1, 4):
         assert_row(rows, index, euler(plan.steps[index]))
@@ -99,7 +99,7 @@ def test_without_a_stochastic_step_the_first_two_rows_are_euler_because_sigma_pr
 @given(recipes(), st.integers(0, 200))
 def test_no_history_crosses_a_stochastic_step_or_a_fanout(recipe, iteration):
     plan = make_plan(recipe, iteration)
-    rows = plan_rows(plan)
+    rows = plan_coefficients(plan)
     after_noise = [step.index + 1 for step in plan.steps if step.stochastic or step.fanout > 1]
     without = {0, len(plan.steps) - 1, *after_noise, *(step.index for step in plan.steps if step.stochastic)}
     assert len(rows) == len(plan.steps)
@@ -112,8 +112,8 @@ def test_no_history_crosses_a_stochastic_step_or_a_fanout(recipe, iteration):
 def test_split_noise_scale_widens_the_noise_of_split_steps_and_nothing_else(dynamics, scale):
     splits = [0, 3, 6, 9]
     tree = {"splits": splits, "fanout": 2, "split_noise_scale": scale}
-    plain = plan_rows(make_plan(recipe_with(branch_tree(dynamics=dynamics, noise_level=0.3)), 0))
-    wide = plan_rows(make_plan(recipe_with(branch_tree(dynamics=dynamics, noise_level=0.3, tree=tree)), 0))
+    plain = plan_coefficients(make_plan(recipe_with(branch_tree(dynamics=dynamics, noise_level=0.3)), 0))
+    wide = plan_coefficients(make_plan(recipe_with(branch_tree(dynamics=dynamics, noise_level=0.3, tree=tree)), 0))
     for name in set(FIELDS) - {"std"}:
         assert torch.equal(getattr(wide, name), getattr(plain, name)), name
     expected = [std * (scale if index in splits else 1.0) for index, std in enumerate(plain.std.tolist())]
@@ -125,14 +125,14 @@ def test_mistake_12_the_density_of_widened_noise_is_the_one_of_the_plain_step():
     """BranchGRPO's released code: noise of 4·s, density of s. MATH §1 keeps it as a choice that is written down."""
     tree = {"splits": [0, 3, 6, 9], "fanout": 2, "split_noise_scale": 4.0}
     plan = make_plan(recipe_with(branch_tree(dynamics="dance_sde", noise_level=0.3, tree=tree)), 0)
-    rows = plan_rows(plan)
+    rows = plan_coefficients(plan)
     for index in (0, 3, 6, 9):
         s = 0.3 * math.sqrt(plan.steps[index].sigma - plan.steps[index].sigma_next)
         assert row_of(rows, index)[3:] == pytest.approx((4 * s, 1 / (2 * s * s), -math.log(s) - 0.5 * math.log(2 * math.pi)), rel=3e-7)
 
 
 def test_rows_are_a_batch_on_the_cpu():
-    rows = plan_rows(make_plan(recipe_with(branch_tree()), 0))
+    rows = plan_coefficients(make_plan(recipe_with(branch_tree()), 0))
     assert isinstance(rows, StepCoefficients)
     assert rows.x_coef.shape == (20,)
     assert rows.x_coef.device.type == "cpu"

@@ -13,19 +13,19 @@ import pytest
 import torch
 
 from engine_cases import checkpoints, contents, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
-from flowgrove import stopping
 from flowgrove.errors import UserError
-from flowgrove.folder_lock import NAME, FolderLock
-from flowgrove.metrics import read_metrics
-from flowgrove.recipe import load_recipe
-from flowgrove.stopping import Stopped, Stopping
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.run import stopping
+from flowgrove.run.folder_lock import NAME, FolderLock
+from flowgrove.run.metrics import read_metrics
+from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.trainer import Trainer
 from subprocesses import PYTHON, environment
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from flowgrove.folder_lock import FolderLock
+from flowgrove.run.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -84,7 +84,7 @@ def test_a_file_system_without_locks_still_knows_its_own_processes(holder, tmp_p
     def unsupported(*_):
         raise OSError("no locks available")
 
-    monkeypatch.setattr("flowgrove.folder_lock.fcntl.flock", unsupported)
+    monkeypatch.setattr("flowgrove.run.folder_lock.fcntl.flock", unsupported)
     with pytest.raises(UserError, match=f"process {holder.pid}"):
         FolderLock(tmp_path / "run")
     holder.kill()
@@ -224,7 +224,7 @@ def test_a_run_stopped_while_it_evaluates_keeps_its_weights_and_not_their_averag
 
 HOLDING = """
 import os, signal, time
-from flowgrove.stopping import Stopping
+from flowgrove.run.stopping import Stopping
 with Stopping() as stop:
     stop.hold()
     print("held", flush=True)

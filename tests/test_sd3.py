@@ -8,10 +8,10 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import EVAL_ITERATION, sample
 from flowgrove.models.folders import TINY
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
-from flowgrove.sigmas import recipe_sigmas
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, policy_of, small_recipe
 
@@ -37,7 +37,7 @@ def test_ode_rollout_equals_the_diffusers_pipeline(pipe, height, width, guidance
     recipe = small_recipe(model={**MODEL, "guidance_scale": guidance, "height": height, "width": width}, rollout=ODE)
     policy = Policy(recipe, CPU)
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
-    forest = rollout(plan, plan_rows(plan), policy, encoded(policy, texts), seed=3, iteration=9)
+    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy, texts), seed=3, iteration=9)
     prompt = torch.arange(len(texts)).repeat_interleave(2)
     latents = philox_normal((2 * len(texts), *policy.adapter.latent_shape), NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(texts))))
     result = pipe(
@@ -194,7 +194,7 @@ def test_unsuitable_models_are_one_line_errors(model, text):
 
 @pytest.mark.parametrize("model", [MODEL, LORA], ids=["full", "lora"])
 @torch.no_grad()
-def test_the_reference_stays_the_untouched_model_while_the_policy_moves(model):
+def test_the_reference_model_stays_as_it_was_while_the_policy_moves(model):
     policy = Policy(small_recipe(model={**model, "guidance_scale": 2.0}, update={"kl_weight": 0.1}), CPU)
     x, sigma, prompt = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
     prompts = encoded(policy)
@@ -202,7 +202,7 @@ def test_the_reference_stays_the_untouched_model_while_the_policy_moves(model):
         parameter.add_(0.02 * torch.randn_like(parameter))
     base = policy_of(dtype="fp32", guidance=2.0)
     expected = base.velocity(x, sigma, encoded(base), prompt)
-    with policy.untouched():
+    with policy.reference():
         reference = policy.velocity(x, sigma, prompts, prompt)
     moved = policy.velocity(x, sigma, prompts, prompt)
     assert torch.allclose(reference.v, expected.v, atol=1e-6)

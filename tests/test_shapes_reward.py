@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrove.rewards.shapes import PASS, ShapesReward, judge
+from flowgrove.rewards.shapes import PASS, ShapesReward, score_picture
 from flowgrove.tiny.pictures import (
     BACKGROUND,
     COLOURS,
@@ -150,7 +150,7 @@ def test_what_was_asked_drawn_twice_does_not_pass():
     for scene in scenes:
         (x, y), thing = PLACES[scene.place], scene.things[0]
         copies = [(thing.shape, thing.colour, x, y, 100), (thing.shape, thing.colour, 32 - x, 32 - y, 90)]
-        assert judge(drawn(copies[:1]), scene).score >= PASS
+        assert score_picture(drawn(copies[:1]), scene).score >= PASS
         twice.append(drawn(copies))
     assert scores_of(torch.stack(twice), scenes).max() < PASS
 
@@ -158,9 +158,9 @@ def test_what_was_asked_drawn_twice_does_not_pass():
 def test_a_pair_with_a_third_thing_does_not_pass():
     scene = parse("a red circle left of a blue square")
     pair = [("circle", "red", 7, 8, 60), ("square", "blue", 24, 8, 60)]
-    assert judge(drawn(pair), scene).score >= PASS
+    assert score_picture(drawn(pair), scene).score >= PASS
     for third in (("circle", "red", 16, 24, 50), ("cross", "black", 16, 24, 50)):
-        assert judge(drawn([*pair, third]), scene).score < PASS
+        assert score_picture(drawn([*pair, third]), scene).score < PASS
 
 
 def test_a_pair_with_one_thing_missing_does_not_pass():
@@ -178,7 +178,7 @@ def test_a_pair_with_one_thing_missing_does_not_pass():
 def test_any_picture_scores_between_0_and_1(seed, smooth, scene):
     picture = torch.rand(3, 32 >> smooth, 32 >> smooth, generator=torch.Generator().manual_seed(seed))
     picture = picture.repeat_interleave(1 << smooth, -1).repeat_interleave(1 << smooth, -2)
-    credits = judge(picture, scene)
+    credits = score_picture(picture, scene)
     assert all(0 <= part <= 1 for part in (credits.colour, credits.shape, credits.place, credits.count, credits.score))
 
 
@@ -187,7 +187,7 @@ def test_the_reward_scores_each_picture_for_its_own_prompt(true_pictures):
     scores = ShapesReward()(pictures, [scene.caption for scene in scenes])
     assert scores.shape == (6,)
     assert scores.dtype == torch.float32
-    assert scores.tolist() == torch.tensor([judge(picture, scene).score for picture, scene in zip(pictures, scenes, strict=True)]).tolist()
+    assert scores.tolist() == torch.tensor([score_picture(picture, scene).score for picture, scene in zip(pictures, scenes, strict=True)]).tolist()
     turned = ShapesReward()(pictures, [scene.caption for scene in [*scenes[1:], scenes[0]]])
     assert (turned < PASS).all()
     assert (scores >= PASS).all()
@@ -197,7 +197,7 @@ def test_the_reward_scores_each_picture_for_its_own_prompt(true_pictures):
 @pytest.mark.parametrize("direction", [(1, 0), (0, 1), (1, 1)])
 def test_a_shape_that_moves_away_loses_place_credit_step_by_step(shape, direction):
     scene = Scene((Thing("blue", shape),), place="at the top left")
-    places = [judge(drawn([(shape, "blue", 9 + step * direction[0], 9 + step * direction[1], 90)]), scene).place for step in range(16)]
+    places = [score_picture(drawn([(shape, "blue", 9 + step * direction[0], 9 + step * direction[1], 90)]), scene).place for step in range(16)]
     assert places[0] == 1
     assert places[-1] < 0.1
     assert all(later <= earlier for earlier, later in itertools.pairwise(places))
@@ -212,7 +212,7 @@ def test_a_pair_that_turns_away_loses_its_score_step_by_step(relation):
         angle = math.pi * step / 12
         along, across = 8 * math.cos(angle), 8 * math.sin(angle)
         x, y = along * dx - across * dy, along * dy + across * dx
-        scores.append(judge(drawn([("square", "red", 16 - x, 16 - y, 60), ("circle", "green", 16 + x, 16 + y, 60)]), scene).score)
+        scores.append(score_picture(drawn([("square", "red", 16 - x, 16 - y, 60), ("circle", "green", 16 + x, 16 + y, 60)]), scene).score)
     quarter, half = scores[:-1], scores[-1]
     assert quarter[0] >= PASS
     assert quarter[-1] < 0.01
@@ -226,7 +226,7 @@ def test_credit_rises_as_a_wrong_colour_blends_into_the_right_one():
     for share in range(10):
         picture = drawn([("square", "blue", 16, 16, 100)])
         picture[:, 11 : 11 + share + 1, 11:21] = torch.tensor(COLOURS["red"]).view(3, 1, 1)
-        mixed.append(judge(picture, scene).score)
+        mixed.append(score_picture(picture, scene).score)
     assert mixed == sorted(mixed)
     assert len(set(mixed)) >= 6
     assert mixed[0] < 0.7

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowgrove.models.folders import configuration_folder
-from flowgrove.recipe import parse_recipe
-from flowgrove.sigmas import listed_sigmas, recipe_sigmas, scheduler_sigmas, shifted_sigmas
+from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas, scheduler_sigmas, shifted_sigmas
+from flowgrove.recipe.loading import parse_recipe
 from planner_cases import recipe_content, user_error
 
 SHIFTS = st.floats(0.01, 100.0)

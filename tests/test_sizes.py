@@ -8,14 +8,14 @@ from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.credit import assign_credit, part_of
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
-from flowgrove.metrics import read_metrics
 from flowgrove.models.policy import Policy
-from flowgrove.recipe import parse_recipe
+from flowgrove.recipe.loading import parse_recipe
 from flowgrove.rewards.registry import Rewards
-from flowgrove.rollout import rollout
-from flowgrove.update import Updater
-from flowgrove.update_passes import Rolled
-from policy_cases import CPU, TEXTS, plan_and_rows, small_recipe
+from flowgrove.rollout.loop import rollout
+from flowgrove.run.metrics import read_metrics
+from flowgrove.update.passes import Rolled
+from flowgrove.update.updater import Updater
+from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
 from test_update import Recorder
 
 SIZES = [[32, 32], [16, 32]]
@@ -32,7 +32,7 @@ def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
     assert line["rollout_forwards"] == seen[0].forest.plan.counts.rollout_forwards * len(TEXTS)
     for part, (height, width), first in zip(seen, SIZES, (0, 2), strict=True):
         alone = small_recipe(model={"height": height, "width": width})
-        plan, rows = plan_and_rows(alone)
+        plan, rows = plan_and_coefficients(alone)
         other = Policy(alone, CPU)
         expected = rollout(plan, rows, other, other.encode(part.prompts.texts), seed=recipe.run.seed, iteration=0, first_prompt=first)
         assert expected.leaves.shape[-2:] == (height // 4, width // 4)
@@ -43,7 +43,7 @@ def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
 def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
     recipe = small_recipe(model=MODEL, update={"updates_per_iteration": 1}, engine={"device": "cpu", "reuse_rollout_graph": keeps})
     policy = Policy(recipe, CPU)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     room = Stages(recipe, policy, Recorder(recipe, policy), Rewards(recipe, CPU)).room
 
@@ -52,8 +52,8 @@ def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
         for sized, texts, first in zip(recipe.at_sizes(), (TEXTS[:2], TEXTS[2:]), (0, 2), strict=True):
             view = policy.sized(sized)
             prompts = view.encode(texts)
-            forest = rollout(plan, rows, view, prompts, seed=1, iteration=0, first_prompt=first, keeper=room.keeper(policy))
-            assert bool(forest.kept) == keeps
+            forest = rollout(plan, rows, view, prompts, seed=1, iteration=0, first_prompt=first, retained=room.retained_graphs(policy))
+            assert bool(forest.retained) == keeps
             found.append(Rolled(view, forest, prompts, part_of(credit, slice(first, first + len(texts))), rows, first))
         return found
 

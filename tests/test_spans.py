@@ -8,10 +8,10 @@ import torch
 
 from flowgrove import spans
 from flowgrove.credit import assign_credit
-from flowgrove.rollout import rollout
+from flowgrove.rollout.loop import rollout
 from flowgrove.spans import Clock, span
-from flowgrove.update_passes import Rolled
-from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from flowgrove.update.passes import Rolled
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 from test_update import Recorder
 
 
@@ -30,7 +30,7 @@ def test_names_nest_and_end_with_their_block():
 def test_stages_of_an_iteration_show_in_the_profiler():
     recipe, policy = small_recipe(), policy_of(dtype="fp32")
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     with torch.profiler.profile() as profile:
         with span("rollout"):
             forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from engine_cases import refuse, succeed, tiny_recipe
-from flowgrove import token_budget, tune
-from flowgrove.checkpoint import load_checkpoint, save_checkpoint
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
-from flowgrove.pass_times import Passes, Timed, Work
-from flowgrove.recipe import load_recipe
-from flowgrove.resume import fingerprint, stored_budget
-from flowgrove.token_budget import cache_budget, cache_key, cached_budget, fastest_rows, measured_budget, settle_token_budget
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
+from flowgrove.run.resume import fingerprint, stored_budget
 from flowgrove.trainer import Trainer
-from flowgrove.tune import Candidate, choose
-from flowgrove.update import Updater
-from policy_cases import CPU, plan_and_rows, policy_of, small_recipe
+from flowgrove.tuning import token_budget, tune
+from flowgrove.tuning.pass_times import Passes, Timed, Work
+from flowgrove.tuning.token_budget import cache_budget, cache_key, cached_budget, fastest_rows, measured_budget, settle_token_budget
+from flowgrove.tuning.tune import Candidate, choose
+from flowgrove.update.updater import Updater
+from policy_cases import CPU, plan_and_coefficients, policy_of, small_recipe
 
 WORK = Work(forwards=100, passes=30, widest=8)
 
@@ -75,7 +75,7 @@ def test_no_room_for_a_row_is_one_line_that_says_what_to_do():
 
 def test_work_is_that_of_the_first_iteration():
     recipe = small_recipe()
-    counts = plan_and_rows(recipe)[0].counts
+    counts = plan_and_coefficients(recipe)[0].counts
     assert Work.of(recipe) == (3 * counts.rollout_forwards, 3 * counts.train_passes, 3 * counts.leaves)
     alone = Work.of(small_recipe(engine={"share": False}))
     assert alone == (3 * counts.unshared_rollout_forwards, 3 * counts.unshared_train_passes, 3 * counts.leaves)

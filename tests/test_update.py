@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from flowgrove.credit import assign_credit
-from flowgrove.kept_graphs import GraphKeeper
 from flowgrove.models.policy import Policy
-from flowgrove.rollout import rollout
-from flowgrove.update import Updater, learning_rate
-from flowgrove.update_passes import Rolled, step_weights
+from flowgrove.rollout.loop import rollout
+from flowgrove.rollout.retained_graphs import RetainedGraphs
+from flowgrove.update.passes import Rolled, step_weights
+from flowgrove.update.updater import Updater, learning_rate
 from flowgrove_kernels import NoiseKey, philox_normal, use_backend
 from host_reads import count_host_reads
-from policy_cases import CPU, TEXTS, encoded, plan_and_rows, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 
 TREE = {"steps": 6, "tree": {"splits": [0, 2], "fanout": 2}, "window": {"strategy": "frozen", "size": 3}}
 CASES = {
@@ -36,7 +36,7 @@ CASES = {
 def rolled_out(recipe, policy, seed=0):
     """A forest whose stored logp is a little off, as after an earlier update, and random credit with one prompt without signal."""
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0)
     generator = np.random.default_rng(seed)
     forest.logp += torch.from_numpy(1e-3 * generator.standard_normal(len(forest.logp)))
@@ -98,7 +98,7 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
         kl = 0.0
         if update.kl_weight:
-            with torch.no_grad(), policy.untouched():
+            with torch.no_grad(), policy.reference():
                 reference = guided(policy.velocity(x, sigma, prompts, prompt_of))
             kl = b**2 * ((v - reference) ** 2).mean() / (2 * s**2)
         loss = weights[step.index] / len(edges) * (surrogate + update.kl_weight * kl)
@@ -178,9 +178,9 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_packed(case, seed, m
     for packing in (policy.budget.passes, at_random):
         monkeypatch.setattr(policy.budget, "passes", packing)
         prompts = encoded(policy)
-        plan, rows = plan_and_rows(recipe)
-        keeper = GraphKeeper(int(random.integers(0, 12))) if packing is at_random else None
-        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, keeper=keeper)
+        plan, rows = plan_and_coefficients(recipe)
+        retained = RetainedGraphs(int(random.integers(0, 12))) if packing is at_random else None
+        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, retained=retained)
         credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
         recorder = Recorder(recipe, policy)
         stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
@@ -231,7 +231,7 @@ def test_first_update_has_ratio_exactly_one_and_later_ones_do_not():
 def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
     recipe, policy = small_recipe(rollout={"steps": 8, "group_size": 16, "window": {"strategy": "frozen", "size": 3}}), policy_of(dtype="fp32", tokens=100)
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     wide = policy_of(dtype="fp32")  # other micro-batches than the rollout's
@@ -243,7 +243,7 @@ def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
 def test_no_host_read_in_update():
     recipe, policy = small_recipe(), policy_of(dtype="fp32")
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     updater = Updater(recipe, policy)
@@ -277,7 +277,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 
 
 def test_step_weights_have_mean_one_for_tempflow_and_inverse_dt_for_guard():
-    plan, rows = plan_and_rows(small_recipe(rollout=TREE))
+    plan, rows = plan_and_coefficients(small_recipe(rollout=TREE))
     tempflow = step_weights(plan, "tempflow")
     assert sum(tempflow.values()) / len(tempflow) == pytest.approx(1.0)
     assert tempflow[1] / tempflow[0] == pytest.approx(float(rows.std[1] / rows.std[0]))
@@ -292,7 +292,7 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
     policy, found = policy_of(), []
     for recipe in (shared, other):
         prompts = encoded(policy)
-        plan, rows = plan_and_rows(recipe)
+        plan, rows = plan_and_coefficients(recipe)
         forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, share=recipe.engine.share)
         credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
         recorder = Recorder(recipe, policy)
@@ -309,7 +309,7 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
 @pytest.mark.parametrize("case", ["flat", "tree"])
 def test_unshared_rows_equal_the_planned_counts_of_the_published_loop(case):
     recipe, policy = small_recipe(**CASES[case], engine={"device": "cpu", "share": False}), policy_of(tokens=1)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     prompts = encoded(policy)
     seen = []
     hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
@@ -328,7 +328,7 @@ def test_exact_replay_has_no_drift_at_all(case):
     recipe = small_recipe(**CASES[case], engine={"device": "cpu", "exact_replay": True})
     policy = policy_of(dtype="fp32", tokens=200)
     prompts = encoded(policy)
-    plan, rows = plan_and_rows(recipe)
+    plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flowgrove.recipe import Window
-from flowgrove.windows import window_steps
+from flowgrove.recipe.schema import Window
+from flowgrove.recipe.windows import window_steps
 from planner_cases import user_error
 from subprocesses import python
 
@@ -192,8 +192,8 @@ def test_mistake_3_ranks_draw_the_same_random_windows():
     window = Window(strategy="random", size=3)
     code = """if True:
         import random
-        from flowgrove.recipe import Window
-        from flowgrove.windows import window_steps
+        from flowgrove.recipe.schema import Window
+        from flowgrove.recipe.windows import window_steps
         random.seed()
         print([window_steps(Window(strategy="random", size=3), 25, iteration, 42)[0] for iteration in range(40)])
     """

@@ -6,8 +6,8 @@ import time
 import pytest
 import yaml
 
-from flowgrove.recipe import dump_recipe, load_recipe, parse_recipe
-from flowgrove.yaml_files import read_yaml
+from flowgrove.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from flowgrove.recipe.yaml_files import read_yaml
 from planner_cases import recipe_content, user_error, write
 
 BASE = "model: {adapter: sd3, path: tiny}\ndata: {prompts: p.txt}\nreward: [{name: shapes}]\n"

@@ -2,6 +2,25 @@
 
 Import it before torch: then it sets PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and GOMP_SPINCOUNT=10000 where
 the environment says nothing about torch's allocator and the waiting of its threads (`flowgrove.process` says why).
+
+Imports run one way, from a line of this table to the lines below it or along one line, never in a circle:
+
+    __main__
+    cli
+    bench doctor
+    trainer
+    iteration
+    report
+    run
+    tuning update evaluation
+    rollout credit
+    plan rewards
+    models tiny
+    passes spans
+    device machine
+    recipe data
+    paths
+    errors files hub process
 """
 
 from flowgrove.process import settle

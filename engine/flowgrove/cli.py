@@ -58,7 +58,7 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
             raise
         except (Exception, SystemExit) as error:
             from flowgrove.device import is_out_of_memory
-            from flowgrove.last_resort import tell
+            from flowgrove.run.last_resort import tell
 
             if not is_out_of_memory(error):
                 _fail(tell(error), 1)
@@ -107,13 +107,13 @@ def train(
 ) -> None:
     """Train a model as a recipe says."""
     _allow(allow_python)
-    from flowgrove.recipe import load_recipe
+    from flowgrove.recipe.loading import load_recipe
 
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
-    from flowgrove.progress import TrainingDisplay
-    from flowgrove.report import write_report
-    from flowgrove.resume import finished
-    from flowgrove.stopping import Stopped, Stopping
+    from flowgrove.report.page import write_report
+    from flowgrove.run.progress import TrainingDisplay
+    from flowgrove.run.resume import finished
+    from flowgrove.run.stopping import Stopped, Stopping
     from flowgrove.trainer import Trainer
 
     folder = out or Path(settings.run.out)
@@ -141,10 +141,10 @@ def plan(
     memory: Annotated[bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")] = False,
 ) -> None:
     """Show steps, tree, counts and cost of an iteration; loads no model."""
-    from flowgrove.plan import make_plan
-    from flowgrove.plan_view import draw_memory, draw_plan, plan_json
-    from flowgrove.recipe import load_recipe
-    from flowgrove.sigmas import recipe_sigmas
+    from flowgrove.plan.planner import make_plan
+    from flowgrove.plan.sigmas import recipe_sigmas
+    from flowgrove.recipe.loading import load_recipe
+    from flowgrove.report.plan_view import draw_memory, draw_plan, plan_json
 
     settings = load_recipe(recipe, tuple(set_ or ()))
     table = recipe_sigmas(settings)
@@ -152,7 +152,7 @@ def plan(
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
     predicted = None
     if memory:
-        from flowgrove.memory import predict_memory
+        from flowgrove.tuning.memory import predict_memory
 
         predicted = predict_memory(settings, made, device_type)
     if as_json:
@@ -176,8 +176,8 @@ def sample(
 
     `--set run.eval.tuned_share=0.8` lets the trained model run the first 80 % of the steps and the base model the rest.
     """
-    from flowgrove.data import read_prompts
-    from flowgrove.samples import write_samples
+    from flowgrove.data.prompts import read_prompts
+    from flowgrove.report.samples import write_samples
 
     texts = read_prompts(prompts, "--prompts")
     count = write_samples(source, tuple(set_ or ()), texts, out, compare, checkpoint)
@@ -193,7 +193,7 @@ def eval_(
 ) -> None:
     """Score a checkpoint on the held-out prompts: mean and 95 % interval of every reward; also written to eval.json."""
     _allow(allow_python)
-    from flowgrove.runs import evaluate_run
+    from flowgrove.run.finished_runs import evaluate_run
 
     for name, found in evaluate_run(run, tuple(set_ or ()), checkpoint).items():
         typer.echo(f"{name:<16}{found['mean']:.4f} ± {found['confidence']:.4f}")
@@ -212,7 +212,7 @@ def export(
 
     A LoRA may also be written as ComfyUI loads it. It needs no base model.
     """
-    from flowgrove.runs import export_run
+    from flowgrove.run.finished_runs import export_run
 
     _say(export_run(run, out, tuple(set_ or ()), checkpoint, form, dtype))
 
@@ -306,7 +306,7 @@ def tune(
     compiled: Annotated[bool, typer.Option("--compile", help="also measure engine.compile, which takes minutes")] = False,
 ) -> None:
     """Measure which engine settings run a recipe fastest on this machine, and write a recipe that extends it with them."""
-    from flowgrove.tune import tune_recipe
+    from flowgrove.tuning.tune import tune_recipe
 
     target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say)
     _say(f"wrote {target}: train with `flowgrove train {target}`")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowgrove.plan import RolloutPlan
-from flowgrove.recipe import Credit
+from flowgrove.plan.planner import RolloutPlan
+from flowgrove.recipe.schema import Credit
 
 Array = NDArray[np.float64]
 _ALIKE = 1e-6  # a group whose values span no more than this carries no signal

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.errors import UserError
-from flowgrove.recipe import Recipe
+from flowgrove.recipe.schema import Recipe
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import BACKENDS, missing, takes
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flowgrove.models.folders import TINY
-from flowgrove.optimizers import is_unrelated_apex
+from flowgrove.update.optimizers import is_unrelated_apex
 from flowgrove_kernels.backends import BACKENDS, automatic, missing
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "tensorboard", "triton", "nvtx", "flash-attn", "xformers")

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from flowgrove.device import to_host
-from flowgrove.judging import PIXELS_AT_ONCE
 from flowgrove.models.policy import Policy
-from flowgrove.pixels import shrink
-from flowgrove.plan import make_plan, round_half_up
-from flowgrove.recipe import Recipe, Rollout, Window
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan, round_half_up
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe.schema import Recipe, Rollout, Window
+from flowgrove.rewards.pixels import shrink
 from flowgrove.rewards.registry import Rewards
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
-from flowgrove.sigmas import recipe_sigmas
+from flowgrove.rewards.scoring import PIXELS_AT_ONCE
+from flowgrove.rollout.loop import rollout
 
 _PROMPTS_AT_ONCE = 32
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
@@ -51,14 +51,14 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
     credit = recipe.credit.model_copy(update={"prune": None})
     recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
-    rows = plan_rows(plan).to(policy.device, non_blocking=True)
+    coefficients = plan_coefficients(plan).to(policy.device, non_blocking=True)
     tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * plain.steps)
     with policy.guided_by(settings.guidance_scale):
         some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
         for start in range(0, len(prompts), some):
             encoded = policy.encode(prompts[start : start + some])
             forest = rollout(
-                plan, rows, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start, tuned_steps=tuned_steps
+                plan, coefficients, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start, tuned_steps=tuned_steps
             )
             yield policy.decode(forest.leaves)
 

@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowgrove import metrics
 from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_of
 from flowgrove.device import to_host
-from flowgrove.forest import Forest, leaf_path_logp
-from flowgrove.judging import Judging
-from flowgrove.kept_graphs import GraphRoom
 from flowgrove.models.policy import Policy, Prompts
-from flowgrove.plan import RolloutPlan, make_plan
-from flowgrove.recipe import Recipe
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import RolloutPlan, make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import Rewards
-from flowgrove.rollout import rollout
-from flowgrove.rows import plan_rows
-from flowgrove.sigmas import recipe_sigmas
+from flowgrove.rewards.scoring import Scoring
+from flowgrove.rollout.forest import Forest, leaf_path_logp
+from flowgrove.rollout.loop import rollout
+from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
 from flowgrove.spans import Clock
-from flowgrove.update import Updater
-from flowgrove.update_passes import Rolled
+from flowgrove.tuning.graph_room import GraphRoom
+from flowgrove.update.passes import Rolled
+from flowgrove.update.updater import Updater
 from flowgrove_kernels import StepCoefficients
 
 
@@ -34,7 +34,7 @@ class Bucket:
 
     policy: Policy
     plan: RolloutPlan
-    rows: StepCoefficients
+    coefficients: StepCoefficients
     prompts: Prompts
     first_prompt: int
 
@@ -53,13 +53,13 @@ class Stages:
 
     def __init__(self, recipe: Recipe, policy: Policy, updater: Updater, rewards: Rewards) -> None:
         self.recipe, self.policy, self.updater, self.rewards, self.device = recipe, policy, updater, rewards, policy.device
-        # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those that graphs are recorded in
+        # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those that passes are recorded in
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.sizes = [(policy.sized(sized), recipe_sigmas(sized)) for sized in recipe.at_sizes()]
 
     @cached_property
     def room(self) -> GraphRoom:
-        """For graphs of the rollout."""
+        """How many graphs of the rollout may be retained."""
         largest = max((policy for policy, _ in self.sizes), key=lambda policy: policy.adapter.geometry.tokens)
         return GraphRoom.of(self.recipe, largest)
 
@@ -68,27 +68,27 @@ class Stages:
         clock = Clock(self.device)
         with clock("plan"):
             buckets = self._buckets(texts, iteration)
-        with Judging(self.rewards, self.device, self._stream) as judging:
+        with Scoring(self.rewards, self.device, self._stream) as scoring:
             with clock("rollout"):
-                forests = self._roll_out(buckets, judging, iteration)
+                forests = self._roll_out(buckets, scoring, iteration)
             with clock("reward"):
-                scores = judging.scores()
+                scores = scoring.scores()
         with clock("credit"):
             credit = self._credit(buckets[0].plan, forests, scores.numpy())
         with clock("update"):
             rolled = zip(buckets, forests, strict=True)
-            stats = self.updater.run([Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.rows, b.first_prompt) for b, forest in rolled])
+            stats = self.updater.run([Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.coefficients, b.first_prompt) for b, forest in rolled])
         counts = buckets[0].plan.counts
         return {
             "iteration": iteration,
-            "reward": metrics.reward_summary(list(self.rewards.scorers), scores),
-            **metrics.update_summary(stats),
+            "reward": reward_summary(list(self.rewards.scorers), scores),
+            **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
             "rollout_forwards": (counts.rollout_forwards if self.recipe.engine.share else counts.unshared_rollout_forwards) * len(texts),
             "train_passes": stats.train_passes,
             "seconds": clock.seconds,
             "samples_per_second": len(scores) / sum(clock.seconds.values()),
-            "peak_memory_bytes": metrics.peak_memory(self.device),
+            "peak_memory_bytes": peak_memory(self.device),
         }
 
     def _buckets(self, texts: list[str], iteration: int) -> list[Bucket]:
@@ -99,23 +99,23 @@ class Stages:
             some = texts[place :: len(self.sizes)]
             if some:
                 plan = make_plan(self.recipe, iteration, table)
-                buckets.append(Bucket(policy, plan, plan_rows(plan).to(self.device, non_blocking=True), policy.encode(some), first))
+                buckets.append(Bucket(policy, plan, plan_coefficients(plan).to(self.device, non_blocking=True), policy.encode(some), first))
                 first += len(some)
         return buckets
 
-    def _roll_out(self, buckets: list[Bucket], judging: Judging, iteration: int) -> list[Forest]:
-        """One forest per bucket. Where judging runs beside it, some prompts at a time: as many as fill half a pass at the forest's narrowest. A replay
+    def _roll_out(self, buckets: list[Bucket], scoring: Scoring, iteration: int) -> list[Forest]:
+        """One forest per bucket. Where scoring runs beside it, some prompts at a time: as many as fill half a pass at the forest's narrowest. A replay
         repeats whole levels, so there the rollout runs them whole."""
-        seed, share, forests, keeper = self.recipe.run.seed, self.recipe.engine.share, [], self.room.keeper(self.policy)
+        seed, share, forests, retained = self.recipe.run.seed, self.recipe.engine.share, [], self.room.retained_graphs(self.policy)
         for bucket in buckets:
             policy, plan, leaves = bucket.policy, bucket.plan, bucket.plan.leaves
             narrowest = int(bucket.prompts.tokens.min()) * (plan.roots if share else leaves)
-            together = -(-policy.budget.tokens // (2 * narrowest)) if judging.beside and not self.recipe.engine.exact_replay else len(bucket.prompts)
+            together = -(-policy.budget.tokens // (2 * narrowest)) if scoring.beside and not self.recipe.engine.exact_replay else len(bucket.prompts)
             parts: list[Forest] = []
             for some in (bucket.prompts[part] for part in bucket.parts(together)):
                 first = bucket.first_prompt + sum(part.prompts for part in parts)
-                parts.append(rollout(plan, bucket.rows, policy, some, seed=seed, iteration=iteration, first_prompt=first, share=share, keeper=keeper))
-                judging.submit(policy, parts[-1].leaves, [text for text in some.texts for _ in range(leaves)])
+                parts.append(rollout(plan, bucket.coefficients, policy, some, seed=seed, iteration=iteration, first_prompt=first, share=share, retained=retained))
+                scoring.submit(policy, parts[-1].leaves, [text for text in some.texts for _ in range(leaves)])
             forests.append(Forest.joined(parts))
         return forests
 

@@ -6,28 +6,29 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from flowgrove import metrics
-from flowgrove.allocator import keep_freed_memory
-from flowgrove.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
-from flowgrove.data import prompts_of_iteration, prompts_of_run, read_prompts
+from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run, read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import remove_left_behind, write_text
-from flowgrove.folder_lock import FolderLock
-from flowgrove.grids import grid_files, save_grid
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.recipe import Recipe, dump_recipe
-from flowgrove.resume import choose_checkpoint, fingerprint, stored_budget
+from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe.loading import dump_recipe
+from flowgrove.recipe.schema import Recipe
+from flowgrove.report.grids import grid_files, save_grid
 from flowgrove.rewards.registry import Rewards
-from flowgrove.sigmas import recipe_sigmas
+from flowgrove.run.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
+from flowgrove.run.folder_lock import FolderLock
+from flowgrove.run.metrics import MetricsLog
+from flowgrove.run.resume import choose_checkpoint, fingerprint, stored_budget
+from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.spans import span
-from flowgrove.stopping import Stopped, Stopping
-from flowgrove.token_budget import settle_token_budget, with_budget
-from flowgrove.update import Updater, UpdateStats
-from flowgrove.update_passes import Rolled
+from flowgrove.tuning.token_budget import settle_token_budget, with_budget
+from flowgrove.update.passes import Rolled
+from flowgrove.update.updater import Updater, UpdateStats
 
 Report = Callable[[dict[str, Any]], None]
 _log = logging.getLogger("flowgrove")
@@ -113,7 +114,7 @@ class Trainer:
         """
         if self.lock.released:
             self.lock = FolderLock(self.out)
-        log = metrics.MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
+        log = MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
         for completed, grid in grid_files(self.out).items():
             if completed > self.completed:
                 grid.unlink()  # of a branch that this run has left
@@ -132,7 +133,7 @@ class Trainer:
             log.close()
             self.lock.release()
 
-    def _train(self, report: Report, log: metrics.MetricsLog) -> None:
+    def _train(self, report: Report, log: MetricsLog) -> None:
         run = self.recipe.run
         if self.last_line is not None:  # the checkpoint's own: a run may stop before writing it, or end later than it did
             self._finish(self.last_line, log)
@@ -159,7 +160,7 @@ class Trainer:
             self.saved = save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
         return self.saved
 
-    def _finish(self, line: dict[str, Any], log: metrics.MetricsLog) -> None:
+    def _finish(self, line: dict[str, Any], log: MetricsLog) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""
         run = self.recipe.run
         if line["iteration"] + 1 == run.iterations and run.eval_every and (evaluated := self.evaluate(run.iterations)) is not None:

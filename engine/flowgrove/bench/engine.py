@@ -18,20 +18,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flowgrove.allocator import keep_freed_memory
-from flowgrove.bench import machine
+from flowgrove import machine
 from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns, write_results
-from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy, tokens_per_pass
-from flowgrove.pass_times import Passes, Timed, Work
-from flowgrove.recipe import Recipe, parse_recipe
+from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.passes.recordings import Recordings
+from flowgrove.recipe.loading import parse_recipe
+from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span_totals
-from flowgrove.update import Updater
+from flowgrove.tuning.pass_times import Passes, Timed, Work
+from flowgrove.update.updater import Updater
 
 COLUMNS = (
     "model", "recipe", "prompts", "lever", "rows_per_pass", "rollout_forwards", "train_passes",
@@ -280,17 +281,17 @@ class _Bench:
         for lever in (GRAPHS, COMPILED):  # they change nothing in the memory that the room is predicted from
             if lever in levers:
                 stages[lever.name].room = stages[REUSED.name].room
-        graphs = CudaGraphs(self.device)
+        recordings = Recordings(self.device)
         for lever in levers:
             if not lever.paced and (choice == "all" or lever != REUSED or not self.warm):
-                with self._ready(lever, published, stages[lever.name], graphs):
+                with self._ready(lever, published, stages[lever.name], recordings):
                     stages[lever.name].run(self.texts, 0)
                 self.warm = True
         self.say(f"{name}: warm")
         found: dict[str, list[Row]] = {lever.name: [] for lever in levers}
         for number in range(rounds):
             for lever in levers:
-                found[lever.name].append(self._iteration(lever, published, stages[lever.name], graphs))
+                found[lever.name].append(self._iteration(lever, published, stages[lever.name], recordings))
             self.say(f"{name}: round {number + 1} of {rounds}")
         what = {"model": self.settings.model, "recipe": name, "prompts": self.settings.prompts, "rounds": rounds}
         return [{**_median(each), **what, **machine.describe(self.device)} for each in found.values()]
@@ -301,17 +302,17 @@ class _Bench:
 
     @contextmanager
     def _ready(
-        self, lever: Lever, published: Published, stages: Stages, graphs: CudaGraphs | None = None
+        self, lever: Lever, published: Published, stages: Stages, recordings: Recordings | None = None
     ) -> Iterator[int]:  # fmt: skip
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         engine = stages.recipe.engine
         rows = lever.set_budget(published, self.policy, self.texts, self.own)
-        self.policy.graphs = graphs if engine.cuda_graphs else None
+        self.policy.recordings = recordings if engine.cuda_graphs else None
         with pick_backend(stages.recipe), _stance(engine.compile):
             yield rows
 
-    def _iteration(self, lever: Lever, published: Published, stages: Stages, graphs: CudaGraphs) -> Row:
-        with self._ready(lever, published, stages, graphs) as rows:
+    def _iteration(self, lever: Lever, published: Published, stages: Stages, recordings: Recordings) -> Row:
+        with self._ready(lever, published, stages, recordings) as rows:
             per_row = self._row_times(rows)
             self.passes.release()
             if self.device.type == "cuda":

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from flowgrove.figures import pyplot, save_figure
+from flowgrove.report.figures import pyplot, save_figure
 
 Row = dict[str, Any]
 _COLOURS = ("#b9b9b9", "#d9a441", "#8fa8c8", "#1f4e8c", "#5b9a55", "#8c5b9a", "#c46a5a")

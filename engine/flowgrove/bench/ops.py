@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flowgrove.bench import machine
+from flowgrove import machine
 from flowgrove.bench.cases import CASES, Case, Contender, contenders
 from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs

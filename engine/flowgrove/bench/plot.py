@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from flowgrove.bench.inputs import find_shape
-from flowgrove.figures import pyplot, save_figure
+from flowgrove.report.figures import pyplot, save_figure
 
 _COLOURS = {"eager": "#888888", "compiled": "#d9a441", "reference": "#b9b9b9", "cpu": "#1f4e8c", "triton": "#5b9a55", "cuda": "#1f4e8c"}
 _MUTED = "#666666"

@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowgrove.bench import machine
+from flowgrove import machine
 from flowgrove.bench.engine import REUSED, Row, Say, bench_recipe
 from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns
-from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
-from flowgrove.pass_times import Passes
+from flowgrove.passes.recordings import Recordings
+from flowgrove.tuning.pass_times import Passes
 
 COLUMNS = (
     "model", "blocks", "rows", "mode", "tokens", "forward_ms", "train_ms", "forward_tflop", "forward_tflop_per_s", "derived", "repeats",
@@ -57,7 +57,7 @@ def settings_of(model: str, rows: str, modes: str | None, repeats: int, device: 
         if mode not in MODES:
             raise UserError(f"--modes names {mode}: write some of {', '.join(MODES)}")
         if mode == "recorded" and place.type != "cuda":
-            raise UserError("--modes names recorded, which are CUDA graphs: leave it out, or measure on a GPU")
+            raise UserError("--modes names recorded, which are CUDA recordings: leave it out, or measure on a GPU")
     return Settings(place, model, tuple(map(int, counts)), tuple(chosen), repeats)
 
 
@@ -138,12 +138,12 @@ class _Timer:
             self.passes.release()
 
     def _recorded(self) -> Callable[[torch.Tensor], object]:
-        graphs = CudaGraphs(self.policy.device)
+        recordings = Recordings(self.policy.device)
 
         def forward(x: torch.Tensor) -> list[torch.Tensor | None]:
             return [self.passes.velocity(x)]
 
-        return lambda x: graphs("forward", forward, [x])
+        return lambda x: recordings("forward", forward, [x])
 
 
 @contextmanager

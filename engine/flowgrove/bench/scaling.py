@@ -6,29 +6,28 @@ A group of one leaf has nothing to be compared with: its advantages are 0, the r
 rewards (small pictures differ by few bytes) leave out a few edges now and then: `train_passes` are those that ran.
 """
 
-import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from flowgrove.allocator import keep_freed_memory
-from flowgrove.bench import machine
+from flowgrove import machine
 from flowgrove.bench.engine import RECIPES, Row, Say, bench_prompts, bench_recipe
 from flowgrove.bench.models import bench_model
+from flowgrove.bench.scaling_fit import exponent
 from flowgrove.bench.table import write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
-from flowgrove.plan import make_plan
-from flowgrove.recipe import Recipe
+from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.plan.planner import make_plan
+from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span_totals
-from flowgrove.update import Updater
+from flowgrove.update.updater import Updater
 
 COLUMNS = (
     "model", "sweep", "leaves", "prompts", "rollout_forwards", "train_passes", "forward_equivalents", "nodes", "seconds", "plan_s", "rollout_s",
@@ -89,18 +88,6 @@ def bench_scaling(settings: Settings, say: Say, out: Path | None = None) -> list
 
         say(write_results(rows, COLUMNS, plot_scaling, out / machine.file_stem(f"scaling_{settings.model}", settings.device)))
     return rows
-
-
-def exponent(rows: Sequence[Row]) -> float:
-    """The slope of log seconds over log forward equivalents: 1 where cost is linear. Small iterations, which fixed costs govern, are left out."""
-    upper = upper_half(rows)
-    x, y = ([math.log(row[key]) for row in upper] for key in ("forward_equivalents", "seconds"))
-    return statistics.linear_regression(x, y).slope
-
-
-def upper_half(rows: Sequence[Row]) -> Sequence[Row]:
-    """The larger points of a sweep, with the middle one of an odd number."""
-    return rows[len(rows) // 2 :]
 
 
 def point_recipe(model: dict[str, Any], point: Point, device: torch.device) -> Recipe:

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from flowgrove.bench.scaling import upper_half
-from flowgrove.figures import pyplot, save_figure
+from flowgrove.bench.scaling_fit import upper_half
+from flowgrove.report.figures import pyplot, save_figure
 
 _MEASURED, _LINE, _MUTED = "#1f4e8c", "#d9a441", "#666666"
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from flowgrove.bench.cases import Contender
-from flowgrove.cuda_graphs import leave_pool
+from flowgrove.passes.recordings import leave_pool
 from flowgrove_kernels import use_backend
 
 WARM_UP = 2

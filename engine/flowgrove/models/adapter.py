@@ -20,7 +20,7 @@ from flowgrove.models.geometry import Geometry, read_geometry
 from flowgrove.models.lora_files import write_lora
 from flowgrove.models.parts import check_statistics, check_tokenizer, load_part, part_names
 from flowgrove.models.stored import stored_in
-from flowgrove.recipe import Lora, Model
+from flowgrove.recipe.schema import Lora, Model
 
 # Two pictures of 1024²: decoders need one to three kilobytes per pixel. On a CPU, what its caches bear.
 _PIXELS_PER_DECODE = {"cuda": 1 << 21, "cpu": 1 << 17}

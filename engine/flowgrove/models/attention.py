@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import XFormersJointAttnProcessor
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
-from flowgrove.recipe import Model
+from flowgrove.recipe.schema import Model
 
 _NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}  # ours for diffusers'; all others are diffusers' own
 _INSTALL = {

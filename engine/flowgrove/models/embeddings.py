@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowgrove.data import cut_alike
+from flowgrove.data.prompts import cut_alike
 from flowgrove.device import release_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_file
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.recipe import Recipe
+from flowgrove.recipe.schema import Recipe
 
 _FIRST = 16  # prompts that tell how much room all of them will take
 _KEPT_ON_DEVICE, _KEPT_ON_HOST = 1 << 28, 1 << 33  # bytes of embeddings

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flowgrove.errors import UserError
 from flowgrove.hub import cached_snapshot
-from flowgrove.recipe import Model
+from flowgrove.recipe.schema import Model
 
 TINY = Path(__file__).parents[1] / "tiny" / "pipeline"
 ARCHITECTURES = Path(__file__).parent / "architectures"

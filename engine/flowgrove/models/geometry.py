@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
-from flowgrove.recipe import Model
+from flowgrove.recipe.schema import Model
 
 
 @dataclass(frozen=True)

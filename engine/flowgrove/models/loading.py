@@ -24,7 +24,7 @@ from flowgrove.models.parts import is_of_a_library
 from flowgrove.models.qwen_image import QwenImage
 from flowgrove.models.sd3 import SD3
 from flowgrove.models.wan import Wan
-from flowgrove.recipe import Recipe
+from flowgrove.recipe.schema import Recipe
 
 ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.models.stored import rounded
-from flowgrove.recipe import Lora
+from flowgrove.recipe.schema import Lora
 
 FORMATS = ("diffusers", "comfyui")
 COMFYUI_FILE = "comfyui_lora.safetensors"

@@ -14,8 +14,6 @@ import torch
 from diffusers import TaylorSeerCacheConfig
 from torch import Tensor, nn
 
-from flowgrove.budget import PassBudget, fitting
-from flowgrove.cuda_graphs import CudaGraphs
 from flowgrove.device import allocated_memory, to_device
 from flowgrove.errors import UserError
 from flowgrove.models.attention import use_attention
@@ -25,8 +23,10 @@ from flowgrove.models.float64 import keep_float64
 from flowgrove.models.loading import load_model
 from flowgrove.models.masters import Masters
 from flowgrove.models.trainable import choose_trainable
-from flowgrove.packing import Ints
-from flowgrove.recipe import Cache, Recipe
+from flowgrove.passes.budget import PassBudget, retry_smaller
+from flowgrove.passes.packing import Ints
+from flowgrove.passes.recordings import Recordings
+from flowgrove.recipe.schema import Cache, Recipe
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
@@ -91,7 +91,7 @@ class Policy:
         self._reference: Any = None
         self.caches = False
         self._check_cheaper_forwards(recipe)
-        self._tuned = True  # False while the untouched model runs
+        self._tuned = True  # False while the reference model runs
         self._masters: Masters | None = None
         self._prepare_weights(recipe)
         if self.compute_dtype == torch.bfloat16 and texts is not None:
@@ -103,7 +103,7 @@ class Policy:
         self.budget = PassBudget(tokens_per_pass(recipe, device.type), max(self.sized(sized).adapter.geometry.tokens for sized in recipe.at_sizes()))
         if recipe.engine.cuda_graphs and device.type != "cuda":
             raise UserError(f"engine.cuda_graphs is true, but the run is on a {device.type}: write false")
-        self.graphs = CudaGraphs(device) if recipe.engine.cuda_graphs else None
+        self.recordings = Recordings(device) if recipe.engine.cuda_graphs else None
         self.bytes_when_loaded = allocated_memory(device)  # with the models of rewards, which are loaded before it
 
     def _prepare_weights(self, recipe: Recipe) -> None:
@@ -165,12 +165,12 @@ class Policy:
 
     def forget_recordings(self) -> None:
         """Gives the memory of recorded passes back."""
-        if self.graphs is not None:
-            self.graphs.clear()
+        if self.recordings is not None:
+            self.recordings.clear()
 
     @property
     def weights_in_use(self) -> tuple[int, ...]:
-        """Names what a pass would run on now: the size, and the trained weights, their average or the untouched model."""
+        """Names what a pass would run on now: the size, and the trained weights, their average or the reference model."""
         return id(self.adapter.geometry), id(self.adapter.transformer), self._first_trained.data_ptr() if self._tuned else 0
 
     @property
@@ -190,7 +190,7 @@ class Policy:
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def reference(self) -> Iterator[None]:
         """The model as it was before training, inside the block: LoRA switched off, or the frozen copy."""
         adapters_off = self._reference is None
         self._tuned = False
@@ -228,7 +228,7 @@ class Policy:
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""
-        return fitting(lambda: self._decode(x), self._decode_fewer)
+        return retry_smaller(lambda: self._decode(x), self._decode_fewer)
 
     def _decode(self, x: Tensor) -> Tensor:
         parts = x.split(self._samples_per_decode)

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 
 from flowgrove.errors import UserError
-from flowgrove.recipe import Lora
+from flowgrove.recipe.schema import Lora
 
 
 def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple[str, ...], seed: int) -> None:

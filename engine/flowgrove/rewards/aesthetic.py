@@ -6,7 +6,7 @@ A stack of linear layers (768 → 1024 → 128 → 64 → 16 → 1) on the unit 
 import torch
 from torch import Tensor
 
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.clip import VIT_L, clip_source, load_clip
 from flowgrove.rewards.linear_head import LinearHead
 from flowgrove.rewards.weights import DType, Source, read_state

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.clip import VIT_L, clip_source, load_clip
 from flowgrove.rewards.weights import DType
 

@@ -6,7 +6,7 @@ Its authors show the whole picture: the longer side is resized to 224 and the re
 import torch
 from torch import Tensor
 
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.clip import VIT_H, Clip, load_strictly, load_tokenizer, processor_source
 from flowgrove.rewards.open_clip import clip_config, renamed
 from flowgrove.rewards.preprocess import fit, read_preprocess

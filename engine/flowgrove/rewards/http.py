@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowgrove.pixels import to_bytes
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Megabytes, Retries, Seconds
 from flowgrove.rewards.pictures import png_base64
+from flowgrove.rewards.pixels import to_bytes
 
 
 class HttpReward:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.device import to_device
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.clip import load_strictly, load_tokenizer
 from flowgrove.rewards.linear_head import LinearHead
 from flowgrove.rewards.preprocess import Preprocess

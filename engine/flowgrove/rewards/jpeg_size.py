@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrove.errors import UserError
-from flowgrove.pixels import to_bytes
+from flowgrove.rewards.pixels import to_bytes
 
 
 class JpegSizeReward:

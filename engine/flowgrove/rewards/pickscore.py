@@ -6,7 +6,7 @@ Divided by 100, the trained scale, so that it reads like the published tables (a
 import torch
 from torch import Tensor
 
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.clip import VIT_H, load_clip, model_source, processor_source
 from flowgrove.rewards.weights import DType
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowgrove.device import to_host
 from flowgrove.errors import UserError, one_line
-from flowgrove.recipe import Recipe, Reward
+from flowgrove.recipe.schema import Recipe, Reward
 from flowgrove.rewards.aesthetic import AestheticReward
 from flowgrove.rewards.clip_score import ClipScoreReward
 from flowgrove.rewards.hpsv2 import HPSv2Reward
@@ -29,7 +29,7 @@ class Scorer(Protocol):
     """Made from the options of its recipe entry, and from `device` if its signature has one.
 
     With `remote` true a server does the work, and training goes on meanwhile. With `takes_video` true it is given videos [B, F, 3, H, W] whole; otherwise
-    their frames, and its scores are averaged over them. `check(prompts)`, if it has one, raises UserError for prompts that it cannot judge.
+    their frames, and its scores are averaged over them. `check(prompts)`, if it has one, raises UserError for prompts that it cannot score.
     """
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -65,7 +65,7 @@ class Rewards:
         self.remote = any(getattr(scorer, "remote", False) for scorer in self.scorers.values())
 
     def check(self, prompts: list[str]) -> None:
-        """Raises UserError for a prompt that a reward cannot judge, before anything is trained on it."""
+        """Raises UserError for a prompt that a reward cannot score, before anything is trained on it."""
         for scorer in self.scorers.values():
             if (check := getattr(scorer, "check", None)) is not None:
                 check(prompts)

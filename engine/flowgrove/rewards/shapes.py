@@ -44,7 +44,7 @@ class _Blob:
     area: int
 
 
-def judge(picture: Tensor, scene: Scene) -> Credits:
+def score_picture(picture: Tensor, scene: Scene) -> Credits:
     """The credits of one picture, fp32 [3, H, W] in [0, 1], for `scene`. Distances are measured on a 32×32 picture and scaled to others."""
     pixels = picture.permute(1, 2, 0).numpy()  # [H, W, 3]
     labels = np.square(pixels[:, :, None] - _PALETTE).sum(-1).argmin(-1)  # 0: background
@@ -125,4 +125,4 @@ class ShapesReward:
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """`pictures` [B, 3, H, W] in [0, 1] on any device, one prompt each → scores fp32 [B] on the CPU."""
         host = to_host(pictures.detach().float())
-        return torch.tensor([judge(p, parse(text)).score for p, text in zip(host, prompts, strict=True)])
+        return torch.tensor([score_picture(p, parse(text)).score for p, text in zip(host, prompts, strict=True)])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from flowgrove.errors import UserError
-from flowgrove.pixels import to_bytes
-from flowgrove.recipe import Count
+from flowgrove.recipe.schema import Count
 from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Retries, Seconds
 from flowgrove.rewards.pictures import png_base64
+from flowgrove.rewards.pixels import to_bytes
 
 LOWEST, HIGHEST = 1.0, 5.0
 INSTRUCTION = """Judge a picture that was generated from a text caption, by two criteria:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from flowgrove.allocator import keep_freed_memory
+from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.tiny.pictures import Scene, confuse, held_out, pair_scenes, render, single_scenes
 
 CLIP_TOKENS, T5_TOKENS = 10, 9  # the longest sentence has 8 words, plus start and end

@@ -1,0 +1,61 @@
+"""How large a pass of the transformer may be, and what happens when the device's memory disagrees."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from flowgrove.device import is_out_of_memory, release_memory
+from flowgrove.passes.packing import Ints, pack
+
+Result = TypeVar("Result")
+_log = logging.getLogger("flowgrove")
+
+
+class PassBudget:
+    """`tokens` that a pass may hold, picture and text, padding included; `row`: those of one row of the longest prompt. Rollout, training and evaluation
+    share it."""
+
+    def __init__(self, tokens: int, row: int) -> None:
+        self.tokens, self.row = tokens, row
+        self._largest = 0  # pass of several rows since it was last halved
+        self.attempts = 0  # how often something was made smaller
+
+    @property
+    def rows(self) -> int:
+        """Rows of the longest prompt that a pass may hold, without guidance."""
+        return max(1, self.tokens // self.row)
+
+    def passes(self, tokens: Ints) -> list[Ints]:
+        """Which of the rows of `tokens` each go through the transformer together."""
+        passes = pack(tokens, self.tokens)
+        self._largest = max([self._largest, *(len(rows) * int(tokens[rows[0]]) for rows in passes if len(rows) > 1)])
+        return passes
+
+    def halve(self) -> bool:
+        """From here on passes hold half as much as the largest so far; False if none had more than one row."""
+        if not self._largest:
+            return False
+        self.tokens, self._largest = self._largest // 2, 0
+        _log.warning("the GPU's memory is full: passes hold %d tokens from here on (engine.token_budget)", self.tokens)
+        return True
+
+
+def retry_smaller(work: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
+    """What `work` returns, repeated after `shrink` as often as the device's memory is too small for it.
+
+    Raises the error of the last attempt (see `is_out_of_memory`) when `shrink` finds nothing more to make smaller.
+    """
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            full = error.with_traceback(None)  # its frames hold the failed attempt's tensors, as do those before it
+            full.__context__ = full.__cause__ = None
+        if torch.cuda.is_available():
+            release_memory(torch.device("cuda"))
+        if not shrink():
+            raise full

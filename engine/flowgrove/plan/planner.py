@@ -1,0 +1,243 @@
+"""The plan of one iteration: what every step of the schedule does, and what it costs. A pure function of recipe and iteration: no tensors, no model.
+
+A rollout is a forest. Level t holds the distinct states before step t; node i of a level with fanout K has the children K·i … K·i + K−1, so the leaves
+below a node are contiguous. All algorithms differ only in σ, solver, fanout and `trained` of their steps.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from flowgrove.errors import UserError
+from flowgrove.plan.sigmas import SigmaTable, shifted_sigmas
+from flowgrove.recipe.schema import Cache, Prune, Recipe, Rollout, Tree
+from flowgrove.recipe.windows import pruned_depths, window_steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One level of the forest, per prompt: nodes_in states become nodes_out = nodes_in · fanout."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+    solver: str
+    stochastic: bool
+    fanout: int
+    trained: bool
+    nodes_in: int
+    nodes_out: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Per prompt, one pass = one row (guidance not doubled); advantages that are 0 by construction still count."""
+
+    leaves: int
+    rollout_forwards: int
+    edges: int
+    trained_edges: int
+    train_passes: int
+    unshared_rollout_forwards: int
+    unshared_train_passes: int
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    iteration: int
+    window: tuple[int, ...]
+    steps: tuple[Step, ...]
+    sigma_max: float  # second entry of the table
+    dynamics: str
+    noise_level: float
+    split_noise_scale: float
+    sibling_correlation: float
+    updates: int
+    keep_siblings: bool
+    step_fraction: float
+    prune: Prune | None
+    seed: int
+    guidance_range: tuple[int, int] | None
+    cache: Cache | None
+
+    @property
+    def roots(self) -> int:
+        return self.steps[0].nodes_in
+
+    @property
+    def leaves(self) -> int:
+        return self.steps[-1].nodes_out
+
+    @cached_property
+    def trained_steps(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.trained)
+
+    def guided(self, step: Step) -> bool:
+        """Whether guidance runs at the step: everywhere, or in rollout.guidance_range (Kynkäänniemi et al. 2404.07724) and wherever there is noise."""
+        return self.guidance_range is None or step.stochastic or self.guidance_range[0] <= step.index < self.guidance_range[1]
+
+    def caches(self, step: Step) -> bool:
+        """Whether the step may extrapolate its attention: nothing after the last stochastic step needs a gradient or a ratio."""
+        return self.cache is not None and step.index > max((other.index for other in self.steps if other.stochastic), default=-1)
+
+    def extrapolates(self, step: Step) -> bool:
+        """Whether it does: as many steps as the extrapolation has terms are computed first, then every `interval`-th."""
+        if self.cache is None or not self.caches(step):
+            return False
+        first = next(other.index for other in self.steps if self.caches(other))
+        place, computed = step.index - first, self.cache.order + 1
+        return place >= computed and (place - computed - 1) % self.cache.interval != 0
+
+    def width(self, step: Step) -> int:
+        """Leaves below each child of the step."""
+        return self.leaves // step.nodes_out
+
+    def update_of_leaf(self, leaf: int) -> int:
+        """The optimiser update (0 … updates − 1) that trains a leaf's trajectory: leaves in contiguous shares."""
+        return leaf * self.updates // self.leaves
+
+    def update_of_edge(self, step: Step, child: int) -> int:
+        """An edge trains once, in the update of its first leaf; with `parents`, siblings together, in that of their first."""
+        first = child - child % step.fanout if self.keep_siblings else child
+        return self.update_of_leaf(first * self.width(step))
+
+    def selected_steps(self, prompt: int) -> list[frozenset[int]]:
+        """For every leaf of a prompt, the trained steps that its trajectory takes part in: a seeded `step_fraction` of them."""
+        trained = tuple(step.index for step in self.trained_steps)
+        if self.step_fraction == 1.0:
+            return [frozenset(trained)] * self.leaves
+        share = max(1, round_half_up(len(trained) * self.step_fraction))
+        return _drawn(trained, min(share, len(trained)), self.leaves, f"steps/{self.seed}/{self.iteration}/{prompt}")
+
+    def kept_edges(self, step: Step, prompt: int, kept_leaf: Callable[[int], bool] | None = None) -> list[bool]:
+        """For every child of a trained step: does plan, `step_fraction` and (with `kept_leaf`) pruning train its edge?"""
+        selected, width = self.selected_steps(prompt), self.width(step)
+        return [
+            step.index in selected[child * width] and (kept_leaf is None or any(kept_leaf(leaf) for leaf in range(child * width, (child + 1) * width)))
+            for child in range(step.nodes_out)
+        ]
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Exact, but for `extreme` pruning, which depends on the rewards: there as many leaves as it keeps, spread over the tree."""
+        kept_leaf = self._countable_leaves()
+        trained_edges, passes = 0, 0
+        for step in self.trained_steps:
+            edges = [child for child, kept in enumerate(self.kept_edges(step, 0, kept_leaf)) if kept]
+            trained_edges += len(edges)
+            passes += len({(child // step.fanout, self.update_of_edge(step, child)) for child in edges})
+        return Counts(
+            leaves=self.leaves,
+            rollout_forwards=sum(step.nodes_in for step in self.steps),
+            edges=sum(step.nodes_out for step in self.steps),
+            trained_edges=trained_edges,
+            train_passes=passes,
+            unshared_rollout_forwards=self.leaves * len(self.steps),
+            unshared_train_passes=trained_edges,
+        )
+
+    def _countable_leaves(self) -> Callable[[int], bool] | None:
+        """Stand-ins for the leaves that pruning by reward keeps: as many, spread over the tree as far as can be."""
+        if self.prune is None or self.prune.kind == "depth":
+            return None
+        if self.prune.kind == "extreme":
+            kept = min(2 * self.prune.keep, self.leaves)
+            spread = {index * self.leaves // kept for index in range(kept)}
+            return lambda leaf: leaf in spread
+        last = self.last_split()
+        return lambda leaf: leaf // self.width(last) % last.fanout == 0
+
+    def last_split(self) -> Step:
+        """The last step at which trajectories part."""
+        return max((step for step in self.steps if step.fanout > 1), key=lambda step: step.index, default=self.steps[0])
+
+
+def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -> RolloutPlan:
+    """The plan of `iteration` (0-based). `table`: the pipeline's σ table, needed where rollout.shift is null. Raises UserError."""
+    rollout, prune = recipe.rollout, recipe.credit.prune
+    if table is None:
+        if rollout.shift is None:
+            raise UserError("rollout.shift is null: the pipeline's sigma table is needed to plan; set rollout.shift to a number, or give model.path")
+        table = shifted_sigmas(rollout.steps, rollout.shift)
+    window = window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed)
+    stochastic = set(window) | set(rollout.tree.splits if rollout.tree else ())
+    fanouts = _fanouts(rollout, stochastic)
+    roots = _roots(rollout, fanouts, stochastic)
+    pruned = pruned_depths(prune, iteration)
+    levels = _levels(rollout, table, stochastic)
+    steps, nodes = [], roots
+    for index, (sigma, sigma_next, solver) in enumerate(levels):
+        fanout = fanouts.get(index, 1)
+        noisy = index in stochastic
+        steps.append(Step(index, sigma, sigma_next, solver, noisy, fanout, noisy and index not in pruned, nodes, nodes * fanout))
+        nodes *= fanout
+    if recipe.update.updates_per_iteration > nodes:
+        raise UserError(f"update.updates_per_iteration is {recipe.update.updates_per_iteration}: a group has {nodes} leaves; write {nodes} or less")
+    tree = rollout.tree or Tree(sibling_correlation=0.0)
+    return RolloutPlan(
+        iteration=iteration,
+        window=tuple(window),
+        steps=tuple(steps),
+        sigma_max=table(1),
+        dynamics=rollout.dynamics,
+        noise_level=rollout.noise_level,
+        split_noise_scale=tree.split_noise_scale,
+        sibling_correlation=tree.sibling_correlation,
+        updates=recipe.update.updates_per_iteration,
+        keep_siblings=recipe.update.partition == "parents",
+        step_fraction=recipe.update.step_fraction,
+        prune=prune,
+        seed=recipe.run.seed,
+        guidance_range=rollout.guidance_range,
+        cache=rollout.cache,
+    )
+
+
+def round_half_up(value: float) -> int:
+    """The nearest whole number, halves upwards; a product that misses a half by a float's rounding counts as one."""
+    return math.floor(round(value, 9) + 0.5)
+
+
+@lru_cache(maxsize=4)
+def _drawn(trained: tuple[int, ...], share: int, leaves: int, seed: str) -> list[frozenset[int]]:
+    """`share` of the trained steps for every leaf; every step of a plan asks for them again."""
+    draw = random.Random(seed)
+    return [frozenset(draw.sample(trained, share)) for _ in range(leaves)]
+
+
+def _fanouts(rollout: Rollout, stochastic: set[int]) -> dict[int, int]:
+    if rollout.tree is not None:
+        if rollout.tree.splits[-1] > rollout.steps - 2:
+            raise UserError(f"rollout.tree.splits has {rollout.tree.splits[-1]}: write steps from 0 to {rollout.steps - 2} (the last step is never stochastic)")
+        return dict.fromkeys(rollout.tree.splits, rollout.tree.fanout)
+    if rollout.shared_initial_noise and stochastic:
+        return {min(stochastic): rollout.group_size}
+    return {}
+
+
+def _roots(rollout: Rollout, fanouts: dict[int, int], stochastic: set[int]) -> int:
+    below = math.prod(fanouts.values())
+    if rollout.shared_initial_noise:
+        if below != rollout.group_size and (rollout.tree or rollout.group_size > 1):
+            if not stochastic:
+                raise UserError("rollout.shared_initial_noise without a stochastic step makes a group of equal pictures: give a window, or set it to false")
+            raise UserError(f"rollout.group_size is {rollout.group_size}: the tree has {below} leaves; write {below}, or change tree.splits or tree.fanout")
+        return 1
+    if rollout.group_size % below:
+        raise UserError(f"rollout.group_size is {rollout.group_size}: without shared noise it must be a multiple of the tree's {below} leaves")
+    return rollout.group_size // below
+
+
+def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[tuple[float, float, str]]:
+    """(σ, σ', solver) of every step: the table, and after the last stochastic step the compressed tail, if there is one."""
+    total = rollout.steps
+    head = total if rollout.tail is None else max(stochastic, default=-1) + 1
+    positions = [float(i) for i in range(head + 1)]
+    if rollout.tail is not None:
+        count = max(1, round_half_up((total - head) * rollout.tail.compress))
+        positions += [head + j * (total - head) / count for j in range(1, count)] + [float(total)]
+    sigmas = [table(position) for position in positions]
+    solvers = [rollout.dynamics if i in stochastic else "ode" if i < head else rollout.tail.solver if rollout.tail else "ode" for i in range(len(sigmas) - 1)]
+    return list(zip(sigmas, sigmas[1:], solvers, strict=False))

@@ -1,0 +1,109 @@
+"""σ tables: the noise levels of a schedule, from 1 down to 0, also between two entries (compressed tails need that).
+
+t_i = 1 − i/T;   σ = shift·t/((1 − t) + shift·t)      exactly 1 and 0 at the ends, for every shift
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from flowgrove.errors import UserError
+from flowgrove.models.folders import configuration_folder
+from flowgrove.models.geometry import read_geometry
+from flowgrove.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class SigmaTable:
+    """σ at a position in [0, T], which need not be whole; and where the table comes from, for people."""
+
+    at: Callable[[float], float]
+    source: str
+
+    def __call__(self, position: float) -> float:
+        return self.at(position)
+
+
+def shifted_sigmas(steps: int, shift: float) -> SigmaTable:
+    """Uniform in t before the shift (Esser et al. 2403.03206)."""
+
+    def sigma(position: float) -> float:
+        t = 1.0 - position / steps
+        return shift * t / ((1.0 - t) + shift * t)
+
+    return SigmaTable(sigma, f"rollout.shift {shift:g}")
+
+
+def listed_sigmas(values: Sequence[float], source: str = "a given table") -> SigmaTable:
+    """A foreign table of T + 1 values, linear between its entries. Raises UserError unless it falls strictly from at most 1 to exactly 0."""
+    if len(values) < 2 or values[-1] != 0.0 or not values[0] <= 1.0 or not all(b < a for a, b in pairwise(values)):
+        raise UserError("the pipeline's sigma table does not fall from 1 to 0: set rollout.shift to a number (3.0) instead of null")
+
+    def sigma(position: float) -> float:
+        low = min(int(position), len(values) - 2)
+        share = position - low
+        return values[low] * (1 - share) + values[low + 1] * share if share < 1 else values[low + 1]
+
+    return SigmaTable(sigma, source)
+
+
+def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = False) -> SigmaTable:
+    """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads no model.
+
+    `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift (FLUX, Qwen-Image); the others leave the unshifted table to the scheduler.
+    """
+    config_file = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        name = str(config["_class_name"])
+    except OSError as error:
+        raise UserError(f"rollout.shift is null, but {config_file} cannot be read ({error.strerror}): set rollout.shift to a number") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"rollout.shift is null, but {config_file} is no scheduler configuration: download the file anew, or set rollout.shift") from None
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not known or not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
+        raise UserError(f"rollout.shift is null, but {config_file} names {name}, which is no flow-matching scheduler: set rollout.shift to a number")
+    try:
+        values, source = _scheduled(kind, config, steps, tokens, gives_table)
+    except Exception as error:  # what libraries raise over foreign settings has many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"{config_file} does not give a table of {steps} steps ({name}: {reason})"
+        raise UserError(f"rollout.shift is null, but {what}: set rollout.shift to a number") from None
+    return listed_sigmas(values, source)
+
+
+def _scheduled(kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool) -> tuple[list[float], str]:
+    import numpy as np
+
+    name = kind.__name__
+    scheduler = kind.from_config(config)
+    keywords: dict[str, Any] = {}
+    source = f"{name} of the pipeline, shift {config.get('shift', config.get('flow_shift', 1.0)):g}"
+    if config.get("use_dynamic_shifting"):
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
+        keywords["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
+        source = f"{name} of the pipeline, dynamic shift mu {keywords['mu']:.3g} for {tokens} picture tokens"
+    if gives_table:
+        keywords["sigmas"] = np.linspace(1.0, 1.0 / steps, steps)
+    accepted = signature(scheduler.set_timesteps).parameters
+    if foreign := [key for key in keywords if key not in accepted]:
+        raise ValueError(f"it takes no {foreign[0]}, which the pipeline gives its scheduler")
+    scheduler.set_timesteps(steps, **keywords)
+    return [float(s) for s in np.asarray(scheduler.sigmas, dtype=np.float64)], source
+
+
+def recipe_sigmas(recipe: Recipe) -> SigmaTable:
+    """The table of a recipe: its shift, or the scheduler of its pipeline. Loads no model. Raises UserError."""
+    rollout = recipe.rollout
+    if rollout.shift is not None:
+        return shifted_sigmas(rollout.steps, rollout.shift)
+    folder = configuration_folder(recipe.model)
+    return scheduler_sigmas(folder, rollout.steps, read_geometry(folder, recipe.model).picture_tokens, recipe.model.adapter in ("flux", "qwen_image"))

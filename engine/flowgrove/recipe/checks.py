@@ -1,0 +1,40 @@
+"""What a recipe says that is valid by itself and can mean nothing in its place.
+
+For recipes from files; the planner itself takes any of these.
+"""
+
+from flowgrove.errors import UserError
+from flowgrove.recipe.schema import Prune, Recipe
+from flowgrove.recipe.windows import pruned_depths, window_steps
+
+_LOOKED_AT = 1000  # iterations
+
+
+def check_meaning(recipe: Recipe) -> None:
+    """Raises UserError naming the key, with what to write instead."""
+    rollout, prune = recipe.rollout, recipe.credit.prune
+    if rollout.guidance_range is not None:
+        low, high = rollout.guidance_range
+        if not low < high <= rollout.steps:
+            wanted = f"write 0 <= lo < hi <= rollout.steps = {rollout.steps}, or null for all steps"
+            raise UserError(f"rollout.guidance_range is [{low}, {high}): {wanted}")
+    if rollout.group_size == 1 and recipe.update.kl_weight == 0:
+        reason = "advantages are differences within a group, so nothing would be trained"
+        raise UserError(f"rollout.group_size is 1: {reason}; write 2 or more")
+    if prune is not None and prune.kind == "depth":
+        _check_depths(recipe, prune)
+
+
+def _check_depths(recipe: Recipe, prune: Prune) -> None:
+    steps, tree = recipe.rollout.steps, recipe.rollout.tree
+    if max(prune.first, prune.stop) >= steps:
+        key = "first" if prune.first >= steps else "stop"
+        found = f"credit.prune.{key} is {getattr(prune, key)}"
+        raise UserError(f"{found}: the steps are 0 to {steps - 1} (rollout.steps); write {steps - 1} or less")
+    splits = set(tree.splits if tree else ())
+    for iteration in range(min(recipe.run.iterations, _LOOKED_AT)):
+        stochastic = splits.union(window_steps(recipe.rollout.window, steps, iteration, recipe.run.seed))
+        if not stochastic or not stochastic <= set(pruned_depths(prune, iteration)):
+            return  # without a stochastic step there is another reason that nothing trains
+    wanted = f"write fewer depths than {prune.depths}, or another first than {prune.first}"
+    raise UserError(f"credit.prune prunes every step that would train: {wanted}")

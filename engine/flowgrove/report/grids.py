@@ -1,0 +1,94 @@
+"""Sample grids: one PNG per evaluation, a row per prompt, with prompts and scores inside the file, so that a report can set two of them side by side."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from flowgrove.evaluation import Evaluated
+from flowgrove.files import write_file
+from flowgrove.rewards.pixels import to_bytes
+
+_MOST_PROMPTS, _MOST_SAMPLES = 8, 4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums, NaN where nothing was scored;
+    `numbers` of the prompts among those that were drawn, which name their noise (none: not known)."""
+
+    tiles: NDArray[np.uint8]
+    prompts: list[str]
+    scores: NDArray[np.float64]
+    numbers: tuple[int, ...] = ()
+
+    def part(self, rows: list[int], columns: int) -> "Grid":
+        """Some of its rows, and the first `columns` samples of each."""
+        numbers = tuple(self.numbers[row] for row in rows) if self.numbers else ()
+        prompts = [self.prompts[row] for row in rows]
+        return Grid(self.tiles[rows, :columns], prompts, self.scores[rows, :columns], numbers)
+
+    def rows(self) -> dict[tuple[int, str], int]:
+        """(number, prompt) → row."""
+        return {key: row for row, key in enumerate(zip(self.numbers, self.prompts, strict=True))}
+
+
+def in_common(first: Grid, second: Grid) -> tuple[Grid, Grid] | None:
+    """What two grids show of the same prompts and seeds; None if there is nothing."""
+    if first.numbers and second.numbers:
+        others = second.rows()
+        same = [(row, others[key]) for key, row in first.rows().items() if key in others]
+    else:  # one is from before numbers were kept: only rows of unchanged lists are sure to match
+        same = [(row, row) for row in range(len(first.prompts))] if first.prompts == second.prompts else []
+    if not same or first.tiles.shape[2:] != second.tiles.shape[2:]:
+        return None
+    columns = min(first.tiles.shape[1], second.tiles.shape[1])
+    return first.part([row for row, _ in same], columns), second.part([row for _, row in same], columns)
+
+
+def grid_files(run: Path) -> dict[int, Path]:
+    """The grids of a run by the iterations that their model had behind it, in that order."""
+    found = {path.stem.removeprefix("iteration_"): path for path in (run / "samples").glob("iteration_*.png")}
+    return dict(sorted((int(name), path) for name, path in found.items() if name.isdecimal() and name.isascii()))
+
+
+def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[float]) -> None:
+    """Writes the first prompts of an evaluation, spread over the list, as a PNG."""
+    count = len(evaluated.prompts) // samples
+    chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
+    scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
+    rows, columns = scores.shape
+    tiles = to_bytes(evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]).numpy()
+    prompts = [evaluated.prompts[index * samples] for index in chosen]
+    info = PngInfo()
+    layout = {"rows": rows, "columns": columns, "prompts": prompts, "numbers": chosen.tolist(), "scores": scores.tolist()}
+    info.add_itxt("flowgrove", json.dumps(layout))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = tiles.shape[1:3]
+    mosaic = Image.fromarray(tiles.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+    write_file(path, lambda partial: mosaic.save(partial, pnginfo=info))
+
+
+def load_grid(path: Path) -> Grid:
+    """A grid that `save_grid` wrote. Raises ValueError for another picture."""
+    try:
+        with Image.open(path) as image:
+            layout = json.loads(image.info["flowgrove"])
+            pixels = np.asarray(image.convert("RGB"))
+        rows, columns = layout["rows"], layout["columns"]
+        height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+        tiles = pixels.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
+        scores = np.array(layout["scores"], dtype=np.float64).reshape(rows, columns)
+        prompts = [str(prompt) for prompt in layout["prompts"]]
+        numbers = tuple(int(number) for number in layout.get("numbers", ()))
+    except PermissionError:
+        raise
+    except (OSError, SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"{path} is no sample grid") from None
+    if len(prompts) != rows or len(numbers) not in (0, rows):
+        raise ValueError(f"{path} is no sample grid")
+    return Grid(tiles, prompts, scores, numbers)

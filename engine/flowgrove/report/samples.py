@@ -1,0 +1,83 @@
+"""Samples of a run's model, or a recipe's base model, as files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from flowgrove.device import pick_backend
+from flowgrove.errors import UserError
+from flowgrove.evaluation import draw
+from flowgrove.files import write_file, write_text
+from flowgrove.models.policy import Policy
+from flowgrove.recipe.schema import Recipe
+from flowgrove.report.grids import Grid
+from flowgrove.report.side_by_side import draw_side_by_side
+from flowgrove.report.video import write_mp4
+from flowgrove.rewards.pixels import shrink, to_bytes
+from flowgrove.run.finished_runs import open_model, open_recipe
+
+_PROMPTS_PER_PAGE, _MOST_SAMPLES = 8, 4
+
+
+def write_samples(
+    source: Path,
+    overrides: tuple[str, ...],
+    prompts: list[str],
+    out: Path,
+    compare: bool = False,
+    which: str | None = None,
+) -> int:
+    """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number.
+
+    `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for a recipe: it has one model.
+    """
+    if compare and not source.is_dir():
+        raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
+    model = open_model(*open_recipe(source, overrides, which), prompts)
+    out.mkdir(parents=True, exist_ok=True)
+    with pick_backend(model.recipe):
+        base = _write(model.recipe, model.policy, prompts, out, "_base") if compare else []
+        model.restore()
+        files = _write(model.recipe, model.policy, prompts, out, "")
+    samples = model.recipe.run.eval.samples
+    if compare:
+        for page, start in enumerate(range(0, len(prompts), _PROMPTS_PER_PAGE)):
+            some = prompts[start : start + _PROMPTS_PER_PAGE]
+            left, right = (_grid(tiles[start * samples : (start + len(some)) * samples], some, samples) for tiles in (base, files))
+            draw_side_by_side(left, right, ("base model", "trained"), out / f"compare_{page:02d}.png")
+    return len(files)
+
+
+def _write(recipe: Recipe, policy: Policy, prompts: list[str], out: Path, ending: str) -> list[NDArray[np.uint8]]:
+    """Draws and writes; returns a small picture of each sample."""
+    tiles: list[NDArray[np.uint8]] = []
+    lines: list[str] = []
+    for some in draw(recipe, policy, prompts):
+        for sample in some:
+            prompt, number = divmod(len(lines), recipe.run.eval.samples)
+            file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)
+            lines.append(json.dumps({"file": file.name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
+        tiles += list(to_bytes(shrink(some)).numpy())
+    write_text(out / f"prompts{ending}.jsonl", "".join(lines))
+    return tiles
+
+
+def _save(stem: Path, sample: Tensor, fps: int) -> Path:
+    """A picture [3, H, W] as PNG, a video [F, 3, H, W] as MP4."""
+    pixels = to_bytes(sample).numpy()
+    if sample.ndim == 3:
+        path = stem.with_name(stem.name + ".png")
+        write_file(path, Image.fromarray(pixels).save)
+    else:
+        path = stem.with_name(stem.name + ".mp4")
+        write_file(path, lambda partial: write_mp4(partial, pixels, fps))
+    return path
+
+
+def _grid(tiles: list[NDArray[np.uint8]], prompts: list[str], samples: int) -> Grid:
+    whole = np.stack(tiles).reshape(len(prompts), samples, *tiles[0].shape)[:, :_MOST_SAMPLES]
+    return Grid(whole, prompts, np.full(whole.shape[:2], np.nan))

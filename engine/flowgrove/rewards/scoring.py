@@ -1,0 +1,86 @@
+"""Decoding and rewards of finished leaves, beside the rollout of the next prompts where that gains something."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+
+import torch
+from torch import Tensor
+
+from flowgrove.models.policy import Policy
+from flowgrove.passes.budget import retry_smaller
+from flowgrove.rewards.registry import Rewards
+from flowgrove.spans import span
+
+PIXELS_AT_ONCE = 1 << 25  # 400 MB of decoded pictures
+_WAITING = 2  # rollouts whose leaves may wait to be scored
+
+
+class Scoring:
+    """One iteration's. On a GPU, and where a reward waits for a server, a thread does the work, on a GPU in `stream`, at most `_WAITING` rollouts behind;
+    else it is done when the scores are asked for: on a CPU two threads would only take each other's cores.
+
+    A context manager: when the block ends nothing runs any more.
+    """
+
+    def __init__(self, rewards: Rewards, device: torch.device, stream: "torch.cuda.Stream | None" = None) -> None:
+        self.rewards, self.device, self._stream = rewards, device, stream
+        self.beside = device.type == "cuda" or rewards.remote
+        self._pending: list[Callable[[], Tensor]] = []
+        self._futures: list[Future[Tensor]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards") if self.beside else None
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def submit(self, policy: Policy, leaves: Tensor, prompts: list[str]) -> None:
+        """Clean latents with one prompt each. Waits while `_WAITING` earlier ones are not scored; what went wrong with one of those is raised."""
+        if self._thread is None:
+            self._pending.append(lambda: score_leaves(policy, self.rewards, leaves, prompts))
+            return
+        if len(self._futures) >= _WAITING:
+            self._futures[-_WAITING].result()
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self.device))
+        work = copy_context().run
+        self._futures.append(self._thread.submit(work, self._score, policy, leaves, prompts, ready))
+
+    def scores(self) -> Tensor:
+        """Of everything submitted, in order: float64 [leaves, rewards] on the CPU."""
+        return torch.cat([work() for work in self._pending] + [future.result() for future in self._futures])
+
+    def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
+        if self._stream is None or ready is None:
+            return score_leaves(policy, self.rewards, leaves, prompts)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            leaves.record_stream(self._stream)
+            return score_leaves(policy, self.rewards, leaves, prompts)
+
+
+def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
+    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a time."""
+    some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
+
+    def score(mine: slice) -> Tensor:
+        with span("decode"):
+            pictures = policy.decode(leaves[mine])
+        with span("score"):
+            return rewards(pictures, prompts[mine])
+
+    def fewer() -> bool:
+        nonlocal some
+        several, some = some > 1, max(1, some // 2)
+        return several
+
+    done = 0
+    while done < len(leaves):
+        scores.append(retry_smaller(lambda: score(slice(done, done + some)), fewer))  # noqa: B023 (called before the next)
+        done += len(scores[-1])
+    return torch.cat(scores)

@@ -1,0 +1,89 @@
+"""One pass of a denoising step: the velocity of some states of one timestep, and the step that it drives. All it takes are tensors on the device."""
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flowgrove.models.conditioning import Conditioning, padded_length
+from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.passes.recordings import Recordings, Tensors
+from flowgrove.spans import span, untimed
+from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_step
+
+
+@dataclass(frozen=True)
+class States:
+    """R states before a step: x [R, ...], sigma fp32 [R], prompt [R], coefficient rows [R], the noise key of their R·fanout children (None: no noise), and
+    the clean estimate of the step before [R, ...] where the solver takes one."""
+
+    x: Tensor
+    sigma: Tensor
+    prompt: Tensor
+    coef: StepCoefficients
+    key: NoiseKey | None
+    history: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What is the same for every pass of a step: fanout, correlation of siblings' noise, whether the next step takes this one's clean estimate."""
+
+    fanout: int
+    sibling_correlation: float
+    estimates: bool
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """x_next [R·fanout, ...], logp [R·fanout], the clean estimate [R, ...] if the next step takes it, and the velocity where it can be differentiated."""
+
+    x_next: Tensor
+    logp: Tensor
+    estimate: Tensor | None
+    velocity: Velocity | None
+
+
+def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool = False) -> Denoised:
+    """One pass; `longest`: tokens of its longest text."""
+    if policy.recordings is None or differentiable or policy.caches:  # a cache decides on the host what a step computes
+        return _denoise(policy, prompts, states, kind, longest, differentiable)
+    with span("transformer"):
+        return _replay(policy, policy.recordings, prompts, states, kind, longest)
+
+
+def _replay(policy: Policy, recordings: Recordings, prompts: Prompts, states: States, kind: StepKind, longest: int) -> Denoised:
+    """The same from a recording: σ, coefficients, noise key and embeddings go in as tensors, so that one serves every timestep and prompt."""
+    rows, cond = len(states.x), prompts.cond[states.prompt].trimmed(longest)
+    names, uncond = list(cond.tensors), prompts.uncond
+    key = None if states.key is None else states.key.pack(rows * kind.fanout, states.x.device)
+
+    def function(x: Tensor, sigma: Tensor, key: Tensor | None, history: Tensor | None, *rest: Tensor) -> Tensors:
+        mine = Conditioning(dict(zip(names, rest[6:], strict=False)))
+        other = None if uncond is None else Conditioning(dict(zip(names, rest[6 + len(names) :], strict=True)))
+        alone = Prompts([], mine, other, prompts.lengths, prompts.tokens)
+        row = torch.arange(rows, device=x.device)
+        noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
+        with untimed():
+            done = _denoise(policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False)
+        return done.x_next, done.logp, done.estimate
+
+    inputs = [states.x, states.sigma, key, states.history, *states.coef.tensors(), *cond.tensors.values(), *(uncond.tensors.values() if uncond else ())]
+    x_next, logp, estimate = cast(
+        tuple[Tensor, Tensor, Tensor | None], recordings((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs)
+    )
+    return Denoised(x_next, logp, estimate, None)
+
+
+def _denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool) -> Denoised:
+    with span("transformer"), torch.set_grad_enabled(differentiable):
+        velocity = policy.velocity(states.x, states.sigma, prompts, states.prompt, longest)
+    v, uncond = velocity.v.detach(), None if velocity.uncond is None else velocity.uncond.detach()
+    with span("flow_step"), torch.no_grad():
+        x_next, logp = flow_step(
+            states.x, v, states.coef, key=states.key, history=states.history, fanout=kind.fanout,
+            sibling_correlation=kind.sibling_correlation, v_uncond=uncond, guidance_scale=velocity.scale,
+        )  # fmt: skip
+        estimate = clean_estimate(states.x, v, states.sigma, v_uncond=uncond, guidance_scale=velocity.scale) if kind.estimates else None
+    return Denoised(x_next, logp, estimate, velocity if differentiable else None)

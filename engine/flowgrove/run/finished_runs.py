@@ -1,0 +1,152 @@
+"""Finished runs: open their model, evaluate it, export it."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from flowgrove.data.prompts import read_prompts
+from flowgrove.device import pick_backend, pick_device
+from flowgrove.errors import UserError
+from flowgrove.evaluation import evaluate
+from flowgrove.files import follow_umask, partial_name, write_text
+from flowgrove.models.adapter import Adapter
+from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
+from flowgrove.models.policy import Policy
+from flowgrove.models.stored import DTYPES, all_in, bf16_in
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.recipe.schema import Lora, Recipe
+from flowgrove.rewards.registry import Rewards
+from flowgrove.run.checkpoint import find_checkpoint, load_checkpoint, pointed_at
+from flowgrove.run.manifest import verify
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded base model, and the checkpoint that `restore` puts into it; None for a recipe's own."""
+
+    recipe: Recipe
+    policy: Policy
+    checkpoint: Path | None
+
+    def restore(self) -> "Model":
+        """The trained weights take the base model's place."""
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, self.policy, None)
+        return self
+
+
+def open_recipe(source: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> tuple[Recipe, Path | None]:
+    """The recipe of a run folder and one of its checkpoints, as `find_checkpoint` understands `which`, or a recipe
+    file's and None; with a recipe file, `which` may name a checkpoint's folder. Raises UserError.
+    """
+    if source.is_dir():
+        checkpoint = find_checkpoint(source, which)
+        verify(checkpoint)  # before a model is loaded
+        return load_recipe(source / "recipe.yaml", overrides), checkpoint
+    if which is not None and (which == "best" or not Path(which).exists()):
+        raise UserError(f"--checkpoint {which}: {source} is no run folder: give one, or the path of a checkpoint")
+    return load_recipe(source, overrides), None if which is None else pointed_at(Path(which))
+
+
+def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | None = ()) -> Model:
+    """The base model of what `open_recipe` found. `texts`: prompts that it will encode; None: only its weights are wanted. Raises UserError."""
+    untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})  # no copy of the reference model
+    return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoint)
+
+
+def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> dict[str, dict[str, float]]:
+    """Rewards of a checkpoint (None: the newest) on the held-out prompts: {name: {mean, confidence}} (half of the 95 %
+    interval), and "weighted_sum".
+
+    Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
+    recipe, checkpoint = open_recipe(run, overrides, which)
+    if recipe.data.eval_prompts is None:
+        raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
+    prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
+    rewards = Rewards(recipe, pick_device(recipe))
+    policy = open_model(recipe, checkpoint, prompts).restore().policy
+    with pick_backend(recipe):
+        evaluated = evaluate(recipe, policy, rewards, prompts)
+    columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
+    columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
+    samples = recipe.run.eval.samples
+    result = {}
+    for name, scores in columns.items():
+        per_prompt = scores.view(-1, samples).mean(1)  # pictures of one prompt are not independent
+        spread = per_prompt.std().item() if len(per_prompt) > 1 else 0.0
+        result[name] = {"mean": per_prompt.mean().item(), "confidence": 1.96 * spread / len(per_prompt) ** 0.5}
+    write_text(run / "eval.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    overrides: tuple[str, ...] = (),
+    which: str | None = None,
+    form: str = "diffusers",
+    dtype: str | None = None,
+) -> str:
+    """Writes a checkpoint (None: the newest) for diffusers or ComfyUI; returns a line that says how to load it.
+
+    A LoRA needs no base model. `dtype`: bf16, fp16 or fp32; None: as it was trained, which is bf16 for weights that a run
+    with model.dtype bf16 found in bf16, and fp32 for all others.
+    """
+    for option, value, known in (("format", form, FORMATS), ("dtype", dtype, tuple(DTYPES))):
+        if value is not None and value not in known:
+            raise UserError(f"--{option} is {value}: write {', '.join(known[:-1])} or {known[-1]}")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: give a new folder")
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
+    here = ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto")
+    recipe, checkpoint = open_recipe(run, (*here, *overrides), which)
+    family, lora = ADAPTERS[recipe.model.adapter], recipe.model.lora
+    if lora is None and form == "comfyui":
+        raise UserError(f"--format comfyui is for a LoRA, and {run} trained the whole model: write --format diffusers")
+    partial = partial_name(out)
+    try:
+        if lora is None:
+            adapter = open_model(recipe, checkpoint, None).restore().policy.adapter  # the transformer alone
+            adapter.save_pipeline(partial, _dtypes_of_weights(adapter, recipe, dtype))
+        elif checkpoint is not None:
+            write_lora(partial, form, _lora_layers(checkpoint, lora), lora, family, DTYPES.get(dtype or ""))
+        follow_umask(partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}; free some space and give the same command again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if form == "comfyui":
+        return f"wrote a LoRA for ComfyUI: copy {out / COMFYUI_FILE} into its models/loras folder"
+    load = f"{family.pipeline.__name__}.from_pretrained" if lora is None else "pipe.load_lora_weights"
+    return f'wrote a {"pipeline" if lora is None else "LoRA"}: {load}("{out}")'
+
+
+def _dtypes_of_weights(adapter: Adapter, recipe: Recipe, dtype: str | None) -> dict[str, torch.dtype]:
+    if dtype is not None:
+        return all_in(adapter.transformer, DTYPES[dtype])
+    return bf16_in(adapter.folder / "transformer") if recipe.model.dtype == "bf16" and adapter.folder is not None else {}
+
+
+def _lora_layers(checkpoint: Path, lora: Lora) -> dict[str, torch.Tensor]:
+    """The trained layers of a checkpoint, averaged if it has averages, without a model. Raises UserError."""
+    verify(checkpoint)
+    averages = checkpoint / "ema.safetensors"
+    try:
+        return layers_of(load_file(averages if averages.is_file() else checkpoint / "weights.safetensors"), lora)
+    except (ValueError, SafetensorError) as error:
+        what = f"{checkpoint} holds other weights than its recipe.yaml trains ({error})"
+        raise UserError(f"{what}: give the run's own folder") from None

@@ -1,0 +1,143 @@
+"""Where a run goes on: which checkpoint fits which recipe."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flowgrove.data.prompts import read_prompts
+from flowgrove.errors import UserError
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.recipe.schema import Recipe
+from flowgrove.run.checkpoint import Say, newest_checkpoint, pointed_at, valid_checkpoints
+from flowgrove.run.manifest import read_state, verify
+from flowgrove.run.metrics import read_metrics
+
+# what a run may change when it goes on: where things are and how they are computed, not what
+_OPERATION = {
+    "model": ("gradient_checkpointing", "vae_tiling"),
+    "data": ("embedding_cache", "prompt_key"),
+    "engine": ("token_budget", "device", "backend", "attention", "compile", "cuda_graphs", "reuse_rollout_graph"),
+}
+_REWARD_OPERATION = (
+    "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency", "max_answer_mb", "key_variable",
+)  # fmt: skip
+
+
+_log = logging.getLogger("flowgrove")
+_MOST_NAMED = 4  # keys that a message names
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the prompts' text for their path.
+
+    Keys at their default do not enter, so that a version with new keys resumes old runs.
+    """
+    content = _deciding(recipe, exclude_defaults=True)
+    prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
+    content["data"] |= {"prompts": prompts, "eval_prompts": None}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
+    """What decides the weights, without the prompts' text."""
+    content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
+    for section, keys in _OPERATION.items():
+        for key in keys:
+            content.get(section, {}).pop(key, None)
+    for reward in content["reward"]:
+        for key in _REWARD_OPERATION:
+            reward.pop(key, None)
+    content["run"] = {"seed": recipe.run.seed}
+    if recipe.update.lr_schedule == "cosine":
+        content["run"]["iterations"] = recipe.run.iterations
+    return content
+
+
+def differences(recipe: Recipe, out: Path) -> str:
+    """The keys in which `recipe` is another than that of the run in `out`, with both values, as one phrase."""
+    file = out / "recipe.yaml"
+    try:
+        here, there = (_deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(file)))
+    except (UserError, OSError):
+        return f"its {file} cannot be read, so that the keys that differ are not known"
+    for content in (here, there):
+        for key in ("prompts", "eval_prompts"):
+            content["data"].pop(key, None)
+    found = list(_differing(here, there))
+    named = [f"{key} is {_shown(own)} instead of the run's {_shown(old)}" for key, own, old in found[:_MOST_NAMED]]
+    if len(found) > _MOST_NAMED:
+        named.append(f"{len(found) - _MOST_NAMED} more keys differ")
+    return ", ".join(named) or "data.prompts holds other prompts than when it began"
+
+
+def finished(recipe: Recipe, out: Path) -> bool:
+    """Whether `out` holds all of the recipe's run: its last checkpoint, every line and the report. Reads no model."""
+    checkpoints = valid_checkpoints(out)
+    if not checkpoints or not (out / "report.html").exists():
+        return False
+    try:
+        state = read_state(checkpoints[-1])
+        done = state["completed_iterations"]
+        if state["recipe"] != fingerprint(recipe) or done < recipe.run.iterations:
+            return False
+        verify(checkpoints[-1])
+    except UserError:
+        return False  # whoever goes on will say what is wrong with it
+    return any(line["iteration"] == done - 1 for line in read_metrics(out))
+
+
+def choose_checkpoint(recipe: Recipe, out: Path, resume: str, say: Say = _log.warning) -> Path | None:
+    """The checkpoint to start from; `say` names damaged ones that were passed over.
+
+    Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint.
+    """
+    holds_run = (out / "metrics.jsonl").exists() or bool(valid_checkpoints(out))
+    if resume not in ("auto", "never"):
+        chosen = Path(resume)
+        if chosen.exists():
+            chosen = pointed_at(chosen)
+        inside = chosen.resolve().parent.parent == out.resolve()
+        if holds_run and not inside:
+            raise UserError(f"{out} holds a run, and {chosen} is no checkpoint of it: give another --out")
+        state = verify(pointed_at(chosen))
+        if inside and state["recipe"] != fingerprint(recipe):
+            ways = f"train on from it into another --out, or resume with {out / 'recipe.yaml'}"
+            raise UserError(f"{chosen} was written by another recipe: {differences(recipe, out)}: {ways}")
+        return chosen
+    if resume == "never":
+        if holds_run:
+            raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
+        return None
+    folder = newest_checkpoint(out, say)
+    if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
+        ways = f"give another --out, or resume with {out / 'recipe.yaml'}"
+        raise UserError(f"{out} holds a run of another recipe: {differences(recipe, out)}: {ways}")
+    return folder
+
+
+def stored_budget(checkpoint: Path | None, own: str) -> int | None:
+    """Tokens per pass of the run that goes on from `checkpoint`; None for a new run, a checkpoint of another recipe than that of fingerprint `own`, and
+    one from before they were stored."""
+    state = {} if checkpoint is None else read_state(checkpoint)
+    tokens = state.get("token_budget")
+    return tokens if state.get("recipe") == own and isinstance(tokens, int) and tokens > 0 else None
+
+
+def _differing(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(section.key, value here, value there), as deep as both have the same sections; entries of lists by number."""
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        here, there = dict(enumerate(here)), dict(enumerate(there))
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in {**there, **here}:
+            yield from _differing(here.get(name), there.get(name), f"{key}.{name}" if key else f"{name}")
+    elif here != there:
+        yield key, here, there
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

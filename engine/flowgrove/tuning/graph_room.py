@@ -1,0 +1,62 @@
+"""How many passes of the rollout may retain their graph for the first update: what the device's memory has room for beside all that a run needs."""
+
+import sys
+from typing import NamedTuple
+
+import torch
+
+from flowgrove.device import total_memory
+from flowgrove.models.policy import Policy, Velocity
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe.schema import Recipe
+from flowgrove.rollout.retained_graphs import RetainedGraphs
+from flowgrove.tuning.memory import graph_bytes, predict_memory
+
+_GPU_SHARE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
+_CPU_SHARE = 0.25
+_LEAST_SHARE = 0.25  # smaller passes train faster packed with others, though their forward runs again
+
+
+class GraphRoom(NamedTuple):
+    """How many states' graphs a run may retain, and the share of the token budget that a pass must fill for it."""
+
+    states: int
+    share: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
+        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into the device's memory, and passes of at least a quarter of the budget; none
+        where the rewards decide which edges train, since most graphs would then be made for nothing."""
+        engine, prune = recipe.engine, recipe.credit.prune
+        if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
+            return cls(0, 0.0)
+        if engine.reuse_rollout_graph is True:
+            return cls(sys.maxsize, 0.0)
+        if prune is not None and prune.kind != "depth":
+            return cls(0, 0.0)
+        room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(recipe, policy)
+        return cls(max(0, room // graph), _LEAST_SHARE)
+
+    def retained_graphs(self, policy: Policy) -> "RetainedGraphs | None":
+        """For one iteration of `policy`."""
+        full = policy.budget.rows // (2 if policy.doubles else 1)
+        return RetainedGraphs(self.states, max(1, int(self.share * full))) if self.states else None
+
+
+def _room_of_gpu(recipe: Recipe, policy: Policy) -> tuple[int, int]:
+    """(bytes for graphs beside all that a run needs, bytes of a row's graph)."""
+    memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
+    foreign = max(0, policy.bytes_when_loaded - memory.loaded)  # models of rewards
+    return int(_GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
+
+
+def _room_of_cpu(policy: Policy) -> tuple[int, int]:
+    """The same where memory is shared with others; the model itself is asked what a row holds."""
+    prompts = policy.encode([""])
+
+    def velocity(rows: int) -> Velocity:
+        x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
+        return policy.velocity(x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
+
+    return int(_CPU_SHARE * total_memory(policy.device)), graph_bytes(velocity)

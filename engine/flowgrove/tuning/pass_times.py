@@ -1,0 +1,115 @@
+"""What a row costs in passes of a run's own model, and from it what an iteration costs."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgrove.device import release_memory
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.policy import Policy, Prompts
+from flowgrove.plan.planner import make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe.schema import Recipe
+from flowgrove.spans import Totals
+
+NEAR = 0.03  # of the best: what differs less is taken for equally fast
+Key = TypeVar("Key")
+
+
+class Timed(NamedTuple):
+    """Seconds per row of a pass: of the rollout, and of training (forward and backward)."""
+
+    forward: float
+    train: float
+
+
+class Work(NamedTuple):
+    """Rows that iteration 0 of a recipe runs through the transformer, all prompts: in the rollout, in training, and the most that stand beside each other."""
+
+    forwards: int
+    passes: int
+    widest: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Work":
+        """Raises UserError for a plan that cannot be made."""
+        counts, prompts = make_plan(recipe, 0, recipe_sigmas(recipe)).counts, recipe.data.prompts_per_iteration
+        forwards, passes = counts.rollout_forwards, counts.train_passes
+        if not recipe.engine.share:
+            forwards, passes = counts.unshared_rollout_forwards, counts.unshared_train_passes
+        return cls(prompts * forwards, prompts * passes, prompts * counts.leaves)
+
+    def seconds(self, row: Timed) -> float:
+        """Predicted, of an iteration's passes."""
+        return self.forwards * row.forward + self.passes * row.train
+
+
+def first_near_best(seconds: Mapping[Key, float]) -> Key:
+    """The first of those that take at most NEAR longer than the fastest."""
+    best = min(seconds.values())
+    return next(key for key, spent in seconds.items() if spent <= (1 + NEAR) * best)
+
+
+class Passes:
+    """Passes of a policy's transformer on rows of the longest prompt, states and embeddings drawn at random. `tokens`: what a row costs, with guidance both
+    of its rows."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.device = policy, policy.device
+        self._draw = torch.Generator(policy.device).manual_seed(0)
+        size, cond = policy.adapter.geometry, self._longest()
+        uncond = self._longest() if policy.doubles else None
+        self.tokens = size.tokens * (2 if policy.doubles else 1)
+        self.prompts = Prompts([""], cond, uncond, np.array([size.prompt_tokens]), np.array([self.tokens]))
+
+    def states(self, rows: int) -> Tensor:
+        """[rows, ...]."""
+        return self._normal((rows, *self.policy.adapter.latent_shape), self.policy.state_dtype)
+
+    def velocity(self, x: Tensor) -> Tensor:
+        """Of states [B, ...]."""
+        sigma = torch.full((len(x),), 0.5, device=self.device)
+        return self.policy.velocity(x, sigma, self.prompts, torch.zeros(len(x), dtype=torch.int64, device=self.device)).v
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> None:
+        """A pass of the rollout."""
+        self.velocity(x)
+
+    def train(self, x: Tensor) -> None:
+        """A training pass. Gradients are left behind."""
+        v = self.velocity(x)
+        v.backward(torch.ones_like(v))
+
+    def timed(self, rows: int, repeats: int = 1) -> Timed:
+        """Medians, after a pass of each kind that is not timed."""
+        return Timed(self.seconds_per_row(self.forward, rows, repeats), self.seconds_per_row(self.train, rows, repeats))
+
+    def seconds_per_row(self, run: Callable[[Tensor], object], rows: int, repeats: int = 1) -> float:
+        """The median of `run` on `rows` states, after one call that is not timed."""
+        x = self.states(rows)
+        run(x)
+        return statistics.median(self._seconds(run, x) for _ in range(repeats)) / rows
+
+    def release(self) -> None:
+        """Gives gradients and, on a GPU, what a failed pass and the allocator hold back."""
+        self.policy.drop_gradients()
+        if self.device.type == "cuda":
+            release_memory(self.device)
+
+    def _seconds(self, run: Callable[[Tensor], object], x: Tensor) -> float:
+        totals = Totals(self.device)
+        with totals("pass"):
+            run(x)
+        return totals.seconds["pass"]
+
+    def _longest(self) -> Conditioning:
+        blank = self.policy.adapter.blank(1, self.policy.compute_dtype).tensors
+        return Conditioning({name: self._normal(t.shape, t.dtype) if t.is_floating_point() else t.to(self.device) for name, t in blank.items()})
+
+    def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=self.device, generator=self._draw)

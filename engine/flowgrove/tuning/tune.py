@@ -1,0 +1,251 @@
+"""`flowgrove tune`: which engine settings take a recipe's passes fastest on this machine, written as a recipe that extends it.
+
+Key after key: the candidates of one are measured in turn, A, B, A, B, …, with the choice for the keys before it.
+"""
+
+import os
+import statistics
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowgrove.device import is_out_of_memory, pick_device, to_device
+from flowgrove.errors import UserError
+from flowgrove.files import write_text
+from flowgrove.machine import describe
+from flowgrove.models.attention import attention_names, missing, use_attention
+from flowgrove.models.compiling import compile_blocks
+from flowgrove.models.policy import Policy
+from flowgrove.passes.recordings import Recordings
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.yaml_files import write_yaml
+from flowgrove.rollout.denoise import States, StepKind, denoise
+from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work, first_near_best
+from flowgrove.tuning.token_budget import no_room, room_beside
+from flowgrove_kernels import step_coefficients
+
+_ROUNDS = 3
+_DIFFERENCE = 0.05  # of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or cannot train by more
+_NO_ROOM = "does not fit into the memory"
+
+Value = int | str | bool
+Say = Callable[[str], None]
+
+
+class Candidate(NamedTuple):
+    """A value of a key, as a comment names it, and its measurement."""
+
+    value: Value
+    label: str
+    measure: Callable[[], Timed]
+
+
+class Choice(NamedTuple):
+    """The value of an engine key, and the measurements behind it, a line each."""
+
+    key: str
+    value: Value
+    lines: list[str]
+
+
+def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say) -> Path:
+    """Measures and writes `out` (None: NAME_tuned.yaml beside the recipe NAME.yaml), a recipe that extends `path` with `overrides` and the engine settings
+    found; keys of `engine` among the overrides stay as given. Returns the file. Raises UserError if it exists, or if nothing runs here."""
+    target = out or path.with_name(f"{path.stem}_tuned.yaml")
+    if target.exists():
+        raise UserError(f"{target} exists: give another file with --out, or remove it")
+    recipe = load_recipe(path, overrides)
+    given = _given(recipe, overrides)
+    work, fixed = Work.of(recipe), given.pop("engine", {})
+    tuner = _Tuner(recipe, fixed, work, with_compile)
+    choices = []
+    for measure in (tuner.token_budget, tuner.attention, tuner.compiled, tuner.cuda_graphs):
+        choice = measure()
+        if choice.key not in fixed:
+            choices.append(choice)
+            say("\n  ".join([f"engine.{choice.key}: {choice.value}", *choice.lines]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    base = os.path.relpath(path.resolve(), target.parent.resolve())
+    write_text(target, _text({"extends": base, **given}, fixed, choices, _header(tuner.device, work)))
+    return target
+
+
+def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, ...] = ()) -> Choice:
+    """The first candidate within NEAR of the least predicted seconds. Raises UserError if none runs."""
+    times: dict[str, list[Timed]] = {candidate.label: [] for candidate in candidates}
+    failed: dict[str, str] = {}
+    for turn in range(_ROUNDS + 1):  # the first warms up
+        for _, label, measure in candidates:
+            if label in failed:
+                continue
+            try:
+                timed = measure()
+            except (RuntimeError, UserError) as error:  # UserError: a pass that cannot be recorded
+                failed[label] = _NO_ROOM if is_out_of_memory(error) else _reason(error)
+            else:
+                times[label] += [timed] if turn else []
+    medians = {label: Timed(*map(statistics.median, zip(*rounds, strict=True))) for label, rounds in times.items() if label not in failed}
+    if not medians:
+        reason = next(iter(failed.values()))
+        raise no_room() if reason == _NO_ROOM else UserError(f"engine.{key}: nothing that was tried runs here ({reason}): set another engine.device")
+    seconds = {label: work.seconds(row) for label, row in medians.items()}
+    chosen = first_near_best(seconds)
+    told = {label: f"{1e3 * row.forward:.3g} + {1e3 * row.train:.3g} ms, {seconds[label]:.3g} s" for label, row in medians.items()}
+    told[chosen] += ", chosen"
+    lines = [f"{label}: {failed.get(label) or told[label]}" for label in times]
+    return Choice(key, next(candidate.value for candidate in candidates if candidate.label == chosen), [*lines, *notes])
+
+
+class _Tuner:
+    """A recipe's model, measured with one setting after the other. `fixed`: engine keys that are not to be changed."""
+
+    def __init__(self, recipe: Recipe, fixed: dict[str, Any], work: Work, with_compile: bool) -> None:
+        self.recipe, self.fixed, self.work, self.device = recipe, fixed, work, pick_device(recipe)
+        self.measures_compile = with_compile and "compile" not in fixed
+        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | ({"compile": False} if with_compile else {})
+        engine = recipe.engine.model_copy(update={key: value for key, value in plain.items() if key not in fixed})
+        self.policy = Policy(recipe.model_copy(update={"engine": engine}), self.device)
+        self.passes = Passes(self.policy)
+        self._beside = room_beside(recipe, self.policy) if self.device.type == "cuda" else None  # taken while passes are measured
+        self._processors = dict(self.policy.transformer.attn_processors)
+        self._stance = "default"  # of torch.compile, once the blocks are compiled
+
+    @property
+    def rows(self) -> int:
+        """Of a full pass."""
+        return max(1, self.policy.budget.tokens // self.passes.tokens)
+
+    def token_budget(self) -> Choice:
+        """Powers of two of rows, up to all that an iteration has beside each other."""
+        if "token_budget" in self.fixed:
+            return Choice("token_budget", self.policy.budget.tokens, [])
+        row, sizes = self.passes.tokens, [2**power for power in range(self.work.widest.bit_length())]
+        candidates = [Candidate(rows * row, f"{rows} × {row} tokens", self._timed(rows)) for rows in sizes]
+        choice = choose("token_budget", candidates, self.work)
+        self.policy.budget.tokens = int(choice.value)
+        return choice
+
+    def attention(self) -> Choice:
+        """What can be selected here for this model, trains, and computes what PyTorch's own attention does."""
+        if "attention" in self.fixed:
+            return Choice("attention", self.recipe.engine.attention, [])
+        x, notes, usable = self.passes.states(1), [], ["sdpa"]
+        self._use("sdpa")
+        expected = self._differentiated(x)
+        for name in (name for name in attention_names() if name != "sdpa" and "hub" not in name and missing(name, self.device) is None):  # a hub's downloads
+            try:
+                self._use(name)
+                close = all(float((a - b).norm()) <= _DIFFERENCE * float(b.norm()) for a, b in zip(self._differentiated(x), expected, strict=True))
+            except UserError:  # not for this model
+                continue
+            except Exception as error:  # whatever a kernel raises that does not take these tensors
+                notes.append(f"{name}: {_reason(error)}")
+                continue
+            if close:
+                usable.append(name)
+            else:
+                notes.append(f"{name}: left out, its velocity or gradient is not that of sdpa")
+        choice = choose("attention", [Candidate(name, name, self._timed(self.rows, name)) for name in usable], self.work, tuple(notes))
+        self._use(str(choice.value))
+        return choice
+
+    def compiled(self) -> Choice:
+        """torch.compile of the blocks, on request."""
+        if not self.measures_compile:
+            return Choice("compile", self.recipe.engine.compile, ["not measured: give --compile, which takes minutes"])
+        compile_blocks(self.policy.transformer)
+        plain = self._timed(self.rows)
+
+        def eager() -> Timed:
+            with torch.compiler.set_stance("force_eager"):
+                return plain()
+
+        choice = choose("compile", [Candidate(False, "eager", eager), Candidate(True, "compiled", plain)], self.work)
+        self._stance = "default" if choice.value else "force_eager"
+        return choice
+
+    def cuda_graphs(self) -> Choice:
+        """The rollout's passes recorded and replayed."""
+        if self.device.type != "cuda" or "cuda_graphs" in self.fixed:
+            return Choice("cuda_graphs", False, ["not measured: needs a GPU"])
+        recordings = Recordings(self.device)
+        candidates = [Candidate(False, "launched", lambda: self._rolled(None)), Candidate(True, "recorded", lambda: self._rolled(recordings))]
+        with torch.compiler.set_stance(self._stance):
+            return choose("cuda_graphs", candidates, self.work)
+
+    def _timed(self, rows: int, attention: str | None = None) -> Callable[[], Timed]:
+        def measure() -> Timed:
+            self.passes.release()
+            if attention is not None:
+                self._use(attention)
+            return self.passes.timed(rows)
+
+        return measure
+
+    def _rolled(self, recordings: Recordings | None) -> Timed:
+        """With the rollout's own pass, replayed where there are `recordings`."""
+        rows, passes = self.rows, self.passes
+        half, less = (torch.full((rows,), sigma, dtype=torch.float64) for sigma in (0.5, 0.4))
+        coef, prompt = step_coefficients("ode", half, less).to(self.device, non_blocking=True), torch.zeros(rows, dtype=torch.int64, device=self.device)
+
+        def forward(x: Tensor) -> None:
+            states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
+            denoise(self.policy, passes.prompts, states, StepKind(1, 0.0, False), int(passes.prompts.lengths[0]))
+
+        self.policy.recordings = recordings
+        try:
+            return Timed(passes.seconds_per_row(forward, rows), passes.seconds_per_row(passes.train, rows))
+        finally:
+            self.policy.recordings = None
+
+    def _use(self, attention: str) -> None:
+        self.policy.transformer.set_attn_processor(dict(self._processors))
+        use_attention(self.policy.adapter, attention, self.recipe.model, self.device)
+
+    def _differentiated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity of states, and the gradient of its product with them."""
+        x = x.clone().requires_grad_()
+        v = self.passes.velocity(x)
+        (gradient,) = torch.autograd.grad(v, x, x.detach().to(v.dtype))
+        return v.detach(), gradient
+
+
+def _reason(error: Exception) -> str:
+    return f"fails: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
+
+
+def _given(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """What `overrides` have set, each value as the whole recipe has it: sections in full, files found."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        place, value = given, recipe.model_dump(mode="json")
+        *sections, last = override.partition("=")[0].strip().split(".")
+        for section in sections:
+            if isinstance(value[section], list):  # whole, whichever entry was set
+                last = section
+                break
+            place, value = place.setdefault(section, {}), value[section]
+        place[last] = value[last]
+    return given
+
+
+def _header(device: torch.device, work: Work) -> list[str]:
+    machine = describe(device)
+    return [
+        f"`flowgrove tune` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}: ms per row of a rollout's",
+        f"pass + of a training pass (forward and backward), and the seconds that the {work.forwards} forwards and {work.passes} training passes of iteration 0",
+        f"should take. Of settings within {NEAR:.0%} of the fastest the first is taken.",
+    ]
+
+
+def _text(content: dict[str, Any], fixed: dict[str, Any], choices: list[Choice], header: list[str]) -> str:
+    """YAML with the measurements as comments."""
+    engine = [f"{write_yaml(fixed)}"] if fixed else []
+    engine += ["".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}) for choice in choices]
+    top = "".join(f"# {line}\n" for line in header)
+    return top + write_yaml(content, allow_unicode=True) + "engine:\n" + textwrap.indent("".join(engine), "  ")

@@ -1,0 +1,146 @@
+"""The passes of an iteration's updates: which rows train together, and again in smaller passes where the device's memory is too small."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flowgrove.credit import EdgeCredit
+from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.passes.packing import Ints
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import RolloutPlan
+from flowgrove.recipe.schema import Recipe
+from flowgrove.rollout.forest import Forest, RetainedPass
+from flowgrove.spans import span
+from flowgrove.update.edges import Edges, edges_of_update
+from flowgrove.update.micro_batches import MicroBatch, micro_batches
+from flowgrove_kernels import StepCoefficients, flow_logprob
+
+
+@dataclass
+class Rolled:
+    """What an update trains on: prompts of one size after their rollout. `coefficients`: the plan's on the device; `first_prompt`: the first one's number in the
+    iteration."""
+
+    policy: Policy
+    forest: Forest
+    prompts: Prompts
+    credit: dict[int, EdgeCredit]
+    coefficients: StepCoefficients
+    first_prompt: int = 0
+
+    @torch.no_grad()
+    def reference_velocity(self, batch: MicroBatch) -> Velocity:
+        """The reference model's, of the same rows in the same pass."""
+        with span("reference"), self.policy.reference():
+            return self._velocity(batch)
+
+    def velocity(self, batch: MicroBatch) -> Velocity:
+        """Of a pass; the rollout's own where its graph was retained."""
+        if batch.velocity is not None:
+            return batch.velocity
+        with span("transformer"):
+            return self._velocity(batch)
+
+    def _velocity(self, batch: MicroBatch) -> Velocity:
+        return self.policy.velocity(self.forest.states[batch.state], batch.sigma, self.prompts, batch.prompt, self.prompts.longest(batch.prompts))
+
+
+class UpdatePasses:
+    """`batches[u]`: the passes of update u, each with what it is a pass of."""
+
+    def __init__(self, recipe: Recipe, parts: list[Rolled]) -> None:
+        self.parts, self.budget = parts, parts[0].policy.budget
+        update, engine = recipe.update, recipe.engine
+        self.updates = update.updates_per_iteration
+        self.replays = engine.exact_replay and engine.share
+        noisy = parts[0].policy.compute_dtype == torch.bfloat16
+        self.refreshes_logp = noisy and engine.share and not self.replays and update.step_weight != "guard"  # guard needs no logp, replay has it
+        weights = [step_weights(part.forest.plan, update.step_weight) for part in parts]
+        self.edges: list[list[Edges]] = []  # of every update and part
+        for number in range(self.updates):
+            self.edges.append([])
+            for part, weight in zip(parts, weights, strict=True):
+                granularity = "edges" if not engine.share else "levels" if self.replays or (number == 0 and part.forest.retained) else "states"
+                self.edges[number].append(edges_of_update(part.forest, part.credit, number, weight, update.kl_weight > 0, granularity))
+        self.batches: list[list[tuple[Rolled, MicroBatch]]] = []
+        self.cut(0)
+
+    def cut(self, first: int) -> None:
+        """Divides updates `first` and later into passes of the budget's size."""
+        self.batches[first:] = [self._batches_of(number) for number in range(first, self.updates)]
+
+    def shrink(self, number: int) -> bool:
+        """Makes update `number` and those after it smaller; False if nothing is left to do."""
+        held = any(one.velocity is not None for part in self.parts for one in part.forest.retained)
+        self.drop_graphs()
+        for part in self.parts:
+            part.policy.forget_recordings()
+        if not held and not self.budget.halve():
+            return False
+        self.batches[number:] = []
+        self.cut(number)
+        return True
+
+    def drop_graphs(self) -> None:
+        """Lets go of the rollout's graphs: they are used up, or too large."""
+        for part in self.parts:
+            part.forest.retained.clear()
+
+    def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
+        scale = 1 / max(sum(edges.selected for edges in self.edges[number]), 1)
+        parts = zip(self.parts, self.edges[number], strict=True)
+        return [(part, batch) for part, edges in parts for batch in self._batches_of_part(part, edges, number == 0, scale)]
+
+    def _batches_of_part(self, part: Rolled, edges: Edges, first: bool, scale: float) -> list[MicroBatch]:
+        retained = [(_rows_of(each, part.forest, edges), each.velocity) for each in part.forest.retained if first and each.velocity is not None]
+        taken = np.zeros(len(edges), dtype=bool)
+        for rows, _ in retained:
+            taken[rows] = True
+        retained = [(rows, velocity) for rows, velocity in retained if edges.children[rows].any()]
+        passes = [rows for rows, _ in retained] + list(self._passes(part, edges, np.flatnonzero(~taken)))
+        velocities = [velocity for _, velocity in retained]
+        return micro_batches(edges, part.forest.plan, part.coefficients, passes, velocities, scale, part.policy.state_dtype)
+
+    def _passes(self, part: Rolled, edges: Edges, rows: Ints) -> Iterator[Ints]:
+        """`rows` in as few passes as can be; to replay the rollout, its own passes, those without an edge left out."""
+        tokens = part.prompts.tokens[edges.prompt]
+        if not self.replays:
+            rows = rows[edges.children[rows] > 0]
+            yield from (rows[some] for some in self.budget.passes(tokens[rows]))
+            return
+        for step in part.forest.plan.trained_steps:
+            level = rows[edges.step[rows] == step.index]
+            yield from (level[some] for some in self.budget.passes(tokens[level]) if edges.children[level[some]].any())
+
+    @torch.no_grad()
+    def refresh_old_logp(self) -> None:
+        """bf16 passes depend on their batch: later updates compare with the old policy's logp in the very batches that they train in."""
+        if not self.refreshes_logp:
+            return
+        for part, batch in (batch for passes in self.batches[1:] for batch in passes):
+            v, v_uncond, scale = part.velocity(batch)
+            states, logp = part.forest.states, part.forest.logp
+            logp[batch.child] = flow_logprob(
+                states[batch.state], v, states[batch.child], batch.coef, child_offsets=batch.offsets, v_uncond=v_uncond, guidance_scale=scale
+            )
+
+
+def _rows_of(one: RetainedPass, forest: Forest, edges: Edges) -> Ints:
+    """Where the states of a retained pass stand in `edges`, whose rows are whole levels."""
+    step = forest.plan.steps[one.step]
+    return np.searchsorted(edges.state, forest.first_row[one.step] + one.prompt * step.nodes_in + one.node)
+
+
+def step_weights(plan: RolloutPlan, kind: str) -> dict[int, float]:
+    """ω of every trained step: 1; TempFlow-GRPO (2508.04324) ∝ s with mean 1; GRPO-Guard (2510.22319) 1/Δ."""
+    if kind == "guard":
+        return {step.index: 1.0 / (step.sigma - step.sigma_next) for step in plan.trained_steps}
+    if kind == "tempflow":
+        table = plan_coefficients(plan).std.tolist()
+        stds = {step.index: table[step.index] for step in plan.trained_steps}
+        mean = sum(stds.values()) / max(len(stds), 1)
+        return {index: std / mean for index, std in stds.items()}
+    return {step.index: 1.0 for step in plan.trained_steps}
