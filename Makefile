@@ -10,7 +10,7 @@ SEEDS ?= 42
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
-INTERPRETED := tests/test_op_flow_step.py tests/test_op_flow_logprob.py tests/test_op_grpo_loss.py tests/test_op_clean_estimate.py tests/test_noise.py
+INTERPRETED := tests/kernels/test_op_flow_step.py tests/kernels/test_op_flow_logprob.py tests/kernels/test_op_grpo_loss.py tests/kernels/test_op_clean_estimate.py tests/kernels/test_noise.py
 
 .PHONY: install quickstart test test-long test-gpu gpu-kit bench lint format clean
 
@@ -33,7 +33,7 @@ test: $(STAMP)
 test-long: $(STAMP)
 	mkdir -p test-results
 	$(PYTEST) -m "not gpu" -v --junitxml=test-results/$$(date +%Y-%m-%d).xml
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" -v -k triton tests/test_op_*.py tests/test_noise.py tests/test_every_backend.py \
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" -v -k triton tests/kernels/test_op_*.py tests/kernels/test_noise.py tests/kernels/test_every_backend.py \
 		--junitxml=test-results/$$(date +%Y-%m-%d)-interpreted.xml
 
 test-gpu: $(STAMP)

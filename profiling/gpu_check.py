@@ -228,7 +228,7 @@ def _pytest(python: str, dry: bool, what: str) -> list[str]:
     """The GPU's tests on most cores, each worker with one thread of its own."""
     plugin = ["-p", "no:cacheprovider", "-p", "gpu_tests", "--tb=short"]
     if dry:
-        return [python, "-m", "pytest", *plugin, "tests/test_spans.py", "-m", "not gpu and not long"]
+        return [python, "-m", "pytest", *plugin, "tests/engine/test_spans.py", "-m", "not gpu and not long"]
     return [python, "-m", "pytest", *plugin, "-n", "14", "--durations", "15", *what.split()]
 
 

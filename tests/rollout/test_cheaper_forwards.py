@@ -1,0 +1,125 @@
+"""rollout.guidance_range and rollout.cache: cheaper forwards where nothing needs a gradient or a ratio, off unless asked for, and shown by plan."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine_cases import succeed, tiny_recipe
+from flowgrove.credit import assign_credit
+from flowgrove.errors import UserError
+from flowgrove.models.policy import Policy
+from flowgrove.plan.planner import make_plan
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
+from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
+from update_cases import Recorder
+
+ROLLOUT = {"steps": 10, "window": {"strategy": "frozen", "size": 2, "start": 2}}
+
+
+def rows_seen(policy, recipe, **options):
+    """Leaves, and the rows of every forward of the transformer."""
+    plan, rows = plan_and_coefficients(recipe)
+    seen = []
+    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    forest = rollout(plan, rows, policy, policy.encode(TEXTS), seed=1, iteration=0, **options)
+    hook.remove()
+    return forest, seen
+
+
+@pytest.mark.parametrize(("interval", "guided"), [(None, range(10)), ((1, 4), [1, 2, 3]), ((4, 7), [2, 3, 4, 5, 6]), ((0, 1), [0, 2, 3])])
+def test_steps_outside_the_range_run_one_row_for_one_unless_they_have_noise(interval, guided):
+    recipe, policy = small_recipe(rollout={**ROLLOUT, "guidance_range": interval}), policy_of(guidance=2.5)
+    plan, _ = plan_and_coefficients(recipe)
+    _, seen = rows_seen(policy, recipe)
+    assert seen == [len(TEXTS) * step.nodes_in * (2 if step.index in guided else 1) for step in plan.steps]
+
+
+def test_an_unguided_step_is_the_step_of_a_model_without_guidance():
+    recipe = small_recipe(rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False, "guidance_range": [9, 10]})
+    found, _ = rows_seen(policy_of(guidance=2.5), recipe)
+    plain, _ = rows_seen(policy_of(guidance=1.0), recipe)
+    guided, _ = rows_seen(policy_of(guidance=2.5), small_recipe(rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False}))
+    assert (found.leaves - plain.leaves).norm() < 0.5 * (guided.leaves - plain.leaves).norm()
+    assert not torch.allclose(found.leaves, plain.leaves, atol=1e-3), "the last step is guided"
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return write_pipeline("flux", tmp_path_factory.mktemp("models") / "flux")
+
+
+def flux_policy(folder, **rollout_keys):
+    model = {**MODELS["flux"], "path": str(folder), "dtype": "fp32", "gradient_checkpointing": False}
+    recipe = small_recipe(model=model, rollout={**ROLLOUT, **rollout_keys}, update={"updates_per_iteration": 1})
+    return Policy(recipe, CPU, TEXTS), recipe
+
+
+@pytest.mark.parametrize("cache", [{"interval": 2, "order": 0}, {"interval": 3, "order": 1}, {"interval": 4, "order": 2}])
+@pytest.mark.parametrize("budget", [4096, 100])
+def test_attention_runs_where_the_plan_says_and_nowhere_else(flux, cache, budget):
+    policy, recipe = flux_policy(flux, cache=cache)
+    policy.budget.tokens = budget
+    plan, _ = plan_and_coefficients(recipe)
+    layers = [block.attn for block in (*policy.transformer.transformer_blocks, *policy.transformer.single_transformer_blocks)]
+    ran, before = [], [layer.forward for layer in layers]
+    hook = layers[0].to_q.register_forward_hook(lambda module, args, output: ran.append(len(args[0])))
+    found, _ = rows_seen(policy, recipe)
+    hook.remove()
+    computed = [step for step in plan.steps if not plan.extrapolates(step)]
+    assert sum(ran) == sum(step.nodes_in for step in computed) * len(TEXTS)
+    assert len(computed) < len(plan.steps)
+    assert [layer.forward for layer in layers] == before, "training sees the model as it was"
+    plain, _ = rows_seen(policy, small_recipe(rollout=ROLLOUT))
+    assert not torch.equal(found.leaves, plain.leaves)
+    assert (found.leaves - plain.leaves).norm() < 0.3 * plain.leaves.norm()
+    assert torch.equal(found.states, plain.states), "what trains was computed in full"
+
+
+def test_training_after_a_cached_rollout_equals_training_after_a_plain_one(flux):
+    policy, recipe = flux_policy(flux, cache={"interval": 3})
+    plain = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"cache": None})})
+    gradients = []
+    for each in (recipe, plain):
+        plan, rows = plan_and_coefficients(each)
+        prompts = policy.encode(TEXTS)
+        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
+        credit = assign_credit(plan, each.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        recorder = Recorder(each, policy)
+        recorder.run([Rolled(policy, forest, prompts, credit, rows)])
+        gradients.append(torch.cat([g.flatten() for g in recorder.gradients[0]]))
+    assert torch.equal(*gradients)
+
+
+def test_cached_steps_follow_the_last_stochastic_one():
+    plan = make_plan(small_recipe(rollout={**ROLLOUT, "cache": {"interval": 3}}), 0)
+    assert [step.index for step in plan.steps if plan.extrapolates(step)] == [6, 8, 9]
+    without = make_plan(small_recipe(rollout=ROLLOUT), 0)
+    assert not any(without.extrapolates(step) for step in without.steps)
+
+
+def test_plan_shows_what_is_cheaper(tmp_path):
+    for keys, word, expected in (({"guidance_range": [3, 6]}, "unguided", [2, 6, 7]), ({"cache": {"interval": 2}}, "cached", [4, 6])):
+        lines = succeed("plan", tiny_recipe(tmp_path / word, model={"guidance_scale": 3.0}, rollout={"steps": 8, **keys})).stdout.splitlines()
+        steps = {int(line.split()[0]): line for line in lines if line.split() and line.split()[0].isdigit() and "." in line}
+        assert [index for index, line in steps.items() if word in line] == expected
+    assert "cheaper" not in succeed("plan", tiny_recipe(tmp_path / "plain")).stdout
+
+
+def test_both_savings_together_are_refused():
+    with pytest.raises(UserError, match="remove one of them"):
+        small_recipe(rollout={"cache": {}, "guidance_range": [0, 2]})
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "said"),
+    [
+        ({}, {"guidance_range": [0, 3]}, "model.guidance_scale is 1"),
+        ({"guidance_scale": 3.0}, {"cache": {"interval": 3}}, "diffusers has no cache for the sd3 transformer"),
+    ],
+)
+def test_what_cannot_be_left_out_is_said(model, keys, said):
+    recipe = small_recipe(model=model, rollout=keys)
+    with pytest.raises(UserError, match=said):
+        Policy(recipe, CPU)

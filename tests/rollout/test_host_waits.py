@@ -1,0 +1,150 @@
+"""The host runs ahead of a GPU: no pass of a rollout or an update and no recorded function copies from pageable memory,
+waits or reads.
+
+Without a GPU, tensors without storage stand for those of one.
+"""
+
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers import transformer_qwenimage
+
+from flowgrove.credit import assign_credit
+from flowgrove.device import to_device
+from flowgrove.models import qwen_image
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.policy import Policy
+from flowgrove.passes.recordings import Recordings, _Recorded
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
+from host_reads import DEVICE, HostWaits
+from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
+from update_cases import Recorder
+
+FAMILIES = ("sd3", "flux", "qwen_image", "wan")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: str(write_pipeline(name, root / name)) for name in FAMILIES if name != "sd3"} | {"sd3": "tiny"}
+
+
+WAITS = {
+    "reads": lambda x: x.sum().item(),
+    "reads ": lambda x: bool((x > 0).all()),
+    "reads aten.index": lambda x: x[torch.ones(len(x), dtype=torch.bool, device=DEVICE)],
+    "copies from pageable": lambda x: torch.ones(3).to(DEVICE),
+    "copies from pageable ": lambda x: x.copy_(torch.ones(3)),
+    "copies from pageable  ": lambda x: torch.ones(1 << 16).to(DEVICE, non_blocking=True),
+    "waits for a copy": lambda x: torch.ones(3).pin_memory().to(DEVICE),
+    "copies to the host": lambda x: x.cpu(),
+    "makes a tensor": lambda x: torch.tensor(0.5, device=DEVICE),
+    "makes a tensor ": lambda x: torch.as_tensor(3, device=x.device),
+    "makes a tensor  ": lambda x: x.new_tensor([1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("kind", WAITS)
+def test_what_waits_is_noted(kind):
+    with HostWaits() as waits, suppress(NotImplementedError, RuntimeError):  # tensors without storage cannot do all of it
+        WAITS[kind](torch.ones(3, device=DEVICE))
+    (line,) = waits.noted
+    assert line.startswith(kind.strip())
+    assert "test_host_waits.py" in line
+
+
+def test_what_does_not_wait_is_not_noted():
+    with HostWaits() as waits:
+        x = to_device(torch.arange(5.0), DEVICE)
+        rows = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        y = torch.where(x > 0, x, 0)[rows] * 2 + torch.full((), 3.0, device=DEVICE)
+        assert to_device(y, DEVICE) is y
+    assert waits.noted == []
+
+
+def on_the_device(folders, family, lora=None):
+    """A family's recipe, tiny policy and encoded prompts, on DEVICE, and an updater with a reference."""
+    model = {**MODELS.get(family, {"adapter": "sd3"}), "path": folders[family], "dtype": "fp32", "lora": lora}
+    model |= {"gradient_checkpointing": True, "guidance_scale": 2.5}
+    update = {"updates_per_iteration": 2, "clip_range": 1e-3, "lr": 1e-4, "kl_weight": 0.1}
+    recipe = small_recipe(model=model, update=update)
+    policy = Policy(recipe, CPU, TEXTS)
+    prompts = policy.encode(TEXTS)
+    recorder = Recorder(recipe, policy)
+    policy.transformer.to(DEVICE)
+    if policy._reference is not None:
+        policy._reference.to(DEVICE)
+    policy.device, recorder.parameters = DEVICE, list(policy.trainable().values())
+    cond, uncond = (None if cond is None else moved(cond) for cond in (prompts.cond, prompts.uncond))
+    return recipe, policy, replace(prompts, cond=cond, uncond=uncond), recorder
+
+
+def moved(cond):
+    return Conditioning({name: tensor.to(DEVICE) for name, tensor in cond.tensors.items()})
+
+
+def rolled(recipe, policy, prompts, iteration=0):
+    plan, rows = plan_and_coefficients(recipe, iteration)
+    rows = rows.to(DEVICE, non_blocking=True)
+    return plan, rows, rollout(plan, rows, policy, prompts, seed=1, iteration=iteration)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
+    recipe, policy, prompts, recorder = on_the_device(folders, family, lora)
+    for iteration in range(2):
+        with HostWaits() as waits:
+            plan, rows, forest = rolled(recipe, policy, prompts, iteration)
+            scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1))
+            credit = assign_credit(plan, recipe.credit, scores, [1.0])
+            stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
+    assert waits.noted == []  # of the second: some tables go to the device once per model
+    assert stats.train_passes > 0
+    assert forest.leaves.device == DEVICE
+
+
+class Watched(Recordings):
+    """Runs what would be recorded, and notes what no recording can hold."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.noted = []
+
+    def _record(self, function, inputs):
+        function(*inputs)  # the warm-up
+        with HostWaits(recording=True) as waits:
+            outputs = function(*inputs)
+        self.noted += waits.noted
+        return _Recorded(inputs, outputs, lambda: None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_functions_hold_no_copy_and_no_read(folders, family):
+    recipe, policy, prompts, _ = on_the_device(folders, family)
+    policy.recordings = Watched()
+    with HostWaits():
+        rolled(recipe, policy, prompts)
+    assert len(policy.recordings) > 0
+    assert policy.recordings.noted == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
+def test_qwen_images_text_lengths_are_those_of_diffusers(dtype):
+    theirs = transformer_qwenimage.compute_text_seq_len_from_mask
+    assert theirs is qwen_image._text_lengths, "the transformer's forward calls this one"
+    embeds = torch.zeros(5, 7, 2)
+    texts = [[1, 1, 0, 0, 0, 0, 0], [0] * 7, [1] * 7, [0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+    mask = torch.tensor(texts).to(dtype)
+    length, lengths, marked = qwen_image._text_lengths(embeds, mask)
+    assert (length, lengths.tolist()) == (7, [2, 7, 7, 5, 1])
+    assert torch.equal(marked, mask != 0)
+    assert lengths.dtype == torch.int64
+    assert qwen_image._text_lengths(embeds, None) == (7, None, None)
+    with pytest.raises(ValueError, match="mask"):
+        qwen_image._text_lengths(embeds, mask[:, 1:])
