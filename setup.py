@@ -1,7 +1,8 @@
 """Two import packages under two source roots, and the compiled ops; the metadata is in pyproject.toml.
 
-The ops are compiled where torch and a C++ compiler are installed, without build isolation. FLOWGROVE_CUDA=auto (default) compiles the CUDA ops where torch
-is a CUDA build and nvcc is found, 1 insists on them, 0 leaves them out. An op library that does not compile is left out with a message, unless insisted on.
+The ops are compiled where torch and a C++ compiler are installed, without build isolation. FLOWGROVE_CUDA=auto
+(default) compiles the CUDA ops where torch is a CUDA build and nvcc is found, 1 insists on them, 0 leaves them out. An
+op library that does not compile is left out with a message, unless insisted on.
 """
 
 import os
@@ -28,13 +29,16 @@ def wanted_cuda(torch, cuda_home) -> bool:
         sys.exit(f"FLOWGROVE_CUDA is {choice!r}: write 0, 1 or auto")
     possible = bool(torch.version.cuda) and bool(cuda_home)
     if choice == "1" and not possible:
-        sys.exit("FLOWGROVE_CUDA=1 needs a CUDA build of torch and nvcc (set CUDA_HOME): install them, or write FLOWGROVE_CUDA=auto")
+        sys.exit(
+            "FLOWGROVE_CUDA=1 needs a CUDA build of torch and nvcc (set CUDA_HOME): install them, "
+            "or write FLOWGROVE_CUDA=auto"
+        )
     return possible and choice != "0"
 
 
 def architectures(chosen: str, visible: list[tuple[int, int]], of_torch: list[str]) -> str:
-    """What the CUDA ops are compiled for, as TORCH_CUDA_ARCH_LIST says it: what the user chose, else the visible GPUs as far as
-    torch knows their kind (`of_torch`: its own sm_…), else ARCHITECTURES.
+    """What the CUDA ops are compiled for, as TORCH_CUDA_ARCH_LIST says it: what the user chose, else the visible GPUs
+    as far as torch knows their kind (`of_torch`: its own sm_…), else ARCHITECTURES.
     """
     if chosen not in ("", "native"):
         return chosen
@@ -49,7 +53,10 @@ def extensions() -> dict:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        print("flowgrove: torch is not installed (or hidden by build isolation): the compiled ops are left out", file=sys.stderr)
+        print(
+            "flowgrove: torch is not installed (or hidden by build isolation): the compiled ops are left out",
+            file=sys.stderr,
+        )
         return {}
     cuda, listed = wanted_cuda(torch, cpp_extension.CUDA_HOME), "none"
     if cuda:
@@ -61,7 +68,10 @@ def extensions() -> dict:
     stable = {"include_dirs": include, "py_limited_api": True}
     found = [
         cpp_extension.CppExtension(
-            "flowgrove_kernels._cpu", ["csrc/schemas.cpp", *sources("cpu")], extra_compile_args={"cxx": [*CXX, *wide, STABLE_ABI]}, **stable
+            "flowgrove_kernels._cpu",
+            ["csrc/schemas.cpp", *sources("cpu")],
+            extra_compile_args={"cxx": [*CXX, *wide, STABLE_ABI]},
+            **stable,
         ),
         Extension(
             "flowgrove_kernels._build_info",
@@ -78,7 +88,9 @@ def extensions() -> dict:
     ]
     if cuda:
         flags = {"cxx": [*CXX, STABLE_ABI, "-DUSE_CUDA"], "nvcc": [*NVCC, STABLE_ABI]}
-        found.append(cpp_extension.CUDAExtension("flowgrove_kernels._cuda", sources("cuda"), extra_compile_args=flags, **stable))
+        found.append(
+            cpp_extension.CUDAExtension("flowgrove_kernels._cuda", sources("cuda"), extra_compile_args=flags, **stable)
+        )
 
     class Build(cpp_extension.BuildExtension):
         """Compiles each library by itself and goes on without those that do not compile."""
@@ -94,11 +106,18 @@ def extensions() -> dict:
                         raise
                     extension.optional = True  # or copying what was not made fails
                     why = (str(error).splitlines() or [type(error).__name__])[0]
-                    print(f"flowgrove: {extension.name} is left out, it did not compile ({why}): flowgrove doctor lists what is missing", file=sys.stderr)
+                    print(
+                        f"flowgrove: {extension.name} is left out, it did not compile ({why}): "
+                        "flowgrove doctor lists what is missing",
+                        file=sys.stderr,
+                    )
                 finally:
                     self.extensions = everything
 
-    return {"ext_modules": found, "cmdclass": {"build_ext": Build.with_options(use_ninja=True, no_python_abi_suffix=True)}}
+    return {
+        "ext_modules": found,
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=True, no_python_abi_suffix=True)},
+    }
 
 
 setup(

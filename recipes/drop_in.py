@@ -1,10 +1,12 @@
-"""The fused ops in a plain diffusers-style GRPO loop: the same loop twice, with the step, log-probability and loss of the published code and with ours.
+"""The fused ops in a plain diffusers-style GRPO loop: the same loop twice, with the step, log-probability and loss of
+the published code and with ours.
 
     python recipes/drop_in.py [--model FOLDER/transformer] [--device cuda] [--steps 8] [--samples 16]
 
-Both draw the same samples and find the same loss and gradients; only what `Plain` and `Fused` do differs. Needs torch, diffusers and flowgrove_kernels.
-The reward is a stand-in (how bright the latents are); nothing else depends on flowgrove.
-A loop that has Flow-GRPO's, DanceGRPO's or MixGRPO's step already changes one import instead: recipes/compat.py.
+Both draw the same samples and find the same loss and gradients; only what `Plain` and `Fused` do differs. Needs torch,
+diffusers and flowgrove_kernels. The reward is a stand-in (how bright the latents are); nothing else depends on
+flowgrove. A loop that has Flow-GRPO's, DanceGRPO's or MixGRPO's step already changes one import instead:
+recipes/compat.py.
 """
 
 import argparse
@@ -21,7 +23,9 @@ NOISE_LEVEL, CLIP_RANGE = 0.7, 1e-3
 
 
 class Plain:
-    """What a loop does without the ops: Flow-GRPO's SDE step, its log-probability and the clipped loss, a dozen passes over the latents each."""
+    """What a loop does without the ops: Flow-GRPO's SDE step, its log-probability and the clipped loss,
+    a dozen passes over the latents each.
+    """
 
     def __init__(self, sigmas):
         self.sigmas = sigmas
@@ -34,7 +38,9 @@ class Plain:
         return x + drift * dt, g * math.sqrt(-dt)
 
     def log_probability(self, x_next, mean, std):
-        return (-((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2, 3))
+        return (-((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean(
+            dim=(1, 2, 3)
+        )
 
     def step(self, x, v, i, noise):
         mean, std = self.mean_and_std(x, v, i)
@@ -56,10 +62,13 @@ class Fused:
     def rows(self, x, i):
         sigma = torch.full((len(x),), self.sigmas[i], dtype=torch.float64)
         sigma_next = torch.full((len(x),), self.sigmas[i + 1], dtype=torch.float64)
-        return fk.step_coefficients("flow_sde", sigma, sigma_next, noise_level=NOISE_LEVEL, sigma_max=self.sigmas[1]).to(x.device)
+        return fk.step_coefficients(
+            "flow_sde", sigma, sigma_next, noise_level=NOISE_LEVEL, sigma_max=self.sigmas[1]
+        ).to(x.device)
 
     def step(self, x, v, i, noise):
-        # key=fk.NoiseKey(seed, iteration, i, prompt, node) in place of noise= draws it inside, the same for any batch, order or number of GPUs
+        # key=fk.NoiseKey(seed, iteration, i, prompt, node) in place of noise= draws it inside, the same for any batch,
+        # order or number of GPUs
         return fk.flow_step(x, v, self.rows(x, i), noise=noise)
 
     def loss(self, x, v, x_next, i, old_logp, advantage):
@@ -68,7 +77,9 @@ class Fused:
 
 
 def run(ops, model, sigmas, x, noise, conditions):
-    """Samples with `ops`, then one GRPO pass over every stochastic step. Returns {name: tensor} of all that the two ways should agree on."""
+    """Samples with `ops`, then one GRPO pass over every stochastic step. Returns {name:
+    tensor} of all that the two ways should agree on.
+    """
 
     def velocity(x, i):
         t = torch.full((len(x),), 1000 * sigmas[i], device=x.device)
@@ -93,11 +104,16 @@ def run(ops, model, sigmas, x, noise, conditions):
         loss.backward()
         total += loss.detach()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return {"samples": sample, "log-probabilities": torch.stack(logps), "loss": total, "gradient of all weights": gradient}
+    return {
+        "samples": sample,
+        "log-probabilities": torch.stack(logps),
+        "loss": total,
+        "gradient of all weights": gradient,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--model", type=Path, default=TINY, help="folder of an SD3 transformer, as diffusers saves it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=8)
@@ -119,7 +135,8 @@ def main():
     print(f"{'':<26}{'plain':>14}{'fused':>14}{'largest difference':>22}")
     for name, ours in fused.items():
         theirs = plain[name]
-        print(f"{name:<26}{theirs.norm().item():>14.6g}{ours.norm().item():>14.6g}{(ours - theirs).abs().max().item():>22.1e}")
+        difference = (ours - theirs).abs().max().item()
+        print(f"{name:<26}{theirs.norm().item():>14.6g}{ours.norm().item():>14.6g}{difference:>22.1e}")
 
 
 if __name__ == "__main__":

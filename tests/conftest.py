@@ -32,7 +32,9 @@ def reference_backend():
 
 @pytest.fixture(scope="session")
 def kept(request, tmp_path_factory):
-    """A folder for what tests compile, kept between runs; without pytest's cache (`-p no:cacheprovider`) one of this run."""
+    """A folder for what tests compile, kept between runs;
+    without pytest's cache (`-p no:cacheprovider`) one of this run.
+    """
     cache = getattr(request.config, "cache", None)
     return cache.mkdir("cuda_on_cpu") if cache is not None else tmp_path_factory.mktemp("cuda_on_cpu")
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial, wraps
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,21 +22,35 @@ except ModuleNotFoundError as error:
 from flowgrove.errors import UserError, one_line
 from flowgrove.paths import local
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on optional packages and its loading bars are not about the user's run
+# its notes on optional packages and its loading bars are not about the user's run
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-for _talkative in ("torchao", "torch.utils._pytree"):  # what importing torchao writes about the C++ kernels that it lacks
+# what importing torchao writes about the C++ kernels that it lacks
+for _talkative in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_talkative).setLevel(logging.ERROR)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Online reinforcement learning of flow-matching models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Online reinforcement learning of flow-matching models.",
+)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure what the parts cost on this machine.")
 app.add_typer(bench_app, name="bench")
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-AllowPython = Annotated[bool, typer.Option("--allow-python", help="let a reward named python run the file that the recipe names")]
+AllowPython = Annotated[
+    bool, typer.Option("--allow-python", help="let a reward named python run the file that the recipe names")
+]
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
-Which = Annotated[str | None, typer.Option("--checkpoint", metavar="N|best|PATH", help="after N iterations, best, or a folder; default: newest")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a recipe key; may be given several times")]
+Which = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="N|best|PATH", help="after N iterations, best, or a folder; default: newest"),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a recipe key; may be given several times")
+]
 
 
 def _command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
@@ -63,7 +78,8 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
             if not is_out_of_memory(error):
                 _fail(tell(error), 1)
             _fail(
-                "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: true (a run goes on with either), "
+                "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: "
+                "true (a run goes on with either), "
                 "or begin anew with fewer data.prompts_per_iteration"
             )
         except KeyboardInterrupt as interruption:
@@ -71,14 +87,21 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
                 _say(f"interrupted{'' if not interruption.args else f' ({interruption})'}")
             raise typer.Exit(getattr(interruption, "exit_code", 130)) from None
 
-    return group.command(function.__name__.rstrip("_"))(run)
+    return group.command(function.__name__.rstrip("_"), help=_unwrapped(function.__doc__ or ""))(run)
+
+
+def _unwrapped(docstring: str) -> str:
+    """Its paragraphs as a line each: the terminal wraps them by itself."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(docstring).split("\n\n"))
 
 
 def _at_home(given: dict[str, Any]) -> dict[str, Any]:
     """The options of a command; in paths `~` is the home folder, as in recipes. Raises UserError."""
     texts = ("resume", "checkpoint")  # paths, or words
     return {
-        name: type(value)(local(value, name)) if isinstance(value, Path) or (name in texts and isinstance(value, str)) else value
+        name: type(value)(local(value, name))
+        if isinstance(value, Path) or (name in texts and isinstance(value, str))
+        else value
         for name, value in given.items()
     }
 
@@ -127,7 +150,11 @@ def train(
                 trainer.run(display.update)
         except Stopped:
             with suppress(OSError):
-                _say(f"saved {stopping.saved}: the same command goes on from it" if stopping.saved else "nothing to save yet")
+                _say(
+                    f"saved {stopping.saved}: the same command goes on from it"
+                    if stopping.saved
+                    else "nothing to save yet"
+                )
             raise
     _say(f"report: {write_report(settings, trainer.out)}")
 
@@ -138,7 +165,9 @@ def plan(
     set_: Overrides = None,
     iteration: Annotated[int, typer.Option(min=0, max=999_999, help="which iteration, counted from 0")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")
+    ] = False,
 ) -> None:
     """Show steps, tree, counts and cost of an iteration; loads no model."""
     from flowgrove.plan.planner import make_plan
@@ -168,7 +197,9 @@ def sample(
     source: Annotated[Path, typer.Argument(help="a run folder, or a recipe for its base model", show_default=False)],
     prompts: Annotated[Path, typer.Option(help="prompts, in any format that data.prompts takes")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
-    compare: Annotated[bool, typer.Option("--compare", help="also the base model's, and pages with both side by side")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="also the base model's, and pages with both side by side")
+    ] = False,
     checkpoint: Which = None,
     set_: Overrides = None,
 ) -> None:
@@ -205,10 +236,13 @@ def export(
     out: Annotated[Path, typer.Option(help="folder to write to")],
     checkpoint: Which = None,
     form: Annotated[str, typer.Option("--format", help="diffusers; or comfyui, for a LoRA")] = "diffusers",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained; bf16 where a bf16 run found bf16 files")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained; bf16 where a bf16 run found bf16 files")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for `from_pretrained`.
+    """Write the trained weights as diffusers loads them: a LoRA for `load_lora_weights`, or a whole pipeline for
+    `from_pretrained`.
 
     A LoRA may also be written as ComfyUI loads it. It needs no base model.
     """
@@ -221,19 +255,30 @@ def export(
 def ops(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after the device")] = None,
-    shapes: Annotated[str | None, typer.Option(help="names, or ROWSxELEMENTS, with commas between; on a CPU the two largest only if named")] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="names, or ROWSxELEMENTS, with commas between; on a CPU the two largest only if named"),
+    ] = None,
     dtypes: Annotated[str | None, typer.Option(help="of the velocity: bf16,fp32")] = None,
-    contenders: Annotated[str | None, typer.Option(help="eager, compiled and backends, with commas between; default: all there are")] = None,
+    contenders: Annotated[
+        str | None, typer.Option(help="eager, compiled and backends, with commas between; default: all there are")
+    ] = None,
     only: Annotated[str | None, typer.Option(help="ops, with commas between; default: all")] = None,
     rounds: Annotated[int, typer.Option(help="timed calls of each contender")] = 50,
-    keep: Annotated[bool, typer.Option("--keep", help="leave rows of the CSV in --out that are not measured again")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="leave rows of the CSV in --out that are not measured again")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Time step, log-probability and loss: the published loops' PyTorch, the same compiled, and every backend. Exit code 1 if one of them is wrong."""
+    """Time step, log-probability and loss: the published loops' PyTorch, the same compiled, and every backend. Exit
+    code 1 if one of them is wrong.
+    """
     from flowgrove.bench.ops import bench_ops, settings_of
     from flowgrove.bench.table import draw_rows, print_rows
 
-    settings = settings_of(shapes=shapes, dtypes=dtypes, contenders=contenders, only=only, rounds=rounds, device=device, keep=keep)
+    settings = settings_of(
+        shapes=shapes, dtypes=dtypes, contenders=contenders, only=only, rounds=rounds, device=device, keep=keep
+    )
     result = bench_ops(settings, _say, out)
     print_rows(result.rows, as_json, draw_rows)
     if result.wrong:
@@ -244,14 +289,18 @@ def ops(
 def engine(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")
+    ] = "tiny",
     recipes: Annotated[
         str, typer.Option(help="algorithms, with commas between; with levers of their own as in dance:published,mix")
     ] = "dance,flow,flow_fast,mix,mix_flash,branch,branch_mix,branch_mix_flash",
     levers: Annotated[str, typer.Option(help="all; ends: the published loop and the default; published; ours")] = "all",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,
-    compiled: Annotated[bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added."""
@@ -266,13 +315,21 @@ def engine(
 def scaling(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
-    leaves: Annotated[str, typer.Option(help="pictures per prompt, with commas between; for 2 prompts")] = "1,2,4,8,16,32,64,128,256",
-    prompts: Annotated[str, typer.Option(help="prompts of an iteration, with commas between; of 16 pictures each")] = "1,2,4,8,16,32,64",
+    model: Annotated[
+        str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")
+    ] = "tiny",
+    leaves: Annotated[
+        str, typer.Option(help="pictures per prompt, with commas between; for 2 prompts")
+    ] = "1,2,4,8,16,32,64,128,256",
+    prompts: Annotated[
+        str, typer.Option(help="prompts of an iteration, with commas between; of 16 pictures each")
+    ] = "1,2,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Time iterations over leaves and over prompts: seconds, and what the engine spends per node outside the transformer."""
+    """Time iterations over leaves and over prompts:
+    seconds, and what the engine spends per node outside the transformer.
+    """
     from flowgrove.bench.scaling import bench_scaling, settings_of
     from flowgrove.bench.table import draw_scaling, print_rows
 
@@ -284,13 +341,19 @@ def scaling(
 def rows(
     as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV named after model and device")] = None,
-    model: Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")
+    ] = "tiny",
     rows_: Annotated[str, typer.Option("--rows", help="rows of a pass, with commas between")] = "1,2,4,8",
-    modes: Annotated[str | None, typer.Option(help="eager, recorded (CUDA graphs), compiled; default: eager, and recorded on a GPU")] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="eager, recorded (CUDA graphs), compiled; default: eager, and recorded on a GPU")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Time passes of a transformer: milliseconds of a row over rows in a pass; of a slim FLUX also what all of FLUX.1-dev would take."""
+    """Time passes of a transformer: milliseconds of a row over rows in a pass;
+    of a slim FLUX also what all of FLUX.1-dev would take.
+    """
     from flowgrove.bench.row_times import bench_rows, settings_of
     from flowgrove.bench.table import draw_row_times, print_rows
 
@@ -302,10 +365,16 @@ def rows(
 def tune(
     recipe: RecipePath,
     set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="the recipe to write; default: NAME_tuned.yaml beside NAME.yaml")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="also measure engine.compile, which takes minutes")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="the recipe to write; default: NAME_tuned.yaml beside NAME.yaml")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="also measure engine.compile, which takes minutes")
+    ] = False,
 ) -> None:
-    """Measure which engine settings run a recipe fastest on this machine, and write a recipe that extends it with them."""
+    """Measure which engine settings run a recipe fastest on this machine,
+    and write a recipe that extends it with them.
+    """
     from flowgrove.tuning.tune import tune_recipe
 
     target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say)

@@ -3,7 +3,8 @@
     r̄(n) = Σ_{leaves below n} softmax(β·path logp)·R            (β = 0: the plain mean)
     A(n) = (r̄(n) − mean)/(std + 1e-8) over the nodes of one prompt and depth; an edge carries its child's advantage
 
-A flat group is the forest with one split: there A(n) is the group-normalised reward of GRPO. Sources: GRPO (2402.03300), BranchGRPO (2509.06040).
+A flat group is the forest with one split: there A(n) is the group-normalised reward of GRPO. Sources: GRPO
+(2402.03300), BranchGRPO (2509.06040).
 """
 
 from dataclasses import dataclass
@@ -20,18 +21,31 @@ _ALIKE = 1e-6  # a group whose values span no more than this carries no signal
 
 @dataclass(frozen=True)
 class EdgeCredit:
-    """For the edges of one trained step, [prompts, nodes_out]: the advantage, and whether plan, step_fraction and pruning train the edge."""
+    """For the edges of one trained step, [prompts, nodes_out]:
+    the advantage, and whether plan, step_fraction and pruning train the edge.
+    """
 
     advantage: Array
     trains: NDArray[np.bool_]
 
 
 def assign_credit(
-    plan: RolloutPlan, credit: Credit, scores: Array, weights: list[float], path_logp: Array | None = None, first_prompt: int = 0
+    plan: RolloutPlan,
+    credit: Credit,
+    scores: Array,
+    weights: list[float],
+    path_logp: Array | None = None,
+    first_prompt: int = 0,
 ) -> dict[int, EdgeCredit]:
-    """Step index → credit of its edges. scores: float64 [prompts, leaves, rewards]; path_logp [prompts, leaves]: only for fusion_beta ≠ 0."""
+    """Step index → credit of its edges. scores: float64 [prompts, leaves, rewards]; path_logp [prompts, leaves]:
+    only for fusion_beta ≠ 0.
+    """
     prompts = len(scores)
-    terms = [(1.0, scores @ np.array(weights))] if credit.normalise == "weighted_sum" else [(w, scores[..., k]) for k, w in enumerate(weights)]
+    terms = (
+        [(1.0, scores @ np.array(weights))]
+        if credit.normalise == "weighted_sum"
+        else [(w, scores[..., k]) for k, w in enumerate(weights)]
+    )
     kept = _kept_leaves(plan, scores @ np.array(weights), path_logp, credit)
     result = {}
     for step in plan.trained_steps:
@@ -51,7 +65,11 @@ def part_of(credit: dict[int, EdgeCredit], prompts: slice) -> dict[int, EdgeCred
 
 def advantage_by_step(credit: dict[int, EdgeCredit]) -> dict[str, float]:
     """Mean |advantage| of the edges that train, for every trained step (its index as JSON keys are) that has some."""
-    return {str(index): float(np.abs(edges.advantage[edges.trains]).mean()) for index, edges in credit.items() if edges.trains.any()}
+    return {
+        str(index): float(np.abs(edges.advantage[edges.trains]).mean())
+        for index, edges in credit.items()
+        if edges.trains.any()
+    }
 
 
 def fused(reward: Array, nodes: int, path_logp: Array | None, beta: float) -> Array:
@@ -65,7 +83,9 @@ def fused(reward: Array, nodes: int, path_logp: Array | None, beta: float) -> Ar
 
 
 def normalised(values: Array, std: str) -> Array:
-    """(values − mean)/(std + 1e-8) per row of [prompts, nodes]; std "group": of the row, "global": of all rows. 0 where a row holds one value."""
+    """(values − mean)/(std + 1e-8) per row of [prompts, nodes]; std "group": of the row, "global": of all rows.
+    0 where a row holds one value.
+    """
     if values.shape[1] < 2:
         return np.zeros_like(values)
     spread = values.std(ddof=1) if std == "global" else values.std(axis=1, ddof=1, keepdims=True)

@@ -30,7 +30,9 @@ def pick_device(recipe: Recipe) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device is cuda, but torch sees no GPU here: write auto or cpu, or install a CUDA build of torch")
+        raise UserError(
+            "engine.device is cuda, but torch sees no GPU here: write auto or cpu, or install a CUDA build of torch"
+        )
     return torch.device(wanted)
 
 
@@ -40,7 +42,10 @@ def pick_backend(recipe: Recipe) -> AbstractContextManager[None]:
     Raises UserError for a backend, from either, that is not here or takes no tensors of the recipe's device.
     """
     device = pick_device(recipe).type
-    for source, backend in (("engine.backend", recipe.engine.backend), ("FLOWGROVE_BACKEND", os.environ.get("FLOWGROVE_BACKEND") or "auto")):
+    for source, backend in (
+        ("engine.backend", recipe.engine.backend),
+        ("FLOWGROVE_BACKEND", os.environ.get("FLOWGROVE_BACKEND") or "auto"),
+    ):
         if backend == "auto":
             continue
         choices = ", ".join(("auto", *(name for name in available_backends() if takes(name, device))))

@@ -10,7 +10,19 @@ from flowgrove.models.folders import TINY
 from flowgrove.update.optimizers import is_unrelated_apex
 from flowgrove_kernels.backends import BACKENDS, automatic, missing
 
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "tensorboard", "triton", "nvtx", "flash-attn", "xformers")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "pydantic",
+    "tensorboard",
+    "triton",
+    "nvtx",
+    "flash-attn",
+    "xformers",
+)
 _OPTIONAL = ("pyarrow", "torchao", "apex")
 
 
@@ -22,25 +34,41 @@ def findings() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            rows.append((f"gpu {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"))
+            memory, capability = f"{device.total_memory / 2**30:.0f} GiB", f"{device.major}.{device.minor}"
+            rows.append((f"gpu {index}", f"{device.name}, {memory}, compute capability {capability}"))
     else:
         rows.append(("gpu", "none that torch sees: training runs on the CPU"))
     rows += _backends()
     rows.append(("attention", _attention()))
-    rows.append(("embedded pipeline", "present" if (TINY / "model_index.json").is_file() else "missing: python -m flowgrove.tiny.build --out " + str(TINY)))
+    rows.append(
+        (
+            "embedded pipeline",
+            "present"
+            if (TINY / "model_index.json").is_file()
+            else "missing: python -m flowgrove.tiny.build --out " + str(TINY),
+        )
+    )
     return rows
 
 
 def _backends() -> list[tuple[str, str]]:
     """Which implementations of the fused ops can run, why others cannot, and how the compiled ones were built."""
-    rows = [(f"backend {name}", "available" if (reason := missing(name)) is None else f"missing: {reason}") for name in BACKENDS]
+    rows = [
+        (f"backend {name}", "available" if (reason := missing(name)) is None else f"missing: {reason}")
+        for name in BACKENDS
+    ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows.append(("backend auto", ", ".join(f"{automatic(device)} on {device} tensors" for device in devices)))
     try:
         build = import_module("flowgrove_kernels._build_info")
     except ImportError:
         return rows
-    rows.append(("compiled with", f"{build.compiler}, torch {build.torch}, CUDA {build.cuda}, GPU architectures {build.cuda_architectures}"))
+    rows.append(
+        (
+            "compiled with",
+            f"{build.compiler}, torch {build.torch}, CUDA {build.cuda}, GPU architectures {build.cuda_architectures}",
+        )
+    )
     rows.append(("cpu instructions", build.instruction_set()))
     return rows
 
@@ -51,7 +79,8 @@ def _attention() -> str:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usable = [name for name in attention_names() if missing(name, device) is None]
-    return f"usable on {device.type}: {', '.join(usable)}; flash: {missing('flash', device) or 'usable'}; xformers: {missing('xformers', device) or 'usable'}"
+    others = "; ".join(f"{name}: {missing(name, device) or 'usable'}" for name in ("flash", "xformers"))
+    return f"usable on {device.type}: {', '.join(usable)}; {others}"
 
 
 def _version(name: str) -> str:

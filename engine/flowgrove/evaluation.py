@@ -23,7 +23,9 @@ EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores float64 [prompts · samples, rewards]."""
+    """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores
+    float64 [prompts · samples, rewards].
+    """
 
     pictures: Tensor
     prompts: list[str]
@@ -35,7 +37,8 @@ class Evaluated:
 
 
 def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Iterator[Tensor]:
-    """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] (videos [..., F, 3, H, W]) on the device, prompt after prompt, some prompts at a time.
+    """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] (videos [..., F, 3, H, W]) on the device, prompt after
+    prompt, some prompts at a time.
 
     `first_prompt`: the number of the first prompt, which names its noise.
     """
@@ -58,13 +61,22 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
         for start in range(0, len(prompts), some):
             encoded = policy.encode(prompts[start : start + some])
             forest = rollout(
-                plan, coefficients, policy, encoded, seed=recipe.run.seed, iteration=EVAL_ITERATION, first_prompt=first_prompt + start, tuned_steps=tuned_steps
+                plan,
+                coefficients,
+                policy,
+                encoded,
+                seed=recipe.run.seed,
+                iteration=EVAL_ITERATION,
+                first_prompt=first_prompt + start,
+                tuned_steps=tuned_steps,
             )
             yield policy.decode(forest.leaves)
 
 
 def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
-    """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W], on the CPU; the same call gives the same pictures."""
+    """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W], on the CPU;
+    the same call gives the same pictures.
+    """
     return torch.cat([to_host(pictures) for pictures in draw(recipe, policy, prompts, first_prompt)])
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 
 def cached_snapshot(repository: str, kind: str = "model") -> Path | None:
-    """The folder of a repository ("model" or "dataset") in the cache; None if it was never downloaded, or is no repository's name."""
+    """The folder of a repository ("model" or "dataset") in the cache;
+    None if it was never downloaded, or is no repository's name.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -40,7 +40,7 @@ class Bucket:
 
     @property
     def numbers(self) -> slice:
-        """Of its prompts in the iteration."""
+        """The numbers of its prompts in the iteration."""
         return slice(self.first_prompt, self.first_prompt + len(self.prompts))
 
     def parts(self, together: int) -> Iterator[slice]:
@@ -52,8 +52,13 @@ class Stages:
     """The stages of an iteration, wired together."""
 
     def __init__(self, recipe: Recipe, policy: Policy, updater: Updater, rewards: Rewards) -> None:
-        self.recipe, self.policy, self.updater, self.rewards, self.device = recipe, policy, updater, rewards, policy.device
-        # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those that passes are recorded in
+        self.recipe = recipe
+        self.policy = policy
+        self.updater = updater
+        self.rewards = rewards
+        self.device = policy.device
+        # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those
+        # that passes are recorded in
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.sizes = [(policy.sized(sized), recipe_sigmas(sized)) for sized in recipe.at_sizes()]
 
@@ -77,14 +82,22 @@ class Stages:
             credit = self._credit(buckets[0].plan, forests, scores.numpy())
         with clock("update"):
             rolled = zip(buckets, forests, strict=True)
-            stats = self.updater.run([Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.coefficients, b.first_prompt) for b, forest in rolled])
+            stats = self.updater.run(
+                [
+                    Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.coefficients, b.first_prompt)
+                    for b, forest in rolled
+                ]
+            )
         counts = buckets[0].plan.counts
         return {
             "iteration": iteration,
             "reward": reward_summary(list(self.rewards.scorers), scores),
             **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
-            "rollout_forwards": (counts.rollout_forwards if self.recipe.engine.share else counts.unshared_rollout_forwards) * len(texts),
+            "rollout_forwards": (
+                counts.rollout_forwards if self.recipe.engine.share else counts.unshared_rollout_forwards
+            )
+            * len(texts),
             "train_passes": stats.train_passes,
             "seconds": clock.seconds,
             "samples_per_second": len(scores) / sum(clock.seconds.values()),
@@ -99,28 +112,62 @@ class Stages:
             some = texts[place :: len(self.sizes)]
             if some:
                 plan = make_plan(self.recipe, iteration, table)
-                buckets.append(Bucket(policy, plan, plan_coefficients(plan).to(self.device, non_blocking=True), policy.encode(some), first))
+                buckets.append(
+                    Bucket(
+                        policy,
+                        plan,
+                        plan_coefficients(plan).to(self.device, non_blocking=True),
+                        policy.encode(some),
+                        first,
+                    )
+                )
                 first += len(some)
         return buckets
 
     def _roll_out(self, buckets: list[Bucket], scoring: Scoring, iteration: int) -> list[Forest]:
-        """One forest per bucket. Where scoring runs beside it, some prompts at a time: as many as fill half a pass at the forest's narrowest. A replay
-        repeats whole levels, so there the rollout runs them whole."""
-        seed, share, forests, retained = self.recipe.run.seed, self.recipe.engine.share, [], self.room.retained_graphs(self.policy)
+        """One forest per bucket. Where scoring runs beside it, some prompts at a time: as many as fill half a pass at
+        the forest's narrowest. A replay repeats whole levels, so there the rollout runs them whole.
+        """
+        seed = self.recipe.run.seed
+        share = self.recipe.engine.share
+        forests = []
+        retained = self.room.retained_graphs(self.policy)
         for bucket in buckets:
             policy, plan, leaves = bucket.policy, bucket.plan, bucket.plan.leaves
             narrowest = int(bucket.prompts.tokens.min()) * (plan.roots if share else leaves)
-            together = -(-policy.budget.tokens // (2 * narrowest)) if scoring.beside and not self.recipe.engine.exact_replay else len(bucket.prompts)
+            together = (
+                -(-policy.budget.tokens // (2 * narrowest))
+                if scoring.beside and not self.recipe.engine.exact_replay
+                else len(bucket.prompts)
+            )
             parts: list[Forest] = []
             for some in (bucket.prompts[part] for part in bucket.parts(together)):
                 first = bucket.first_prompt + sum(part.prompts for part in parts)
-                parts.append(rollout(plan, bucket.coefficients, policy, some, seed=seed, iteration=iteration, first_prompt=first, share=share, retained=retained))
+                parts.append(
+                    rollout(
+                        plan,
+                        bucket.coefficients,
+                        policy,
+                        some,
+                        seed=seed,
+                        iteration=iteration,
+                        first_prompt=first,
+                        share=share,
+                        retained=retained,
+                    )
+                )
                 scoring.submit(policy, parts[-1].leaves, [text for text in some.texts for _ in range(leaves)])
             forests.append(Forest.joined(parts))
         return forests
 
     def _credit(self, plan: RolloutPlan, forests: list[Forest], scores: NDArray[np.float64]) -> dict[int, EdgeCredit]:
-        """Of all prompts' edges. The buckets' plans differ in σ alone, so that any of them serves."""
+        """The credit of all prompts' edges. The buckets' plans differ in σ alone, so that any of them serves."""
         settings = self.recipe.credit
-        path_logp = np.concatenate([to_host(leaf_path_logp(forest)).double().numpy() for forest in forests]) if settings.fusion_beta else None
-        return assign_credit(plan, settings, scores.reshape(-1, plan.leaves, scores.shape[-1]), self.rewards.weights, path_logp)
+        path_logp = (
+            np.concatenate([to_host(leaf_path_logp(forest)).double().numpy() for forest in forests])
+            if settings.fusion_beta
+            else None
+        )
+        return assign_credit(
+            plan, settings, scores.reshape(-1, plan.leaves, scores.shape[-1]), self.rewards.weights, path_logp
+        )

@@ -38,7 +38,9 @@ def find(text: str, folder: Path, key: str) -> str | None:
 
 
 def check_regular(path: Path, what: str) -> int:
-    """Its size, or that of a folder, which has errors of its own. Raises OSError, and UserError for pipes and devices."""
+    """Its size, or that of a folder, which has errors of its own.
+    Raises OSError, and UserError for pipes and devices.
+    """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise UserError(f"{what} {path} is a pipe or a device: write it into a file and give that")

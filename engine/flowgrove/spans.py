@@ -1,4 +1,6 @@
-"""Named ranges: one name for torch.profiler, for Nsight (NVTX) and for the stage timings. Names nest: iteration/rollout/step 7/transformer."""
+"""Named ranges: one name for torch.profiler, for Nsight (NVTX) and for the stage timings. Names nest:
+iteration/rollout/step 7/transformer.
+"""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ _totals: ContextVar["Totals | None"] = ContextVar("span_totals", default=None)
 
 
 class Totals:
-    """Seconds by name. On a GPU they lie between two events in the stream, so that taking them stops nothing; reading them waits for the last."""
+    """Seconds by name. On a GPU they lie between two events in the stream, so that taking them stops nothing;
+    reading them waits for the last.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,7 +42,7 @@ class Totals:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of all blocks that have ended, by name, in the order in which the names first came."""
+        """Seconds of all blocks that have ended, by name, in the order in which the names first came."""
         for name, start, end in self._events:
             end.synchronize()
             self._host[name] += start.elapsed_time(end) / 1e3
@@ -93,7 +97,7 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of every stage."""
+        """Seconds of every stage."""
         return self._totals.seconds
 
 

@@ -65,12 +65,20 @@ class Trainer:
         keep_freed_memory()
         self.recipe, self.out, self.stopping = recipe, out, stopping or Stopping()
         self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
-        self.eval_prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key) if recipe.data.eval_prompts else []
+        self.eval_prompts = (
+            read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
+            if recipe.data.eval_prompts
+            else []
+        )
         self.rewards = Rewards(recipe, pick_device(recipe))
         self.rewards.check(self.train_prompts + self.eval_prompts)
-        plan = make_plan(recipe, 0, recipe_sigmas(recipe))  # a plan that cannot be made is an error before a model is loaded
+        # a plan that cannot be made is an error before a model is loaded
+        plan = make_plan(recipe, 0, recipe_sigmas(recipe))
         if not any(step.stochastic for step in plan.steps):
-            raise UserError("rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; give a window or a tree")
+            raise UserError(
+                "rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; "
+                "give a window or a tree"
+            )
         pick_backend(recipe)
         self.lock = FolderLock(out)
         try:
@@ -105,7 +113,9 @@ class Trainer:
         return [*self.eval_prompts, *prompts_of_run(self.train_prompts, run.iterations, count, run.seed)]
 
     def _prompts(self, iteration: int) -> list[str]:
-        return prompts_of_iteration(self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed)
+        return prompts_of_iteration(
+            self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed
+        )
 
     def run(self, report: Report = lambda line: None) -> None:
         """Trains to `run.iterations`; `report` gets the metrics line of every iteration.
@@ -135,7 +145,8 @@ class Trainer:
 
     def _train(self, report: Report, log: MetricsLog) -> None:
         run = self.recipe.run
-        if self.last_line is not None:  # the checkpoint's own: a run may stop before writing it, or end later than it did
+        # the checkpoint's own: a run may stop before writing it, or end later than it did
+        if self.last_line is not None:
             self._finish(self.last_line, log)
         for iteration in range(self.completed, run.iterations):
             evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
@@ -163,7 +174,11 @@ class Trainer:
     def _finish(self, line: dict[str, Any], log: MetricsLog) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""
         run = self.recipe.run
-        if line["iteration"] + 1 == run.iterations and run.eval_every and (evaluated := self.evaluate(run.iterations)) is not None:
+        if (
+            line["iteration"] + 1 == run.iterations
+            and run.eval_every
+            and (evaluated := self.evaluate(run.iterations)) is not None
+        ):
             line["eval_reward"] = evaluated.weighted(self.rewards.weights)
         self.lock.check()
         log.write(line)
@@ -187,7 +202,12 @@ class Trainer:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
             evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.stopping.check)
-        save_grid(self.out / "samples" / f"iteration_{iteration:06d}.png", evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+        save_grid(
+            self.out / "samples" / f"iteration_{iteration:06d}.png",
+            evaluated,
+            self.recipe.run.eval.samples,
+            self.rewards.weights,
+        )
         if self.recipe.run.keep_best and iteration > 0:
             self._keep_if_best(evaluated.weighted(self.rewards.weights))
         return evaluated

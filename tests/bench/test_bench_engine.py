@@ -1,4 +1,6 @@
-"""flowgrove bench engine: passes are those of MATH §5, ratios are of one table, and the numbers of a lever come from that lever."""
+"""flowgrove bench engine: passes are those of MATH §5, ratios are of one table,
+and the numbers of a lever come from that lever.
+"""
 
 import csv
 import json
@@ -180,9 +182,22 @@ def test_unknown_names_are_refused(arguments, text):
 
 def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     """Its architecture at a size for a CPU."""
-    changes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 64}
+    changes = {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 128,
+        "joint_attention_dim": 64,
+    }
     write_flux(tmp_path / "pipeline", changes, CPU)
-    model = {"adapter": "flux", "path": str(tmp_path / "pipeline"), "dtype": "bf16", "height": 32, "width": 32, "lora": {"rank": 2, "alpha": 4}}
+    model = {
+        "adapter": "flux",
+        "path": str(tmp_path / "pipeline"),
+        "dtype": "bf16",
+        "height": 32,
+        "width": 32,
+        "lora": {"rank": 2, "alpha": 4},
+    }
     recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES["branch_mix_flash"]}, {"device": "cpu"})
     policy = Policy(recipe, CPU)
     line = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)

@@ -1,4 +1,6 @@
-"""The op benchmark (DESIGN §3.3): what it writes, that it compares like with like, and that it refuses what is wrong."""
+"""The op benchmark (DESIGN §3.3): what it writes, that it compares like with like,
+and that it refuses what is wrong.
+"""
 
 import csv
 import os
@@ -20,7 +22,19 @@ from flowgrove.errors import UserError
 from flowgrove_kernels import flow_logprob, flow_step, grpo_loss, step_coefficients, use_backend
 
 CPU = torch.device("cpu")
-POSITIVE = ("median_us", "q10_us", "q90_us", "rounds", "bytes", "gb_per_s", "copy_gb_per_s", "percent_of_copy", "launches", "peak_bytes", "output_bytes")
+POSITIVE = (
+    "median_us",
+    "q10_us",
+    "q90_us",
+    "rounds",
+    "bytes",
+    "gb_per_s",
+    "copy_gb_per_s",
+    "percent_of_copy",
+    "launches",
+    "peak_bytes",
+    "output_bytes",
+)
 GROUP = ("op", "case", "shape", "dtype")
 KINDS = {(case.op, case.name) for case in CASES}
 
@@ -30,14 +44,17 @@ def quiet(_):
 
 
 def small(contenders="eager,reference", **changes):
-    return settings_of(**{"shapes": "3x129", "dtypes": "fp32", "contenders": contenders, "rounds": 2, "device": "cpu", **changes})
+    return settings_of(
+        **{"shapes": "3x129", "dtypes": "fp32", "contenders": contenders, "rounds": 2, "device": "cpu", **changes}
+    )
 
 
 def published_case(dtype):
     """(x, v, sigma, sigma_next, rows) of 4 samples at different noise levels."""
     generator = torch.Generator().manual_seed(3)
     x, v = (torch.randn(4, 3, 5, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    sigma, sigma_next = torch.tensor([0.9, 0.7, 0.5, 0.2], dtype=torch.float64), torch.tensor([0.8, 0.65, 0.4, 0.1], dtype=torch.float64)
+    sigma = torch.tensor([0.9, 0.7, 0.5, 0.2], dtype=torch.float64)
+    sigma_next = torch.tensor([0.8, 0.65, 0.4, 0.1], dtype=torch.float64)
     rows = step_coefficients("flow_sde", sigma, sigma_next, noise_level=published.NOISE_LEVEL, dtype=torch.float64)
     return x, v, sigma.to(dtype), sigma_next.to(dtype), rows
 
@@ -46,7 +63,18 @@ def published_case(dtype):
 def measured(tmp_path_factory):
     """(rows printed as JSON, folder of the files, stderr) of one small run of the command."""
     folder = tmp_path_factory.mktemp("bench") / "new"
-    options = ("--shapes", "3x129", "--dtypes", "bf16,fp32", "--contenders", "eager,reference", "--rounds", 2, "--device", "cpu")
+    options = (
+        "--shapes",
+        "3x129",
+        "--dtypes",
+        "bf16,fp32",
+        "--contenders",
+        "eager,reference",
+        "--rounds",
+        2,
+        "--device",
+        "cpu",
+    )
     result = succeed("bench", "ops", "--json", "--out", folder, *options)
     return strict_json(result.stdout), folder, result.stderr
 
@@ -57,8 +85,12 @@ def measured(tmp_path_factory):
 def test_there_is_a_row_for_every_case_shape_dtype_and_contender(measured):
     rows, _, _ = measured
     found = {(row["op"], row["case"], row["shape"], row["dtype"], row["contender"]) for row in rows}
-    names = {kind: ["eager", "reference"] + (["reference autograd"] if kind[0] == "grpo_loss" else []) for kind in KINDS}
-    assert found == {(*kind, "3x129", dtype, name) for kind in KINDS for dtype in ("bf16", "fp32") for name in names[kind]}
+    names = {
+        kind: ["eager", "reference"] + (["reference autograd"] if kind[0] == "grpo_loss" else []) for kind in KINDS
+    }
+    assert found == {
+        (*kind, "3x129", dtype, name) for kind in KINDS for dtype in ("bf16", "fp32") for name in names[kind]
+    }
     assert len(rows) == len(found)
 
 
@@ -84,7 +116,11 @@ def test_figures_of_one_row_agree_with_each_other(measured):
     for row in measured[0]:
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3, rel=2e-3)
         assert row["percent_of_copy"] == pytest.approx(100 * row["gb_per_s"] / row["copy_gb_per_s"], rel=2e-3)
-        (eager,) = (other for other in measured[0] if other["contender"] == "eager" and all(other[name] == row[name] for name in GROUP))
+        (eager,) = (
+            other
+            for other in measured[0]
+            if other["contender"] == "eager" and all(other[name] == row[name] for name in GROUP)
+        )
         assert row["speedup_vs_eager"] == pytest.approx(eager["median_us"] / row["median_us"], rel=2e-3)
 
 
@@ -106,14 +142,28 @@ def test_progress_goes_to_stderr(measured):
 
 
 def test_without_json_there_are_tables_that_fit_80_columns():
-    result = succeed("bench", "ops", "--shapes", "2x64", "--dtypes", "fp32", "--contenders", "eager,reference", "--only", "grpo_loss", "--rounds", 1)
+    result = succeed(
+        "bench",
+        "ops",
+        "--shapes",
+        "2x64",
+        "--dtypes",
+        "fp32",
+        "--contenders",
+        "eager,reference",
+        "--only",
+        "grpo_loss",
+        "--rounds",
+        1,
+    )
     assert "reference autograd" in result.stdout
     assert "…" not in result.stdout
 
 
 @pytest.mark.parametrize(("kind", "dtype", "per_element"), [
-    (("flow_step", "noise drawn"), "fp32", 12), (("flow_step", "noise drawn"), "bf16", 10), (("flow_step", "noise given"), "fp32", 16),
-    (("flow_logprob", "forward"), "bf16", 10), (("flow_logprob", "forward+backward"), "fp32", 16), (("grpo_loss", "forward+backward"), "bf16", 12),
+    (("flow_step", "noise drawn"), "fp32", 12), (("flow_step", "noise drawn"), "bf16", 10),
+    (("flow_step", "noise given"), "fp32", 16), (("flow_logprob", "forward"), "bf16", 10),
+    (("flow_logprob", "forward+backward"), "fp32", 16), (("grpo_loss", "forward+backward"), "bf16", 12),
 ])  # fmt: skip
 def test_the_bytes_are_those_of_every_tensor_once(kind, dtype, per_element):
     """x, v and, as the case has them, x' or z and a gradient; the numbers per row are few."""
@@ -127,7 +177,9 @@ def test_the_bytes_are_those_of_every_tensor_once(kind, dtype, per_element):
 
 def test_launches_are_the_ops_that_do_work():
     x = torch.ones(8)
-    counted = footprint(Contender("c", lambda: (torch.add(x.view(2, 4), 1).mul(x.view(2, 4)).to(torch.float32).mean(),)), CPU)
+    counted = footprint(
+        Contender("c", lambda: (torch.add(x.view(2, 4), 1).mul(x.view(2, 4)).to(torch.float32).mean(),)), CPU
+    )
     assert counted.launches == 3  # add, mul, mean; views and a conversion to the same dtype are none
 
 
@@ -196,12 +248,15 @@ def test_the_copy_moves_as_many_bytes_as_the_case():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_the_published_formulas_and_our_ops_agree(dtype, tolerance):
     x, v, sigma, sigma_next, rows = published_case(dtype)
-    noise, old = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=dtype), torch.zeros(4, dtype=dtype)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=dtype)
+    old = torch.zeros(4, dtype=dtype)
     advantage, weight = torch.tensor([1.0, -1.0, 0.5, -2.0], dtype=dtype), torch.full((4,), 0.25, dtype=dtype)
     x_next, logp = published.sde_step(x, v, sigma, sigma_next, noise)
     ours, our_logp = flow_step(x, v, rows, noise=noise)
     torch.testing.assert_close((x_next, logp), (ours, our_logp), rtol=0, atol=tolerance)
-    torch.testing.assert_close(published.log_prob(x, v, x_next, sigma, sigma_next), flow_logprob(x, v, x_next, rows), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        published.log_prob(x, v, x_next, sigma, sigma_next), flow_logprob(x, v, x_next, rows), rtol=0, atol=tolerance
+    )
     old = logp + torch.tensor([0.05, -0.5, 0.5, -0.05], dtype=dtype)  # ratios on both sides of the clip range
     left, right = v.clone().requires_grad_(), v.clone().requires_grad_()
     loss = published.clipped_loss(x, left, x_next, sigma, sigma_next, old, advantage)
@@ -221,7 +276,16 @@ def test_no_row_of_the_benchmark_is_clipped():
     """A clipped row has no gradient, and an implementation might skip it."""
     inputs = make_inputs(find_shape("16x64"), "bf16", CPU)
     with use_backend("reference"):
-        result = grpo_loss(inputs.x, inputs.v, inputs.x_next, inputs.coef, inputs.old_logp, inputs.advantage, inputs.weight, clip_range=published.CLIP_RANGE)
+        result = grpo_loss(
+            inputs.x,
+            inputs.v,
+            inputs.x_next,
+            inputs.coef,
+            inputs.old_logp,
+            inputs.advantage,
+            inputs.weight,
+            clip_range=published.CLIP_RANGE,
+        )
     assert result.clipped.tolist() == [0] * 16
     assert result.ratio.log().abs().tolist() == pytest.approx([0.05] * 16, abs=1e-5)
 
@@ -261,7 +325,11 @@ def test_a_contender_that_is_wrong_gets_no_row(monkeypatch, name, change, output
     assert any(line.startswith("eager is left out of") and f"{output} is off by" in line for line in result.wrong)
     assert {row["contender"] for row in result.rows} >= {"reference"}
     refused = {line.split(" is left out of ")[1].split(":")[0] for line in result.wrong}
-    timed = {f"{row['op']}, {row['case']}, {row['shape']}, {row['dtype']}" for row in result.rows if row["contender"] == "eager"}
+    timed = {
+        f"{row['op']}, {row['case']}, {row['shape']}, {row['dtype']}"
+        for row in result.rows
+        if row["contender"] == "eager"
+    }
     assert not refused & timed
 
 
@@ -273,7 +341,12 @@ def test_noise_of_another_variance_is_wrong(monkeypatch):
 
 def test_a_wrong_backend_is_refused_even_where_its_noise_looks_normal(monkeypatch):
     def other_noise(x, v, coef, *, key=None, noise=None):
-        return flow_step(x, v, coef, noise=torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) if noise is None else noise)
+        return flow_step(
+            x,
+            v,
+            coef,
+            noise=torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) if noise is None else noise,
+        )
 
     monkeypatch.setattr("flowgrove.bench.cases.flow_step", other_noise)
     result = bench_ops(small(contenders="reference", only="flow_step"), quiet)
@@ -285,11 +358,26 @@ def test_a_wrong_contender_is_exit_code_1_and_the_others_are_still_shown(monkeyp
     from engine_cases import flowgrove
 
     monkeypatch.setattr(published, "log_prob", altered("log_prob", lambda out: out + 1))
-    options = ("--json", "--shapes", "2x64", "--dtypes", "fp32", "--contenders", "eager,reference", "--only", "flow_logprob", "--rounds", 1)
+    options = (
+        "--json",
+        "--shapes",
+        "2x64",
+        "--dtypes",
+        "fp32",
+        "--contenders",
+        "eager,reference",
+        "--only",
+        "flow_logprob",
+        "--rounds",
+        1,
+    )
     result = flowgrove("bench", "ops", *options)
     assert result.exit_code == 1
     assert {row["contender"] for row in strict_json(result.stdout)} == {"reference"}
-    assert "eager is left out of flow_logprob, forward, 2x64, fp32: it is wrong: logp is off by 1, tolerance" in result.stderr
+    assert (
+        "eager is left out of flow_logprob, forward, 2x64, fp32: it is wrong: logp is off by 1, tolerance"
+        in result.stderr
+    )
 
 
 def test_nan_is_wrong():
@@ -312,8 +400,9 @@ def test_what_does_not_fit_into_the_gpu_is_left_out_and_is_not_wrong(monkeypatch
 
 
 @pytest.mark.parametrize(("option", "value", "hint"), [
-    ("--shapes", "flux_72", "flux_720"), ("--shapes", "0x5", "ROWSxELEMENTS"), ("--dtypes", "fp8", "bf16, fp32"), ("--contenders", "cuba", "eager"),
-    ("--contenders", ",", "eager"), ("--only", "flow_walk", "flow_step"), ("--rounds", "0", ">= 1"), ("--device", "tpu", "auto, cpu or cuda"),
+    ("--shapes", "flux_72", "flux_720"), ("--shapes", "0x5", "ROWSxELEMENTS"), ("--dtypes", "fp8", "bf16, fp32"),
+    ("--contenders", "cuba", "eager"), ("--contenders", ",", "eager"), ("--only", "flow_walk", "flow_step"),
+    ("--rounds", "0", ">= 1"), ("--device", "tpu", "auto, cpu or cuda"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_says_what_to_write(option, value, hint):
     line = refuse("bench", "ops", "--device", "cpu", option, value)

@@ -37,14 +37,29 @@ def test_a_mistake_is_one_line(arguments, text):
 
 @pytest.fixture
 def flux(tmp_path):
-    changes = {"num_layers": 3, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 64}
+    changes = {
+        "num_layers": 3,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 128,
+        "joint_attention_dim": 64,
+    }
     write_flux(tmp_path / "pipeline", changes, CPU)
-    model = {"adapter": "flux", "path": str(tmp_path / "pipeline"), "dtype": "bf16", "height": 32, "width": 32, "lora": {"rank": 2, "alpha": 4}}
+    model = {
+        "adapter": "flux",
+        "path": str(tmp_path / "pipeline"),
+        "dtype": "bf16",
+        "height": 32,
+        "width": 32,
+        "lora": {"rank": 2, "alpha": 4},
+    }
     return Policy(bench_recipe(model, 1, {"group_size": 16}, {"device": "cpu"}), CPU)
 
 
 def test_the_whole_flux_is_what_its_blocks_cost(flux, monkeypatch):
-    """A clock that knows: 5 ms around the blocks, 2 for each double one and 0.5 for each single one, three times that with backward."""
+    """A clock that knows: 5 ms around the blocks, 2 for each double one and 0.5 for each single one,
+    three times that with backward.
+    """
     timer = row_times._Timer(flux, 1)
 
     def known(mode, rows):

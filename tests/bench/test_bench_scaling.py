@@ -1,4 +1,6 @@
-"""flowgrove bench scaling: counts are those of the plan, the overhead of a row comes from that row, and the exponent is 1 where cost is linear."""
+"""flowgrove bench scaling: counts are those of the plan, the overhead of a row comes from that row,
+and the exponent is 1 where cost is linear.
+"""
 
 import csv
 import json
@@ -12,17 +14,32 @@ from flowgrove.bench.scaling_fit import exponent, upper_half
 from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.jpeg_size import JpegSizeReward
 
-# leaves → distinct states that the rollout runs, states that train, nodes of the forest, per prompt. Splits at 0, 3, 6, 9 of 20 steps, window 0 … 3.
-# A lone trajectory has no advantage; 6 leaves are three trees of 2.
+# leaves → distinct states that the rollout runs, states that train, nodes of the forest, per prompt. Splits at 0, 3, 6,
+# 9 of 20 steps, window 0 … 3. A lone trajectory has no advantage; 6 leaves are three trees of 2.
 BRANCHES = {1: (20, 0, 21), 2: (1 + 2 * 19, 1 + 2 * 3, 1 + 2 * 20), 6: (3 * 39, 3 * 7, 3 * 41), 16: (203, 19, 203 + 16)}
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:  # small pictures have few sizes, and leaves that score alike do not train
+    # small pictures have few sizes, and leaves that score alike do not train
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JpegSizeReward, "__call__", lambda self, pictures, prompts: pictures.mean((1, 2, 3)).cpu())
-        told = succeed("bench", "scaling", "--leaves", "1,2,6", "--prompts", "1,2,3", "--rounds", "1", "--device", "cpu", "--json", "--out", folder)
+        told = succeed(
+            "bench",
+            "scaling",
+            "--leaves",
+            "1,2,6",
+            "--prompts",
+            "1,2,3",
+            "--rounds",
+            "1",
+            "--device",
+            "cpu",
+            "--json",
+            "--out",
+            folder,
+        )
     return json.loads(told.stdout), folder
 
 
@@ -40,8 +57,14 @@ def test_counts_are_the_plans_times_prompts(measured):
 
 @pytest.mark.parametrize("leaves", [16, 32, 64, 128, 256])
 def test_counts_are_in_proportion_to_leaves_from_16_on(leaves):
-    counts = make_plan(point_recipe({"adapter": "sd3", "path": "tiny"}, Point("leaves", leaves, PROMPTS), torch.device("cpu")), 0).counts
-    assert (counts.leaves, counts.rollout_forwards, counts.train_passes) == (leaves, 203 * leaves // 16, 19 * leaves // 16)
+    counts = make_plan(
+        point_recipe({"adapter": "sd3", "path": "tiny"}, Point("leaves", leaves, PROMPTS), torch.device("cpu")), 0
+    ).counts
+    assert (counts.leaves, counts.rollout_forwards, counts.train_passes) == (
+        leaves,
+        203 * leaves // 16,
+        19 * leaves // 16,
+    )
 
 
 def test_overhead_is_what_a_row_spends_outside_transformer_and_reward(measured):
@@ -90,6 +113,8 @@ def test_counts_that_do_not_rise_from_1_are_refused(option, counts):
     )
 
 
-@pytest.mark.parametrize(("arguments", "text"), [(("--model", "huge"), "--model is huge"), (("--device", "tpu"), "--device is 'tpu'")])
+@pytest.mark.parametrize(
+    ("arguments", "text"), [(("--model", "huge"), "--model is huge"), (("--device", "tpu"), "--device is 'tpu'")]
+)
 def test_unknown_names_are_refused(arguments, text):
     assert text in refuse("bench", "scaling", *arguments)

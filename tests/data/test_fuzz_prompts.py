@@ -39,7 +39,9 @@ def objects(draw):
     rows = [draw.choice((draw.choice(VALUES), row())) for _ in range(draw.randrange(5))]
     lines = [json.dumps(row, ensure_ascii=draw.random() < 0.5) for row in rows]
     deep = draw.choice(("[", '{"prompt":')) * draw.choice((5, 99_999))
-    return draw.choice(("\n".join(lines), "\n".join(lines), f"[{','.join(lines)}]", deep)).encode("utf-8", "surrogatepass")
+    return draw.choice(("\n".join(lines), "\n".join(lines), f"[{','.join(lines)}]", deep)).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def table(draw, comma):

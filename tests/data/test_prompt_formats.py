@@ -1,4 +1,6 @@
-"""Prompts from jsonl, json, parquet, datasets folders and the named sets: what is read, in which order, and what the errors say."""
+"""Prompts from jsonl, json, parquet, datasets folders and the named sets:
+what is read, in which order, and what the errors say.
+"""
 
 import json
 import sys
@@ -36,7 +38,9 @@ def saved(folder, columns, shards=1, **state):
     for number, name in enumerate(names):
         with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table.slice(number * size, size), max_chunksize=2)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", **state}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", **state})
+    )
     (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
     return folder
 
@@ -54,7 +58,9 @@ WRITERS = {
     "json list": lambda folder, columns: write_lines(folder / "p.json", [json.dumps(_rows(columns), indent=1)]),
     "parquet": lambda folder, columns: parquet(folder / "p.parquet", columns, row_group_size=2),
     "saved": lambda folder, columns: saved(folder / "set", columns, shards=2),
-    "parquet folder": lambda folder, columns: parquet(folder / "set" / "data" / "train-00000-of-00001-abc.parquet", columns).parent.parent,
+    "parquet folder": lambda folder, columns: (
+        parquet(folder / "set" / "data" / "train-00000-of-00001-abc.parquet", columns).parent.parent
+    ),
 }
 
 
@@ -81,9 +87,14 @@ def test_nulls_are_dropped(write):
     assert read_prompts(write({"prompt": ["a", None, "b", None, None, "c"]}), KEY) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(("columns", "taken"), [(("text", "caption", "prompt"), "prompt"), (("text", "id", "caption"), "caption"), (("id", "text"), "text")])
+@pytest.mark.parametrize(
+    ("columns", "taken"),
+    [(("text", "caption", "prompt"), "prompt"), (("text", "id", "caption"), "caption"), (("id", "text"), "text")],
+)
 def test_without_a_key_prompt_comes_before_caption_before_text(write, columns, taken):
-    assert read_prompts(write({name: [f"{name} {n}" for n in range(3)] for name in columns}), KEY) == [f"{taken} {n}" for n in range(3)]
+    assert read_prompts(write({name: [f"{name} {n}" for n in range(3)] for name in columns}), KEY) == [
+        f"{taken} {n}" for n in range(3)
+    ]
 
 
 def test_the_key_names_the_column(write):
@@ -102,16 +113,25 @@ def test_lines_of_json_may_be_strings_and_lack_the_column(tmp_path):
 
 
 def test_text_types_of_arrow_are_all_read(tmp_path):
-    for number, kind in enumerate((pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))):
+    for number, kind in enumerate(
+        (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
+    ):
         texts = pa.array(["a", None, "b", "a"], pa.string())
         values = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)
         assert read_prompts(saved(tmp_path / str(number), {"prompt": values}), KEY) == ["a", "b", "a"]
-    assert read_prompts(parquet(tmp_path / "p.parquet", {"prompt": pa.array(["a", "b", "a"]).dictionary_encode()}), KEY) == ["a", "b", "a"]
+    assert read_prompts(
+        parquet(tmp_path / "p.parquet", {"prompt": pa.array(["a", "b", "a"]).dictionary_encode()}), KEY
+    ) == ["a", "b", "a"]
 
 
 def test_columns_that_are_not_asked_for_are_not_read(tmp_path):
     """Pictures beside the prompts, broken on purpose."""
-    path = parquet(tmp_path / "p.parquet", {"prompt": ["a", "b"], "picture": [b"\x01" * 999, b"\x02" * 999]}, use_dictionary=False, compression="none")
+    path = parquet(
+        tmp_path / "p.parquet",
+        {"prompt": ["a", "b"], "picture": [b"\x01" * 999, b"\x02" * 999]},
+        use_dictionary=False,
+        compression="none",
+    )
     content = path.read_bytes()
     place = pq.read_metadata(path).row_group(0).column(1).data_page_offset
     path.write_bytes(content[:place] + b"\xff" * 64 + content[place + 64 :])
@@ -210,7 +230,9 @@ def test_a_broken_or_strange_folder_is_one_line(tmp_path):
     refused(folder)
     (folder / "state.json").write_text("{}")
     refused(folder)
-    assert "save_to_disk" in refused(saved(tmp_path / "selected", {"prompt": ["a"]}, _indices_data_files=[{"filename": "indices.arrow"}]))
+    assert "save_to_disk" in refused(
+        saved(tmp_path / "selected", {"prompt": ["a"]}, _indices_data_files=[{"filename": "indices.arrow"}])
+    )
     (tmp_path / "empty").mkdir()
     assert "save_to_disk" in refused(tmp_path / "empty")
 
@@ -235,7 +257,9 @@ def test_without_pyarrow_the_error_says_how_to_get_it_and_json_is_read(tmp_path,
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty Hugging Face cache, and a working folder without files. Returns a function that puts a file of a dataset repository into the cache."""
+    """An empty Hugging Face cache, and a working folder without files.
+    Returns a function that puts a file of a dataset repository into the cache.
+    """
     from huggingface_hub import constants
 
     (tmp_path / "work").mkdir()
@@ -258,7 +282,9 @@ def fill(file, column, texts):
     if file.suffix == ".parquet":
         parquet(file, {column: texts, "other": texts})
     elif file.suffix == ".json":
-        file.write_text(json.dumps(texts if file.parent.name == "benchmark" else [{column: text, "rank": [1]} for text in texts]))
+        file.write_text(
+            json.dumps(texts if file.parent.name == "benchmark" else [{column: text, "rank": [1]} for text in texts])
+        )
     else:
         tab = "\t" if file.suffix == ".tsv" else ","
         file.write_text("".join(f'"{text}"{tab}x\n' for text in (column, *texts)))
@@ -268,8 +294,14 @@ def fill(file, column, texts):
 def test_a_named_set_in_the_cache_is_read_and_each_prompt_counts_once(cache, name):
     named = NAMED_SETS[name]
     for number, pattern in enumerate(named.files):
-        fill(cache(named.repository, pattern.replace("*", "00000-of-00001-abc")), named.column, [f"{number}, a", "same", " same ", f"{number} b"])
-    expected = list(dict.fromkeys(text for number in range(len(named.files)) for text in (f"{number}, a", "same", f"{number} b")))
+        fill(
+            cache(named.repository, pattern.replace("*", "00000-of-00001-abc")),
+            named.column,
+            [f"{number}, a", "same", " same ", f"{number} b"],
+        )
+    expected = list(
+        dict.fromkeys(text for number in range(len(named.files)) for text in (f"{number}, a", "same", f"{number} b"))
+    )
     assert read_prompts(name, KEY) == expected
     assert read_prompts(name, KEY, "a_column_of_the_other_file") == expected
 
@@ -315,7 +347,9 @@ def test_a_run_on_parquet_is_the_run_on_text(tmp_path):
     parquet(tmp_path / "train.parquet", {"id": [1] * len(TRAIN_PROMPTS), "words": list(TRAIN_PROMPTS)})
     lines = (tmp_path / "eval.txt").read_text(encoding="utf-8").splitlines()
     jsonl(tmp_path / "eval.jsonl", [{"words": line} for line in lines])
-    recipe = tiny_recipe(tmp_path, data={"prompts": "train.parquet", "eval_prompts": "eval.jsonl", "prompt_key": "words"}, run=once)
+    recipe = tiny_recipe(
+        tmp_path, data={"prompts": "train.parquet", "eval_prompts": "eval.jsonl", "prompt_key": "words"}, run=once
+    )
     succeed("train", recipe, "--out", tmp_path / "parquet")
     assert timeless(metrics_of(tmp_path / "parquet")) == timeless(metrics_of(tmp_path / "text"))
     found, expected = weights_of(tmp_path / "parquet", 1), weights_of(tmp_path / "text", 1)

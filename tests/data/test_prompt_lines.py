@@ -1,4 +1,6 @@
-"""Prompts that were misread: columns of csv and tsv, line ends, half characters, prompts that no encoder tells apart (issue 13)."""
+"""Prompts that were misread: columns of csv and tsv, line ends, half characters,
+prompts that no encoder tells apart (issue 13).
+"""
 
 import os
 import time
@@ -28,7 +30,9 @@ def refused(folder, name, content, prompt_key=None):
 @pytest.mark.parametrize(("name", "comma"), [("p.csv", ","), ("p.TSV", "\t")])
 def test_tables_are_read_by_their_columns(tmp_path, name, comma, end):
     lines = ["\ufeffid,prompt,words", '1,"a ""red"", round circle",x', "", "2,ein grüner\u2028Kreis,y", "3,,z,,", "4"]
-    content = end.join(line.replace(",", comma) if comma == "\t" else line for line in lines).replace("\t round", ", round")
+    content = end.join(line.replace(",", comma) if comma == "\t" else line for line in lines).replace(
+        "\t round", ", round"
+    )
     assert read(tmp_path, name, content) == ['a "red", round circle', "ein grüner Kreis"]
     assert read(tmp_path, name, content, "words") == ["x", "y", "z"]
     assert "id, prompt, words" in refused(tmp_path, name, content, "title")
@@ -39,7 +43,10 @@ def test_a_quoted_field_may_hold_line_ends(tmp_path):
 
 
 def test_tabs_without_quoting_keep_their_quotes(tmp_path):
-    assert read(tmp_path, "p.tsv", 'prompt\tid\n"Hello" on a sign\t1\na 7" plate\t2\n') == ['"Hello" on a sign', 'a 7" plate']
+    assert read(tmp_path, "p.tsv", 'prompt\tid\n"Hello" on a sign\t1\na 7" plate\t2\n') == [
+        '"Hello" on a sign',
+        'a 7" plate',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,9 @@ def test_only_line_feeds_end_a_line(tmp_path, letter):
     assert read(tmp_path, "p.txt", f"a{letter}b\r\nc\nd") == ["a b", "c", "d"]
 
 
-@pytest.mark.parametrize(("name", "content"), [("p.jsonl", '{"prompt": "a \\ud83d"}\n'), ("p.json", '["a", "\\udc00 b"]')])
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.jsonl", '{"prompt": "a \\ud83d"}\n'), ("p.json", '["a", "\\udc00 b"]')]
+)
 def test_half_a_character_is_one_line(tmp_path, name, content):
     assert "half a character" in refused(tmp_path, name, content)
 
@@ -93,7 +102,16 @@ def test_pipes_devices_loops_and_huge_files_are_one_line(tmp_path):
     with (tmp_path / "huge.txt").open("wb") as file:
         file.truncate(1 << 40)
     start = time.monotonic()
-    for path in (tmp_path / "pipe.txt", tmp_path / "loop.txt", tmp_path / "huge.txt", "/dev/zero", "nul\0", "~nobody-here/x", "x" * 5000, "\ud800"):
+    for path in (
+        tmp_path / "pipe.txt",
+        tmp_path / "loop.txt",
+        tmp_path / "huge.txt",
+        "/dev/zero",
+        "nul\0",
+        "~nobody-here/x",
+        "x" * 5000,
+        "\ud800",
+    ):
         assert KEY in user_error(read_prompts, path, KEY)
     assert time.monotonic() - start < 10
 
@@ -113,7 +131,17 @@ def test_pipes_in_place_of_tables_are_one_line(tmp_path):
     assert "pipe" in user_error(read_prompts, tmp_path, KEY)
 
 
-BROKEN = ["[]", "{}", '{"splits": 3}', '{"splits": []}', '{"splits": [1]}', '{"splits": "x"}', "[" * 100_000, "\xff", "null"]
+BROKEN = [
+    "[]",
+    "{}",
+    '{"splits": 3}',
+    '{"splits": []}',
+    '{"splits": [1]}',
+    '{"splits": "x"}',
+    "[" * 100_000,
+    "\xff",
+    "null",
+]
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:12])

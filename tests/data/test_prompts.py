@@ -1,4 +1,6 @@
-"""Prompt files, and which prompts an iteration takes: every pass over the file shows every prompt once, whatever ran before (issue 2)."""
+"""Prompt files, and which prompts an iteration takes:
+every pass over the file shows every prompt once, whatever ran before (issue 2).
+"""
 
 from collections import Counter
 
@@ -20,7 +22,9 @@ def numbered(length):
 
 
 def stream(prompts, iterations, count, seed):
-    return [prompt for iteration in range(iterations) for prompt in prompts_of_iteration(prompts, iteration, count, seed)]
+    return [
+        prompt for iteration in range(iterations) for prompt in prompts_of_iteration(prompts, iteration, count, seed)
+    ]
 
 
 # Files
@@ -87,7 +91,9 @@ def test_every_pass_over_the_file_is_a_permutation_and_passes_follow_without_a_g
 @given(length=LENGTHS, count=COUNTS, iterations=st.integers(1, 6), seed=SEEDS)
 def test_the_prompts_of_a_run_are_those_of_its_iterations_in_the_order_of_first_use(length, count, iterations, seed):
     prompts = numbered(length)
-    assert prompts_of_run(prompts, iterations, count, seed) == list(dict.fromkeys(stream(prompts, iterations, count, seed)))
+    assert prompts_of_run(prompts, iterations, count, seed) == list(
+        dict.fromkeys(stream(prompts, iterations, count, seed))
+    )
 
 
 def test_the_prompts_of_the_longest_run_take_no_time():
@@ -126,6 +132,9 @@ def test_every_prompt_comes_first_equally_often():
 
 
 def test_the_order_does_not_depend_on_the_process():
-    program = "from flowgrove.data.prompts import prompts_of_iteration as take; print(take([f'prompt {n}' for n in range(30)], 7, 30, 3))"
+    program = (
+        "from flowgrove.data.prompts import prompts_of_iteration as take; "
+        "print(take([f'prompt {n}' for n in range(30)], 7, 30, 3))"
+    )
     outputs = {python("-c", program, env={"PYTHONHASHSEED": hash_seed}).stdout for hash_seed in ("0", "1")}
     assert outputs == {f"{prompts_of_iteration(numbered(30), 7, 30, 3)}\n"}

@@ -1,4 +1,6 @@
-"""The commands as a user meets them: what they print, what they leave on disk, and one line for each mistake (DESIGN §3.3)."""
+"""The commands as a user meets them: what they print, what they leave on disk,
+and one line for each mistake (DESIGN §3.3).
+"""
 
 import shutil
 import subprocess
@@ -46,7 +48,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(folder):
-    return tiny_recipe(folder, run={"iterations": ITERATIONS, "checkpoint_every": 2, "eval_every": 2, "log": ["jsonl", "tensorboard"]})
+    return tiny_recipe(
+        folder, run={"iterations": ITERATIONS, "checkpoint_every": 2, "eval_every": 2, "log": ["jsonl", "tensorboard"]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,8 @@ def test_plan_prints_one_object_for_every_shipped_recipe(name):
     assert any(step["trained"] for step in told["steps"])
     counts, settings = told["counts"], load_recipe(path)
     assert set(counts) == {
-        "leaves", "rollout_forwards", "edges", "trained_edges", "train_passes", "unshared_rollout_forwards", "unshared_train_passes",
+        "leaves", "rollout_forwards", "edges", "trained_edges", "train_passes", "unshared_rollout_forwards",
+        "unshared_train_passes",
     }  # fmt: skip
     assert counts["leaves"] == settings.rollout.group_size == told["steps"][-1]["nodes_out"]
     assert counts["rollout_forwards"] == sum(step["nodes_in"] for step in told["steps"])
@@ -100,12 +105,17 @@ def test_plan_prints_one_object_for_every_shipped_recipe(name):
 def test_the_counts_are_those_of_the_mathematics(recipe):
     """MATH §5: T = 25, G = 12, a window of 4 at l = 10."""
     told = planned(
-        recipe, "--iteration", 250, "--set", "rollout.steps=25", "--set", "rollout.group_size=12", "--set", "update.updates_per_iteration=4",
-        "--set", "rollout.window={strategy: progressive, size: 4, every: 25}",
+        recipe, "--iteration", 250, "--set", "rollout.steps=25", "--set", "rollout.group_size=12", "--set",
+        "update.updates_per_iteration=4", "--set", "rollout.window={strategy: progressive, size: 4, every: 25}",
     )  # fmt: skip
     assert (told["iteration"], told["window"]) == (250, [10, 11, 12, 13])
     counts = told["counts"]
-    assert (counts["rollout_forwards"], counts["edges"], counts["trained_edges"], counts["train_passes"]) == (11 + 12 * 14, 300 - 110, 48, 40)
+    assert (counts["rollout_forwards"], counts["edges"], counts["trained_edges"], counts["train_passes"]) == (
+        11 + 12 * 14,
+        300 - 110,
+        48,
+        40,
+    )
     assert (counts["leaves"], counts["unshared_rollout_forwards"], counts["unshared_train_passes"]) == (12, 300, 48)
 
 
@@ -115,7 +125,11 @@ def test_the_iteration_moves_the_window(recipe):
 
 @pytest.mark.parametrize("tree", [None, "{splits: [0, 2], fanout: 3}"])
 def test_plan_draws_steps_forest_and_counts(recipe, tree):
-    options = [] if tree is None else ["--set", f"rollout.tree={tree}", "--set", "rollout.group_size=9", "--set", "rollout.steps=5"]
+    options = (
+        []
+        if tree is None
+        else ["--set", f"rollout.tree={tree}", "--set", "rollout.group_size=9", "--set", "rollout.steps=5"]
+    )
     told, result = planned(recipe, *options), succeed("plan", recipe, *options)
     text = result.stdout
     assert result.stderr == ""
@@ -123,7 +137,11 @@ def test_plan_draws_steps_forest_and_counts(recipe, tree):
     assert {step["solver"] for step in told["steps"]} == {"flow_sde", "ode"}
     lines = text.splitlines()
     for step in told["steps"]:
-        (row,) = (line for line in lines if line.split()[:3] == [str(step["index"]), f"{step['sigma']:.4f}", f"{step['sigma_next']:.4f}"])
+        (row,) = (
+            line
+            for line in lines
+            if line.split()[:3] == [str(step["index"]), f"{step['sigma']:.4f}", f"{step['sigma_next']:.4f}"]
+        )
         assert step["solver"] in row
         assert (f"×{step['fanout']}" in row) == (step["fanout"] > 1)
         assert ("yes" in row) == step["trained"]
@@ -157,7 +175,10 @@ def test_the_recipe_in_the_run_folder_is_resolved(run, recipe):
     assert kept.model_dump(exclude={"run"}) == given.model_dump(exclude={"run"})
     assert kept.run.iterations == ITERATIONS
     text = (run / "recipe.yaml").read_text()
-    assert all(f"{key}:" in text for key in ("noise_level", "shared_initial_noise", "adv_clip", "weight_decay", "keep_last"))  # defaults too
+    # defaults too
+    assert all(
+        f"{key}:" in text for key in ("noise_level", "shared_initial_noise", "adv_clip", "weight_decay", "keep_last")
+    )
     assert str(recipe.parent / "train.txt") in text
 
 
@@ -212,7 +233,9 @@ def test_tensorboard_gets_the_numbers_of_every_iteration(run):
     lines = metrics_of(run)
     for name, key in (("ratio_mean", "ratio_mean"), ("grad_norm", "grad_norm"), ("eval_reward", "eval_reward")):
         expected = [(line["iteration"], line[key]) for line in lines if key in line]
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [(step, pytest.approx(value)) for step, value in expected]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in expected
+        ]
 
 
 def test_evaluation_can_be_switched_off(tmp_path):
@@ -259,14 +282,19 @@ def test_a_run_draws_with_its_newest_weights_and_a_recipe_with_the_base_model(ru
 def test_samples_of_many_prompts_are_numbered_and_listed(recipe, tmp_path):
     prompts = write_lines(tmp_path / "p.txt", TRAIN_PROMPTS * 4)  # more than one batch of prompts
     for name in ("first", "second"):
-        succeed("sample", recipe, "--prompts", prompts, "--out", tmp_path / name, "--set", "run.eval={samples: 2, steps: 2}")
+        succeed(
+            "sample", recipe, "--prompts", prompts, "--out", tmp_path / name, "--set", "run.eval={samples: 2, steps: 2}"
+        )
     drawn = pictures_in(tmp_path / "first")
     assert list(drawn) == [f"{prompt:04d}_{sample}.png" for prompt in range(20) for sample in range(2)]
     assert {picture.shape for picture in drawn.values()} == {(32, 32, 3)}
-    assert len({picture.tobytes() for picture in drawn.values()}) == 40  # the same sentence at another place in the file has noise of its own
+    # the same sentence at another place in the file has noise of its own
+    assert len({picture.tobytes() for picture in drawn.values()}) == 40
     again = pictures_in(tmp_path / "second")
     assert all(np.array_equal(drawn[name], again[name]) for name in drawn)
-    listed = [strict_json(line) for line in (tmp_path / "first" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    listed = [
+        strict_json(line) for line in (tmp_path / "first" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [entry["file"] for entry in listed] == list(drawn)
     assert [entry["prompt"] for entry in listed] == [prompt for prompt in TRAIN_PROMPTS * 4 for _ in range(2)]
 
@@ -295,10 +323,15 @@ def test_an_exported_lora_loads_into_the_base_pipeline(tmp_path):
     assert [path.suffix for path in (tmp_path / "lora").iterdir()] == [".safetensors"]
     pipe = StableDiffusion3Pipeline.from_pretrained(TINY, dtype=torch.float32)
     pipe.load_lora_weights(tmp_path / "lora")
-    found = {name.replace(".default_0.", ".default."): p for name, p in pipe.transformer.named_parameters() if "lora_" in name}
+    found = {
+        name.replace(".default_0.", ".default."): p
+        for name, p in pipe.transformer.named_parameters()
+        if "lora_" in name
+    }
     trained = weights_of(tmp_path / "run", 1)
     assert set(found) == set(trained)
-    strength = {name: 2.0 if "lora_B" in name else 1.0 for name in trained}  # alpha / rank: in the file alpha is the rank
+    # alpha / rank: in the file alpha is the rank
+    strength = {name: 2.0 if "lora_B" in name else 1.0 for name in trained}
     assert all(torch.equal(found[name], strength[name] * weight) for name, weight in trained.items())
     assert any(bool((weight != 0).any()) for name, weight in trained.items() if "lora_B" in name)
 
@@ -307,13 +340,17 @@ def test_an_exported_lora_loads_into_the_base_pipeline(tmp_path):
 
 
 def test_an_earlier_checkpoint_is_drawn_scored_and_exported(run, recipe, tmp_path):
-    """By number, by path and as a link; the pictures of the evaluation before iteration 2 are those of the checkpoint."""
+    """By number, by path and as a link; the pictures of the evaluation before iteration 2
+    are those of the checkpoint.
+    """
     prompts = write_lines(tmp_path / "p.txt", EVAL_PROMPTS)
     grid = load_grid(run / "samples" / "iteration_000002.png")
     earlier = run / "checkpoints" / "step_000002"
     for number, which in enumerate(("2", earlier)):
         succeed("sample", run, "--prompts", prompts, "--out", tmp_path / f"out{number}", "--checkpoint", which)
-        assert all(np.array_equal(p, grid.tiles[n, 0]) for n, p in enumerate(pictures_in(tmp_path / f"out{number}").values()))
+        assert all(
+            np.array_equal(p, grid.tiles[n, 0]) for n, p in enumerate(pictures_in(tmp_path / f"out{number}").values())
+        )
     succeed("sample", recipe, "--prompts", prompts, "--out", tmp_path / "by_recipe", "--checkpoint", earlier)
     assert pictures_in(tmp_path / "by_recipe").keys() == pictures_in(tmp_path / "out0").keys()
     shutil.copytree(run, tmp_path / "run")  # eval writes into it
@@ -324,7 +361,9 @@ def test_an_earlier_checkpoint_is_drawn_scored_and_exported(run, recipe, tmp_pat
     assert all(torch.equal(found[name], weight) for name, weight in weights_of(run, 2).items())
 
 
-@pytest.mark.parametrize(("which", "hint"), [("3", "give 2 or 4"), ("best", "run.keep_best"), ("/gone", "/gone"), ("", "not a checkpoint")])
+@pytest.mark.parametrize(
+    ("which", "hint"), [("3", "give 2 or 4"), ("best", "run.keep_best"), ("/gone", "/gone"), ("", "not a checkpoint")]
+)
 def test_a_checkpoint_that_is_not_there_is_one_line(run, recipe, tmp_path, which, hint):
     for command in ("sample", "export", "eval"):
         options = ["--out", tmp_path / "out"] if command != "eval" else []
@@ -332,7 +371,9 @@ def test_a_checkpoint_that_is_not_there_is_one_line(run, recipe, tmp_path, which
         assert hint in refuse(command, run, *options, "--checkpoint", which)
     assert not (tmp_path / "out").exists()
     for source in ("2", "best"):
-        line = refuse("sample", recipe, "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / "out", "--checkpoint", source)
+        line = refuse(
+            "sample", recipe, "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / "out", "--checkpoint", source
+        )
         assert "is no run folder" in line
 
 
@@ -362,7 +403,15 @@ def test_a_recipe_that_is_not_there(command, tmp_path):
     assert str(tmp_path) in refuse(command, tmp_path)  # a folder
 
 
-OVERRIDES = ["run.iterations", "=3", "run.iterations=[1", "run.iterations=many", "run=3", "reward=shapes", "rollout.steps=1"]
+OVERRIDES = [
+    "run.iterations",
+    "=3",
+    "run.iterations=[1",
+    "run.iterations=many",
+    "run=3",
+    "reward=shapes",
+    "rollout.steps=1",
+]
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
@@ -371,7 +420,12 @@ def test_overrides_that_mean_nothing(recipe, override, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-BAD_MODELS = {"gone": None, "empty": {}, "broken": {"model_index.json": "{"}, "bare": {"model_index.json": '{"_class_name": "X"}'}}
+BAD_MODELS = {
+    "gone": None,
+    "empty": {},
+    "broken": {"model_index.json": "{"},
+    "bare": {"model_index.json": '{"_class_name": "X"}'},
+}
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
@@ -385,7 +439,13 @@ def test_a_model_path_that_holds_no_pipeline(recipe, name, tmp_path):
     assert str(tmp_path / name) in line
 
 
-REWARDS = ["[{name: shaps}]", "[{name: shapes, size: 3}]", "[{name: shapes}, {name: shapes}]", "[{name: jpeg_size, quality: sharp}]", "[]"]
+REWARDS = [
+    "[{name: shaps}]",
+    "[{name: shapes, size: 3}]",
+    "[{name: shapes}, {name: shapes}]",
+    "[{name: jpeg_size, quality: sharp}]",
+    "[]",
+]
 
 
 @pytest.mark.parametrize("reward", REWARDS)
@@ -432,7 +492,9 @@ def test_a_folder_without_a_run_has_no_model(command, recipe, tmp_path):
 
 def test_a_run_that_has_not_reached_a_checkpoint_has_no_model(run, recipe, tmp_path):
     shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints", "latest"))
-    assert "checkpoint" in refuse("sample", tmp_path / "young", "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / "out")
+    assert "checkpoint" in refuse(
+        "sample", tmp_path / "young", "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / "out"
+    )
 
 
 def test_export_does_not_write_into_a_folder_that_holds_something(run, tmp_path):
@@ -477,7 +539,9 @@ def test_names_in_brackets_are_shown_as_they_are_in_errors(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["pictures [best]", "pictures [/best]"])
 def test_names_in_brackets_are_shown_as_they_are_in_messages(recipe, name, tmp_path):
-    result = succeed("sample", recipe, "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / name, "--set", "run.eval.steps=2")
+    result = succeed(
+        "sample", recipe, "--prompts", recipe.parent / "eval.txt", "--out", tmp_path / name, "--set", "run.eval.steps=2"
+    )
     assert name in result.stderr
     assert (tmp_path / name / "0000_0.png").is_file()
 
@@ -487,10 +551,16 @@ def test_names_in_brackets_are_shown_as_they_are_in_messages(recipe, name, tmp_p
 
 def in_a_shell(*arguments):
     command = [*FLOWGROVE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment(COLUMNS="20"))
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment(COLUMNS="20")
+    )
 
 
-SLIPS = [("plan", "gone.yaml"), ("plan", "mine.yaml", "--set", "run.iteratons=3"), ("plan", "mine.yaml", "--set", "nonsense")]
+SLIPS = [
+    ("plan", "gone.yaml"),
+    ("plan", "mine.yaml", "--set", "run.iteratons=3"),
+    ("plan", "mine.yaml", "--set", "nonsense"),
+]
 
 
 @pytest.mark.parametrize("slip", SLIPS, ids=lambda slip: slip[-1])

@@ -1,4 +1,6 @@
-"""The counts of MATH §5, by hooks on the transformer: rows forward in the rollout, rows whose backward runs in the updates."""
+"""The counts of MATH §5, by hooks on the transformer:
+rows forward in the rollout, rows whose backward runs in the updates.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,13 @@ from flowgrove.update.passes import Rolled
 from policy_cases import plan_and_coefficients, policy_of, small_recipe
 from update_cases import Recorder
 
-TREE = {"steps": 20, "group_size": 16, "dynamics": "dance_sde", "noise_level": 0.3, "tree": {"splits": [0, 3, 6, 9], "fanout": 2}}
+TREE = {
+    "steps": 20,
+    "group_size": 16,
+    "dynamics": "dance_sde",
+    "noise_level": 0.3,
+    "tree": {"splits": [0, 3, 6, 9], "fanout": 2},
+}
 WINDOW = {"steps": 25, "group_size": 12, "window": {"strategy": "frozen", "size": 4, "start": 0}}
 LAST = 20  # a window's last position in 25 steps
 
@@ -22,16 +30,28 @@ def window_at(start):
 PLANS = {  # rollout forwards, train passes
     "tree": ({**TREE, "window": {"strategy": "all"}}, 1, 203, 187),
     "tree_mix": ({**TREE, "window": {"strategy": "frozen", "size": 4, "start": 0}}, 1, 203, 19),
-    "tree_mix_flash": ({**TREE, "window": {"strategy": "frozen", "size": 4, "start": 0}, "tail": {"compress": 0.4}}, 1, 107, 19),
+    "tree_mix_flash": (
+        {**TREE, "window": {"strategy": "frozen", "size": 4, "start": 0}, "tail": {"compress": 0.4}},
+        1,
+        107,
+        19,
+    ),
     **{f"window_{start}": (window_at(start), 1, (start + 1) + 12 * (24 - start), 37) for start in (0, 7, LAST)},
-    **{f"window_{start}_four_updates": (window_at(start), 4, (start + 1) + 12 * (24 - start), 40) for start in (0, LAST)},
+    **{
+        f"window_{start}_four_updates": (window_at(start), 4, (start + 1) + 12 * (24 - start), 40)
+        for start in (0, LAST)
+    },
 }
 PUBLISHED = {"window_0": (300, 48), "window_7": (300, 48)}
 
 
 def counted(rollout_keys, updates, retained=None, **engine):
-    """(rows forward in the rollout, rows forward in the updates, rows backward) of one prompt in which every edge has an advantage."""
-    recipe = small_recipe(rollout=rollout_keys, update={"updates_per_iteration": updates}, engine={"device": "cpu", **engine})
+    """(rows forward in the rollout, rows forward in the updates, rows backward) of one prompt in which
+    every edge has an advantage.
+    """
+    recipe = small_recipe(
+        rollout=rollout_keys, update={"updates_per_iteration": updates}, engine={"device": "cpu", **engine}
+    )
     policy = policy_of(dtype="fp32")
     forward, backward = [], []
 
@@ -48,7 +68,8 @@ def counted(rollout_keys, updates, retained=None, **engine):
     credit = assign_credit(plan, recipe.credit, np.arange(float(plan.leaves)).reshape(1, -1, 1), [1.0])
     for edges in credit.values():
         edges.advantage[edges.advantage == 0] = 1e-3
-    Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])  # the policy is shared by tests: nothing may step
+    # the policy is shared by tests: nothing may step
+    Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
     return rolled, sum(forward) - rolled, sum(backward)
 

@@ -1,4 +1,6 @@
-"""Credit: MATH §4, against a slow implementation of it on explicit nodes with recursion, that shares nothing with the arrays of the engine."""
+"""Credit: MATH §4, against a slow implementation of it on explicit nodes with recursion,
+that shares nothing with the arrays of the engine.
+"""
 
 import math
 import statistics
@@ -61,7 +63,9 @@ def mean_reward(node, reward, path_logp, beta):
 
 
 def group_advantages(groups, std):
-    """(r̄ − mean)/(std + 1e-8) for the lists of one depth, one list per prompt; a list of one value or of values within 1e-6 gets zeros."""
+    """(r̄ − mean)/(std + 1e-8) for the lists of one depth, one list per prompt;
+    a list of one value or of values within 1e-6 gets zeros.
+    """
     everything = [value for values in groups for value in values]
     advantages = []
     for values in groups:
@@ -77,7 +81,9 @@ def advantages_by_hand(plan, credit, scores, weights, path_logp):
     """Trained step → advantages, a list per prompt of a number per child."""
     prompts, roots = range(len(scores)), roots_of(plan)
     if credit.normalise == "weighted_sum":
-        terms = [(1.0, [[sum(w * r for w, r in zip(weights, leaf, strict=True)) for leaf in scores[p]] for p in prompts])]
+        terms = [
+            (1.0, [[sum(w * r for w, r in zip(weights, leaf, strict=True)) for leaf in scores[p]] for p in prompts])
+        ]
     else:
         terms = [(weight, [[leaf[k] for leaf in scores[p]] for p in prompts]) for k, weight in enumerate(weights)]
     result = {}
@@ -85,7 +91,9 @@ def advantages_by_hand(plan, credit, scores, weights, path_logp):
         level = nodes_at(roots, step.index + 1)
         total = [[0.0] * len(level) for _ in prompts]
         for weight, reward in terms:
-            groups = [[mean_reward(node, reward[p], path_logp[p], credit.fusion_beta) for node in level] for p in prompts]
+            groups = [
+                [mean_reward(node, reward[p], path_logp[p], credit.fusion_beta) for node in level] for p in prompts
+            ]
             for p, advantages in enumerate(group_advantages(groups, credit.std)):
                 total[p] = [before + weight * advantage for before, advantage in zip(total[p], advantages, strict=True)]
         result[step.index] = [[max(-credit.adv_clip, min(credit.adv_clip, value)) for value in row] for row in total]
@@ -113,7 +121,9 @@ def kept_leaves_by_hand(plan, credit, total, path_logp):
 
 
 def trained_by_hand(plan, credit, scores, weights, path_logp, first_prompt):
-    """Trained step → for each prompt and child, whether the edge trains: the step is among those of its first leaf, and a kept leaf is below it."""
+    """Trained step → for each prompt and child, whether the edge trains:
+    the step is among those of its first leaf, and a kept leaf is below it.
+    """
     roots, result = roots_of(plan), {}
     for step in plan.trained_steps:
         rows = []
@@ -177,7 +187,12 @@ def test_every_forest_gets_the_credit_of_the_formulas(recipe, iteration, weights
 
 @pytest.mark.parametrize(
     "prune",
-    [None, {"kind": "parent_top1"}, {"kind": "extreme", "keep": 3}, {"kind": "depth", "depths": 3, "first": 2, "stop": 9}],
+    [
+        None,
+        {"kind": "parent_top1"},
+        {"kind": "extreme", "keep": 3},
+        {"kind": "depth", "depths": 3, "first": 2, "stop": 9},
+    ],
     ids=["none", "parent_top1", "extreme", "depth"],
 )
 @pytest.mark.parametrize("beta", [0.0, 1.5])
@@ -206,7 +221,9 @@ def test_a_flat_group_is_normalised_by_its_unbiased_deviation(shared):
     plan, rewards = flat_plan(shared_initial_noise=shared), np.random.default_rng(0).normal(size=(4, 12))
     found = assign_credit(plan, Credit(), rewards[..., None], [1.0])
     expected = torch.from_numpy(rewards)
-    expected = (expected - expected.mean(dim=1, keepdim=True)) / (expected.std(dim=1, keepdim=True, correction=1) + 1e-8)
+    expected = (expected - expected.mean(dim=1, keepdim=True)) / (
+        expected.std(dim=1, keepdim=True, correction=1) + 1e-8
+    )
     assert list(found) == [0, 1, 2, 3]
     for edges in found.values():
         np.testing.assert_allclose(edges.advantage, expected.numpy(), rtol=1e-12)
@@ -248,7 +265,9 @@ def test_advantages_are_clamped_after_their_sum():
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-@pytest.mark.parametrize(("spread", "is_zero"), [(0.0, True), (1e-12, True), (0.9e-6, True), (1.1e-6, False), (1e-3, False)])
+@pytest.mark.parametrize(
+    ("spread", "is_zero"), [(0.0, True), (1e-12, True), (0.9e-6, True), (1.1e-6, False), (1e-3, False)]
+)
 def test_a_group_within_1e_6_has_no_advantage_at_all(std, spread, is_zero):
     rewards = np.random.default_rng(2).normal(size=(2, 12, 1))
     rewards[0, :, 0] = 0.25 + np.linspace(0, spread, 12)
@@ -272,7 +291,8 @@ def test_a_depth_of_one_node_has_no_advantage():
     assert [step.nodes_out for step in plan.trained_steps] == [1, 1, 2, 4, 4]
     assert [bool((found[index].advantage != 0).all()) for index in range(5)] == [False, False, True, True, True]
     assert all((found[index].advantage == 0).all() for index in (0, 1))
-    assert all(found[index].trains.all() for index in range(5))  # edges without advantage are still selected: they count in N_u
+    # edges without advantage are still selected: they count in N_u
+    assert all(found[index].trains.all() for index in range(5))
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
@@ -305,7 +325,10 @@ def test_pruned_depths_belong_to_the_path_all_the_same():
     """Pruning removes edges from training only: what a leaf's path is, and so its weight in fusion, stays."""
     rollout = {"steps": 5, "group_size": 4, "tree": {"splits": [0, 2], "fanout": 2}, "window": {"strategy": "all"}}
     nodes = [1, 2, 2, 4, 4, 4]  # of a prompt, by level
-    logp = [10.0**level * torch.arange(1.0, 2 * count + 1, dtype=torch.float64).view(2, count) for level, count in enumerate(nodes)]
+    logp = [
+        10.0**level * torch.arange(1.0, 2 * count + 1, dtype=torch.float64).view(2, count)
+        for level, count in enumerate(nodes)
+    ]
     logp[0], logp[5] = torch.zeros(2, 1), torch.zeros(2, 4)  # no edge leads to a root, and the last step is no density
     paths = torch.stack([level.repeat_interleave(4 // level.shape[1], dim=1) for level in logp]).sum(dim=0)
     for prune in (None, {"kind": "depth", "depths": 1, "first": 2, "stop": 4}):
@@ -330,11 +353,18 @@ def test_a_prompt_is_credited_as_if_it_were_alone(prune, beta):
     scores += np.array([0.0, 100.0, -50.0, 1e4])[:, None, None]  # an easy prompt's worst is above a hard one's best
     together = assign_credit(plan, credit, scores, [1.0], path_logp)
     for prompt in range(4):
-        alone = assign_credit(plan, credit, scores[prompt : prompt + 1], [1.0], path_logp[prompt : prompt + 1], first_prompt=prompt)
+        alone = assign_credit(
+            plan, credit, scores[prompt : prompt + 1], [1.0], path_logp[prompt : prompt + 1], first_prompt=prompt
+        )
         for index, edges in together.items():
             np.testing.assert_array_equal(edges.advantage[prompt], alone[index].advantage[0])
             np.testing.assert_array_equal(edges.trains[prompt], alone[index].trains[0])
-    per_prompt = {int(edges.trains[prompt].sum()) for edges in together.values() if edges.trains.shape[1] == 16 for prompt in range(4)}
+    per_prompt = {
+        int(edges.trains[prompt].sum())
+        for edges in together.values()
+        if edges.trains.shape[1] == 16
+        for prompt in range(4)
+    }
     assert per_prompt == {{None: 16, "parent_top1": 8, "extreme": 4}[prune and prune["kind"]]}
 
 
@@ -343,7 +373,9 @@ def test_extreme_keeps_both_ends_of_each_prompt():
     rewards = np.random.default_rng(8).permuted(np.tile(np.arange(12.0), (3, 1)), axis=1)
     found = assign_credit(plan, Credit(prune={"kind": "extreme", "keep": 2}), rewards[..., None], [1.0])[0]
     np.testing.assert_array_equal(found.trains, (rewards < 2) | (rewards > 9))
-    np.testing.assert_array_equal(found.advantage, assign_credit(plan, Credit(), rewards[..., None], [1.0])[0].advantage)
+    np.testing.assert_array_equal(
+        found.advantage, assign_credit(plan, Credit(), rewards[..., None], [1.0])[0].advantage
+    )
 
 
 def test_extreme_of_more_than_there_are_keeps_all():
@@ -395,7 +427,9 @@ PICTURES, SENTENCES = torch.full((3, 3, 32, 32), 0.5), ["a red circle at the cen
 
 def test_scores_are_float64_columns_in_the_order_of_the_recipe():
     third = torch.tensor(1 / 3, dtype=torch.float64)
-    scores = rewards_with(shapes=lambda n: third + torch.arange(n), jpeg_size=lambda n: torch.full((n,), 0.25))(PICTURES, SENTENCES)
+    scores = rewards_with(shapes=lambda n: third + torch.arange(n), jpeg_size=lambda n: torch.full((n,), 0.25))(
+        PICTURES, SENTENCES
+    )
     assert scores.dtype == torch.float64
     assert scores.tolist() == [[third.item(), 0.25], [third.item() + 1, 0.25], [third.item() + 2, 0.25]]
     assert rewards_with().weights == [2.0, 1.0]

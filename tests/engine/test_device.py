@@ -20,7 +20,9 @@ def used(monkeypatch):
 
     def spy(name):
         reference = backends._implementations["clean_estimate", "reference"]
-        monkeypatch.setitem(backends._implementations, ("clean_estimate", name), lambda *args: names.append(name) or reference(*args))
+        monkeypatch.setitem(
+            backends._implementations, ("clean_estimate", name), lambda *args: names.append(name) or reference(*args)
+        )
 
     monkeypatch.setattr(libraries, "_load", {"cpu": None, "cuda": "it was not compiled"}.get)
     monkeypatch.delenv("FLOWGROVE_BACKEND", raising=False)
@@ -34,7 +36,13 @@ def recipe_with(folder, backend):
 
 
 @pytest.mark.parametrize(
-    ("asked", "environment", "runs"), [("auto", None, "cpu"), ("reference", None, "reference"), ("auto", "reference", "reference"), ("cpu", "reference", "cpu")]
+    ("asked", "environment", "runs"),
+    [
+        ("auto", None, "cpu"),
+        ("reference", None, "reference"),
+        ("auto", "reference", "reference"),
+        ("cpu", "reference", "cpu"),
+    ],
 )
 def test_the_recipe_decides_then_the_environment_then_the_device(asked, environment, runs, used, tmp_path, monkeypatch):
     if environment:
@@ -66,11 +74,15 @@ def test_runs_on_two_backends_agree_and_repeat(tmp_path):
     """The first iteration's rollouts differ by rounding alone; the same backend repeats to the last bit."""
     lines = {}
     for name, backend in (("cpu", "cpu"), ("auto", "auto"), ("reference", "reference")):
-        recipe = tiny_recipe(tmp_path / name, engine={"device": "cpu", "backend": backend}, run={"iterations": 1, "log": ["jsonl"]})
+        recipe = tiny_recipe(
+            tmp_path / name, engine={"device": "cpu", "backend": backend}, run={"iterations": 1, "log": ["jsonl"]}
+        )
         succeed("train", recipe, "--out", tmp_path / name / "run")
         (lines[name],) = timeless(metrics_of(tmp_path / name / "run"))
     assert lines["auto"] == lines["cpu"]
-    assert lines["cpu"]["reward"]["shapes"]["mean"] == pytest.approx(lines["reference"]["reward"]["shapes"]["mean"], abs=1e-3)
+    assert lines["cpu"]["reward"]["shapes"]["mean"] == pytest.approx(
+        lines["reference"]["reward"]["shapes"]["mean"], abs=1e-3
+    )
     assert lines["cpu"]["grad_norm"] == pytest.approx(lines["reference"]["grad_norm"], rel=1e-2)
     assert lines["cpu"]["logp_drift"] <= 5e-7
 

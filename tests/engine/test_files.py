@@ -49,7 +49,11 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
 
 def test_what_killed_writers_have_left_goes_after_an_hour(tmp_path):
-    for path, age in ((partial_name(tmp_path / "report.html"), 7200), (partial_name(tmp_path / "eval.json"), 60), (tmp_path / ".mine.partial", 7200)):
+    for path, age in (
+        (partial_name(tmp_path / "report.html"), 7200),
+        (partial_name(tmp_path / "eval.json"), 60),
+        (tmp_path / ".mine.partial", 7200),
+    ):
         path.write_text("half")
         os.utime(path, (time.time() - age, time.time() - age))
     remove_left_behind(tmp_path)
@@ -93,7 +97,9 @@ def test_one_bad_line_costs_no_other_and_no_line_stands_twice(tmp_path):
     log = MetricsLog(tmp_path, ["jsonl"], 2)
     log.write({"iteration": 2, "reward": {}})
     assert log.lines == 3
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0}\n{"iteration": 1, "reward": {}}\n{"iteration": 2, "reward": {}}\n'
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"iteration": 0}\n{"iteration": 1, "reward": {}}\n{"iteration": 2, "reward": {}}\n'
 
 
 def test_a_metrics_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch):
@@ -109,9 +115,20 @@ def test_a_metrics_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch
 
 
 def test_interrupting_a_run_exits_with_130_and_keeps_the_last_checkpoint(tmp_path):
-    recipe = tiny_recipe(tmp_path, run={"iterations": 10_000, "checkpoint_every": 1, "eval_every": 0, "keep_last": 2, "log": ["jsonl"]})
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs start with SIGINT ignored
-    command = [PYTHON, "-c", f"{heard}; from flowgrove.cli import app; app()", "train", str(recipe), "--out", str(tmp_path / "run")]
+    recipe = tiny_recipe(
+        tmp_path, run={"iterations": 10_000, "checkpoint_every": 1, "eval_every": 0, "keep_last": 2, "log": ["jsonl"]}
+    )
+    # a shell's background jobs start with SIGINT ignored
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [
+        PYTHON,
+        "-c",
+        f"{heard}; from flowgrove.cli import app; app()",
+        "train",
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as run:
         deadline = time.monotonic() + 120
         while len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < deadline and run.poll() is None:

@@ -9,13 +9,17 @@ from subprocesses import ROOT
 
 ENGINE = ROOT / "engine"
 LAYERS = [
-    line.split() for line in ast.get_docstring(ast.parse((ENGINE / "flowgrove" / "__init__.py").read_text())).splitlines() if line.startswith("    ")
+    line.split()
+    for line in ast.get_docstring(ast.parse((ENGINE / "flowgrove" / "__init__.py").read_text())).splitlines()
+    if line.startswith("    ")
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(source, modules):
-    """The modules of the engine that a source imports, at its top or inside a function; of `from a import b` module a.b if there is one, else a."""
+    """The modules of the engine that a source imports, at its top or inside a function;
+    of `from a import b` module a.b if there is one, else a.
+    """
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -30,7 +34,10 @@ def imports_of(source, modules):
 @pytest.fixture(scope="module")
 def graph():
     """Module → the modules that it imports."""
-    files = {".".join(path.relative_to(ENGINE).with_suffix("").parts).removesuffix(".__init__"): path for path in ENGINE.rglob("*.py")}
+    files = {
+        ".".join(path.relative_to(ENGINE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in ENGINE.rglob("*.py")
+    }
     return {name: imports_of(path.read_text(), set(files)) for name, path in files.items()}
 
 

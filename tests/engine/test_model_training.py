@@ -17,7 +17,10 @@ from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
 WINDOW = {"strategy": "progressive", "size": 2, "every": 1}
 TREE = {"splits": [0, 1], "fanout": 2}
 ALGORITHMS = {
-    "dance": {"rollout": {"dynamics": "dance_sde", "noise_level": 0.3, "window": {"strategy": "all"}}, "update": {"step_fraction": 0.6}},
+    "dance": {
+        "rollout": {"dynamics": "dance_sde", "noise_level": 0.3, "window": {"strategy": "all"}},
+        "update": {"step_fraction": 0.6},
+    },
     "flow": {"rollout": {"shared_initial_noise": False, "window": {"strategy": "all"}}, "update": {"kl_weight": 0.01}},
     "fast": {"rollout": {"dynamics": "cps", "window": {"strategy": "random", "size": 2, "range": [0, 3]}}},
     "mix": {"rollout": {"window": WINDOW}},
@@ -41,7 +44,12 @@ def write_recipe(folder, name, pipeline, algorithm, **model):
     changes = ALGORITHMS[algorithm]
     content = {
         "model": {**MODELS[name], "path": str(pipeline), "dtype": "fp32", "gradient_checkpointing": False, **model},
-        "data": {"prompts": "train.txt", "eval_prompts": "eval.txt", "prompts_per_iteration": 2, "embedding_cache": str(folder / "embeddings")},
+        "data": {
+            "prompts": "train.txt",
+            "eval_prompts": "eval.txt",
+            "prompts_per_iteration": 2,
+            "embedding_cache": str(folder / "embeddings"),
+        },
         "rollout": {"steps": 5, "shift": 3.0, "group_size": 4, **changes["rollout"]},
         "reward": [{"name": "jpeg_size"}],
         "update": {"lr": 1e-3, "clip_range": 1e-3, "updates_per_iteration": 2, **changes.get("update", {})},
@@ -55,7 +63,9 @@ def write_recipe(folder, name, pipeline, algorithm, **model):
     return path
 
 
-@pytest.mark.parametrize("algorithm", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in ALGORITHMS])
+@pytest.mark.parametrize(
+    "algorithm", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in ALGORITHMS]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_iterations(folders, tmp_path, name, algorithm):
     guidance = {"flux": 3.5, "flux_schnell": 1.0, "qwen_image": 4.0, "wan": 4.5}[name]
@@ -70,7 +80,13 @@ def test_three_iterations(folders, tmp_path, name, algorithm):
         assert line["logp_drift"] <= 5e-7
         assert line["grad_norm"] > 0
     first = lines[0]
-    assert (first["ratio_mean"], first["ratio_min"], first["ratio_max"], first["clipped_high"], first["clipped_low"]) == (1, 1, 1, 0, 0)
+    assert (
+        first["ratio_mean"],
+        first["ratio_min"],
+        first["ratio_max"],
+        first["clipped_high"],
+        first["clipped_low"],
+    ) == (1, 1, 1, 0, 0)
     from flowgrove.run.finished_runs import open_model, open_recipe
 
     after = open_model(*open_recipe(tmp_path / "run")).restore().policy.trainable()
@@ -87,7 +103,9 @@ def test_a_video_run_samples_compares_and_exports(folders, tmp_path):
     prompts = write_lines(tmp_path / "new.txt", ["a red circle at the centre", "a blue square"])
     succeed("sample", run, "--prompts", prompts, "--out", out, "--compare")
     names = {path.name for path in out.iterdir()}
-    videos = {f"{prompt:04d}_{sample}{kind}.mp4" for prompt in range(2) for sample in range(2) for kind in ("", "_base")}
+    videos = {
+        f"{prompt:04d}_{sample}{kind}.mp4" for prompt in range(2) for sample in range(2) for kind in ("", "_base")
+    }
     assert names == videos | {"prompts.jsonl", "prompts_base.jsonl", "compare_00.png"}
     for name in videos:
         with av.open(str(out / name)) as file:

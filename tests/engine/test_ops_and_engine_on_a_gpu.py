@@ -13,7 +13,16 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
-from flowgrove_kernels import NoiseKey, StepCoefficients, available_backends, flow_logprob, flow_step, grpo_loss_and_grad, philox_normal, use_backend
+from flowgrove_kernels import (
+    NoiseKey,
+    StepCoefficients,
+    available_backends,
+    flow_logprob,
+    flow_step,
+    grpo_loss_and_grad,
+    philox_normal,
+    use_backend,
+)
 from kernel_cases import randn, stochastic_rows
 from op_calls import CLIP, GPU_SIZES, assert_close, batch_of, different, every_op, rows_of
 from policy_cases import TEXTS, plan_and_coefficients, small_recipe
@@ -43,7 +52,9 @@ def no_syncs():
 
 
 def test_both_fused_backends_are_here():
-    assert FUSED == ["triton", "cuda"], "make install compiles the CUDA ops where torch is a CUDA build and nvcc is found"
+    assert FUSED == ["triton", "cuda"], (
+        "make install compiles the CUDA ops where torch is a CUDA build and nvcc is found"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -77,7 +88,9 @@ def test_all_ops_return_the_same_log_probability(elements, fused):
     assert torch.equal(result.ratio, torch.ones_like(logp))
 
 
-@pytest.mark.skipif("cuda" not in FUSED or "cpu" not in available_backends(), reason="compares the two compiled backends")
+@pytest.mark.skipif(
+    "cuda" not in FUSED or "cpu" not in available_backends(), reason="compares the two compiled backends"
+)
 def test_compiled_noise_is_the_same_bits_on_cpu_and_gpu():
     key = NoiseKey(1, 2, 3, 4, torch.arange(3))
     with use_backend("cpu"):
@@ -94,7 +107,9 @@ def test_a_captured_graph_follows_new_keys_and_coefficients(fused):
     def work():
         sample, logp = flow_step(x, b.v, rows, key=key)
         x_next.copy_(sample)
-        return logp, *grpo_loss_and_grad(x, b.v, x_next, rows, logp, b.advantage[:4], b.weight[:4], clip_range=CLIP)[1:2]
+        return logp, *grpo_loss_and_grad(x, b.v, x_next, rows, logp, b.advantage[:4], b.weight[:4], clip_range=CLIP)[
+            1:2
+        ]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -138,7 +153,9 @@ def test_log_probabilities_of_more_than_2_31_elements(fused):
     many, coef = 70_000, stochastic_rows(1).to("cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    logp = flow_logprob(x.expand(many, -1), v.expand(many, -1), x_next.expand(many, -1), coef[torch.zeros(many, dtype=torch.int64)])
+    logp = flow_logprob(
+        x.expand(many, -1), v.expand(many, -1), x_next.expand(many, -1), coef[torch.zeros(many, dtype=torch.int64)]
+    )
     assert torch.equal(logp, flow_logprob(x, v, x_next, coef).expand(many))
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
 
@@ -162,7 +179,10 @@ def test_a_step_is_one_launch_where_a_row_fits_a_cluster(elements):
 
 def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
     torch.cuda.set_sync_debug_mode("default")
-    recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False}, engine={"device": "cuda"})
+    recipe = small_recipe(
+        model={"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False},
+        engine={"device": "cuda"},
+    )
     policy = Policy(recipe, torch.device("cuda"))
     prompts, updater = policy.encode(TEXTS), Updater(recipe, policy)
     plan, rows = plan_and_coefficients(recipe)
@@ -171,7 +191,9 @@ def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
         torch.cuda.set_sync_debug_mode(mode)
         forest = rollout(plan, rows, policy, prompts, seed=0, iteration=0)
         torch.cuda.set_sync_debug_mode("default")
-        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        credit = assign_credit(
+            plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
+        )
         torch.cuda.set_sync_debug_mode(mode)
         stats = updater.run([Rolled(policy, forest, prompts, credit, rows)])
     torch.cuda.set_sync_debug_mode("default")

@@ -18,10 +18,17 @@ def home(tmp_path, monkeypatch):
 
 
 def recipe_in(folder, **said):
-    data = {"prompts": said.get("prompts", "p.txt"), "eval_prompts": said.get("eval_prompts"), "embedding_cache": said.get("cache", "auto")}
+    data = {
+        "prompts": said.get("prompts", "p.txt"),
+        "eval_prompts": said.get("eval_prompts"),
+        "embedding_cache": said.get("cache", "auto"),
+    }
     reward = {"name": "python", "file": said.get("file", "r.py")}
     model = {"adapter": "sd3", "path": said.get("model", "tiny")}
-    return write(folder / "r.yaml", recipe_content(model=model, data=data, reward=[reward], run={"out": said.get("out", "runs/NAME")}))
+    return write(
+        folder / "r.yaml",
+        recipe_content(model=model, data=data, reward=[reward], run={"out": said.get("out", "runs/NAME")}),
+    )
 
 
 SAID = {
@@ -34,7 +41,9 @@ SAID = {
 
 @pytest.mark.parametrize("key", SAID)
 def test_what_is_read_is_sought_in_the_home_beside_the_recipe_and_in_the_working_folder(home, tmp_path, key):
-    """Whatever the folder from which the command is given, a file beside the recipe wins, and what is found is absolute."""
+    """Whatever the folder from which the command is given, a file beside the recipe wins,
+    and what is found is absolute.
+    """
     found = SAID[key]
     for place, said in ((home, "~/x/thing"), (tmp_path / "work", "x/thing"), (tmp_path / "recipes", "x/thing")):
         write(place / "x" / "thing", "")
@@ -63,7 +72,9 @@ def test_a_repository_that_is_no_folder_keeps_its_name(home, tmp_path):
 @pytest.mark.parametrize("key", [*SAID, "out", "cache"])
 def test_what_can_be_no_path_is_one_line_that_names_the_key(home, tmp_path, key, path):
     text = user_error(load_recipe, recipe_in(tmp_path / "recipes", **{key: path}))
-    assert {"model": "model.path", "file": "reward.0.file", "out": "run.out", "cache": "data.embedding_cache"}.get(key, f"data.{key}") in text
+    assert {"model": "model.path", "file": "reward.0.file", "out": "run.out", "cache": "data.embedding_cache"}.get(
+        key, f"data.{key}"
+    ) in text
 
 
 def test_loops_of_links_and_names_too_long_are_not_there(home, tmp_path):

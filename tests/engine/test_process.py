@@ -25,7 +25,9 @@ def test_what_the_user_has_not_set_is_settled_before_torch_is_loaded(imported):
     assert not has_torch, "flowgrove itself loads no torch"
 
 
-@pytest.mark.parametrize(("given", "value"), [(name, "max_split_size_mb:64") for name in ALLOCATOR] + [(name, "1") for name in WAITING])
+@pytest.mark.parametrize(
+    ("given", "value"), [(name, "max_split_size_mb:64") for name in ALLOCATOR] + [(name, "1") for name in WAITING]
+)
 def test_what_the_user_has_set_stays(given, value):
     found, _ = found_after("flowgrove", **{given: value})
     other = {name: value for name, value in VALUES.items() if (name in ALLOCATOR) != (given in ALLOCATOR)}

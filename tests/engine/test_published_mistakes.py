@@ -1,6 +1,8 @@
-"""Mistakes that published training code made (numbers as in the project's list of prior art) and that have no test of their own elsewhere.
+"""Mistakes that published training code made (numbers as in the project's list of prior art) and that have no test of
+their own elsewhere.
 
-Elsewhere: 1 and 3 in test_windows, 2 and 4 in test_sigmas and test_plan, 8 and 11 in test_credit, 9 in test_resume, 12 in test_rows, 17 in test_sd3.
+Elsewhere: 1 and 3 in test_windows, 2 and 4 in test_sigmas and test_plan, 8 and 11 in test_credit, 9 in test_resume, 12
+in test_rows, 17 in test_sd3.
 """
 
 import numpy as np
@@ -24,7 +26,9 @@ def rolled(recipe, policy):
 
 
 def test_mistake_5_states_stay_fp32_whatever_the_compute_dtype():
-    """logp of the stored states is the logp that the rollout computed: a state rounded to bf16 would be off by far more."""
+    """logp of the stored states is the logp that the rollout computed:
+    a state rounded to bf16 would be off by far more.
+    """
     recipe, policy = small_recipe(), policy_of(dtype="bf16")
     forest, _, rows = rolled(recipe, policy)
     assert forest.states.dtype == torch.float32
@@ -51,12 +55,17 @@ def test_mistake_10_every_step_of_the_optimiser_is_clipped_also_the_last_and_sma
     recipe = small_recipe(update={"max_grad_norm": 1e-3, "updates_per_iteration": 3})
     policy = policy_of()
     forest, prompts, rows = rolled(recipe, policy)
-    credit = assign_credit(forest.plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), forest.plan.leaves, 1)), [1.0])
+    credit = assign_credit(
+        forest.plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), forest.plan.leaves, 1)), [1.0]
+    )
     norms = []
 
     class Spy(Updater):
         def _step(self, stats, trained, number):
-            step, self.optimizer.step = self.optimizer.step, lambda: norms.append(float(torch.stack([p.grad.norm() for p in self.parameters]).norm()))
+            step = self.optimizer.step
+            self.optimizer.step = lambda: norms.append(
+                float(torch.stack([p.grad.norm() for p in self.parameters]).norm())
+            )
             super()._step(stats, trained, number)
             self.optimizer.step = step
 
@@ -72,12 +81,16 @@ def test_mistake_13_the_kl_term_has_a_gradient_and_the_weight_of_its_step():
     found = []
     for sigma_next in (0.4, 0.45):
         row = step_coefficients("dance_sde", 0.5, sigma_next, noise_level=0.3)[torch.zeros(2, dtype=torch.int64)]
-        loss, grad, _ = grpo_loss_and_grad(x, v, x, row, None, zero, weight, clip_range=1e-3, v_ref=v_ref, kl_weight=1.0)
+        loss, grad, _ = grpo_loss_and_grad(
+            x, v, x, row, None, zero, weight, clip_range=1e-3, v_ref=v_ref, kl_weight=1.0
+        )
         b, s = row.v_coef[0], row.std[0]
         assert loss.kl[0] == pytest.approx(float(b**2 * (v[0] - v_ref[0]).square().mean() / (2 * s**2)), rel=1e-5)
         assert grad.abs().min() > 0
         found.append(float(loss.kl[0]))
-    assert found[0] / found[1] == pytest.approx(2.0, rel=0.05), "b² falls with Δ² and s² with Δ: the KL of a step is proportional to Δ"
+    assert found[0] / found[1] == pytest.approx(2.0, rel=0.05), (
+        "b² falls with Δ² and s² with Δ: the KL of a step is proportional to Δ"
+    )
 
 
 def test_mistake_16_guidance_scale_comes_from_the_recipe():

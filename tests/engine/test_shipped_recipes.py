@@ -1,4 +1,6 @@
-"""The shipped recipes, each in float64: the shared run and the loop that runs every trajectory and edge alone give the same losses and gradients."""
+"""The shipped recipes, each in float64: the shared run and the loop that runs every trajectory and edge
+alone give the same losses and gradients.
+"""
 
 from pathlib import Path
 
@@ -23,7 +25,9 @@ ITERATION = 6  # windows have moved
 
 
 def one_iteration(name: str, share: bool):
-    """Leaves, gradient of all updates, losses, planned counts, and the rows that went through the transformer (rollout, backward)."""
+    """Leaves, gradient of all updates, losses, planned counts,
+    and the rows that went through the transformer (rollout, backward).
+    """
     overrides = ("model.dtype=fp64", "engine.token_budget=1600", f"engine.share={str(share).lower()}")
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
     policy = Policy(recipe, CPU)
@@ -46,14 +50,17 @@ def one_iteration(name: str, share: bool):
     credit = assign_credit(plan, recipe.credit, scores, [1.0])
     recorder = Recorder(recipe, policy)
     generator = torch.Generator().manual_seed(1)
-    forest.logp += 1e-3 * torch.randn(forest.logp.shape, generator=generator, dtype=torch.float64)  # ratios of later updates away from 1
+    # ratios of later updates away from 1
+    forest.logp += 1e-3 * torch.randn(forest.logp.shape, generator=generator, dtype=torch.float64)
     stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
     gradient = torch.cat([g.flatten() for update in recorder.gradients for g in update])
     return forest.leaves, gradient, float(torch.stack(stats.loss).sum()), plan.counts, forwards, sum(backward), recipe
 
 
-@pytest.mark.parametrize("name", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in NAMES])
+@pytest.mark.parametrize(
+    "name", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
+)
 def test_sharing_changes_the_cost_of_a_recipe_and_nothing_else(name):
     leaves, gradient, loss, counts, forwards, passes, recipe = one_iteration(name, share=True)
     alone_leaves, alone_gradient, alone_loss, _, alone_forwards, alone_passes, _ = one_iteration(name, share=False)
@@ -69,4 +76,13 @@ def test_sharing_changes_the_cost_of_a_recipe_and_nothing_else(name):
 
 
 def test_there_is_a_recipe_for_every_algorithm():
-    assert {name.removeprefix("shapes_") for name in NAMES} == {"dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash"}
+    assert {name.removeprefix("shapes_") for name in NAMES} == {
+        "dance",
+        "flow",
+        "flow_fast",
+        "mix",
+        "mix_flash",
+        "branch",
+        "branch_mix",
+        "branch_mix_flash",
+    }

@@ -34,14 +34,18 @@ def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
         alone = small_recipe(model={"height": height, "width": width})
         plan, rows = plan_and_coefficients(alone)
         other = Policy(alone, CPU)
-        expected = rollout(plan, rows, other, other.encode(part.prompts.texts), seed=recipe.run.seed, iteration=0, first_prompt=first)
+        expected = rollout(
+            plan, rows, other, other.encode(part.prompts.texts), seed=recipe.run.seed, iteration=0, first_prompt=first
+        )
         assert expected.leaves.shape[-2:] == (height // 4, width // 4)
         assert torch.allclose(part.forest.leaves, expected.leaves, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
-    recipe = small_recipe(model=MODEL, update={"updates_per_iteration": 1}, engine={"device": "cpu", "reuse_rollout_graph": keeps})
+    recipe = small_recipe(
+        model=MODEL, update={"updates_per_iteration": 1}, engine={"device": "cpu", "reuse_rollout_graph": keeps}
+    )
     policy = Policy(recipe, CPU)
     plan, rows = plan_and_coefficients(recipe)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
@@ -52,7 +56,16 @@ def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
         for sized, texts, first in zip(recipe.at_sizes(), (TEXTS[:2], TEXTS[2:]), (0, 2), strict=True):
             view = policy.sized(sized)
             prompts = view.encode(texts)
-            forest = rollout(plan, rows, view, prompts, seed=1, iteration=0, first_prompt=first, retained=room.retained_graphs(policy))
+            forest = rollout(
+                plan,
+                rows,
+                view,
+                prompts,
+                seed=1,
+                iteration=0,
+                first_prompt=first,
+                retained=room.retained_graphs(policy),
+            )
             assert bool(forest.retained) == keeps
             found.append(Rolled(view, forest, prompts, part_of(credit, slice(first, first + len(texts))), rows, first))
         return found
@@ -86,7 +99,13 @@ def test_first_size_is_drawn_by_evaluation_unless_a_size_is_given():
 @pytest.mark.parametrize("sizes", [[], [[32]], [[32, 0]], "32x32"])
 def test_sizes_that_are_none_are_refused(sizes):
     with pytest.raises(UserError, match="sizes"):
-        parse_recipe({"model": {"adapter": "sd3", "path": "tiny", "sizes": sizes}, "data": {"prompts": "p"}, "reward": [{"name": "shapes"}]})
+        parse_recipe(
+            {
+                "model": {"adapter": "sd3", "path": "tiny", "sizes": sizes},
+                "data": {"prompts": "p"},
+                "reward": [{"name": "shapes"}],
+            }
+        )
 
 
 def test_a_size_that_the_model_cannot_draw_is_told_before_training(tmp_path):

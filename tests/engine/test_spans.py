@@ -34,12 +34,16 @@ def test_stages_of_an_iteration_show_in_the_profiler():
     with torch.profiler.profile() as profile:
         with span("rollout"):
             forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
-        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        credit = assign_credit(
+            plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
+        )
         with span("update"):
             Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     names = {event.name for event in profile.events()}
     assert {f"rollout/step {step.index}/transformer" for step in plan.steps} <= names
-    assert {f"update/update {u}/{part}" for u in range(2) for part in ("transformer", "grpo_loss", "backward", "optimizer")} <= names
+    assert {
+        f"update/update {u}/{part}" for u in range(2) for part in ("transformer", "grpo_loss", "backward", "optimizer")
+    } <= names
 
 
 def test_the_clock_adds_up_what_a_stage_takes():

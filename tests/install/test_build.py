@@ -84,7 +84,12 @@ def test_the_build_information_names_what_torch_compiles_for(chosen, setup_py, m
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
-    for name, value in {"is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_arch_list": ["sm_90"]}.items():
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": (9, 0),
+        "get_arch_list": ["sm_90"],
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     _, called = setup_py()
     (information,) = (e for e in called["ext_modules"] if e.name == "flowgrove_kernels._build_info")
@@ -100,11 +105,14 @@ def test_the_build_information_names_what_torch_compiles_for(chosen, setup_py, m
 def test_the_libraries_have_no_python_in_them():
     (library,) = (ROOT / "kernels/flowgrove_kernels").glob("_cpu.*so")
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout.split()
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "libtorch_cpu" in needed
     assert "python" not in needed
     assert not [name for name in symbols if name.startswith("Py")]
-    assert not [name for name in symbols if "2at6Tensor" in name or "c1010TensorImpl" in name]  # the stable ABI alone: C functions of libtorch
+    # the stable ABI alone: C functions of libtorch
+    assert not [name for name in symbols if "2at6Tensor" in name or "c1010TensorImpl" in name]
 
 
 @compiled

@@ -62,7 +62,8 @@ except ImportError as error:
     assert "needs diffusers" in str(error), error
 else:
     raise AssertionError("diffusers is here")
-print(json.dumps({"backends": found, "file": fk.__file__, "modules": sorted({name.split(".")[0] for name in sys.modules})}))
+modules = sorted({name.split(".")[0] for name in sys.modules})
+print(json.dumps({"backends": found, "file": fk.__file__, "modules": modules}))
 """
 
 
@@ -106,7 +107,9 @@ def test_the_sdist_holds_sources_headers_and_data(checkout, tmp_path):
     sources = {path.relative_to(checkout).as_posix() for path in (checkout / "csrc").rglob("*") if path.is_file()}
     assert {Path(name).suffix for name in sources} == {".h", ".cpp", ".cu", ".cuh"}
     assert sources <= names
-    assert {f"{'engine' if name.startswith('flowgrove/') else 'kernels'}/{name}" for name in package_files(checkout)} <= names
+    assert {
+        f"{'engine' if name.startswith('flowgrove/') else 'kernels'}/{name}" for name in package_files(checkout)
+    } <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith("tests/")]
 

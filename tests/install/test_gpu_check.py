@@ -1,4 +1,6 @@
-"""The one command for a GPU machine: every row of its table runs on a CPU, none stops another, and the kit holds what that machine lacks."""
+"""The one command for a GPU machine: every row of its table runs on a CPU, none stops another,
+and the kit holds what that machine lacks.
+"""
 
 import importlib
 import io
@@ -42,23 +44,44 @@ def steps_of(lines):
 
 def test_every_row_of_the_first_call_runs(tmp_path):
     lines = dry_run(1, tmp_path)
-    names = ("ceilings", "smoke", "ops compiled", "ops", "tests", "recipe", "engine sd3_mid", "counters", "sanitizer", "races", "barriers")
+    names = (
+        "ceilings",
+        "smoke",
+        "ops compiled",
+        "ops",
+        "tests",
+        "recipe",
+        "engine sd3_mid",
+        "counters",
+        "sanitizer",
+        "races",
+        "barriers",
+    )
     assert steps_of(lines) == dict.fromkeys(names, "ok")
     card = json.loads(lines[0])
     assert card["copy_gb_per_s"] > 0
     assert card["matmul_tflop_per_s"] > 0
     ops = [line for line in lines if line.startswith(("flow_step  ", "flow_logprob  ", "grpo_loss  "))]
-    assert {line.split()[-1] for line in ops if " eager " in line} == {"1.0"}, "eager over eager stands last where nothing is compiled"
-    assert sum(" cpu " in line and "autograd" not in line for line in ops) == 6, "one case at the first shape, five at the second"
+    assert {line.split()[-1] for line in ops if " eager " in line} == {"1.0"}, (
+        "eager over eager stands last where nothing is compiled"
+    )
+    assert sum(" cpu " in line and "autograd" not in line for line in ops) == 6, (
+        "one case at the first shape, five at the second"
+    )
     assert any(line.startswith("branch_mix_flash") and "107+19" in line for line in lines)
 
 
-@pytest.mark.parametrize("only", ["rows,idle", pytest.param("ceilings,ops compiled,ops,engine,tests,rows compiled,scaling", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "only",
+    ["rows,idle", pytest.param("ceilings,ops compiled,ops,engine,tests,rows compiled,scaling", marks=pytest.mark.long)],
+)
 def test_every_row_of_the_second_call_runs(tmp_path, only):
     lines = dry_run(2, tmp_path, "--only", only)
     assert steps_of(lines) == dict.fromkeys(only.split(","), "ok")
     if "idle" in only:
-        assert any(line.startswith("6       ") and "eager" in line for line in lines), "milliseconds of a row of sd3_mid's six blocks"
+        assert any(line.startswith("6       ") and "eager" in line for line in lines), (
+            "milliseconds of a row of sd3_mid's six blocks"
+        )
         assert any(line.startswith("profiled: busy") for line in lines)
 
 
@@ -71,14 +94,18 @@ def test_a_step_that_fails_hangs_or_is_not_there_stops_no_other(gpu_check, tmp_p
     ]
     began = time.monotonic()
     with (tmp_path / "gpu_check_1.log").open("w") as log:
-        found = {step.name: gpu_check.run(step, {"PATH": "/usr/bin:/bin"}, log, time.monotonic() + 30) for step in steps}
+        found = {
+            step.name: gpu_check.run(step, {"PATH": "/usr/bin:/bin"}, log, time.monotonic() + 30) for step in steps
+        }
     assert time.monotonic() - began < 20
     assert [found[name].told for name in ("fails", "hangs", "works")] == ["exit 3", "over 1 s", "ok"]
     assert found["missing"].told.startswith("not found")
     assert found["works"].output == "blue\n"
     child = int(found["hangs"].output)
     state = (Path("/proc") / str(child) / "stat") if child else None
-    assert state is None or not state.exists() or state.read_text().split()[2] == "Z", "what a step started is ended with it"
+    assert state is None or not state.exists() or state.read_text().split()[2] == "Z", (
+        "what a step started is ended with it"
+    )
     told = "\n".join(gpu_check.report(list(found.values()), tmp_path))
     assert "fails: WRONG one" in told
     assert "===== works" in (tmp_path / "gpu_check_1.log").read_text()

@@ -1,4 +1,6 @@
-"""The GPU tests are collected, and their programs start, where neither this package nor everything it can use is installed."""
+"""The GPU tests are collected, and their programs start,
+where neither this package nor everything it can use is installed.
+"""
 
 import ast
 import sys
@@ -10,7 +12,20 @@ import subprocesses
 from subprocesses import ROOT, python
 
 # What every file may import at its top; anything else is imported where it is used.
-EVERYWHERE = {"accelerate", "diffusers", "hypothesis", "jinja2", "matplotlib", "numpy", "peft", "PIL", "pyarrow", "pydantic", "pytest", "rich"}
+EVERYWHERE = {
+    "accelerate",
+    "diffusers",
+    "hypothesis",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "peft",
+    "PIL",
+    "pyarrow",
+    "pydantic",
+    "pytest",
+    "rich",
+}
 EVERYWHERE |= {"safetensors", "scipy", "tokenizers", "torch", "transformers", "triton", "typer", "yaml"}
 ABSENT = ("av", "ftfy", "open_clip", "ImageReward", "torchvision", "ninja", "ruff", "mypy")
 COLLECT = f"""
@@ -37,7 +52,11 @@ def test_files_import_at_their_top_only_what_is_everywhere(root):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            found |= {(path.name, name) for name in names if name.partition(".")[0] not in EVERYWHERE | own | sys.stdlib_module_names}
+            found |= {
+                (path.name, name)
+                for name in names
+                if name.partition(".")[0] not in EVERYWHERE | own | sys.stdlib_module_names
+            }
     assert found == set()
 
 
@@ -59,7 +78,11 @@ def test_programs_find_the_packages_of_this_checkout(tmp_path):
 def test_every_test_starts_python_through_this_helper():
     """`sys.executable` alone would leave the source roots out."""
     own = {"subprocesses.py", Path(__file__).name}
-    assert [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in own and "sys.executable" in path.read_text()] == []
+    assert [
+        path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name not in own and "sys.executable" in path.read_text()
+    ] == []
 
 
 def test_no_test_imports_another():

@@ -30,7 +30,9 @@ def calls(monkeypatch):
 
 def test_available_backends_are_known_names_in_order():
     assert "reference" in available_backends()
-    assert list(available_backends()) == [name for name in ("reference", "cpu", "triton", "cuda") if name in available_backends()]
+    assert list(available_backends()) == [
+        name for name in ("reference", "cpu", "triton", "cuda") if name in available_backends()
+    ]
 
 
 def test_unknown_backends_are_errors_that_list_the_choices():

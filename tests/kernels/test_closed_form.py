@@ -1,4 +1,6 @@
-"""MATH §6: Gaussian data has an exact affine velocity, so mean and variance go through the rows in float64 without sampling."""
+"""MATH §6: Gaussian data has an exact affine velocity,
+so mean and variance go through the rows in float64 without sampling.
+"""
 
 import math
 
@@ -38,8 +40,13 @@ def exact_variance(sigma, tau):
 
 
 def propagate(dynamics, sigmas, m, tau):
-    """(mean, variance) after every step, from the exact marginal of N(m, τ²) at sigmas[0]; v = E[ε − x0 | x] = −m + slope·(x − (1−σ)m)."""
-    mean, gain, noise = (1 - sigmas[0]) * m, 1.0, 0.0  # x = mean + gain·(deviation at the start) + independent noise of this variance
+    """(mean, variance) after every step, from the exact marginal of N(m, τ²) at sigmas[0];
+    v = E[ε − x0 | x] = −m + slope·(x − (1−σ)m).
+    """
+    # x = mean + gain·(deviation at the start) + independent noise of this variance
+    mean = (1 - sigmas[0]) * m
+    gain = 1.0
+    noise = 0.0
     start = exact_variance(sigmas[0], tau)
     clean_mean, clean_gain = 0.0, 0.0
     history = []
@@ -109,13 +116,17 @@ def test_cps_preserves_both_coefficients_when_the_velocity_is_known(sigma, there
     assert (a * sigma + b) ** 2 + s**2 == pytest.approx(there**2, rel=1e-13)
 
 
-@pytest.mark.parametrize(("dynamics", "g"), [("dance_sde", 0.7), ("flow_sde", 0.7 * math.sqrt(0.6 / 0.4)), ("wan_sde", 0.9 * 0.6)])
+@pytest.mark.parametrize(
+    ("dynamics", "g"), [("dance_sde", 0.7), ("flow_sde", 0.7 * math.sqrt(0.6 / 0.4)), ("wan_sde", 0.9 * 0.6)]
+)
 def test_euler_maruyama_leaves_the_noise_of_the_end_point_formula(dynamics, g):
     sigma, there = 0.6, 0.45
     coef = step_coefficients(dynamics, sigma, there, noise_level=0.7, sigma_max=0.9, dtype=torch.float64)
     a, b, s, dt = coef.x_coef.item(), coef.v_coef.item(), coef.std.item(), there - sigma
     assert a * (1 - sigma) - b == pytest.approx(1 - there, rel=0, abs=1e-14)
-    assert (a * sigma + b) ** 2 + s**2 == pytest.approx(there**2 + g**2 * dt**2 / sigma + g**4 * dt**2 / (4 * sigma**2), rel=1e-13)
+    assert (a * sigma + b) ** 2 + s**2 == pytest.approx(
+        there**2 + g**2 * dt**2 / sigma + g**4 * dt**2 / (4 * sigma**2), rel=1e-13
+    )
 
 
 @pytest.mark.parametrize("group", [2, 4, 12])

@@ -59,7 +59,9 @@ def test_float64_rows_follow_the_table_and_round_to_the_fp32_rows(dynamics):
     exact = step_coefficients(dynamics, here, there, noise_level=0.7, sigma_max=SIGMA_MAX, dtype=torch.float64)
     rounded = step_coefficients(dynamics, here, there, noise_level=0.7, sigma_max=SIGMA_MAX)
     for i, (sigma, sigma_next) in enumerate(LEVELS):
-        assert values(exact, i) == pytest.approx(expected_row(dynamics, sigma, sigma_next, 0.7, SIGMA_MAX), rel=1e-12, abs=1e-15)
+        assert values(exact, i) == pytest.approx(
+            expected_row(dynamics, sigma, sigma_next, 0.7, SIGMA_MAX), rel=1e-12, abs=1e-15
+        )
     assert_same_rows(StepCoefficients(*(getattr(exact, name).float() for name in FIELDS)), rounded)
 
 
@@ -73,16 +75,22 @@ def test_tensors_give_the_rows_of_their_elements_one_by_one(dynamics, levels, et
     here = torch.tensor([sigma for sigma, _ in levels], dtype=torch.float64)
     there = here * torch.tensor([share for _, share in levels], dtype=torch.float64)
     together = step_coefficients(dynamics, here, there, noise_level=eta, sigma_max=0.99)
-    alone = [step_coefficients(dynamics, h, t, noise_level=eta, sigma_max=0.99) for h, t in zip(here.tolist(), there.tolist(), strict=True)]
+    alone = [
+        step_coefficients(dynamics, h, t, noise_level=eta, sigma_max=0.99)
+        for h, t in zip(here.tolist(), there.tolist(), strict=True)
+    ]
     assert_same_rows(together, StepCoefficients.cat(alone))
     assert len(together) == len(levels)
 
 
 @pytest.mark.parametrize(
-    ("dynamics", "sigma_next", "eta"), [("flow_sde", 0.6, 0.0), ("dance_sde", 0.6, 0.0), ("cps", 0.6, 0.0), ("cps", 0.0, 0.7), ("ode", 0.6, 0.7)]
+    ("dynamics", "sigma_next", "eta"),
+    [("flow_sde", 0.6, 0.0), ("dance_sde", 0.6, 0.0), ("cps", 0.6, 0.0), ("cps", 0.0, 0.7), ("ode", 0.6, 0.7)],
 )
 def test_a_row_without_noise_is_the_euler_row(dynamics, sigma_next, eta):
-    a, b, c, s, kappa, log_norm = values(step_coefficients(dynamics, 0.8, sigma_next, noise_level=eta, sigma_max=SIGMA_MAX))
+    a, b, c, s, kappa, log_norm = values(
+        step_coefficients(dynamics, 0.8, sigma_next, noise_level=eta, sigma_max=SIGMA_MAX)
+    )
     assert (a, c, s, kappa, log_norm) == (1.0, 0.0, 0.0, 0.0, 0.0)
     assert b == pytest.approx(sigma_next - 0.8, rel=1.2e-7)
 
@@ -112,7 +120,9 @@ def test_unknown_dynamics_names_the_choices():
     assert all(name in str(error.value) for name in DYNAMICS)
 
 
-@pytest.mark.parametrize(("sigma", "sigma_next"), [(0.5, 0.5), (0.5, 0.6), (0.5, -0.1), (1.1, 0.5), (math.nan, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("sigma", "sigma_next"), [(0.5, 0.5), (0.5, 0.6), (0.5, -0.1), (1.1, 0.5), (math.nan, 0.5), (0.0, 0.0)]
+)
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 def test_levels_must_fall_inside_zero_and_one(dynamics, sigma, sigma_next):
     with pytest.raises(ValueError, match="sigma"):
@@ -152,14 +162,18 @@ def test_dpmpp_2m_rows_follow_the_midpoint_rule(before, sigma, there):
     lam_before, lam, lam_next = (math.log((1 - level) / level) for level in (before, sigma, there))
     dt = there - sigma
     c = (lam_next - lam) / (2 * (lam - lam_before)) * dt / sigma
-    assert values(dpmpp_2m_coefficients(before, sigma, there)) == pytest.approx((1 - c, dt + sigma * c, c, 0.0, 0.0, 0.0), rel=1.2e-7, abs=0)
+    assert values(dpmpp_2m_coefficients(before, sigma, there)) == pytest.approx(
+        (1 - c, dt + sigma * c, c, 0.0, 0.0, 0.0), rel=1.2e-7, abs=0
+    )
     exact = values(dpmpp_2m_coefficients(before, sigma, there, dtype=torch.float64))
     assert exact == pytest.approx((1 - c, dt + sigma * c, c, 0.0, 0.0, 0.0), rel=1e-12, abs=0)
 
 
 def test_dpmpp_2m_step_adds_the_difference_of_clean_estimates():
     x, v, previous = (randn(3, 63, seed=i) for i in range(3))
-    coef = dpmpp_2m_coefficients(*(torch.tensor(levels, dtype=torch.float64) for levels in ([0.9, 0.5, 0.2], [0.7, 0.4, 0.1], [0.3, 0.35, 0.08])))
+    coef = dpmpp_2m_coefficients(
+        *(torch.tensor(levels, dtype=torch.float64) for levels in ([0.9, 0.5, 0.2], [0.7, 0.4, 0.1], [0.3, 0.35, 0.08]))
+    )
     sigma, dt = torch.tensor([0.7, 0.4, 0.1]), torch.tensor([-0.4, -0.05, -0.02])
     c = coef.prev_coef.unsqueeze(1)
     expected = x + dt.unsqueeze(1) * v + c * (previous - clean_estimate(x, v, sigma))
@@ -176,7 +190,9 @@ def test_dpmpp_2m_is_euler_from_sigma_one_and_into_zero(before, sigma, there):
     assert_same_rows(coef, step_coefficients("ode", sigma, there))
 
 
-@pytest.mark.parametrize("levels", [(0.5, 0.5, 0.4), (0.4, 0.5, 0.3), (0.6, 0.5, 0.5), (0.6, 0.5, 0.7), (1.2, 0.5, 0.4)])
+@pytest.mark.parametrize(
+    "levels", [(0.5, 0.5, 0.4), (0.4, 0.5, 0.3), (0.6, 0.5, 0.5), (0.6, 0.5, 0.7), (1.2, 0.5, 0.4)]
+)
 def test_dpmpp_2m_levels_must_fall(levels):
     with pytest.raises(ValueError, match="sigma"):
         dpmpp_2m_coefficients(*levels)

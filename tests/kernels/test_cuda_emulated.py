@@ -1,6 +1,8 @@
-"""The CUDA kernels on the CPU: the sources that nvcc compiles, compiled by g++ and run with a fiber per thread (cuda_on_cpu/README.md says what that shows).
+"""The CUDA kernels on the CPU: the sources that nvcc compiles, compiled by g++ and run with a fiber per thread
+(cuda_on_cpu/README.md says what that shows).
 
-The tests of REUSED run here once more, on these kernels. What is written here is about parts of rows, passes, paths, threads, launches and traps.
+The tests of REUSED run here once more, on these kernels. What is written here is about parts of rows, passes, paths,
+threads, launches and traps.
 """
 
 import functools
@@ -13,20 +15,38 @@ import pytest
 import torch
 
 from cuda_on_cpu.emulator import CXX, FAIR, FLAGS, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
-from flowgrove_kernels import NoiseKey, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, libraries, native, philox_normal, use_backend
+from flowgrove_kernels import (
+    NoiseKey,
+    clean_estimate,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    libraries,
+    native,
+    philox_normal,
+    use_backend,
+)
 from kernel_cases import LOSS_MODES, loss_arguments, randn, rollout, stochastic_rows
 from layouts import one_element_off, rows_at_every_alignment, rows_in_wider_rows
 from op_calls import CLIP, assert_close, batch_of, different, every_op
 
 SMALL_CLUSTERS = (9, 232_448, 8)  # the capability, shared memory and cluster size of a device
-SOME_ROOM, LITTLE_ROOM = (9, 48_000, 16), (9, 20_000, 16)  # shared memory for some of what grpo_loss keeps, and for little or nothing
+# shared memory for some of what grpo_loss keeps, and for little or nothing
+SOME_ROOM = (9, 48_000, 16)
+LITTLE_ROOM = (9, 20_000, 16)
 DEVICES = {"sm_80": SM_80, "small clusters": SMALL_CLUSTERS, "some room": SOME_ROOM, "little room": LITTLE_ROOM}
 pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.usefixtures("backend")]
 
 
 def test_the_fibers_are_compiled_without_checked_jumps():
     """A compiler that fortifies by default, as some distributions' do, ended the first run of these tests there."""
-    macros = subprocess.run([str(CXX), "-O2", "-D_FORTIFY_SOURCE=2", *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True)
+    macros = subprocess.run(
+        [str(CXX), "-O2", "-D_FORTIFY_SOURCE=2", *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "_FORTIFY_SOURCE" not in macros.stdout
 
 
@@ -55,7 +75,11 @@ def reused(function, marks):
 
 every_backend = importlib.import_module("test_every_backend")
 for module, marks in REUSED.items():
-    found = {name: value for name, value in vars(importlib.import_module(module)).items() if name.startswith("test_") and callable(value)}
+    found = {
+        name: value
+        for name, value in vars(importlib.import_module(module)).items()
+        if name.startswith("test_") and callable(value)
+    }
     globals().update({f"{module}__{name}": reused(function, marks) for name, function in found.items()})
 
 
@@ -81,7 +105,10 @@ def device(backend):
     return "cpu"
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(3, torch.float32), (129, torch.bfloat16), (1032, torch.float16), (16_392, torch.bfloat16), (9001, torch.float32)])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(3, torch.float32), (129, torch.bfloat16), (1032, torch.float16), (16_392, torch.bfloat16), (9001, torch.float32)],
+)
 def test_results_are_as_exact_as_those_of_the_reference(size, dtype):
     for mode in every_backend.STEPS:
         every_backend.test_flow_step(size, dtype, mode, "cpu")
@@ -103,7 +130,9 @@ def test_results_are_as_close_to_those_of_the_reference_as_a_gpu_is_asked_for(si
 
 
 @pytest.mark.parametrize("name", DEVICES)
-@pytest.mark.parametrize("size", [129, 1032, 4104, 20_000, 66_000])  # 1, 1, 2, 5 and 16 parts; 540,672 elements make 17, more than a cluster has
+@pytest.mark.parametrize(
+    "size", [129, 1032, 4104, 20_000, 66_000]
+)  # 1, 1, 2, 5 and 16 parts; 540,672 elements make 17, more than a cluster has
 def test_every_device_gives_the_same_bits(size, name, emulator):
     """Clusters or a second kernel, residuals kept or computed again."""
     batch = batch_of(2, size, fanout=3, dtype=torch.bfloat16)
@@ -120,7 +149,11 @@ def test_every_device_gives_the_same_losses(size, mode, emulator):
 
     def results():
         out, *gradients = grpo_loss_and_grad(*positional, **options)
-        return dict(enumerate([*out, *gradients[: 2 if "guidance_scale" in mode else 1], grpo_loss(*positional, **options).loss]))
+        return dict(
+            enumerate(
+                [*out, *gradients[: 2 if "guidance_scale" in mode else 1], grpo_loss(*positional, **options).loss]
+            )
+        )
 
     expected = results()
     assert torch.equal(expected[0], expected[len(expected) - 1])
@@ -225,7 +258,9 @@ def unasked(emulator):
     return SM_90[0], SM_90[1] - 16 * next(FRESH), SM_90[2]
 
 
-@pytest.mark.parametrize("size", [66_000, 66_001])  # accesses of 16 bytes, and of one element as those of empty batches are
+@pytest.mark.parametrize(
+    "size", [66_000, 66_001]
+)  # accesses of 16 bytes, and of one element as those of empty batches are
 def test_an_empty_batch_first_leaves_one_pass_to_those_that_follow(size, unasked, emulator):
     batch, empty = batch_of(2, size), batch_of(2, size).rows([])
     expected = every_op(batch)
@@ -272,15 +307,21 @@ def test_a_question_that_the_runtime_does_not_answer_is_asked_again(question, un
 
 
 TRAPS = {
-    "NoiseKey.node holds a value outside [0, 2**32)": lambda b: philox_normal((4, 3), NoiseKey(1, 2, 3, 4, torch.tensor([0, 1, 2, 2**32]))),
+    "NoiseKey.node holds a value outside [0, 2**32)": lambda b: philox_normal(
+        (4, 3), NoiseKey(1, 2, 3, 4, torch.tensor([0, 1, 2, 2**32]))
+    ),
     "NoiseKey.parent holds a value outside [0, 2**32)": lambda b: flow_step(
         b.x, b.v, b.coef, key=NoiseKey(1, 2, 3, 4, 5, torch.tensor([0, 0, -1, 0])), fanout=2
     ),
     "NoiseKey.step must be below 2**31 - 1 for correlated siblings": lambda b: flow_step(
         b.x, b.v, b.coef, key=NoiseKey(1, 2, torch.full((4,), 2**31 - 1), 4, 5, 6), fanout=2, sibling_correlation=0.5
     ),
-    "these coefficients need history=, the previous clean estimate: prev_coef is not 0": lambda b: flow_step(b.x, b.v, b.multistep),
-    "child_offsets must rise from 0 to the number of rows of x_next": lambda b: flow_logprob(*b.steps, child_offsets=torch.tensor([0, 2**40, 4])),
+    "these coefficients need history=, the previous clean estimate: prev_coef is not 0": lambda b: flow_step(
+        b.x, b.v, b.multistep
+    ),
+    "child_offsets must rise from 0 to the number of rows of x_next": lambda b: flow_logprob(
+        *b.steps, child_offsets=torch.tensor([0, 2**40, 4])
+    ),
 }
 
 
@@ -299,7 +340,9 @@ def test_a_kernel_ends_with_the_line_that_the_reference_says(message, size, devi
 @pytest.mark.parametrize(("device", "blocks"), [(SM_80, 1), (SM_90, 5)])
 @pytest.mark.parametrize("message", TRAPS)
 def test_a_line_is_printed_at_most_once_a_block(message, device, blocks, order, emulator):
-    """Though a trap takes a while to reach the other threads. Where edges have keys of their own, one thread checks each."""
+    """Though a trap takes a while to reach the other threads.
+    Where edges have keys of their own, one thread checks each.
+    """
     batch = batch_of(2, 9000)
     before = emulator.library.emulated_lines()
     with emulator(device, order), pytest.raises(RuntimeError, match=re.escape(message)):

@@ -1,4 +1,5 @@
-"""The CUDA kernels on a GPU: against the reference and the emulated kernels (test_cuda_emulated.py), in graphs, on streams, without synchronisation.
+"""The CUDA kernels on a GPU: against the reference and the emulated kernels (test_cuda_emulated.py), in graphs, on
+streams, without synchronisation.
 
 Accuracy for every op, mode, dtype and size is in test_every_backend.py, which takes the GPU too where there is one.
 """
@@ -75,26 +76,40 @@ def test_results_are_those_of_the_reference(size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 63, 1032, 20_003, 66_000])
 def test_results_are_the_bits_of_the_emulated_kernels(size, dtype, kept, monkeypatch):
-    """Only exp is rounded elsewhere than in these sources: ratios and what follows from them may differ in their last bit."""
+    """Only exp is rounded elsewhere than in these sources:
+    ratios and what follows from them may differ in their last bit.
+    """
     batch = batch_of(2, size, fanout=3, dtype=dtype)
     found = {name: value.cpu() for name, value in every_op(on_gpu(batch)).items()}
     Emulator(compiled(kept))
     monkeypatch.setattr(native, "_ops", torch.ops.flowgrove_emulated)
     with use_backend("cpu"):
         emulated = every_op(batch)
-    rounded = {name for name in found if name.startswith(("density", "guard")) and name.split()[-1] not in ("logp", "kl", "clipped")}
+    rounded = {
+        name
+        for name in found
+        if name.startswith(("density", "guard")) and name.split()[-1] not in ("logp", "kl", "clipped")
+    }
     assert set(different(found, emulated)) <= rounded
     assert_close({name: found[name] for name in rounded}, {name: emulated[name] for name in rounded}, part=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", [transposed, every_second_row, rows_in_wider_rows, one_element_off, rows_at_every_alignment])
+@pytest.mark.parametrize(
+    "layout", [transposed, every_second_row, rows_in_wider_rows, one_element_off, rows_at_every_alignment]
+)
 @pytest.mark.parametrize("shape", [(63,), (3, 7, 5), (4, 258), (2, 8200)])
 def test_strided_and_unaligned_inputs_give_the_same_bits(shape, layout, dtype):
     if layout is transposed and len(shape) < 2:
         pytest.skip("one dimension has nothing to transpose")
     batch = gpu_batch(3, *shape, dtype=dtype)
-    strided = replace(batch, **{name: layout(getattr(batch, name).cpu()) for name in ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise")})
+    strided = replace(
+        batch,
+        **{
+            name: layout(getattr(batch, name).cpu())
+            for name in ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise")
+        },
+    )
     assert different(every_op(like(strided, batch)), every_op(batch)) == []
 
 
@@ -106,13 +121,21 @@ def like(strided, batch):
         start = value.data_ptr() % 16 // value.itemsize
         return storage[start:].as_strided(value.shape, value.stride()).copy_(value)
 
-    return replace(batch, **{name: moved(getattr(strided, name)) for name in ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise")})
+    return replace(
+        batch,
+        **{
+            name: moved(getattr(strided, name))
+            for name in ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise")
+        },
+    )
 
 
 # ---- the same bits in any batch and in every op ----
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(63, torch.bfloat16), (1031, torch.float32), (16_385, torch.bfloat16), (66_000, torch.float16)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(63, torch.bfloat16), (1031, torch.float32), (16_385, torch.bfloat16), (66_000, torch.float16)]
+)
 def test_a_row_has_the_same_bits_in_any_batch(size, dtype):
     batch = gpu_batch(5, size, fanout=3, dtype=dtype)
     together = every_op(batch)
@@ -141,7 +164,9 @@ def test_every_op_returns_the_log_probability_of_the_step(size):
 @pytest.mark.parametrize("children", [13, 70])
 @pytest.mark.parametrize("size", [1032, 66_000])
 def test_more_children_than_one_pass_takes(size, children, mode):
-    """12 edges a pass (4 under guard), 64 slopes in shared memory; the log-probabilities are those of the edges alone."""
+    """12 edges a pass (4 under guard), 64 slopes in shared memory;
+    the log-probabilities are those of the edges alone.
+    """
     case = rollout([children, 0, 3], (size,), dtype=torch.float32)
     positional, options, _ = moved(loss_arguments(case, **LOSS_MODES[mode]), "cuda")
     found = grpo_loss_and_grad(*positional, **options)
@@ -150,7 +175,9 @@ def test_more_children_than_one_pass_takes(size, children, mode):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-7)
     again = grpo_loss_and_grad(*positional, **options)
-    assert all(torch.equal(left, right) for left, right in zip((*found[0], found[1]), (*again[0], again[1]), strict=True))
+    assert all(
+        torch.equal(left, right) for left, right in zip((*found[0], found[1]), (*again[0], again[1]), strict=True)
+    )
     apart = positional[0][case.parent], positional[1][case.parent], positional[2], positional[3][case.parent]
     assert torch.equal(flow_logprob(*apart), found[0].logp) or mode == "guard, kl, guidance"
 
@@ -179,7 +206,13 @@ def test_a_captured_step_follows_its_key_and_coefficients():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for change in (lambda: None, lambda: key.node.add_(7), lambda: key.step.fill_(9), lambda: batch.coef.std.mul_(1.5), lambda: batch.x.mul_(0.5)):
+    for change in (
+        lambda: None,
+        lambda: key.node.add_(7),
+        lambda: key.step.fill_(9),
+        lambda: batch.coef.std.mul_(1.5),
+        lambda: batch.x.mul_(0.5),
+    ):
         change()
         graph.replay()
         assert all(torch.equal(left, right) for left, right in zip(captured, step(), strict=True))
@@ -189,7 +222,9 @@ def test_a_captured_loss_follows_its_inputs():
     batch = gpu_batch(4, LATENT, fanout=2, dtype=torch.bfloat16)
 
     def loss():
-        out, *gradients = grpo_loss_and_grad(*batch.steps, *batch.scores, clip_range=CLIP, fanout=2, v_ref=batch.v_ref, kl_weight=0.1, **batch.guidance)
+        out, *gradients = grpo_loss_and_grad(
+            *batch.steps, *batch.scores, clip_range=CLIP, fanout=2, v_ref=batch.v_ref, kl_weight=0.1, **batch.guidance
+        )
         return [*out, *gradients]
 
     loss()
@@ -224,7 +259,13 @@ def test_ops_run_on_the_device_of_their_tensors():
     found = every_op(there)
     assert torch.cuda.current_device() == 0
     assert all(value.device.index == 1 for value in found.values())
-    assert different({name: value.cpu() for name, value in found.items()}, {name: value.cpu() for name, value in every_op(on_gpu(batch)).items()}) == []
+    assert (
+        different(
+            {name: value.cpu() for name, value in found.items()},
+            {name: value.cpu() for name, value in every_op(on_gpu(batch)).items()},
+        )
+        == []
+    )
 
 
 def test_no_call_synchronises():
@@ -238,7 +279,9 @@ def test_no_call_synchronises():
         flow_step(batch.x, batch.v, batch.multistep, key=key, fanout=2, history=batch.history, sibling_correlation=0.1)
         flow_logprob(*batch.steps, fanout=2)
         v = batch.v.detach().requires_grad_()
-        grpo_loss(batch.x, v, *batch.steps[2:], *batch.scores, clip_range=CLIP, fanout=2, ratio="guard", key=key).loss.backward()
+        grpo_loss(
+            batch.x, v, *batch.steps[2:], *batch.scores, clip_range=CLIP, fanout=2, ratio="guard", key=key
+        ).loss.backward()
         flow_logprob(batch.x, v, *batch.steps[2:], fanout=2).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -251,7 +294,10 @@ def kernels(function):
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
-    events = sorted((e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA), key=lambda e: e.time_range.start)
+    events = sorted(
+        (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda e: e.time_range.start,
+    )
     return [e.name for e in events if "sync" not in e.name.lower()]
 
 
@@ -292,10 +338,16 @@ with use_backend("{backend}"):
     torch.cuda.synchronize()
 """
 MISTAKES = {
-    "NoiseKey.node holds a value outside [0, 2**32)": "flow_step(x, x, coef, key=NoiseKey(1, 2, 3, 4, torch.tensor([0, 1, 2, -1], device='cuda')))",
-    "NoiseKey.step must be below 2**31 - 1": "flow_step(x, x, coef, sibling_correlation=0.5, key=NoiseKey(1, 2, x[:, 0].long() + 2**31 - 1, 4, 0, 0))",
+    "NoiseKey.node holds a value outside [0, 2**32)": (
+        "flow_step(x, x, coef, key=NoiseKey(1, 2, 3, 4, torch.tensor([0, 1, 2, -1], device='cuda')))"
+    ),
+    "NoiseKey.step must be below 2**31 - 1": (
+        "flow_step(x, x, coef, sibling_correlation=0.5, key=NoiseKey(1, 2, x[:, 0].long() + 2**31 - 1, 4, 0, 0))"
+    ),
     "prev_coef is not 0": "coef.prev_coef.fill_(1); flow_step(x, x, coef)",
-    "child_offsets must rise from 0": "flow_logprob(x, x, x, coef, child_offsets=torch.tensor([0, 1, 2**40, 3, 4], device='cuda'))",
+    "child_offsets must rise from 0": (
+        "flow_logprob(x, x, x, coef, child_offsets=torch.tensor([0, 1, 2**40, 3, 4], device='cuda'))"
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The CUDA sources compile for every architecture we ship, without a GPU: registers, spills, 16-byte accesses, device headers free of torch."""
+"""The CUDA sources compile for every architecture we ship, without a GPU:
+registers, spills, 16-byte accesses, device headers free of torch.
+"""
 
 import os
 import re
@@ -16,8 +18,14 @@ SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 HEADERS = sorted((CSRC / "cuda").glob("*.cuh"))
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", f"-I{CSRC}")
-TORCH = (f"-I{Path(torch.__file__).parent / 'include'}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--expt-relaxed-constexpr")
-# A thread's registers where blocks of 256 threads fill the 65,536 of a multiprocessor: four blocks, two without 16-byte accesses.
+TORCH = (
+    f"-I{Path(torch.__file__).parent / 'include'}",
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "--expt-relaxed-constexpr",
+)
+# A thread's registers where blocks of 256 threads fill the 65,536 of a multiprocessor: four blocks, two without 16-byte
+# accesses.
 REGISTERS, REGISTERS_UNALIGNED = 64, 128
 # Kernels that stream rows through registers, and which of their accesses are 16 bytes wide.
 READ, WRITE = "ld.global.nc.v4.u32", "st.global.v4.u32"
@@ -41,7 +49,9 @@ def find_nvcc() -> str | None:
 
 
 NVCC = find_nvcc()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed (looked at CUDA_HOME, /usr/local/cuda and PATH)")
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="nvcc is not installed (looked at CUDA_HOME, /usr/local/cuda and PATH)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,10 @@ def resources(source: Path, folder: Path) -> tuple[Resources, ...]:
     """Compiles one source for all architectures; what ptxas says of each kernel."""
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
     said = nvcc("-c", "-Xptxas=-v", *targets, *TORCH, str(source), "-o", str(folder / f"{source.stem}.o"))
-    pattern = r"entry function '(\w+)' for 'sm_(\w+)'\n.*\n +(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
+    pattern = (
+        r"entry function '(\w+)' for 'sm_(\w+)'\n.*\n"
+        r" +(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers"
+    )
     return tuple(
         Resources(kernel, architecture, int(registers), int(stack), int(stores) + int(loads))
         for kernel, architecture, stack, stores, loads, registers in re.findall(pattern, said)
@@ -98,7 +111,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "source",
-    [pytest.param(path, id=path.name, marks=() if path.stem in ("flow_step", "grpo_loss") else pytest.mark.long) for path in SOURCES],
+    [
+        pytest.param(path, id=path.name, marks=() if path.stem in ("flow_step", "grpo_loss") else pytest.mark.long)
+        for path in SOURCES
+    ],
 )
 def test_kernels_compile_without_spills_for_several_blocks_a_multiprocessor(source, folder):
     kernels = resources(source, folder)

@@ -1,4 +1,6 @@
-"""Every fused backend against the reference in float64: its error is at most twice that of the reference in fp32, for every op, mode, dtype and size."""
+"""Every fused backend against the reference in float64: its error is at most twice that of the reference in fp32, for
+every op, mode, dtype and size.
+"""
 
 import math
 import os
@@ -22,7 +24,18 @@ from flowgrove_kernels import (
     use_backend,
 )
 from flowgrove_kernels.backends import takes
-from kernel_cases import CLIP_HIGH, CLIP_LOW, LOSS_MODES, loss_arguments, naive_loss, normal_reference, randn, rollout, row, stochastic_rows
+from kernel_cases import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    LOSS_MODES,
+    loss_arguments,
+    naive_loss,
+    normal_reference,
+    randn,
+    rollout,
+    row,
+    stochastic_rows,
+)
 from op_calls import moved
 
 FUSED = [  # (backend, device of the tensors)
@@ -34,7 +47,9 @@ FUSED = [  # (backend, device of the tensors)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [(size, dtype) for size in (1, 3, 63, 129, 1031) for dtype in (F32, BF16, F16)]
 CASES += [(1024, F32), (1024, BF16), (16_384, F32), (16_384, F16), (40_007, F32), (40_007, BF16), (40_007, F16)]
-SIZES_AND_DTYPES = [pytest.param(size, dtype, id=f"{size}-{str(dtype).removeprefix('torch.')}") for size, dtype in CASES]
+SIZES_AND_DTYPES = [
+    pytest.param(size, dtype, id=f"{size}-{str(dtype).removeprefix('torch.')}") for size, dtype in CASES
+]
 RHO = 1 / 17
 
 
@@ -63,7 +78,9 @@ def single(value):
 
 
 def assert_as_exact_as_the_reference(ours, eager, exact, eager_exact=None) -> None:
-    """max|ours − exact| ≤ 2·max|eager − exact| + 1e-6·max|exact|, and one rounding where ours is half precision; row by row where rows are long."""
+    """max|ours − exact| ≤ 2·max|eager − exact| + 1e-6·max|exact|, and one rounding where ours is half precision;
+    row by row where rows are long.
+    """
     ours = ours.cpu()
     assert ours.shape == exact.shape
     rows = exact.ndim > 1 and exact.shape[1] >= 63
@@ -77,7 +94,9 @@ def assert_as_exact_as_the_reference(ours, eager, exact, eager_exact=None) -> No
         allowed = allowed + info.eps / 2 * exact.abs().clamp(min=info.tiny)
     error = (ours.double() - exact).abs()
     worst = (error - allowed).argmax()
-    assert (error <= allowed).all(), f"error {error.flatten()[worst].item():.3g}, allowed {allowed.expand_as(error).flatten()[worst].item():.3g}"
+    assert (error <= allowed).all(), (
+        f"error {error.flatten()[worst].item():.3g}, allowed {allowed.expand_as(error).flatten()[worst].item():.3g}"
+    )
 
 
 STEPS = {
@@ -109,7 +128,10 @@ def step_case(mode: str, size: int, dtype: torch.dtype):
     if wanted["noise"]:
         ours["noise"] = exact["noise"] = randn(edges, size, seed=5)
     if wanted["key"]:
-        ours |= {"key": NoiseKey(2**32 - 1, 2, 3, 4, torch.arange(edges), torch.arange(edges) // fanout), "sibling_correlation": wanted["rho"]}
+        ours |= {
+            "key": NoiseKey(2**32 - 1, 2, 3, 4, torch.arange(edges), torch.arange(edges) // fanout),
+            "sibling_correlation": wanted["rho"],
+        }
         own = normal_reference([(2**32 - 1, 2, 3, 4, e) for e in range(edges)], size)
         shared = normal_reference([(2**32 - 1, 2, 3 + 2**31, 4, e // fanout) for e in range(edges)], size)
         exact["noise"] = torch.from_numpy(math.sqrt(1 - wanted["rho"]) * own + math.sqrt(wanted["rho"]) * shared)
@@ -147,7 +169,14 @@ def trees(size):
 
 
 def exact_case(case):
-    return replace(case, **{f.name: double(getattr(case, f.name)) for f in fields(case) if isinstance(getattr(case, f.name), torch.Tensor)})
+    return replace(
+        case,
+        **{
+            f.name: double(getattr(case, f.name))
+            for f in fields(case)
+            if isinstance(getattr(case, f.name), torch.Tensor)
+        },
+    )
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -161,7 +190,9 @@ def test_flow_logprob_and_its_gradient(size, dtype, kind, guided, device):
     def run(change):
         v, *u = (change(t).detach().requires_grad_() for t in velocities)
         options = {"v_uncond": u[0], "guidance_scale": 3.7} if guided else {}
-        logp = flow_logprob(change(case.x), v, change(case.x_next), change(case.coef), **change(case.children), **options)
+        logp = flow_logprob(
+            change(case.x), v, change(case.x_next), change(case.coef), **change(case.children), **options
+        )
         return [logp.detach(), *torch.autograd.grad(logp, [v, *u], change(upstream))]
 
     ours = run(lambda value: moved(value, device))
@@ -173,9 +204,14 @@ def test_flow_logprob_and_its_gradient(size, dtype, kind, guided, device):
 
 
 @pytest.mark.parametrize("mode", LOSS_MODES)
-@pytest.mark.parametrize(("size", "dtype", "kind"), [(*case, kind) for case in CASES for kind in ((0, 1) if case[0] in (63, 40_007) else (1,))])
+@pytest.mark.parametrize(
+    ("size", "dtype", "kind"),
+    [(*case, kind) for case in CASES for kind in ((0, 1) if case[0] in (63, 40_007) else (1,))],
+)
 def test_grpo_loss_and_its_gradients(size, dtype, kind, mode, device):
-    """The single pass and autograd give the same gradient; scaled by 3 from above, it is that of the float64 formulas (MATH §3)."""
+    """The single pass and autograd give the same gradient;
+    scaled by 3 from above, it is that of the float64 formulas (MATH §3).
+    """
     case = tree(trees(size)[kind], size, dtype)
     positional, options, naive = loss_arguments(case, **LOSS_MODES[mode])
     guided = options["v_uncond"] is not None
@@ -186,7 +222,12 @@ def test_grpo_loss_and_its_gradients(size, dtype, kind, mode, device):
         out = grpo_loss(*arguments, **keywords)
         gradients = torch.autograd.grad(3 * out.loss, [v, u] if guided else [v])
         single_pass = grpo_loss_and_grad(*arguments, **keywords)
-        return out, gradients, single_pass, torch.autograd.grad(grpo_loss(*arguments, **keywords).loss, [v, u] if guided else [v])
+        return (
+            out,
+            gradients,
+            single_pass,
+            torch.autograd.grad(grpo_loss(*arguments, **keywords).loss, [v, u] if guided else [v]),
+        )
 
     out, gradients, (again, *in_one_pass), plain = run(lambda value: moved(value, device))
     assert all(torch.equal(left, right) for left, right in zip(out, again, strict=True))
@@ -216,9 +257,16 @@ def test_clean_estimate(size, dtype, guided, device):
 
 @pytest.mark.parametrize("size", [1, 3, 63, 129, 1024, 1031, 40_007])
 def test_noise(size, device):
-    """MATH §2: Philox's integers are bit-equal (or normals would differ wholly), the normals of them within 1e-6·max(1, |z|)."""
+    """MATH §2: Philox's integers are bit-equal (or normals would differ wholly),
+    the normals of them within 1e-6·max(1, |z|).
+    """
     word = 2**32 - 1
-    rows = [(0, 0, 0, 0, 0), (word, word, word, word, word), (word, 7, INITIAL_STEP, 250_000, 0), (3, word, 2**31 - 2, 0, word)]
+    rows = [
+        (0, 0, 0, 0, 0),
+        (word, word, word, word, word),
+        (word, 7, INITIAL_STEP, 250_000, 0),
+        (3, word, 2**31 - 2, 0, word),
+    ]
     key = NoiseKey(*torch.tensor(rows).T)
     ours = philox_normal((4, size), moved(key, device), device=device).cpu()
     expected = torch.from_numpy(normal_reference(rows, size))
@@ -232,7 +280,8 @@ def test_noise(size, device):
 def test_every_half_precision_number_is_read_exactly(dtype, device):
     """Subnormals, infinities and NaN too: x̂0 = 0 − (−1)·v."""
     v = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(8, -1)
-    if dtype == BF16 and os.environ.get("TRITON_INTERPRET") == "1":  # Triton's interpreter (3.9) reads bf16 subnormals wrongly, a GPU does not
+    # Triton's interpreter (3.9) reads bf16 subnormals wrongly, a GPU does not
+    if dtype == BF16 and os.environ.get("TRITON_INTERPRET") == "1":
         v = torch.where(v.abs() < torch.finfo(dtype).tiny, 0.0, v)
     read = clean_estimate(torch.zeros(v.shape, device=device), v.to(device), -1.0).cpu()
     assert numpy.array_equal(read.numpy(), v.float().numpy(), equal_nan=True)
@@ -240,12 +289,25 @@ def test_every_half_precision_number_is_read_exactly(dtype, device):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_gradients_are_rounded_to_the_nearest_half_precision_number(dtype, device):
-    """With x = v = 0, b = 1 and κ = D/2 the gradient of logp is x' itself, for numbers on, between and beside those of the dtype."""
+    """With x = v = 0, b = 1 and κ = D/2 the gradient of logp is x' itself, for numbers on,
+    between and beside those of the dtype.
+    """
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
     values = values[values.isfinite()].sort().values
     between = (values[1:].double() + values[:-1].double()).div(2).float()
-    beyond = torch.tensor([torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps * part) for part in (0.2, 0.26, 1.0)]).clamp(max=torch.finfo(F32).max)
-    numbers = torch.cat([values, between, between.nextafter(torch.tensor(1e38)), between.nextafter(torch.tensor(-1e38)), beyond, -beyond])
+    beyond = torch.tensor(
+        [torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps * part) for part in (0.2, 0.26, 1.0)]
+    ).clamp(max=torch.finfo(F32).max)
+    numbers = torch.cat(
+        [
+            values,
+            between,
+            between.nextafter(torch.tensor(1e38)),
+            between.nextafter(torch.tensor(-1e38)),
+            beyond,
+            -beyond,
+        ]
+    )
     numbers = numbers[numbers.abs() >= torch.finfo(F32).tiny]
     x_next = numbers[: len(numbers) // 2 * 2].view(2, -1)
     size = x_next.shape[1]

@@ -21,7 +21,13 @@ VECTORS = (  # Random123's known answers for philox4x32-10: counter, key, words
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 )
-ROWS = [(0, 0, 0, 0, 0), (1, 2, 3, 4, 5), (WORD, 7, 2**31 - 2, WORD, 11), (42, WORD, INITIAL_STEP, 0, WORD), (123456789, 9, 19, 250_000, 16_383)]
+ROWS = [
+    (0, 0, 0, 0, 0),
+    (1, 2, 3, 4, 5),
+    (WORD, 7, 2**31 - 2, WORD, 11),
+    (42, WORD, INITIAL_STEP, 0, WORD),
+    (123456789, 9, 19, 250_000, 16_383),
+]
 
 
 def key_of(rows):
@@ -37,14 +43,17 @@ def tree_key(parents, fanout, **words):
 def noise_of_step(key, parents, fanout, elements, correlation):
     """z itself: x' of a step with μ = 0 and s = 1."""
     zeros = torch.zeros(parents, elements)
-    return flow_step(zeros, zeros, row(0, 0, 0, 1, 0.5, 0)[[0] * parents], key=key, fanout=fanout, sibling_correlation=correlation)[0]
+    return flow_step(
+        zeros, zeros, row(0, 0, 0, 1, 0.5, 0)[[0] * parents], key=key, fanout=fanout, sibling_correlation=correlation
+    )[0]
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
 def test_words_are_those_of_random123(counter, key, words):
     ours = philox_words(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
     assert tuple(word.item() for word in ours) == words
-    assert tuple(int(word) for word in philox_reference(counter, key)) == words  # the reference of the tests below is itself checked
+    # the reference of the tests below is itself checked
+    assert tuple(int(word) for word in philox_reference(counter, key)) == words
 
 
 def test_first_normals_of_the_zero_key_come_from_the_known_answer():
@@ -90,7 +99,9 @@ def test_elements_follow_the_contiguous_sample():
 def test_every_word_of_the_key_gives_another_stream(field):
     words = dict(zip(FIELDS, (1, 2, 3, 4, 5), strict=True))
     size = 20_000
-    streams = torch.cat([philox_normal((1, size), NoiseKey(**words | {field: words[field] + i})) for i in range(4)]).double()
+    streams = torch.cat(
+        [philox_normal((1, size), NoiseKey(**words | {field: words[field] + i})) for i in range(4)]
+    ).double()
     correlation = torch.corrcoef(streams) - torch.eye(4, dtype=torch.float64)
     assert correlation.abs().max() < 4.5 / math.sqrt(size)
 
@@ -155,7 +166,9 @@ def test_words_outside_32_bits_are_errors(field, value):
 
 
 @pytest.mark.parametrize("field", [*FIELDS, "parent"])
-@pytest.mark.parametrize("value", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros(2)])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros(2)]
+)
 def test_key_tensors_are_int64_with_one_value_per_row(field, value):
     with pytest.raises(ValueError, match=field):
         philox_normal((2, 3), NoiseKey(**dict.fromkeys((*FIELDS, "parent"), 1) | {field: value}))

@@ -1,4 +1,6 @@
-"""Results are the same bits in any batch, from run to run and in every op that computes them (MATH §3 (a), DESIGN §3.1)."""
+"""Results are the same bits in any batch, from run to run and in every op that computes them
+(MATH §3 (a), DESIGN §3.1).
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIVE = ([0], [3], [4, 2, 0, 1, 3], [1, 1, 4])
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (63, torch.bfloat16), *((1031, dtype) for dtype in DTYPES), (16_385, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(1, torch.float32), (63, torch.bfloat16), *((1031, dtype) for dtype in DTYPES), (16_385, torch.bfloat16)],
+)
 def test_a_row_alone_permuted_or_repeated_has_the_bits_it_has_in_a_batch_of_five(size, dtype):
     batch = batch_of(5, size, fanout=3, dtype=dtype)
     together = every_op(batch)
@@ -52,7 +57,12 @@ def test_ops_called_from_several_threads_at_once_do_not_meet():
 def test_a_broken_row_leaves_the_others_alone(value, size):
     """A NaN or an infinity in everything that row 2 holds."""
     batch, others = batch_of(5, size), [0, 1, 3, 4]
-    broken = replace(batch, **{name: getattr(batch, name).clone() for name in ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise")})
+    broken = replace(
+        batch,
+        **{
+            name: getattr(batch, name).clone() for name in ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise")
+        },
+    )
     for name in ("x", "v", "v_uncond", "v_ref", "history"):
         getattr(broken, name)[2] = value
     for name in ("x_next", "noise"):
@@ -60,7 +70,9 @@ def test_a_broken_row_leaves_the_others_alone(value, size):
     found = every_op(broken)
     assert different(rows_of(found, others, 2), rows_of(every_op(batch), others, 2)) == []
     mine = rows_of(found, [2], 2)
-    assert not any(torch.isfinite(mine[name]).any() for name in ("estimate", "given x_next", "given logp", "logp", "density kl"))
+    assert not any(
+        torch.isfinite(mine[name]).any() for name in ("estimate", "given x_next", "given logp", "logp", "density kl")
+    )
     if value != value:  # noqa: PLR0124 (NaN)
         assert all(torch.isnan(found[name]) for name in ("density loss", "guard loss"))
 
@@ -70,7 +82,9 @@ def test_a_broken_row_leaves_the_others_alone(value, size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [16_384, 20_003])
 def test_long_rows_have_the_log_probability_that_their_step_returned(size, dtype, guided, layout):
-    """For fanout, for CSR offsets with childless parents, and for one row with all children of a batch of equal rows."""
+    """For fanout, for CSR offsets with childless parents,
+    and for one row with all children of a batch of equal rows.
+    """
     x, v, u = (randn(3, size, seed=i) for i in range(3))
     v, u, coef = v.to(dtype), u.to(dtype), stochastic_rows(3)
     if layout == "strided":
@@ -94,5 +108,7 @@ def test_a_hundred_children_of_one_row_have_the_bits_they_have_apart():
     apart = flow_logprob(x.expand(100, 129), v.expand(100, 129), x_next, coef[[0] * 100])
     assert torch.equal(flow_logprob(x, v, x_next, coef, fanout=100), logp)
     assert torch.equal(apart, logp)
-    many = flow_logprob(x.expand(3, 129), v.expand(3, 129), x_next, coef[[0] * 3], child_offsets=torch.tensor([0, 0, 100, 100]))
+    many = flow_logprob(
+        x.expand(3, 129), v.expand(3, 129), x_next, coef[[0] * 3], child_offsets=torch.tensor([0, 0, 100, 100])
+    )
     assert torch.equal(many, logp)

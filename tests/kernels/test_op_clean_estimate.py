@@ -20,7 +20,9 @@ def test_clean_estimate_is_x_minus_sigma_v(shape, dtype):
     assert estimate.shape == x.shape
     torch.testing.assert_close(estimate.double(), x - pad(SIGMA, x.double()) * v.double(), rtol=0, atol=1e-6)
     guided = clean_estimate(x, v, 0.7, v_uncond=u, guidance_scale=3.0)
-    torch.testing.assert_close(guided.double(), x - 0.7 * (u.double() + 3 * (v.double() - u.double())), rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        guided.double(), x - 0.7 * (u.double() + 3 * (v.double() - u.double())), rtol=0, atol=5e-6
+    )
     for p in range(3):
         assert torch.equal(clean_estimate(x[p : p + 1], v[p : p + 1], SIGMA[p : p + 1])[0], estimate[p])
     wide = torch.stack([v, u], dim=-1)[..., 0]
@@ -29,7 +31,9 @@ def test_clean_estimate_is_x_minus_sigma_v(shape, dtype):
 
 def test_clean_estimate_gradcheck_and_empty_batch():
     x, v, u = (randn(3, 5, seed=i, dtype=torch.float64).requires_grad_() for i in range(3))
-    assert torch.autograd.gradcheck(lambda x, v, u: clean_estimate(x, v, SIGMA.double(), v_uncond=u, guidance_scale=2.5), (x, v, u))
+    assert torch.autograd.gradcheck(
+        lambda x, v, u: clean_estimate(x, v, SIGMA.double(), v_uncond=u, guidance_scale=2.5), (x, v, u)
+    )
     assert torch.autograd.gradcheck(lambda x, v: clean_estimate(x, v, 0.4), (x, v))
     assert clean_estimate(torch.zeros(0, 4, 3), torch.zeros(0, 4, 3), torch.zeros(0)).shape == (0, 4, 3)
 

@@ -1,9 +1,19 @@
-"""Where an op is called does not change what it returns: autocast, no_grad, inference_mode, torch.compile, threads, the choice of a backend."""
+"""Where an op is called does not change what it returns:
+autocast, no_grad, inference_mode, torch.compile, threads, the choice of a backend.
+"""
 
 import pytest
 import torch
 
-from flowgrove_kernels import available_backends, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, use_backend
+from flowgrove_kernels import (
+    available_backends,
+    clean_estimate,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    use_backend,
+)
 from flowgrove_kernels.backends import automatic, implementation, takes
 from kernel_cases import randn
 from op_calls import CLIP, batch_of, different, every_loss, every_op, every_step
@@ -21,12 +31,16 @@ def test_autocast_changes_nothing(dtype, autocast_dtype):
     with torch.autocast("cpu", dtype=autocast_dtype):
         found = every_op(batch)
     assert different(found, expected) == []
-    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in expected.items()}
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in expected.items()
+    }
 
 
 @pytest.mark.usefixtures("backend")
 def test_training_a_layer_under_autocast():
-    """v leaves a linear layer as bf16; weights, fp32, get the gradient that the op gives outside autocast for the same v."""
+    """v leaves a linear layer as bf16; weights, fp32,
+    get the gradient that the op gives outside autocast for the same v.
+    """
     batch, layer = batch_of(3, 4, 32), torch.nn.Linear(32, 32)
     with torch.no_grad():
         layer.weight.copy_(randn(32, 32, seed=1) / 32**0.5)
@@ -72,7 +86,15 @@ LEAVES = ("x", "v", "v_uncond", "v_ref", "history", "x_next", "noise", "sigma", 
 
 @pytest.mark.usefixtures("backend")
 def test_flow_step_is_not_differentiable_whatever_requires_a_gradient(wanting):
-    outputs = flow_step(wanting.x, wanting.v, wanting.multistep, noise=wanting.noise, history=wanting.history, fanout=2, **wanting.guidance)
+    outputs = flow_step(
+        wanting.x,
+        wanting.v,
+        wanting.multistep,
+        noise=wanting.noise,
+        history=wanting.history,
+        fanout=2,
+        **wanting.guidance,
+    )
     assert torch.equal(outputs[0], every_step(batch_of(3, 63))["given x_next"])
     assert [t.requires_grad for t in outputs] == [False, False]
 
@@ -118,23 +140,44 @@ def every_call(velocities, batch):
     steps = (batch.x_next, batch.coef)
     logp = call(flow_logprob, *steps, fanout=2)
     density = call(grpo_loss, *steps, *batch.scores, clip_range=CLIP, v_ref=batch.v_ref, kl_weight=0.3, fanout=2)
-    guard = call(grpo_loss, *steps, *batch.scores, clip_range=CLIP, ratio="guard", key=batch.key, sibling_correlation=0.1, fanout=2)
+    guard = call(
+        grpo_loss,
+        *steps,
+        *batch.scores,
+        clip_range=CLIP,
+        ratio="guard",
+        key=batch.key,
+        sibling_correlation=0.1,
+        fanout=2,
+    )
     estimate = call(clean_estimate, batch.sigma)
-    single_pass, *grads = grpo_loss_and_grad(*batch.steps, None, *batch.scores[1:], clip_range=CLIP, fanout=2, **batch.guidance)
-    return [logp, density.loss, guard.loss, estimate], [*density[1:], *guard[1:], *single_pass, *grads, *every_step(batch).values()]
+    single_pass, *grads = grpo_loss_and_grad(
+        *batch.steps, None, *batch.scores[1:], clip_range=CLIP, fanout=2, **batch.guidance
+    )
+    return [logp, density.loss, guard.loss, estimate], [
+        *density[1:],
+        *guard[1:],
+        *single_pass,
+        *grads,
+        *every_step(batch).values(),
+    ]
 
 
 def with_gradients(function, batch):
     velocities = [(batch.v.clone().requires_grad_(), batch.v_uncond.clone().requires_grad_()) for _ in range(4)]
     differentiable, others = function(velocities, batch)
-    gradients = torch.autograd.grad(differentiable, [t for pair in velocities for t in pair], [torch.full_like(t, 3.0) for t in differentiable])
+    gradients = torch.autograd.grad(
+        differentiable, [t for pair in velocities for t in pair], [torch.full_like(t, 3.0) for t in differentiable]
+    )
     return [*differentiable, *others, *gradients]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_calls_equal_eager_ones(compiler):
-    """Every op, forward and backward, in one graph for all backends: an op chooses its backend when it runs. A second size makes sizes vary."""
+    """Every op, forward and backward, in one graph for all backends: an op chooses its backend when it runs.
+    A second size makes sizes vary.
+    """
     compiled = torch.compile(every_call, fullgraph=True, backend=compiler)
     results = {}
     for rows, size in ((3, 129), (5, 1031)):
@@ -142,15 +185,20 @@ def test_compiled_calls_equal_eager_ones(compiler):
         for name in [name for name in available_backends() if takes(name, "cpu")]:
             with use_backend(name):
                 results[name], expected = with_gradients(compiled, batch), with_gradients(every_call, batch)
-            assert [i for i, pair in enumerate(zip(results[name], expected, strict=True)) if not torch.equal(*pair)] == []
-    assert all(not torch.equal(results[name][0], results["reference"][0]) for name in results if name != "reference")  # the choice was followed
+            assert [
+                i for i, pair in enumerate(zip(results[name], expected, strict=True)) if not torch.equal(*pair)
+            ] == []
+    # the choice was followed
+    assert all(not torch.equal(results[name][0], results["reference"][0]) for name in results if name != "reference")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor_around_one_call():
     batch = batch_of(3, 129)
     compiled = torch.compile(flow_step, fullgraph=True, backend="inductor")
-    ours, expected = (function(batch.x, batch.v, batch.coef, noise=batch.noise, fanout=2) for function in (compiled, flow_step))
+    ours, expected = (
+        function(batch.x, batch.v, batch.coef, noise=batch.noise, fanout=2) for function in (compiled, flow_step)
+    )
     assert all(torch.equal(left, right) for left, right in zip(ours, expected, strict=True))
 
 

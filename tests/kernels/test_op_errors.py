@@ -1,11 +1,22 @@
-"""What only the values of tensors show is an error on every backend too, and names the argument; wrong shapes and dtypes leave no trace behind."""
+"""What only the values of tensors show is an error on every backend too, and names the argument; wrong shapes and
+dtypes leave no trace behind.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flowgrove_kernels import INITIAL_STEP, NoiseKey, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, philox_normal
+from flowgrove_kernels import (
+    INITIAL_STEP,
+    NoiseKey,
+    clean_estimate,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    philox_normal,
+)
 from kernel_cases import stochastic_rows
 from op_calls import CLIP, batch_of
 
@@ -16,8 +27,12 @@ WORDS = ("seed", "iteration", "step", "prompt", "node", "parent")
 CALLS = {  # the four ops that draw noise
     "philox_normal": lambda key, rho: philox_normal((4, 3, 5), key),
     "flow_step": lambda key, rho: flow_step(B.x, B.v, B.coef, key=key, sibling_correlation=rho),
-    "grpo_loss": lambda key, rho: grpo_loss(*B.steps, *B.scores, clip_range=CLIP, ratio="guard", key=key, sibling_correlation=rho),
-    "grpo_loss_and_grad": lambda key, rho: grpo_loss_and_grad(*B.steps, *B.scores, clip_range=CLIP, ratio="guard", key=key, sibling_correlation=rho),
+    "grpo_loss": lambda key, rho: grpo_loss(
+        *B.steps, *B.scores, clip_range=CLIP, ratio="guard", key=key, sibling_correlation=rho
+    ),
+    "grpo_loss_and_grad": lambda key, rho: grpo_loss_and_grad(
+        *B.steps, *B.scores, clip_range=CLIP, ratio="guard", key=key, sibling_correlation=rho
+    ),
 }
 
 
@@ -58,7 +73,18 @@ def test_multistep_rows_need_their_history(value):
         flow_step(B.x, B.v, coef)
 
 
-@pytest.mark.parametrize("offsets", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [1, 1, 2, 3, 4], [0, 2, 1, 3, 4], [0, 5, 5, 5, 4], [0, -1, 2, 3, 4], [4, 3, 2, 1, 0]])
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [0, 1, 2, 3, 3],
+        [0, 1, 2, 3, 5],
+        [1, 1, 2, 3, 4],
+        [0, 2, 1, 3, 4],
+        [0, 5, 5, 5, 4],
+        [0, -1, 2, 3, 4],
+        [4, 3, 2, 1, 0],
+    ],
+)
 @pytest.mark.parametrize("function", [flow_logprob, grpo_loss, grpo_loss_and_grad])
 def test_child_offsets_rise_from_zero_to_the_number_of_edges(function, offsets):
     scores, options = ((), {}) if function is flow_logprob else (B.scores, {"clip_range": CLIP})
@@ -87,7 +113,11 @@ MIXED = {"x": ("x", "v")}  # a row missing in x shows as one too many in v
 @pytest.mark.parametrize("function", [flow_step, flow_logprob, grpo_loss, grpo_loss_and_grad])
 def test_wrong_states_are_value_errors(function, argument, value):
     good = {"x": B.x, "v": B.v, "x_next": B.x_next, "coef": B.coef}
-    scores = {"old_logp": B.old_logp, "advantage": B.advantage, "weight": B.weight, "clip_range": CLIP} if function in (grpo_loss, grpo_loss_and_grad) else {}
+    scores = (
+        {"old_logp": B.old_logp, "advantage": B.advantage, "weight": B.weight, "clip_range": CLIP}
+        if function in (grpo_loss, grpo_loss_and_grad)
+        else {}
+    )
     if function is flow_step:
         good["noise"] = good.pop("x_next")
         argument = {"x_next": "noise"}.get(argument, argument)
@@ -96,7 +126,9 @@ def test_wrong_states_are_value_errors(function, argument, value):
         function(**good | scores | {argument: value})
 
 
-COMPANIONS = [(name, wrong) for name in ("v_uncond", "v_ref", "history") for wrong in ("rows", "elements", "dtype", "device")]
+COMPANIONS = [
+    (name, wrong) for name in ("v_uncond", "v_ref", "history") for wrong in ("rows", "elements", "dtype", "device")
+]
 
 
 @pytest.mark.parametrize(("name", "wrong"), [*COMPANIONS, ("sigma", "rows"), ("sigma", "device")])
@@ -129,6 +161,15 @@ def test_inputs_are_never_written():
     batch = batch_of(3, 1031, dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     flow_step(batch.x, batch.v, batch.multistep, noise=batch.noise, history=batch.history, fanout=2, **batch.guidance)
-    grpo_loss_and_grad(*batch.steps, *batch.scores, clip_range=CLIP, v_ref=batch.v_ref, kl_weight=1.0, ratio="guard", noise=batch.noise, fanout=2)
+    grpo_loss_and_grad(
+        *batch.steps,
+        *batch.scores,
+        clip_range=CLIP,
+        v_ref=batch.v_ref,
+        kl_weight=1.0,
+        ratio="guard",
+        noise=batch.noise,
+        fanout=2,
+    )
     flow_logprob(*batch.steps, fanout=2)
     assert all(torch.equal(getattr(batch, name), value) for name, value in before.items())

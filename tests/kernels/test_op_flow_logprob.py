@@ -16,7 +16,20 @@ def scored(x, v, x_next, coef, guidance, **children):
     edges = torch.ones(x_next.shape[0])
     yield flow_logprob(x, v, x_next, coef, **children, **guidance)
     yield grpo_loss(x, v, x_next, coef, edges, edges, edges, clip_range=0.1, **children, **guidance).logp
-    yield grpo_loss(x, v, x_next, coef, None, edges, edges, clip_range=0.1, kl_weight=0.1, v_ref=torch.zeros_like(v), **children, **guidance).logp
+    yield grpo_loss(
+        x,
+        v,
+        x_next,
+        coef,
+        None,
+        edges,
+        edges,
+        clip_range=0.1,
+        kl_weight=0.1,
+        v_ref=torch.zeros_like(v),
+        **children,
+        **guidance,
+    ).logp
     yield grpo_loss_and_grad(x, v, x_next, coef, edges, edges, edges, clip_range=0.1, **children, **guidance)[0].logp
 
 
@@ -33,7 +46,9 @@ def test_all_ops_return_the_same_bits_for_the_same_velocity(elements, dtype, gui
         return {"v_uncond": u[rows], "guidance_scale": 3.7} if guided else {}
 
     everything = torch.arange(batch)
-    x_next, logp = flow_step(x, v, coef, key=NoiseKey(1, 2, 3, 4, torch.arange(batch * fanout)), fanout=fanout, **guide(everything))
+    x_next, logp = flow_step(
+        x, v, coef, key=NoiseKey(1, 2, 3, 4, torch.arange(batch * fanout)), fanout=fanout, **guide(everything)
+    )
     assert logp.unique().numel() == batch * fanout
 
     for route in scored(x, v, x_next, coef, guide(everything), fanout=fanout):
@@ -44,7 +59,9 @@ def test_all_ops_return_the_same_bits_for_the_same_velocity(elements, dtype, gui
     for route in scored(x[order], v[order], x_next[edges], coef[order], guide(order), fanout=fanout):
         assert torch.equal(route, logp[edges])
 
-    kept, offsets = torch.tensor([1, 6, 7, 8, 9, 11, 14]), torch.tensor([0, 1, 1, 4, 6, 7])  # children kept of parents 0, 2, 2, 2, 3, 3, 4
+    # children kept of parents 0, 2, 2, 2, 3, 3, 4
+    kept = torch.tensor([1, 6, 7, 8, 9, 11, 14])
+    offsets = torch.tensor([0, 1, 1, 4, 6, 7])
     for route in scored(x, v, x_next[kept], coef, guide(everything), child_offsets=offsets):
         assert torch.equal(route, logp[kept])
 
@@ -91,7 +108,9 @@ def test_gradcheck(children, guided):
     velocities = [case.v, randn(len(children), 5, seed=9, dtype=torch.float64)] if guided else [case.v]
 
     def logp(v, u=None):
-        return flow_logprob(case.x, v, case.x_next, case.coef, **case.children, v_uncond=u, guidance_scale=3.5 if guided else None)
+        return flow_logprob(
+            case.x, v, case.x_next, case.coef, **case.children, v_uncond=u, guidance_scale=3.5 if guided else None
+        )
 
     assert torch.autograd.gradcheck(logp, [t.requires_grad_() for t in velocities])
 
@@ -132,7 +151,9 @@ def test_gradients_are_the_same_bits_in_any_batch():
     for p in range(4):
         alone = case.v[p : p + 1].detach().requires_grad_()
         mine = case.parent == p
-        flow_logprob(case.x[p : p + 1], alone, case.x_next[mine], case.coef[[p]], fanout=int(mine.sum())).sum().backward()
+        flow_logprob(
+            case.x[p : p + 1], alone, case.x_next[mine], case.coef[[p]], fanout=int(mine.sum())
+        ).sum().backward()
         assert torch.equal(alone.grad[0], v.grad[p])
 
 
@@ -146,7 +167,9 @@ def test_strided_inputs_equal_contiguous_ones():
     assert torch.equal(torch.autograd.grad(ours.sum(), v)[0], torch.autograd.grad(expected.sum(), dense)[0])
 
 
-@pytest.mark.parametrize(("batch", "children"), [(0, {}), (0, {"fanout": 3}), (3, {"child_offsets": torch.zeros(4, dtype=torch.int64)})])
+@pytest.mark.parametrize(
+    ("batch", "children"), [(0, {}), (0, {"fanout": 3}), (3, {"child_offsets": torch.zeros(4, dtype=torch.int64)})]
+)
 def test_no_edges(batch, children):
     v = torch.zeros(batch, 4, 3, requires_grad=True)
     logp = flow_logprob(torch.zeros(batch, 4, 3), v, torch.zeros(0, 4, 3), stochastic_rows(3)[:batch], **children)

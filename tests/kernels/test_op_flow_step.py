@@ -6,7 +6,14 @@ import numpy
 import pytest
 import torch
 
-from flowgrove_kernels import NoiseKey, clean_estimate, dpmpp_2m_coefficients, flow_step, philox_normal, step_coefficients
+from flowgrove_kernels import (
+    NoiseKey,
+    clean_estimate,
+    dpmpp_2m_coefficients,
+    flow_step,
+    philox_normal,
+    step_coefficients,
+)
 from kernel_cases import ODD_SIZES, assert_equal, pad, randn, row, stochastic_rows
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -20,8 +27,17 @@ def golden_steps(golden, kind):
         case = {name: golden[f"step{i:03d}/{name}"] for name in ("kind", "eta", "sigma", "sigma_next", "sigma_max")}
         if str(case["kind"]) == kind:
             levels = float(case["sigma"]), float(case["sigma_next"])
-            coef = step_coefficients(kind, *levels, noise_level=float(case["eta"]), sigma_max=float(case["sigma_max"]))[[0, 0]]
-            yield levels[1] == 0, coef, *(torch.from_numpy(golden[f"step{i:03d}/{name}"]) for name in ("x", "v", "z", "x_next", "mean", "logp"))
+            coef = step_coefficients(kind, *levels, noise_level=float(case["eta"]), sigma_max=float(case["sigma_max"]))[
+                [0, 0]
+            ]
+            yield (
+                levels[1] == 0,
+                coef,
+                *(
+                    torch.from_numpy(golden[f"step{i:03d}/{name}"])
+                    for name in ("x", "v", "z", "x_next", "mean", "logp")
+                ),
+            )
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ode"])
@@ -43,7 +59,9 @@ def test_dpmpp_2m_trajectory_of_a_public_implementation(golden, follow):
     for i, v in enumerate(velocities):
         x = states[i] if follow == "stored states" else x
         multistep = 0 < i < len(velocities) - 1
-        coef = dpmpp_2m_coefficients(*sigmas[i - 1 : i + 2]) if multistep else step_coefficients("ode", *sigmas[i : i + 2])
+        coef = (
+            dpmpp_2m_coefficients(*sigmas[i - 1 : i + 2]) if multistep else step_coefficients("ode", *sigmas[i : i + 2])
+        )
         x_next, logp = flow_step(x, v, coef[[0, 0]], history=previous)
         previous, x = clean_estimate(x, v, float(sigmas[i])), x_next
         torch.testing.assert_close(x_next, states[i + 1], rtol=0, atol=2e-6 if follow == "stored states" else 5e-6)
@@ -69,7 +87,9 @@ def test_step_and_log_probability_follow_the_formulas(elements):
 def test_without_noise_the_step_is_its_mean():
     x, v, coef = randn(6, 63, seed=1), randn(6, 63, seed=2), stochastic_rows(6)
     x_next, logp = flow_step(x, v, coef)
-    torch.testing.assert_close(x_next.double(), pad(coef.x_coef, x.double()) * x + pad(coef.v_coef, x.double()) * v, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        x_next.double(), pad(coef.x_coef, x.double()) * x + pad(coef.v_coef, x.double()) * v, rtol=0, atol=1e-6
+    )
     assert torch.equal(logp, coef.log_norm)  # x' − μ = 0
 
 
@@ -105,7 +125,10 @@ def test_child_c_of_row_p_is_row_p_fanout_plus_c(fanout):
 def test_a_key_and_the_noise_it_names_are_equal(elements, fanout):
     x, v, coef = randn(3, elements, seed=1), randn(3, elements, seed=2), stochastic_rows(3)
     key = NoiseKey(11, 2, torch.arange(3).repeat_interleave(fanout), 5, torch.arange(3 * fanout))
-    named, explicit = (flow_step(x, v, coef, fanout=fanout, **how) for how in ({"key": key}, {"noise": philox_normal((3 * fanout, elements), key)}))
+    named, explicit = (
+        flow_step(x, v, coef, fanout=fanout, **how)
+        for how in ({"key": key}, {"noise": philox_normal((3 * fanout, elements), key)})
+    )
     assert_equal(named, explicit)
     assert not torch.equal(named[0], flow_step(x, v, coef, fanout=fanout)[0])
 
@@ -179,10 +202,17 @@ def test_an_empty_batch_is_a_batch(how):
 def test_split_noise_scale_draws_wide_but_scores_with_the_plain_density():
     """MATH §1: a row with s × 4 and κ, log_norm of s."""
     x, v, z, coef = randn(1, 1031, seed=1), randn(1, 1031, seed=2), randn(1, 1031, seed=3), stochastic_rows(1)
-    wide = row(*(getattr(coef, name).item() for name in ("x_coef", "v_coef", "prev_coef")), 4 * coef.std.item(), coef.precision.item(), coef.log_norm)
+    wide = row(
+        *(getattr(coef, name).item() for name in ("x_coef", "v_coef", "prev_coef")),
+        4 * coef.std.item(),
+        coef.precision.item(),
+        coef.log_norm,
+    )
     _, logp = flow_step(x, v, wide, noise=z)
     s = coef.std.item()
-    assert logp.item() == pytest.approx(-math.log(s) - 0.5 * math.log(2 * math.pi) - 8 * z.square().mean().item(), abs=1e-4)
+    assert logp.item() == pytest.approx(
+        -math.log(s) - 0.5 * math.log(2 * math.pi) - 8 * z.square().mean().item(), abs=1e-4
+    )
 
 
 X, V, COEF = torch.zeros(4, 3, 5), torch.zeros(4, 3, 5), stochastic_rows(4)

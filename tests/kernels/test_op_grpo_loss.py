@@ -7,8 +7,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrove_kernels import NoiseKey, StepCoefficients, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, step_coefficients
-from kernel_cases import CLIP_HIGH, CLIP_LOW, LOSS_MODES, TREES, loss_arguments, naive_loss, pad, randn, rollout, stochastic_rows
+from flowgrove_kernels import (
+    NoiseKey,
+    StepCoefficients,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    step_coefficients,
+)
+from kernel_cases import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    LOSS_MODES,
+    TREES,
+    loss_arguments,
+    naive_loss,
+    pad,
+    randn,
+    rollout,
+    stochastic_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -16,12 +35,20 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("clip", [1e-4, 1e-3, 5e-3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_losses_of_a_public_implementation(golden, dtype, clip):
-    g = {name.removeprefix("loss0/"): torch.from_numpy(value) for name, value in golden.items() if name.startswith("loss0/")}
+    g = {
+        name.removeprefix("loss0/"): torch.from_numpy(value)
+        for name, value in golden.items()
+        if name.startswith("loss0/")
+    }
     options = {"noise_level": float(g["eta"]), "sigma_max": float(g["sigma_max"]), "dtype": dtype}
     coef = step_coefficients("flow_sde", g["sigma"], g["sigma_next"], **options)
-    x, v, v_old, x_next, old_logp, advantage = (g[name].to(dtype) for name in ("x", "v", "v_old", "x_next", "logp_old", "adv"))
+    x, v, v_old, x_next, old_logp, advantage = (
+        g[name].to(dtype) for name in ("x", "v", "v_old", "x_next", "logp_old", "adv")
+    )
     for old in (old_logp, flow_logprob(x, v_old, x_next, coef)):
-        out, grad, _ = grpo_loss_and_grad(x, v, x_next, coef, old, advantage, torch.full((6,), 1 / 6, dtype=dtype), clip_range=clip)
+        out, grad, _ = grpo_loss_and_grad(
+            x, v, x_next, coef, old, advantage, torch.full((6,), 1 / 6, dtype=dtype), clip_range=clip
+        )
         tolerance = 1e-6 if dtype == torch.float32 else 1e-12
         assert out.loss.item() == pytest.approx(float(g[f"loss_{clip}"]), rel=tolerance)
         expected = g[f"grad_{clip}"]
@@ -39,7 +66,9 @@ def test_everything_equals_autograd_of_the_written_formulas(children, mode):
     loss, logp, ratio, kl = naive_loss(case, v, CLIP_LOW, CLIP_HIGH, **naive | {"v_uncond": u})
     loss.backward()
     out, grad, grad_uncond = grpo_loss_and_grad(*positional, **ours)
-    for mine, expected in zip((out.loss, out.logp, out.ratio, out.kl, grad), (loss, logp, ratio, kl, v.grad), strict=True):
+    for mine, expected in zip(
+        (out.loss, out.logp, out.ratio, out.kl, grad), (loss, logp, ratio, kl, v.grad), strict=True
+    ):
         torch.testing.assert_close(mine, expected.detach(), rtol=1e-11, atol=1e-13)
     assert torch.equal(out.clipped, (ratio > 1 + CLIP_HIGH).to(torch.int8) - (ratio < 1 - CLIP_LOW).to(torch.int8))
     assert v.grad.abs().max() > 1e-3
@@ -97,7 +126,16 @@ def test_the_clip_rule(advantage, ratio, clip_range):
     logp = flow_logprob(case.x, v, case.x_next, case.coef)
     slope = torch.autograd.grad(logp.sum(), v)[0]
     one = torch.ones(1, dtype=torch.float64)
-    out, grad, _ = grpo_loss_and_grad(case.x, v, case.x_next, case.coef, logp.detach() - math.log(ratio), advantage * one, 0.5 * one, clip_range=clip_range)
+    out, grad, _ = grpo_loss_and_grad(
+        case.x,
+        v,
+        case.x_next,
+        case.coef,
+        logp.detach() - math.log(ratio),
+        advantage * one,
+        0.5 * one,
+        clip_range=clip_range,
+    )
     removed = ratio > 1 + high if advantage > 0 else ratio < 1 - low
     assert out.ratio.item() == pytest.approx(ratio, rel=1e-12)
     assert out.clipped.item() == (1 if ratio > 1 + high else -1 if ratio < 1 - low else 0)  # whatever the sign of A
@@ -110,14 +148,18 @@ def test_the_clip_rule(advantage, ratio, clip_range):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_on_policy_the_ratio_is_exactly_one_and_the_density_gradient_flows(dtype):
     case = rollout(TREES["uneven"], (63,), dtype=dtype)
-    out, grad, _ = grpo_loss_and_grad(*case.positional()[:4], None, case.advantage, case.weight, clip_range=1e-5, **case.children)
+    out, grad, _ = grpo_loss_and_grad(
+        *case.positional()[:4], None, case.advantage, case.weight, clip_range=1e-5, **case.children
+    )
     assert torch.equal(out.ratio, torch.ones_like(case.advantage))
     assert not out.clipped.any()
     v = case.v.requires_grad_()
     logp = flow_logprob(case.x, v, case.x_next, case.coef, **case.children)
     logp.backward(-case.weight * case.advantage)
     assert torch.equal(out.logp, logp.detach())
-    torch.testing.assert_close(grad, v.grad, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7 if dtype == torch.float32 else 1e-14)
+    torch.testing.assert_close(
+        grad, v.grad, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7 if dtype == torch.float32 else 1e-14
+    )
     assert out.loss.item() == pytest.approx(-(case.weight * case.advantage).sum().item(), rel=1e-5)
 
 
@@ -131,7 +173,9 @@ def test_the_guard_ratio_is_the_mean_of_noise_times_drift(correlation):
     old_mean, new_mean = (flow_step(x, v, coef, fanout=2)[0] for v in (v_old, v_old + 0.3 * drift))
     z = (x_next - old_mean) / coef.std.double().repeat_interleave(2).unsqueeze(1)
     ones = torch.ones(12, dtype=torch.float64)
-    out = grpo_loss(x, v_old + 0.3 * drift, x_next, coef, old_logp, ones, ones, clip_range=0.2, fanout=2, ratio="guard", **noise)
+    out = grpo_loss(
+        x, v_old + 0.3 * drift, x_next, coef, old_logp, ones, ones, clip_range=0.2, fanout=2, ratio="guard", **noise
+    )
     log_ratio = (z * (new_mean - old_mean)).mean(1)
     torch.testing.assert_close(out.ratio.log(), log_ratio, rtol=0, atol=1e-12)
     assert log_ratio.abs().max() > 5e-3
@@ -139,7 +183,9 @@ def test_the_guard_ratio_is_the_mean_of_noise_times_drift(correlation):
 
 @pytest.mark.parametrize("noise_scale", [1.0, 4.0])
 def test_log_ratio_identity_with_a_second_term_that_is_never_positive(noise_scale):
-    """MATH §3, Facts: log ρ = 2κ·s_z·mean(z⊙Δμ) − κ·mean(Δμ²); s_z is the sampling std, which a row may hold apart from κ."""
+    """MATH §3, Facts: log ρ = 2κ·s_z·mean(z⊙Δμ) − κ·mean(Δμ²);
+    s_z is the sampling std, which a row may hold apart from κ.
+    """
     case = rollout([2] * 6, (63,))
     coef = StepCoefficients(*(t * noise_scale if t is case.coef.std else t for t in case.coef.tensors()))
     x_next, old_logp = flow_step(case.x, case.v_old, coef, noise=case.noise, fanout=2)
@@ -159,7 +205,9 @@ def test_kl_is_per_dimension_and_divides_by_the_sampling_variance(dynamics):
     coef = step_coefficients(dynamics, 0.7, 0.5, noise_level=0.7, sigma_max=0.9)
     zero, weight = torch.zeros(3), torch.tensor([0.5, 1.0, 2.0])
     x_next, _ = flow_step(x, v, coef, fanout=3)
-    out, grad, _ = grpo_loss_and_grad(x, v, x_next, coef, None, zero, weight, clip_range=0.1, fanout=3, v_ref=ref, kl_weight=0.25)
+    out, grad, _ = grpo_loss_and_grad(
+        x, v, x_next, coef, None, zero, weight, clip_range=0.1, fanout=3, v_ref=ref, kl_weight=0.25
+    )
     b, s = coef.v_coef.item(), coef.std.item()
     kl = b**2 * (v - ref).double().square().mean().item() / (2 * s**2)
     assert out.kl.tolist() == pytest.approx([kl] * 3, rel=1e-5)

@@ -18,7 +18,9 @@ def test_merged_siblings_equal_separate_rows(mode):
     merged, grad, _ = grpo_loss_and_grad(*positional, **ours)
     apart = {name: ours[name] if ours[name] is None else ours[name][case.parent] for name in ("v_ref", "v_uncond")}
     options = {name: value for name, value in ours.items() if name != "child_offsets"} | apart
-    separate, rows, _ = grpo_loss_and_grad(x[case.parent], v[case.parent], x_next, coef[case.parent], *per_edge, **options)
+    separate, rows, _ = grpo_loss_and_grad(
+        x[case.parent], v[case.parent], x_next, coef[case.parent], *per_edge, **options
+    )
     torch.testing.assert_close(separate.loss, merged.loss, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(torch.zeros_like(v).index_add_(0, case.parent, rows), grad, rtol=1e-12, atol=1e-15)
     for left, right in zip(separate[1:], merged[1:], strict=True):
@@ -35,23 +37,46 @@ def test_every_row_is_the_same_bits_in_any_batch(size, mode):
     x, v, x_next, coef, old_logp, advantage, weight = positional
     for p in range(len(x)):
         mine, here = case.parent == p, slice(p, p + 1)
-        options = {name: value for name, value in ours.items() if name != "child_offsets"} | {"fanout": max(int(mine.sum()), 1)}
+        options = {name: value for name, value in ours.items() if name != "child_offsets"} | {
+            "fanout": max(int(mine.sum()), 1)
+        }
         options |= {name: ours[name] if ours[name] is None else ours[name][here] for name in ("v_ref", "v_uncond")}
         options |= {"noise": ours["noise"] if ours["noise"] is None else ours["noise"][mine]}
         if not mine.any():
             continue
         alone, alone_grad, _ = grpo_loss_and_grad(
-            x[here], v[here], x_next[mine], coef[[p]], old_logp if old_logp is None else old_logp[mine], advantage[mine], weight[mine], **options
+            x[here],
+            v[here],
+            x_next[mine],
+            coef[[p]],
+            old_logp if old_logp is None else old_logp[mine],
+            advantage[mine],
+            weight[mine],
+            **options,
         )
         assert torch.equal(alone_grad[0], grad[p])
         assert all(torch.equal(left, right[mine]) for left, right in zip(alone[1:], out[1:], strict=True))
 
 
-@pytest.mark.parametrize(("batch", "children"), [(0, {}), (0, {"fanout": 2}), (3, {"child_offsets": torch.zeros(4, dtype=torch.int64)})])
+@pytest.mark.parametrize(
+    ("batch", "children"), [(0, {}), (0, {"fanout": 2}), (3, {"child_offsets": torch.zeros(4, dtype=torch.int64)})]
+)
 def test_no_edges(batch, children):
     x, none = torch.zeros(batch, 4, 3), torch.zeros(0)
     v = torch.zeros_like(x).requires_grad_()
-    out = grpo_loss(x, v, torch.zeros(0, 4, 3), stochastic_rows(3)[:batch], none, none, none, clip_range=0.1, v_ref=x, kl_weight=0.1, **children)
+    out = grpo_loss(
+        x,
+        v,
+        torch.zeros(0, 4, 3),
+        stochastic_rows(3)[:batch],
+        none,
+        none,
+        none,
+        clip_range=0.1,
+        v_ref=x,
+        kl_weight=0.1,
+        **children,
+    )
     assert out.loss.item() == 0
     assert out.loss.shape == ()
     assert all(t.shape == (0,) for t in out[1:])
@@ -61,7 +86,16 @@ def test_no_edges(batch, children):
 
 
 X, EDGES, COEF = torch.zeros(4, 3, 5), torch.ones(4), stochastic_rows(4)
-GOOD = {"x": X, "v": X, "x_next": X, "coef": COEF, "old_logp": EDGES, "advantage": EDGES, "weight": EDGES, "clip_range": 0.1}
+GOOD = {
+    "x": X,
+    "v": X,
+    "x_next": X,
+    "coef": COEF,
+    "old_logp": EDGES,
+    "advantage": EDGES,
+    "weight": EDGES,
+    "clip_range": 0.1,
+}
 KEY = NoiseKey(1, 2, 3, 4, torch.arange(4))
 
 

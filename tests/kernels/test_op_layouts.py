@@ -1,11 +1,21 @@
-"""Inputs may lie in memory in any way and have any size: results are those of contiguous tensors, and nothing beyond the outputs is written."""
+"""Inputs may lie in memory in any way and have any size:
+results are those of contiguous tensors, and nothing beyond the outputs is written.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flowgrove_kernels import StepCoefficients, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, philox_normal
+from flowgrove_kernels import (
+    StepCoefficients,
+    clean_estimate,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    philox_normal,
+)
 from kernel_cases import randn, rollout, row, stochastic_rows
 from layouts import LAYOUTS
 from op_calls import batch_of, different, every_op
@@ -16,7 +26,9 @@ GUARD = 64  # elements
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("shape", "dtype"), [((63,), torch.float32), ((3, 7, 5), torch.bfloat16), ((2, 515), torch.float16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((63,), torch.float32), ((3, 7, 5), torch.bfloat16), ((2, 515), torch.float16)]
+)
 def test_strided_inputs_equal_contiguous_ones(shape, layout, dtype):
     batch = batch_of(3, *shape, dtype=dtype)
     strided = batch.laid_out(layout)
@@ -37,8 +49,18 @@ def test_channels_last_inputs():
 def test_expanded_inputs_equal_their_copies(shape):
     """Stride 0 over rows, and over the elements of a row."""
     batch = batch_of(3, *shape)
-    for spread in (lambda t: t[:1].expand(t.shape), lambda t: t[..., :1].expand(t.shape), lambda t: t.flatten()[0].expand(t.shape)):
-        assert different(every_op(batch.laid_out(spread)), every_op(batch.laid_out(lambda t, spread=spread: spread(t).contiguous()))) == []
+    for spread in (
+        lambda t: t[:1].expand(t.shape),
+        lambda t: t[..., :1].expand(t.shape),
+        lambda t: t.flatten()[0].expand(t.shape),
+    ):
+        assert (
+            different(
+                every_op(batch.laid_out(spread)),
+                every_op(batch.laid_out(lambda t, spread=spread: spread(t).contiguous())),
+            )
+            == []
+        )
 
 
 def test_values_per_row_and_edge_may_be_strided():
@@ -67,7 +89,9 @@ def test_child_offsets_may_be_strided():
 
 
 def test_velocities_of_several_dtypes_are_promoted():
-    """A reference velocity in fp32 beside one in bf16; float64 velocities, which are rounded to the fp32 of the state."""
+    """A reference velocity in fp32 beside one in bf16;
+    float64 velocities, which are rounded to the fp32 of the state.
+    """
     batch = batch_of(3, 129, dtype=torch.bfloat16)
     expected = every_op(batch)
     assert different(every_op(replace(batch, v_ref=batch.v_ref.float())), expected) == []
@@ -75,7 +99,10 @@ def test_velocities_of_several_dtypes_are_promoted():
     found = every_op(wide)
     assert all(found[name].dtype == torch.float64 for name in found if "grad" in name)
     full = every_op(replace(batch, **{name: getattr(batch, name).float() for name in ("v", "v_uncond", "v_ref")}))
-    assert different({name: value.float() if value.is_floating_point() else value for name, value in found.items()}, full) == []
+    assert (
+        different({name: value.float() if value.is_floating_point() else value for name, value in found.items()}, full)
+        == []
+    )
 
 
 class Fences:
@@ -144,7 +171,8 @@ def test_one_row_and_one_element():
 @pytest.mark.parametrize("function", [flow_logprob, grpo_loss])
 def test_rows_may_lie_further_apart_than_a_32_bit_index_reaches(function):
     """The second row of v starts 2³¹ elements behind the first; of the 4 GB between them nothing is touched."""
-    fill, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 63), (2**31, 1))
     finally:

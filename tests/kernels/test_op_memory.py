@@ -1,4 +1,6 @@
-"""The fused ops allocate their outputs and no more, and inputs spread over 2³¹ elements by stride 0 are read where they lie."""
+"""The fused ops allocate their outputs and no more,
+and inputs spread over 2³¹ elements by stride 0 are read where they lie.
+"""
 
 from itertools import accumulate
 
@@ -40,10 +42,16 @@ def batch() -> Batch:
 
 
 def measured(function):
-    """(most bytes that torch held on the CPU at once for a call, beyond what it held before; bytes of what the call returns; what it returns)."""
+    """(most bytes that torch held on the CPU at once for a call, beyond what it held before; bytes of what the
+    call returns; what it returns).
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = function()
-    events = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     peak = max(accumulate((size for _, size in events), initial=0))
     return peak, sum(t.numel() * t.itemsize for t in tree_leaves(kept) if isinstance(t, torch.Tensor)), kept
 
@@ -52,13 +60,19 @@ CALLS = {
     "philox_normal": lambda b: philox_normal(b.noise.shape, b.key),
     "clean_estimate": lambda b: clean_estimate(b.x, b.v, b.sigma, **b.guidance),
     "flow_step drawn": lambda b: flow_step(b.x, b.v, b.coef, key=b.key),
-    "flow_step siblings": lambda b: flow_step(b.x[::2], b.v[::2], b.coef[::2], key=b.key, fanout=2, sibling_correlation=0.1),
+    "flow_step siblings": lambda b: flow_step(
+        b.x[::2], b.v[::2], b.coef[::2], key=b.key, fanout=2, sibling_correlation=0.1
+    ),
     "flow_step given": lambda b: flow_step(b.x, b.v, b.multistep, noise=b.noise, history=b.history, **b.guidance),
     "flow_logprob": lambda b: flow_logprob(*b.steps, **b.guidance),
     "grpo_loss": lambda b: grpo_loss(*b.steps, *b.scores, clip_range=CLIP, v_ref=b.v_ref, kl_weight=0.1),
     "grpo_loss_and_grad": lambda b: grpo_loss_and_grad(*b.steps, *b.scores, clip_range=CLIP),
-    "grpo_loss_and_grad guided": lambda b: grpo_loss_and_grad(*b.steps, *b.scores, clip_range=CLIP, v_ref=b.v_ref, kl_weight=0.1, **b.guidance),
-    "grpo_loss_and_grad guard": lambda b: grpo_loss_and_grad(*b.steps, *b.scores, clip_range=CLIP, ratio="guard", key=b.key),
+    "grpo_loss_and_grad guided": lambda b: grpo_loss_and_grad(
+        *b.steps, *b.scores, clip_range=CLIP, v_ref=b.v_ref, kl_weight=0.1, **b.guidance
+    ),
+    "grpo_loss_and_grad guard": lambda b: grpo_loss_and_grad(
+        *b.steps, *b.scores, clip_range=CLIP, ratio="guard", key=b.key
+    ),
 }
 
 
@@ -95,7 +109,11 @@ def test_rows_are_read_where_they_lie(layout, batch, cpu_backend):
 def test_the_measurement_sees_a_temporary(batch):
     """A tensor that is kept, one that is not, and what the reference needs in between."""
     size = batch.x.numel() * 4
-    for call, tensors in ((lambda: batch.x + 1, 1), (lambda: (batch.x + 1)[:1] * 2, 1), (lambda: ((batch.x + 1) * 2, batch.x - 1), 2)):
+    for call, tensors in (
+        (lambda: batch.x + 1, 1),
+        (lambda: (batch.x + 1)[:1] * 2, 1),
+        (lambda: ((batch.x + 1) * 2, batch.x - 1), 2),
+    ):
         peak, _, _ = measured(call)
         assert 0 <= peak - tensors * size < size // 8
     with use_backend("reference"):
@@ -104,7 +122,11 @@ def test_the_measurement_sees_a_temporary(batch):
 
 
 def spread(one, many):
-    return StepCoefficients(*(column.expand(many) for column in one.tensors())) if isinstance(one, StepCoefficients) else one.expand(many, -1)
+    return (
+        StepCoefficients(*(column.expand(many) for column in one.tensors()))
+        if isinstance(one, StepCoefficients)
+        else one.expand(many, -1)
+    )
 
 
 @pytest.fixture

@@ -20,7 +20,15 @@ from flowgrove_kernels.backends import implementation
 from flowgrove_kernels.noise import normals
 from kernel_cases import randn, rollout
 
-OPS = {"philox_normal", "clean_estimate", "flow_step", "flow_logprob", "flow_logprob_backward", "grpo_loss", "grpo_loss_and_grad"}
+OPS = {
+    "philox_normal",
+    "clean_estimate",
+    "flow_step",
+    "flow_logprob",
+    "flow_logprob_backward",
+    "grpo_loss",
+    "grpo_loss_and_grad",
+}
 CASE = rollout([2, 0, 3, 1], (3, 7), dtype=torch.float32)
 TWINS = rollout([2, 2, 2], (21,), dtype=torch.float32)
 KEY = NoiseKey(*(torch.full((6,), word) for word in (1, 2, 3, 4)), torch.arange(6), torch.arange(6) // 2)
@@ -31,20 +39,36 @@ SCORES = (TWINS.old_logp, TWINS.advantage, TWINS.weight)
 
 
 def loss_with(function, v, u, key):
-    options = {"v_ref": REF, "kl_weight": 0.1, "v_uncond": u, "guidance_scale": 2.0, "ratio": "guard", "key": key, "sibling_correlation": 0.1}
+    options = {
+        "v_ref": REF,
+        "kl_weight": 0.1,
+        "v_uncond": u,
+        "guidance_scale": 2.0,
+        "ratio": "guard",
+        "key": key,
+        "sibling_correlation": 0.1,
+    }
     return function(TWINS.x, v, TWINS.x_next, TWINS.coef, *SCORES, clip_range=(0.1, 0.2), fanout=2, **options)
 
 
 FUNCTIONS = {  # of (v, v_uncond, key); each flattens to tensors
     "philox_normal": lambda v, u, key: philox_normal((6, 3, 7), key),
     "clean_estimate": lambda v, u, key: clean_estimate(TWINS.x, v, SIGMA, v_uncond=u, guidance_scale=2.0),
-    "flow_step": lambda v, u, key: flow_step(TWINS.x, v, TWINS.coef, key=key, history=REF, fanout=2, sibling_correlation=0.1),
-    "flow_step guided": lambda v, u, key: flow_step(TWINS.x, v, TWINS.coef, noise=TWINS.noise, fanout=2, v_uncond=u, guidance_scale=2.0),
-    "flow_logprob": lambda v, u, key: flow_logprob(TWINS.x, v, TWINS.x_next, TWINS.coef, fanout=2, v_uncond=u, guidance_scale=2.0),
+    "flow_step": lambda v, u, key: flow_step(
+        TWINS.x, v, TWINS.coef, key=key, history=REF, fanout=2, sibling_correlation=0.1
+    ),
+    "flow_step guided": lambda v, u, key: flow_step(
+        TWINS.x, v, TWINS.coef, noise=TWINS.noise, fanout=2, v_uncond=u, guidance_scale=2.0
+    ),
+    "flow_logprob": lambda v, u, key: flow_logprob(
+        TWINS.x, v, TWINS.x_next, TWINS.coef, fanout=2, v_uncond=u, guidance_scale=2.0
+    ),
     "flow_logprob uneven": lambda v, u, key: flow_logprob(CASE.x, CASE.v, CASE.x_next, CASE.coef, **CASE.children),
     "grpo_loss": lambda v, u, key: tuple(grpo_loss(*CASE.positional(), clip_range=0.01, **CASE.children)),
     "grpo_loss guard": lambda v, u, key: tuple(loss_with(grpo_loss, v, u, key)),
-    "grpo_loss_and_grad": lambda v, u, key: tuple(grpo_loss_and_grad(*CASE.positional(), clip_range=0.01, **CASE.children)[0]),
+    "grpo_loss_and_grad": lambda v, u, key: tuple(
+        grpo_loss_and_grad(*CASE.positional(), clip_range=0.01, **CASE.children)[0]
+    ),
     "grpo_loss_and_grad guard": lambda v, u, key: (*(found := loss_with(grpo_loss_and_grad, v, u, key))[0], *found[1:]),
 }
 
@@ -77,21 +101,32 @@ def recorded_calls():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calls = [(func, args, name) for name in FUNCTIONS for func, args in record(name).calls]
-    return [pytest.param(func, args, id=f"{func._schema.name.removeprefix('flowgrove::')} in {name}") for func, args, name in calls]
+    return [
+        pytest.param(func, args, id=f"{func._schema.name.removeprefix('flowgrove::')} in {name}")
+        for func, args, name in calls
+    ]
 
 
 CALLS = recorded_calls()
 
 
 def test_every_op_is_called_by_the_checks_below():
-    registered = {name.removeprefix("flowgrove::").split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowgrove::")}
+    registered = {
+        name.removeprefix("flowgrove::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("flowgrove::")
+    }
     assert registered >= OPS
     assert registered == {param.values[0]._schema.name.removeprefix("flowgrove::") for param in CALLS}
 
 
 @pytest.mark.parametrize(("op", "args"), CALLS)
 def test_opcheck(op, args):
-    differentiable = {"v", "v_uncond"} if op._schema.name in ("flowgrove::clean_estimate", "flowgrove::flow_logprob", "flowgrove::grpo_loss") else ()
+    differentiable = (
+        {"v", "v_uncond"}
+        if op._schema.name in ("flowgrove::clean_estimate", "flowgrove::flow_logprob", "flowgrove::grpo_loss")
+        else ()
+    )
     names = [argument.name for argument in op._schema.arguments]
     assert set(differentiable) <= set(names)
     copies = tuple(
@@ -146,7 +181,9 @@ def test_the_recorder_sees_a_host_sync():
 @pytest.mark.usefixtures("reference_backend")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_value_goes_to_the_host(name):
-    """Neither in the wrappers nor in the reference implementations, which are called here outside their ops so that nothing hides them."""
+    """Neither in the wrappers nor in the reference implementations,
+    which are called here outside their ops so that nothing hides them.
+    """
     recorder = record(name)
     assert recorder.calls
     assert recorder.counts["aten::_local_scalar_dense"] == 0
@@ -154,6 +191,7 @@ def test_no_value_goes_to_the_host(name):
         short = op._schema.name.removeprefix("flowgrove::")
         reference = normals if short == "philox_normal" else implementation(short.removesuffix("_and_grad"), V)
         with Recorder() as inside:
-            reference(*([None] if short == "grpo_loss" else []), *args)  # one implementation serves the loss and its gradient
+            # one implementation serves the loss and its gradient
+            reference(*([None] if short == "grpo_loss" else []), *args)
         assert sum(inside.counts.values()) > 3
         assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"} & set(inside.counts)

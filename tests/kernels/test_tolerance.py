@@ -1,4 +1,6 @@
-"""How close a GPU has to come to the reference (op_calls.assert_close), tried on the C++ ops: right results pass, wrong ones do not."""
+"""How close a GPU has to come to the reference (op_calls.assert_close), tried on the C++ ops:
+right results pass, wrong ones do not.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The Triton kernels as a GPU would get them, compiled without one: wide accesses, exact arithmetic, sums in a written order, no spilled registers."""
+"""The Triton kernels as a GPU would get them, compiled without one:
+wide accesses, exact arithmetic, sums in a written order, no spilled registers.
+"""
 
 import os
 import re
@@ -7,12 +9,24 @@ from functools import cache
 import pytest
 import torch
 
-from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, philox_normal
+from flowgrove_kernels import (
+    NoiseKey,
+    StepCoefficients,
+    clean_estimate,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    philox_normal,
+)
 from kernel_cases import stochastic_rows
 from op_calls import batch_of
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("triton.compile does not work beside the interpreter: run this file without TRITON_INTERPRET", allow_module_level=True)
+    pytest.skip(
+        "triton.compile does not work beside the interpreter: run this file without TRITON_INTERPRET",
+        allow_module_level=True,
+    )
 pytest.importorskip("triton", reason="Triton compiles the kernels: pip install triton")
 
 from triton_compile import Compiled, Launch, launches, names
@@ -42,7 +56,9 @@ def logp_and_gradient(v, **options):
 
 
 def loss(v, old_logp=SCORES, **options):
-    return lambda: grpo_loss_and_grad(X, v, X_NEXT, COEF, old_logp, SCORES, SCORES, clip_range=0.1, **{"fanout": FANOUT} | options)
+    return lambda: grpo_loss_and_grad(
+        X, v, X_NEXT, COEF, old_logp, SCORES, SCORES, clip_range=0.1, **{"fanout": FANOUT} | options
+    )
 
 
 def many_edges():
@@ -72,12 +88,24 @@ CALLS = {
     "estimate fp32 guided": (lambda: clean_estimate(X, FULL, 0.5, **guided(FULL)), {"estimate_kernel": (3, 0, 1, 0)}),
     "step bf16": (step(HALF, key=KEY), {"step_kernel": (1, 1, 1, 0), "logp_kernel": None}),
     "step fp32": (step(FULL, key=KEY), {"step_kernel": (2, 0, 1, 0)}),
-    "step bf16, all": (step(HALF, key=KEY, history=X, sibling_correlation=0.1, **guided(HALF)), {"step_kernel": (2, 2, 1, 0)}),
+    "step bf16, all": (
+        step(HALF, key=KEY, history=X, sibling_correlation=0.1, **guided(HALF)),
+        {"step_kernel": (2, 2, 1, 0)},
+    ),
     "step bf16, noise given": (step(HALF, noise=NOISE), {"step_kernel": (2, 1, 1, 0)}),
     "step bf16, mean": (step(HALF), {"step_kernel": (1, 1, 1, 0)}),
-    "step, one block": (lambda: flow_step(X[:, :4096], HALF[:, :4096], COEF, key=KEY, fanout=FANOUT), {"step_kernel": (1, 1, 1, 0)}),
-    "logp bf16": (logp_and_gradient(HALF, fanout=FANOUT), {"logprob_kernel": (2, 1, 0, 0), "gradient_kernel": (2, 1, 0, 1)}),
-    "logp fp32": (logp_and_gradient(FULL, fanout=FANOUT), {"logprob_kernel": (3, 0, 0, 0), "gradient_kernel": (3, 0, 1, 0)}),
+    "step, one block": (
+        lambda: flow_step(X[:, :4096], HALF[:, :4096], COEF, key=KEY, fanout=FANOUT),
+        {"step_kernel": (1, 1, 1, 0)},
+    ),
+    "logp bf16": (
+        logp_and_gradient(HALF, fanout=FANOUT),
+        {"logprob_kernel": (2, 1, 0, 0), "gradient_kernel": (2, 1, 0, 1)},
+    ),
+    "logp fp32": (
+        logp_and_gradient(FULL, fanout=FANOUT),
+        {"logprob_kernel": (3, 0, 0, 0), "gradient_kernel": (3, 0, 1, 0)},
+    ),
     "logp bf16, all": (
         logp_and_gradient(HALF, child_offsets=OFFSETS, **guided(HALF)),
         {"logprob_kernel": (2, 2, 0, 0), "gradient_kernel": (2, 2, 0, 2)},
@@ -89,15 +117,30 @@ CALLS = {
         loss(HALF, None, v_ref=HALF, kl_weight=0.1, **guided(HALF)),
         {"sums_kernel": (2, 3, 0, 0), "gradient_kernel": (2, 3, 0, 2), "scores_kernel": None},
     ),
-    "loss bf16, guard": (loss(HALF, **GUARD), {"sums_kernel": (2, 1, 0, 0), "gradient_kernel": (0, 1, 0, 1), "scores_kernel": None}),
-    "loss bf16, guard, noise given": (loss(HALF, ratio="guard", noise=NOISE), {"sums_kernel": (3, 1, 0, 0), "gradient_kernel": (1, 1, 0, 1)}),
+    "loss bf16, guard": (
+        loss(HALF, **GUARD),
+        {"sums_kernel": (2, 1, 0, 0), "gradient_kernel": (0, 1, 0, 1), "scores_kernel": None},
+    ),
+    "loss bf16, guard, noise given": (
+        loss(HALF, ratio="guard", noise=NOISE),
+        {"sums_kernel": (3, 1, 0, 0), "gradient_kernel": (1, 1, 0, 1)},
+    ),
     "loss bf16, all": (
         loss(HALF, child_offsets=OFFSETS, v_ref=HALF, kl_weight=0.1, fanout=1, **GUARD, **guided(HALF)),
         {"sums_kernel": (2, 3, 0, 0), "gradient_kernel": (0, 3, 0, 2), "scores_kernel": None},
     ),
     "one element": (smallest, {}),
 }
-EVERYWHERE = ("normals", "estimate fp32 guided", "step bf16", "step bf16, all", "logp bf16, all", "loss bf16", "loss of many edges", "loss bf16, all")
+EVERYWHERE = (
+    "normals",
+    "estimate fp32 guided",
+    "step bf16",
+    "step bf16, all",
+    "logp bf16, all",
+    "loss bf16",
+    "loss of many edges",
+    "loss bf16, all",
+)
 
 
 @cache
@@ -111,9 +154,18 @@ def compiled(name: str, kernel: str, capability: int) -> Compiled:
 
 
 def cases(capabilities=CAPABILITIES, *, streaming=False):
-    """(call, kernel, capability): all calls for 90, a sample that holds every kernel for the others. streaming: only kernels that go through rows."""
-    chosen = [(name, capability) for capability in capabilities for name in CALLS if capability == 90 or name in EVERYWHERE]
-    found = [(name, kernel, capability) for name, capability in chosen for kernel, rows in CALLS[name][1].items() if rows or not streaming]
+    """(call, kernel, capability): all calls for 90, a sample that holds every kernel for the others. streaming: only
+    kernels that go through rows.
+    """
+    chosen = [
+        (name, capability) for capability in capabilities for name in CALLS if capability == 90 or name in EVERYWHERE
+    ]
+    found = [
+        (name, kernel, capability)
+        for name, capability in chosen
+        for kernel, rows in CALLS[name][1].items()
+        if rows or not streaming
+    ]
     return [pytest.param(*case, id=f"sm_{case[2]} {case[1]} in {case[0]}") for case in found]
 
 
@@ -122,7 +174,12 @@ def test_rows_are_read_and_written_four_elements_at_a_time_and_stay_in_their_thr
     """128 bits of fp32 and 64 of bf16: eight bf16 would have to be exchanged between threads to meet eight fp32."""
     found, (full_in, half_in, full_out, half_out) = compiled(name, kernel, capability), CALLS[name][1][kernel]
     accesses = found.matching(r"(ld|st)\.global\.v\d.*")
-    expected = {"ld.global.v4.b32": full_in, "ld.global.v2.b32": half_in, "st.global.v4.b32": full_out, "st.global.v2.b32": half_out}
+    expected = {
+        "ld.global.v4.b32": full_in,
+        "ld.global.v2.b32": half_in,
+        "st.global.v4.b32": full_out,
+        "st.global.v2.b32": half_out,
+    }
     assert accesses == {instruction: ACCESSES * rows for instruction, rows in expected.items() if rows}
     assert not found.matching(r"(ld|st)\.global\.b(8|16)")
     assert "ttg.convert_layout" not in found.ttgir
@@ -138,7 +195,9 @@ def test_arithmetic_is_rounded_as_written(name, kernel, capability):
 
 @pytest.mark.parametrize(("name", "kernel", "capability"), cases())
 def test_no_register_is_spilled(name, kernel, capability):
-    """Without the limit Triton 3.6 takes 149 to 155 registers for step_kernel and sums_kernel: one program a multiprocessor."""
+    """Without the limit Triton 3.6 takes 149 to 155 registers for step_kernel and sums_kernel:
+    one program a multiprocessor.
+    """
     resources = compiled(name, kernel, capability).resources
     assert launched(name)[kernel].options["maxnreg"] == REGISTERS
     assert resources["REG"] <= REGISTERS
@@ -149,7 +208,9 @@ def test_no_register_is_spilled(name, kernel, capability):
 def test_every_reduction_adds_two_numbers(name, kernel, capability):
     """A sum of more leaves its order to the layout, which differs between kernels; a sum of two has one value."""
     found = compiled(name, kernel, capability)
-    reductions = re.findall(r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32.*?\}\) : \(tensor<([\dx]+)x[a-z]\w*>\)', found.ttir, re.S)
+    reductions = re.findall(
+        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32.*?\}\) : \(tensor<([\dx]+)x[a-z]\w*>\)', found.ttir, re.S
+    )
     assert len(reductions) == found.ttir.count('"tt.reduce"')
     assert bool(reductions) == (kernel not in ("normal_kernel", "estimate_kernel", "gradient_kernel"))
     assert {int(shape.split("x")[int(axis)]) for axis, shape in reductions} <= {2}
@@ -170,10 +231,13 @@ def test_only_the_written_products_are_fused(name, kernel, fused):
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel", "streams"), [("normals", "normal_kernel", 1), ("step bf16", "step_kernel", 1), ("step bf16, all", "step_kernel", 2)]
+    ("name", "kernel", "streams"),
+    [("normals", "normal_kernel", 1), ("step bf16", "step_kernel", 1), ("step bf16, all", "step_kernel", 2)],
 )
 def test_each_philox_call_gives_four_normals(name, kernel, streams):
-    """Ten rounds of two products with a high half for every four elements; in the first round one of them is the same for all."""
+    """Ten rounds of two products with a high half for every four elements;
+    in the first round one of them is the same for all.
+    """
     products = compiled(name, kernel, 90).instructions["mul.hi.u32"]
     assert 0.8 * streams * ACCESSES * 20 <= products <= streams * ACCESSES * 20
 
@@ -194,18 +258,31 @@ def test_launches(size, blocks):
 
     assert names(lambda: philox_normal(batch.noise.shape, key)) == ["normal_kernel"]
     assert names(lambda: clean_estimate(batch.x, batch.v, batch.sigma, **batch.guidance)) == ["estimate_kernel"]
-    for options in ({}, {"noise": batch.noise}, {"key": key}, {"key": key, "sibling_correlation": 0.1, "history": batch.history, **batch.guidance}):
+    for options in (
+        {},
+        {"noise": batch.noise},
+        {"key": key},
+        {"key": key, "sibling_correlation": 0.1, "history": batch.history, **batch.guidance},
+    ):
         assert names(lambda options=options: flow_step(*at, fanout=2, **options)) == ["step_kernel", *logp]
     for options in ({"fanout": 2}, {"child_offsets": offsets}):
         assert names(lambda options=options: flow_logprob(*batch.steps, **options)) == ["logprob_kernel", *logp]
     for options in ({"fanout": 2}, {"child_offsets": offsets}, {"fanout": 2, **guard}, everything):
-        forward, gradient = ["sums_kernel", "scores_kernel"], ["aten::ones", "sums_kernel", "scores_kernel", "gradient_kernel"]
+        forward = ["sums_kernel", "scores_kernel"]
+        gradient = ["aten::ones", "sums_kernel", "scores_kernel", "gradient_kernel"]
         assert names(lambda options=options: grpo_loss(*batch.steps, *batch.scores, **scores, **options)) == forward
-        assert names(lambda options=options: grpo_loss_and_grad(*batch.steps, *batch.scores, **scores, **options)) == gradient
+        assert (
+            names(lambda options=options: grpo_loss_and_grad(*batch.steps, *batch.scores, **scores, **options))
+            == gradient
+        )
     score = torch.ones(8)
     logprob = names(lambda: torch.autograd.grad(flow_logprob(batch.x, v, *batch.steps[2:], fanout=2), v, score))
     assert logprob == ["logprob_kernel", *logp, "gradient_kernel"]
-    loss = names(lambda: torch.autograd.grad(grpo_loss(batch.x, v, *batch.steps[2:], *batch.scores, **scores, fanout=2).loss, v, score[0]))
+    loss = names(
+        lambda: torch.autograd.grad(
+            grpo_loss(batch.x, v, *batch.steps[2:], *batch.scores, **scores, fanout=2).loss, v, score[0]
+        )
+    )
     own = ["sums_kernel", "scores_kernel", "sums_kernel", "scores_kernel", "gradient_kernel"]
     assert loss == own
 
@@ -220,14 +297,17 @@ def asserts(name, kernel):
 
 
 def test_kernels_check_what_only_the_device_sees():
-    """Six words of a key, and the step of correlated siblings; prev_coef where there is no history; offsets of children."""
+    """Six words of a key, and the step of correlated siblings; prev_coef where there is no history;
+    offsets of children.
+    """
     assert asserts("normals", "normal_kernel") == 6
     assert asserts("step bf16", "step_kernel") == 7
     assert asserts("step bf16, all", "step_kernel") == 7
     assert asserts("step bf16, mean", "step_kernel") == 1
     assert asserts("logp bf16, all", "logprob_kernel") == asserts("logp bf16, all", "gradient_kernel") == 1
     assert asserts("loss bf16, all", "sums_kernel") == 8
-    assert asserts("logp bf16", "logprob_kernel") == asserts("loss bf16", "sums_kernel") == 0  # no arithmetic is checked
+    # no arithmetic is checked
+    assert asserts("logp bf16", "logprob_kernel") == asserts("loss bf16", "sums_kernel") == 0
 
 
 def test_a_row_of_one_element_compiles():

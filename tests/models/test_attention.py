@@ -41,7 +41,11 @@ def test_another_backend_gives_the_same_velocity(folders, name):
         policy = policy_with(model, wanted)
         x = torch.randn(2, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0))
         found.append(policy.velocity(x, torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v)
-        used = {str(m.processor._attention_backend) for m in policy.transformer.modules() if hasattr(getattr(m, "processor", None), "_attention_backend")}
+        used = {
+            str(m.processor._attention_backend)
+            for m in policy.transformer.modules()
+            if hasattr(getattr(m, "processor", None), "_attention_backend")
+        }
         assert used == {"None"} if wanted == "auto" else used != {"None"}
     assert torch.equal(found[0], found[1])
     assert (found[0] - found[2]).abs().max() <= 1e-5
@@ -77,7 +81,9 @@ def test_sd3_takes_sdpa_or_xformers(monkeypatch):
     ("name", "changes", "text"),
     [("qwen_image", {}, "takes no mask"), ("flux", {"dtype": "bf16"}, "norms train in fp32")],
 )
-def test_backends_without_masks_or_mixed_precision_are_refused_where_those_are_needed(folders, monkeypatch, name, changes, text):
+def test_backends_without_masks_or_mixed_precision_are_refused_where_those_are_needed(
+    folders, monkeypatch, name, changes, text
+):
     monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
     model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", **changes}
     for wanted in ("flash", "flash3", "_native_flash", "sage"):

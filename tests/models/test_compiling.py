@@ -53,7 +53,9 @@ def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dyn
             v = policy.velocity(x, torch.linspace(0.9, 0.2, rows), encoded(policy), torch.arange(rows)).v
             v.square().sum().backward()
             found.append(v.detach())
-        results.append((found, torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None])))
+        results.append(
+            (found, torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
+        )
     (eager, gradient), (compiled, other) = results
     for one, two in zip(eager, compiled, strict=True):
         assert (one - two).abs().max() <= 1e-5

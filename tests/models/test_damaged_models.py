@@ -1,4 +1,6 @@
-"""Model folders that are incomplete or damaged: an error that names folder, part and tensor, no run on random weights."""
+"""Model folders that are incomplete or damaged:
+an error that names folder, part and tensor, no run on random weights.
+"""
 
 import json
 import shutil
@@ -30,7 +32,12 @@ PARTS = [
     *(("flux", part) for part in ("text_encoder", "text_encoder_2", "transformer", "vae")),
     *((name, part) for name in ("qwen_image", "wan") for part in ("text_encoder", "transformer", "vae")),
 ]
-STATISTICS = [("sd3", "scaling_factor"), ("flux", "shift_factor"), ("qwen_image", "latents_mean"), ("wan", "latents_std")]
+STATISTICS = [
+    ("sd3", "scaling_factor"),
+    ("flux", "shift_factor"),
+    ("qwen_image", "latents_mean"),
+    ("wan", "latents_std"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +172,11 @@ def new_qwen(tensors):
     ("name", "part", "rename"),
     [
         ("flux", "text_encoder", old_clip),
-        ("flux", "text_encoder_2", lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}),
+        (
+            "flux",
+            "text_encoder_2",
+            lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]},
+        ),
         ("flux", "text_encoder_2", lambda tensors: {**tensors, "decoder.final_layer_norm.weight": torch.zeros(3)}),
         ("wan", "text_encoder", lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}),
         ("qwen_image", "text_encoder", new_qwen),

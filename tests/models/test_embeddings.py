@@ -73,13 +73,18 @@ def test_bits_on_disk_depend_on_the_text_alone(folders, tmp_path, name):
 
 
 def test_a_run_that_was_killed_while_it_prepared_ends_in_the_same_weights(folders, tmp_path):
-    prompts = [f"a {colour} {shape} number {number}" for colour in ("red", "blue") for shape in ("circle", "cross") for number in range(5)]
+    prompts = [
+        f"a {colour} {shape} number {number}"
+        for colour in ("red", "blue")
+        for shape in ("circle", "cross")
+        for number in range(5)
+    ]
     model = {**MODELS["flux_schnell"], "path": str(folders["flux_schnell"]), "guidance_scale": 2.0}
     ends = []
     for name, kept in (("whole", None), ("killed", 4)):
         recipe = tiny_recipe(
-            tmp_path / name, data={"embedding_cache": str(tmp_path / name / "embeddings")}, run={"iterations": 2, "eval_every": 0},
-            model=model, reward=[{"name": "jpeg_size"}],
+            tmp_path / name, data={"embedding_cache": str(tmp_path / name / "embeddings")},
+            run={"iterations": 2, "eval_every": 0}, model=model, reward=[{"name": "jpeg_size"}],
         )  # fmt: skip
         write_lines(recipe.parent / "train.txt", prompts)
         if kept is not None:
@@ -127,7 +132,13 @@ def test_auto_keeps_small_encoders_and_frees_large_ones(folders, tmp_path, monke
 
 def test_conditioning_is_padded_together_and_split_again():
     parts = [
-        Conditioning({"states": torch.full((1, n, 2), float(n)), "states_mask": torch.ones(1, n, dtype=torch.bool), "pooled": torch.full((1, 4), float(n))})
+        Conditioning(
+            {
+                "states": torch.full((1, n, 2), float(n)),
+                "states_mask": torch.ones(1, n, dtype=torch.bool),
+                "pooled": torch.full((1, 4), float(n)),
+            }
+        )
         for n in (3, 1, 2)
     ]
     whole = Conditioning.cat(parts)
@@ -158,8 +169,12 @@ def test_more_than_auto_writes_unasked_stays_in_host_memory(folders, tmp_path, m
 
 def test_a_disk_without_room_is_told_before_it_is_full(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
-    with pytest.raises(UserError, match=r"data.embedding_cache: the embeddings of 61 prompts take \d+ GB .* write none"):
-        Policy(recipe_of(folders, "flux", tmp_path), CPU, [f"{text} {number}" for text in TEXTS for number in range(20)])
+    with pytest.raises(
+        UserError, match=r"data.embedding_cache: the embeddings of 61 prompts take \d+ GB .* write none"
+    ):
+        Policy(
+            recipe_of(folders, "flux", tmp_path), CPU, [f"{text} {number}" for text in TEXTS for number in range(20)]
+        )
 
 
 def test_zeros_at_the_end_take_no_room(folders, tmp_path):
@@ -185,8 +200,9 @@ def loads(monkeypatch):
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
 def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_path, loads, lora):
     recipe = tiny_recipe(
-        tmp_path, model={**MODELS["wan"], "path": str(folders["wan"]), "guidance_scale": 3.0, "lora": lora}, reward=[{"name": "jpeg_size"}],
-        data={"embedding_cache": str(tmp_path / "embeddings")}, run={"iterations": 1, "eval_every": 0},
+        tmp_path, model={**MODELS["wan"], "path": str(folders["wan"]), "guidance_scale": 3.0, "lora": lora},
+        reward=[{"name": "jpeg_size"}], data={"embedding_cache": str(tmp_path / "embeddings")},
+        run={"iterations": 1, "eval_every": 0},
     )  # fmt: skip
     encoders, rest = ("transformer", "vae"), ("text_encoder", "tokenizer")
     run = tmp_path / "run"
@@ -196,13 +212,18 @@ def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_pat
     succeed("eval", run, "--set", f"data.embedding_cache={tmp_path / 'other'}")
     assert loads == [encoders, rest]
     loads.clear()
-    succeed("sample", run, "--prompts", write_lines(tmp_path / "p.txt", ["a new prompt"]), "--out", tmp_path / "samples")
+    succeed(
+        "sample", run, "--prompts", write_lines(tmp_path / "p.txt", ["a new prompt"]), "--out", tmp_path / "samples"
+    )
     assert loads == [encoders, rest]
     loads.clear()
     succeed("export", run, "--out", tmp_path / "export")
     assert loads == ([(*rest, "vae")] if lora is None else []), "a LoRA needs no model"
     if lora is None:
-        theirs, ours = ((Path(folder) / "text_encoder" / "model.safetensors").read_bytes() for folder in (folders["wan"], tmp_path / "export"))
+        theirs, ours = (
+            (Path(folder) / "text_encoder" / "model.safetensors").read_bytes()
+            for folder in (folders["wan"], tmp_path / "export")
+        )
         assert theirs == ours
 
 
@@ -251,4 +272,6 @@ def test_embeddings_from_before_digests_are_read(folders, tmp_path):
     expected = policy.encode(TEXTS)
     for file in tmp_path.glob("*/*.safetensors"):
         save_file(load_file(file), file)
-    assert torch.equal(policy.encode(TEXTS).cond.tensors["encoder_hidden_states"], expected.cond.tensors["encoder_hidden_states"])
+    assert torch.equal(
+        policy.encode(TEXTS).cond.tensors["encoder_hidden_states"], expected.cond.tensors["encoder_hidden_states"]
+    )

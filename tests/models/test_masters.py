@@ -1,4 +1,6 @@
-"""bf16 copies of fp32 masters: the bits of autocast, gradients in fp32, and copies that follow wherever masters change."""
+"""bf16 copies of fp32 masters: the bits of autocast, gradients in fp32,
+and copies that follow wherever masters change.
+"""
 
 import pytest
 import torch
@@ -62,7 +64,9 @@ def test_masters_are_fp32_and_what_the_passes_read_is_bf16():
     held = sum(p.numel() for name, p in policy.transformer.named_parameters() if name in linear)
     assert held > 0.95 * sum(p.numel() for p in policy.transformer.parameters())
     passes(policy)
-    assert all(p.grad is None for name, p in policy.transformer.named_parameters() if name in linear), "no gradient is held twice"
+    assert all(p.grad is None for name, p in policy.transformer.named_parameters() if name in linear), (
+        "no gradient is held twice"
+    )
 
 
 def test_copies_follow_updates_averages_and_checkpoints(tmp_path):
@@ -73,7 +77,10 @@ def test_copies_follow_updates_averages_and_checkpoints(tmp_path):
 
     def in_step():
         params = dict(policy.transformer.named_parameters())
-        return all(torch.equal(params[name].data, master.data.to(params[name].dtype)) for name, master in policy.trainable().items())
+        return all(
+            torch.equal(params[name].data, master.data.to(params[name].dtype))
+            for name, master in policy.trainable().items()
+        )
 
     start = passes(policy)[0]
     save_checkpoint(tmp_path, policy, updater, 0, "recipe", 3, {})
@@ -92,7 +99,9 @@ def test_copies_follow_updates_averages_and_checkpoints(tmp_path):
 
 
 def test_a_gradient_that_finds_no_room_does_not_count_twice(monkeypatch):
-    """The hook fails once, as where memory runs out; what autograd left on the copy must not join the next attempt's gradient."""
+    """The hook fails once, as where memory runs out;
+    what autograd left on the copy must not join the next attempt's gradient.
+    """
     linear = torch.nn.Linear(3, 2, bias=False)
     masters = Masters(linear, torch.bfloat16)
     x, inner, calls = torch.ones(1, 3, dtype=torch.bfloat16), torch.Tensor.to, []

@@ -1,4 +1,6 @@
-"""FLUX.1, Qwen-Image and Wan2.1 adapters against diffusers' own pipelines, on tiny weights in the real folder layout (SD3: test_sd3.py)."""
+"""FLUX.1, Qwen-Image and Wan2.1 adapters against diffusers' own pipelines,
+on tiny weights in the real folder layout (SD3: test_sd3.py).
+"""
 
 import pytest
 import torch
@@ -28,7 +30,13 @@ def folders(tmp_path_factory):
 
 
 def recipe_of(folders, name, **sections):
-    model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", "gradient_checkpointing": False, **sections.pop("model", {})}
+    model = {
+        **MODELS[name],
+        "path": str(folders[name]),
+        "dtype": "fp32",
+        "gradient_checkpointing": False,
+        **sections.pop("model", {}),
+    }
     return small_recipe(model={"lora": None, "guidance_scale": 1.0, **model}, **sections)
 
 
@@ -42,7 +50,13 @@ def states(policy, count, seed=0):
 
 def their_latents(name, pipe, prompts, model, latents, guidance, steps):
     """Clean latents of the diffusers pipeline itself."""
-    options = {"height": model.height, "width": model.width, "num_inference_steps": steps, "latents": latents, "max_sequence_length": model.text_tokens}
+    options = {
+        "height": model.height,
+        "width": model.width,
+        "num_inference_steps": steps,
+        "latents": latents,
+        "max_sequence_length": model.text_tokens,
+    }
     if name == "flux":
         options["guidance_scale"] = guidance
     elif name in ("flux_schnell", "qwen_image"):
@@ -71,8 +85,13 @@ def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width,
     plan = make_plan(recipe, 0, sigmas)
     forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy, PROMPTS), seed=3, iteration=9)
     prompt = torch.arange(len(PROMPTS)).repeat_interleave(2)
-    latents = philox_normal((len(prompt), *policy.adapter.latent_shape), NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(PROMPTS))))
-    expected = their_latents(name, pipe, [text for text in PROMPTS for _ in range(2)], recipe.model, latents, guidance, ODE["steps"])
+    latents = philox_normal(
+        (len(prompt), *policy.adapter.latent_shape),
+        NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(PROMPTS))),
+    )
+    expected = their_latents(
+        name, pipe, [text for text in PROMPTS for _ in range(2)], recipe.model, latents, guidance, ODE["steps"]
+    )
     assert (forest.leaves - expected).abs().max() <= 1e-4
     assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.01, "the prompt matters"
 
@@ -86,7 +105,14 @@ def test_decoded_samples_equal_the_diffusers_pipeline(folders, name):
     options = {"num_frames": 5} if name == "wan" else {}
     pipe.scheduler.step = lambda v, t, x, return_dict: (x,)  # so the pipeline decodes what it was given
     result = pipe(
-        prompt=TEXTS, height=32, width=32, num_inference_steps=2, latents=latents, output_type="pt", max_sequence_length=MODELS[name]["text_tokens"], **options
+        prompt=TEXTS,
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        latents=latents,
+        output_type="pt",
+        max_sequence_length=MODELS[name]["text_tokens"],
+        **options,
     )
     expected = result.frames if name == "wan" else result.images
     decoded = policy.decode(latents)
@@ -133,11 +159,32 @@ def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
             assert tensor.grad is None, parameter
         elif tensor.grad is None or not tensor.grad.abs().max() > 0:
             silent.append(parameter)
-    unused = ("add_q_proj", "norm_added_q", "to_add_out", "ff_context", "txt_mlp", "txt_mod", "norm1_context", "add_v_proj", "add_k_proj")
-    last = {"flux": "transformer_blocks.none", "flux_schnell": "transformer_blocks.none", "qwen_image": "transformer_blocks.1.", "wan": "none"}[name]
+    unused = (
+        "add_q_proj",
+        "norm_added_q",
+        "to_add_out",
+        "ff_context",
+        "txt_mlp",
+        "txt_mod",
+        "norm1_context",
+        "add_v_proj",
+        "add_k_proj",
+    )
+    last = {
+        "flux": "transformer_blocks.none",
+        "flux_schnell": "transformer_blocks.none",
+        "qwen_image": "transformer_blocks.1.",
+        "wan": "none",
+    }[name]
     for parameter in silent:  # the last block drops its text stream; biases of keys shift all logits alike
-        assert (parameter.startswith(last) and any(part in parameter for part in unused)) or parameter.endswith("k.bias"), parameter
-    others = [part for key, part in policy.adapter.pipe.components.items() if isinstance(part, torch.nn.Module) and key != "transformer"]
+        assert (parameter.startswith(last) and any(part in parameter for part in unused)) or parameter.endswith(
+            "k.bias"
+        ), parameter
+    others = [
+        part
+        for key, part in policy.adapter.pipe.components.items()
+        if isinstance(part, torch.nn.Module) and key != "transformer"
+    ]
     assert others
     assert all(p.grad is None and not p.requires_grad for part in others for p in part.parameters())
 
@@ -165,7 +212,9 @@ def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
         parameter.mul_(1.1)
     policy.adapter.save_pipeline(tmp_path / "export")
     PIPELINES[name].from_pretrained(tmp_path / "export")
-    loaded = Policy(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "export")})}), CPU)
+    loaded = Policy(
+        recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "export")})}), CPU
+    )
     tuned = sample(recipe, policy, TEXTS)
     assert (tuned - sample(recipe, loaded, TEXTS)).abs().max() <= 1e-5
     assert (tuned - base).abs().max() > 1e-3
@@ -193,7 +242,11 @@ def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
     policy = policy_of(folders, name, model={"lora": LORA, "dtype": "bf16"})
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
     kept = policy.transformer._keep_in_fp32_modules or []
-    frozen = {p.dtype for key, p in policy.transformer.named_parameters() if not p.requires_grad and not any(part in key for part in kept)}
+    frozen = {
+        p.dtype
+        for key, p in policy.transformer.named_parameters()
+        if not p.requires_grad and not any(part in key for part in kept)
+    }
     assert frozen == {torch.bfloat16}
     v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
     assert v.dtype == torch.bfloat16
@@ -205,7 +258,11 @@ def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
     [
         ("flux", {"height": 30}, "model.height is 30: write a multiple of 4"),
         ("flux", {"frames": 5}, "model.frames is 5, but flux draws pictures"),
-        ("flux", {"adapter": "sd3"}, "holds a FluxPipeline, which is not for model.adapter sd3: write model.adapter: flux"),
+        (
+            "flux",
+            {"adapter": "sd3"},
+            "holds a FluxPipeline, which is not for model.adapter sd3: write model.adapter: flux",
+        ),
         ("wan", {"frames": 6}, "model.frames is 6: write a multiple of 4 and one more, like 5"),
         ("wan", {"width": 40}, "model.width is 40: write a multiple of 16"),
         ("qwen_image", {"dtype": "fp64"}, "model.dtype is fp64"),

@@ -39,12 +39,17 @@ def test_ode_rollout_equals_the_diffusers_pipeline(pipe, height, width, guidance
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
     forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy, texts), seed=3, iteration=9)
     prompt = torch.arange(len(texts)).repeat_interleave(2)
-    latents = philox_normal((2 * len(texts), *policy.adapter.latent_shape), NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(texts))))
+    latents = philox_normal(
+        (2 * len(texts), *policy.adapter.latent_shape),
+        NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(texts))),
+    )
     result = pipe(
-        prompt=[text for text in texts for _ in range(2)], height=height, width=width, num_inference_steps=6, guidance_scale=guidance,
-        latents=latents, output_type="latent", max_sequence_length=policy.adapter.geometry.prompt_tokens,
+        prompt=[text for text in texts for _ in range(2)], height=height, width=width, num_inference_steps=6,
+        guidance_scale=guidance, latents=latents, output_type="latent",
+        max_sequence_length=policy.adapter.geometry.prompt_tokens,
     )  # fmt: skip
-    assert (forest.leaves - result.images).abs().max() <= 3e-5 * (1 + guidance)  # guidance multiplies what the encoders' batches round
+    # guidance multiplies what the encoders' batches round
+    assert (forest.leaves - result.images).abs().max() <= 3e-5 * (1 + guidance)
     assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.1
 
 
@@ -53,7 +58,8 @@ def test_decoded_pictures_equal_the_diffusers_pipeline(pipe):
     policy = policy_of(dtype="fp32")
     latents = torch.randn(3, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0))
     expected = pipe.image_processor.postprocess(
-        pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample, output_type="pt"
+        pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample,
+        output_type="pt",
     )
     assert torch.allclose(policy.decode(latents), expected, atol=1e-5)
 
@@ -65,7 +71,9 @@ def test_mixed_prompts_in_one_batch_equal_one_by_one():
     sigma = torch.tensor([0.9, 0.5, 0.2])
     together = policy.velocity(x, sigma, encoded(policy), torch.arange(3)).v
     for row in range(3):
-        alone = policy.velocity(x[row : row + 1], sigma[row : row + 1], encoded(policy, [TEXTS[row]]), torch.tensor([0])).v
+        alone = policy.velocity(
+            x[row : row + 1], sigma[row : row + 1], encoded(policy, [TEXTS[row]]), torch.tensor([0])
+        ).v
         assert (together[row] - alone[0]).abs().max() <= 1e-5
 
 
@@ -74,7 +82,9 @@ def test_model_time_is_not_rounded_to_thousandths():
     """PRIOR_ART §3.17: two noise levels that an integer timestep would merge give different velocities."""
     policy = policy_of()
     x = torch.zeros(2, *policy.adapter.latent_shape, dtype=torch.float64)
-    v = policy.velocity(x, torch.tensor([0.50001, 0.50049]), encoded(policy, TEXTS[:1]), torch.zeros(2, dtype=torch.int64)).v
+    v = policy.velocity(
+        x, torch.tensor([0.50001, 0.50049]), encoded(policy, TEXTS[:1]), torch.zeros(2, dtype=torch.int64)
+    ).v
     assert (v[0] - v[1]).abs().max() > 1e-6
 
 
@@ -98,7 +108,9 @@ def test_gradients_reach_exactly_the_trainable_parameters(model):
             assert parameter.dtype == torch.float32
             assert parameter.grad is not None, name
             # the last block drops its text stream, so the text's queries there have no effect
-            assert (parameter.grad.abs().max() > 0) != name.startswith(("transformer_blocks.2.attn.add_q_proj", "transformer_blocks.2.attn.norm_added_q")), name
+            assert (parameter.grad.abs().max() > 0) != name.startswith(
+                ("transformer_blocks.2.attn.add_q_proj", "transformer_blocks.2.attn.norm_added_q")
+            ), name
         else:
             assert parameter.grad is None, name
     frozen = [policy.adapter.pipe.vae, policy.adapter.pipe.text_encoder, policy.adapter.pipe.text_encoder_3]
@@ -149,7 +161,9 @@ def test_lora_export_loads_in_diffusers_and_draws_the_same(tmp_path, pipe):
     _same_velocity(policy, loaded)
     base = policy_of(dtype="fp32")
     x, sigma, prompt = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
-    assert (base.velocity(x, sigma, encoded(base), prompt).v - policy.velocity(x, sigma, encoded(policy), prompt).v).abs().max() > 1e-2
+    assert (
+        base.velocity(x, sigma, encoded(base), prompt).v - policy.velocity(x, sigma, encoded(policy), prompt).v
+    ).abs().max() > 1e-2
 
 
 def _same_velocity(one: Policy, other: Policy) -> None:
@@ -163,7 +177,9 @@ def _same_velocity(one: Policy, other: Policy) -> None:
 def test_evaluation_guides_above_1_only(scale):
     guided = Policy(small_recipe(model={**MODEL, "guidance_scale": 3.0}), CPU)
     plain = sample(small_recipe(model=MODEL), policy_of(dtype="fp32"), TEXTS)
-    evaluated = sample(small_recipe(model={**MODEL, "guidance_scale": 3.0}, run={"eval": {"guidance_scale": scale}}), guided, TEXTS)
+    evaluated = sample(
+        small_recipe(model={**MODEL, "guidance_scale": 3.0}, run={"eval": {"guidance_scale": scale}}), guided, TEXTS
+    )
     assert torch.equal(evaluated, plain)
 
 

@@ -20,7 +20,9 @@ from update_cases import Recorder
 
 
 class Small:
-    """A device on which a pass of more than `rows` rows does not fit; `where`: in the forward of any pass, only with a graph, or in the backward."""
+    """A device on which a pass of more than `rows` rows does not fit; `where`:
+    in the forward of any pass, only with a graph, or in the backward.
+    """
 
     def __init__(self, policy, rows, where, monkeypatch):
         self.failures, inner = 0, policy.adapter.velocity
@@ -111,7 +113,9 @@ def test_a_single_row_without_room_is_an_error(guidance, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("failing", [2, 3, 5])
 def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, monkeypatch):
-    """Neither gradients, of masters or copies, nor statistics: the repeated update is the one that never failed, cut as the repetition was."""
+    """Neither gradients, of masters or copies, nor statistics:
+    the repeated update is the one that never failed, cut as the repetition was.
+    """
     recipe = small_recipe(engine={"device": "cpu", "token_budget": 140})  # 4 rows a pass: several passes per update
     found = []
     for fails in (True, False):
@@ -137,7 +141,9 @@ def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, mon
         forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
         if not fails:
             policy.budget.tokens = 70  # what the failed update was halved to
-        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        credit = assign_credit(
+            plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
+        )
         recorder = Recorder(recipe, policy)
         stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
         found.append((torch.cat([g.flatten() for g in recorder.gradients[0]]), stats))

@@ -1,7 +1,7 @@
 """engine.cuda_graphs: a pass recorded once and replayed for every timestep, prompt and key gives the eager results.
 
-Without a GPU the recording is a function that runs again on the recording's own tensors: what a replay would miss, because it did not come in as a tensor,
-is missed here too.
+Without a GPU the recording is a function that runs again on the recording's own tensors: what a replay would miss,
+because it did not come in as a tensor, is missed here too.
 """
 
 from contextlib import contextmanager
@@ -42,18 +42,24 @@ class Replayed(Recordings):
 
 
 def policy_on(device, dtype="fp32", **model):
-    policy = Policy(small_recipe(model={**MODEL, "dtype": dtype, **model}, engine={"device": device}), torch.device(device))
+    policy = Policy(
+        small_recipe(model={**MODEL, "dtype": dtype, **model}, engine={"device": device}), torch.device(device)
+    )
     return policy, (Recordings(policy.device) if device == "cuda" else Replayed(policy.device))
 
 
 def leaves_of(policy, recipe, iteration=0, texts=TEXTS, seed=5, **options):
     plan, rows = plan_and_coefficients(recipe, iteration)
-    forest = rollout(plan, rows.to(policy.device), policy, policy.encode(texts), seed=seed, iteration=iteration, **options)
+    forest = rollout(
+        plan, rows.to(policy.device), policy, policy.encode(texts), seed=seed, iteration=iteration, **options
+    )
     return forest.leaves, forest.logp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sections", [FLAT, TREE, TAIL, CPS, RANGE], ids=["flat", "tree", "tail", "cps", "guidance_range"])
+@pytest.mark.parametrize(
+    "sections", [FLAT, TREE, TAIL, CPS, RANGE], ids=["flat", "tree", "tail", "cps", "guidance_range"]
+)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iterations(device, sections, guidance):
     policy, graphs = policy_on(device, guidance_scale=guidance)
@@ -101,14 +107,21 @@ def test_a_replay_follows_trained_weights_their_average_and_the_reference_model(
 
 
 def test_prompts_of_other_lengths_are_other_recordings(tmp_path):
-    model = {**MODELS["qwen_image"], "path": str(write_pipeline("qwen_image", tmp_path / "qwen")), "dtype": "fp32", "gradient_checkpointing": False}
+    model = {
+        **MODELS["qwen_image"],
+        "path": str(write_pipeline("qwen_image", tmp_path / "qwen")),
+        "dtype": "fp32",
+        "gradient_checkpointing": False,
+    }
     recipe = small_recipe(model=model)
     policy, graphs = Policy(recipe, CPU, TEXTS), Replayed(CPU)
     for texts in (TEXTS, ["a red circle " * 12, "a cross"], TEXTS[::-1]):
         policy.recordings = None
         eager = leaves_of(policy, recipe, texts=texts)
         policy.recordings = graphs
-        assert all(torch.equal(one, other) for one, other in zip(eager, leaves_of(policy, recipe, texts=texts), strict=True))
+        assert all(
+            torch.equal(one, other) for one, other in zip(eager, leaves_of(policy, recipe, texts=texts), strict=True)
+        )
     assert graphs.replays == 3 * len(plan_and_coefficients(recipe)[0].steps)
 
 

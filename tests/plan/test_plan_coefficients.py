@@ -108,7 +108,9 @@ def test_no_history_crosses_a_stochastic_step_or_a_fanout(recipe, iteration):
     assert all(bool(torch.isfinite(getattr(rows, name)).all()) for name in FIELDS)
 
 
-@pytest.mark.parametrize(("dynamics", "scale"), [("dance_sde", 4.0), ("flow_sde", 4.0), ("cps", 0.5), ("flow_sde", 1.7)])
+@pytest.mark.parametrize(
+    ("dynamics", "scale"), [("dance_sde", 4.0), ("flow_sde", 4.0), ("cps", 0.5), ("flow_sde", 1.7)]
+)
 def test_split_noise_scale_widens_the_noise_of_split_steps_and_nothing_else(dynamics, scale):
     splits = [0, 3, 6, 9]
     tree = {"splits": splits, "fanout": 2, "split_noise_scale": scale}
@@ -128,7 +130,9 @@ def test_mistake_12_the_density_of_widened_noise_is_the_one_of_the_plain_step():
     rows = plan_coefficients(plan)
     for index in (0, 3, 6, 9):
         s = 0.3 * math.sqrt(plan.steps[index].sigma - plan.steps[index].sigma_next)
-        assert row_of(rows, index)[3:] == pytest.approx((4 * s, 1 / (2 * s * s), -math.log(s) - 0.5 * math.log(2 * math.pi)), rel=3e-7)
+        assert row_of(rows, index)[3:] == pytest.approx(
+            (4 * s, 1 / (2 * s * s), -math.log(s) - 0.5 * math.log(2 * math.pi)), rel=3e-7
+        )
 
 
 def test_rows_are_a_batch_on_the_cpu():

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowgrove.plan.planner import make_plan
-from planner_cases import better_children, branch_tree, forest_of, four_counts, recipe_with, recipes, stochastic_steps, train_by_hand, trained_steps
+from planner_cases import (
+    better_children,
+    branch_tree,
+    forest_of,
+    four_counts,
+    recipe_with,
+    recipes,
+    stochastic_steps,
+    train_by_hand,
+    trained_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,17 +74,26 @@ def test_parent_top1_counts_hold_whichever_child_is_better(splits, fanout, updat
     for choose in (lambda _: 0, lambda _: fanout - 1, lambda parent: parent % fanout):
         kept = better_children(levels, splits[-1], choose)
         assert len(kept) == leaves // fanout
-        edges, passes = train_by_hand(levels, range(7), plan.update_of_leaf, keep_siblings=partition == "parents", kept_leaves=kept)
+        edges, passes = train_by_hand(
+            levels, range(7), plan.update_of_leaf, keep_siblings=partition == "parents", kept_leaves=kept
+        )
         assert (plan.counts.trained_edges, plan.counts.train_passes) == (len(edges), passes)
 
 
 def extreme_plan(rollout, keep, updates, partition):
     """The plan, and (trained edges, train passes) for every set of leaves that rewards could keep."""
-    plan = make_plan(recipe_with({"steps": 5, **rollout}, updates=updates, partition=partition, prune={"kind": "extreme", "keep": keep}), 0)
+    plan = make_plan(
+        recipe_with(
+            {"steps": 5, **rollout}, updates=updates, partition=partition, prune={"kind": "extreme", "keep": keep}
+        ),
+        0,
+    )
     levels = forest_of(plan)
     outcomes = []
     for kept in itertools.combinations(range(plan.leaves), 2 * keep):
-        edges, passes = train_by_hand(levels, range(4), plan.update_of_leaf, keep_siblings=partition == "parents", kept_leaves=set(kept))
+        edges, passes = train_by_hand(
+            levels, range(4), plan.update_of_leaf, keep_siblings=partition == "parents", kept_leaves=set(kept)
+        )
         outcomes.append((len(edges), passes))
     assert len(outcomes) >= 15
     return plan, outcomes
@@ -100,10 +119,16 @@ EIGHT_LEAVES = {"group_size": 8, "tree": {"splits": [0, 1, 3], "fanout": 2}}
 @pytest.mark.parametrize("partition", ["trajectories", "parents"])
 def test_extreme_counts_are_the_most_that_any_rewards_can_keep(rollout, keep, updates, partition):
     plan, outcomes = extreme_plan(rollout, keep, updates, partition)
-    assert (plan.counts.trained_edges, plan.counts.train_passes) == (max(edges for edges, _ in outcomes), max(passes for _, passes in outcomes))
+    assert (plan.counts.trained_edges, plan.counts.train_passes) == (
+        max(edges for edges, _ in outcomes),
+        max(passes for _, passes in outcomes),
+    )
 
 
-@pytest.mark.parametrize(("rollout", "keep", "updates"), [(EIGHT_LEAVES, 3, 3), ({"group_size": 9, "tree": {"splits": [1, 3], "fanout": 3}}, 2, 4)])
+@pytest.mark.parametrize(
+    ("rollout", "keep", "updates"),
+    [(EIGHT_LEAVES, 3, 3), ({"group_size": 9, "tree": {"splits": [1, 3], "fanout": 3}}, 2, 4)],
+)
 def test_extreme_counts_of_unequal_updates_are_those_of_some_rewards_that_keep_the_most_edges(rollout, keep, updates):
     plan, outcomes = extreme_plan(rollout, keep, updates, "trajectories")
     assert plan.counts.trained_edges == max(edges for edges, _ in outcomes)
@@ -111,10 +136,17 @@ def test_extreme_counts_of_unequal_updates_are_those_of_some_rewards_that_keep_t
 
 
 @settings(max_examples=50)
-@given(recipes(prunes=st.sampled_from([{"kind": "depth", "first": 1}, {"kind": "parent_top1"}, {"kind": "extreme", "keep": 1}])), st.integers(0, 200))
+@given(
+    recipes(
+        prunes=st.sampled_from([{"kind": "depth", "first": 1}, {"kind": "parent_top1"}, {"kind": "extreme", "keep": 1}])
+    ),
+    st.integers(0, 200),
+)
 def test_pruning_leaves_the_rollout_alone(recipe, iteration):
     plan = make_plan(recipe, iteration)
-    unpruned = make_plan(recipe.model_copy(update={"credit": recipe.credit.model_copy(update={"prune": None})}), iteration)
+    unpruned = make_plan(
+        recipe.model_copy(update={"credit": recipe.credit.model_copy(update={"prune": None})}), iteration
+    )
     assert [dataclasses.replace(step, trained=step.stochastic) for step in plan.steps] == list(unpruned.steps)
     assert plan.counts.rollout_forwards == unpruned.counts.rollout_forwards
     assert plan.counts.edges == unpruned.counts.edges

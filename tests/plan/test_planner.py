@@ -1,4 +1,6 @@
-"""Plans: what every step does and what it costs (DESIGN §3.2, MATH §1, §4 and §5), against forests of explicit nodes."""
+"""Plans: what every step does and what it costs (DESIGN §3.2, MATH §1, §4 and §5),
+against forests of explicit nodes.
+"""
 
 import dataclasses
 import itertools
@@ -62,7 +64,9 @@ def test_the_levels_of_the_published_tree():
 
 
 @pytest.mark.parametrize("at", range(21))
-@pytest.mark.parametrize(("updates", "partition", "passes"), [(1, "trajectories", 37), (4, "trajectories", 40), (4, "parents", 37)])
+@pytest.mark.parametrize(
+    ("updates", "partition", "passes"), [(1, "trajectories", 37), (4, "trajectories", 40), (4, "parents", 37)]
+)
 def test_math_5_flat_group_at_every_window_position(at, updates, partition, passes):
     recipe = recipe_with(mix_window(), updates=updates, partition=partition)
     for iteration in (25 * at, 25 * at + 24, 25 * (at + 21)):
@@ -70,7 +74,11 @@ def test_math_5_flat_group_at_every_window_position(at, updates, partition, pass
         assert plan.window == (at, at + 1, at + 2, at + 3)
         assert widths(plan) == [1] * (at + 1) + [12] * (24 - at)
         assert four_counts(plan.counts) == (at + 1 + 12 * (24 - at), 12 * 25 - 11 * at, 48, passes)
-        assert (plan.counts.leaves, plan.counts.unshared_rollout_forwards, plan.counts.unshared_train_passes) == (12, 300, 48)
+        assert (plan.counts.leaves, plan.counts.unshared_rollout_forwards, plan.counts.unshared_train_passes) == (
+            12,
+            300,
+            48,
+        )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,9 @@ def test_unshared_forwards_are_leaves_times_the_plans_own_steps(tail, unshared):
     assert make_plan(recipe_with(branch_tree(**TREE_MIX, **tail)), 0).counts.unshared_rollout_forwards == unshared
 
 
-@pytest.mark.parametrize(("partition", "passes"), [("trajectories", 2 + 2 + 2 + 4 + 4 + 4 + 4 + 8 + 8 + 8 + 9 * 16), ("parents", 187)])
+@pytest.mark.parametrize(
+    ("partition", "passes"), [("trajectories", 2 + 2 + 2 + 4 + 4 + 4 + 4 + 8 + 8 + 8 + 9 * 16), ("parents", 187)]
+)
 def test_a_tree_in_four_updates_splits_a_node_only_where_its_children_train_in_different_updates(partition, passes):
     plan = make_plan(recipe_with(branch_tree(), updates=4, partition=partition), 0)
     assert four_counts(plan.counts) == (203, 218, 202, passes)
@@ -164,7 +174,13 @@ def test_kept_edges_lie_on_the_trajectories_of_kept_leaves(recipe, iteration, da
     plan = make_plan(recipe, iteration)
     prompt = data.draw(st.integers(0, 5))
     kept = data.draw(st.sets(st.integers(0, plan.leaves - 1)))
-    edges, _ = train_by_hand(forest_of(plan), trained_steps(plan), plan.update_of_leaf, selected=plan.selected_steps(prompt), kept_leaves=kept)
+    edges, _ = train_by_hand(
+        forest_of(plan),
+        trained_steps(plan),
+        plan.update_of_leaf,
+        selected=plan.selected_steps(prompt),
+        kept_leaves=kept,
+    )
     told = {step.index: plan.kept_edges(step, prompt, kept.__contains__) for step in plan.trained_steps}
     assert list(told) == trained_steps(plan)
     assert {(step, child) for step, trains in told.items() for child, train in enumerate(trains) if train} == edges
@@ -189,7 +205,10 @@ def test_an_edge_trains_in_the_update_of_its_first_leaf_and_parents_keeps_siblin
     for step in plan.steps:
         below = plan.leaves // step.nodes_out
         updates = [plan.update_of_edge(step, child) for child in range(step.nodes_out)]
-        leaders = [child - child % step.fanout if recipe.update.partition == "parents" else child for child in range(step.nodes_out)]
+        leaders = [
+            child - child % step.fanout if recipe.update.partition == "parents" else child
+            for child in range(step.nodes_out)
+        ]
         assert updates == [plan.update_of_leaf(leader * below) for leader in leaders]
 
 
@@ -232,10 +251,18 @@ def test_a_tail_is_uniform_before_the_shift_and_ends_at_0(recipe, iteration):
     rollout, plan = recipe.rollout, make_plan(recipe, iteration)
     head = max(stochastic_steps(plan), default=-1) + 1
     remaining = rollout.steps - head
-    count = remaining if rollout.tail is None else max(1, int((remaining * Decimal(str(rollout.tail.compress))).quantize(Decimal(1), ROUND_HALF_UP)))
-    times = [1 - i / rollout.steps for i in range(head)] + [(1 - head / rollout.steps) * (1 - j / count) for j in range(count)]
+    count = (
+        remaining
+        if rollout.tail is None
+        else max(1, int((remaining * Decimal(str(rollout.tail.compress))).quantize(Decimal(1), ROUND_HALF_UP)))
+    )
+    times = [1 - i / rollout.steps for i in range(head)] + [
+        (1 - head / rollout.steps) * (1 - j / count) for j in range(count)
+    ]
     assert len(plan.steps) == head + count
-    assert [step.sigma for step in plan.steps] == pytest.approx([rollout.shift * t / (1 + (rollout.shift - 1) * t) for t in times], rel=1e-12)
+    assert [step.sigma for step in plan.steps] == pytest.approx(
+        [rollout.shift * t / (1 + (rollout.shift - 1) * t) for t in times], rel=1e-12
+    )
     assert plan.steps[-1].sigma_next == 0.0
     assert [step.solver for step in plan.steps[head:]] == ["dpmpp_2m" if rollout.tail else "ode"] * count
     assert all(step.solver == "ode" for step in plan.steps[:head] if not step.stochastic)
@@ -258,7 +285,11 @@ def test_a_tail_is_uniform_before_the_shift_and_ends_at_0(recipe, iteration):
     ],
 )
 def test_a_tail_has_remaining_times_compress_steps_rounded_half_up(steps, head, compress, count):
-    rollout = {"steps": steps, "window": {"strategy": "frozen", "size": 1, "start": head - 1}, "tail": {"compress": compress}}
+    rollout = {
+        "steps": steps,
+        "window": {"strategy": "frozen", "size": 1, "start": head - 1},
+        "tail": {"compress": compress},
+    }
     assert len(make_plan(recipe_with(rollout), 0).steps) == head + count
 
 
@@ -351,7 +382,10 @@ def test_splits_at_the_last_step_or_past_it_are_an_error(split):
     assert "18" in text
 
 
-@pytest.mark.parametrize(("rollout", "leaves"), [(mix_window(), 12), (branch_tree(), 16), ({**mix_window(), "shared_initial_noise": False}, 12)])
+@pytest.mark.parametrize(
+    ("rollout", "leaves"),
+    [(mix_window(), 12), (branch_tree(), 16), ({**mix_window(), "shared_initial_noise": False}, 12)],
+)
 def test_more_updates_than_leaves_are_an_error(rollout, leaves):
     assert make_plan(recipe_with(rollout, updates=leaves), 0).updates == leaves
     text = user_error(make_plan, recipe_with(rollout, updates=leaves + 1), 0)
@@ -366,7 +400,9 @@ def test_shared_noise_without_a_stochastic_step_is_an_error():
 
 
 def test_window_errors_surface_in_the_plan():
-    assert "rollout.window.size" in user_error(make_plan, recipe_with({"steps": 4, "window": {"strategy": "progressive", "size": 4}}), 0)
+    assert "rollout.window.size" in user_error(
+        make_plan, recipe_with({"steps": 4, "window": {"strategy": "progressive", "size": 4}}), 0
+    )
 
 
 def test_a_null_shift_needs_the_pipelines_table():

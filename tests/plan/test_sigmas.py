@@ -44,7 +44,9 @@ def test_a_shifted_table_falls_strictly(shift, steps):
 def test_a_shifted_table_follows_its_formula_between_two_entries_too(shift, steps, share):
     position = share * steps
     t = 1 - position / steps
-    assert shifted_sigmas(steps, shift)(position) == pytest.approx(shift * t / (1 + (shift - 1) * t), rel=1e-12, abs=1e-15)
+    assert shifted_sigmas(steps, shift)(position) == pytest.approx(
+        shift * t / (1 + (shift - 1) * t), rel=1e-12, abs=1e-15
+    )
 
 
 def test_shift_1_is_linear():
@@ -106,12 +108,16 @@ def test_the_table_of_sd3_has_the_shift_applied_twice(tmp_path):
     assert entries(scheduler_sigmas(tmp_path, 10, tokens=1024), 10) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("config", [{}, {"base_shift": 0.4, "max_shift": 2.0, "base_image_seq_len": 100, "max_image_seq_len": 900}])
+@pytest.mark.parametrize(
+    "config", [{}, {"base_shift": 0.4, "max_shift": 2.0, "base_image_seq_len": 100, "max_image_seq_len": 900}]
+)
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
 def test_dynamic_shifting_takes_the_pipelines_own_shift_for_the_picture_size(tmp_path, config, tokens):
     scheduler = scheduler_folder(tmp_path, use_dynamic_shifting=True, **config)
     c = scheduler.config
-    mu = c.base_shift + (c.max_shift - c.base_shift) * (tokens - c.base_image_seq_len) / (c.max_image_seq_len - c.base_image_seq_len)
+    mu = c.base_shift + (c.max_shift - c.base_shift) * (tokens - c.base_image_seq_len) / (
+        c.max_image_seq_len - c.base_image_seq_len
+    )
     scheduler.set_timesteps(8, mu=mu)
     table = entries(scheduler_sigmas(tmp_path, 8, tokens), 8)
     assert table == pytest.approx(scheduler.sigmas.double().tolist(), abs=2e-7)
@@ -141,7 +147,13 @@ def test_a_scheduler_that_rises_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["version https://git-lfs.github.com/spec/v1", "[]", "{}", '{"_class_name": "NotASchedulerOfDiffusers"}', '{"_class_name": "PNDMScheduler"}'],
+    [
+        "version https://git-lfs.github.com/spec/v1",
+        "[]",
+        "{}",
+        '{"_class_name": "NotASchedulerOfDiffusers"}',
+        '{"_class_name": "PNDMScheduler"}',
+    ],
     ids=["not JSON", "not a mapping", "no class", "unknown class", "not a flow-matching scheduler"],
 )
 def test_a_scheduler_that_gives_no_table_is_a_user_error(tmp_path, text):
@@ -163,7 +175,9 @@ def test_the_table_of_a_full_size_model_is_the_one_that_its_pipeline_sets(adapte
     import diffusers
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-    recipe = parse_recipe(recipe_content(model={"adapter": adapter, **FULL_SIZE[adapter]}, rollout={"shift": None, "steps": 10}))
+    recipe = parse_recipe(
+        recipe_content(model={"adapter": adapter, **FULL_SIZE[adapter]}, rollout={"shift": None, "steps": 10})
+    )
     folder = configuration_folder(recipe.model)
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -183,10 +197,18 @@ def test_the_table_of_a_full_size_model_is_the_one_that_its_pipeline_sets(adapte
 @pytest.mark.parametrize(
     ("name", "config", "text"),
     [
-        ("DEISMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "it takes no sigmas"),
+        (
+            "DEISMultistepScheduler",
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+            "it takes no sigmas",
+        ),
         ("FlowMatchHeunDiscreteScheduler", {}, "it takes no sigmas"),
         ("FlowMatchEulerDiscreteScheduler", {"shift": "three"}, "does not give a table of 8 steps"),
-        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "max_image_seq_len": 256}, "does not give a table of 8 steps"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_dynamic_shifting": True, "max_image_seq_len": 256},
+            "does not give a table of 8 steps",
+        ),
         ("DiffusionPipeline", {"use_flow_sigmas": True}, "which is no flow-matching scheduler"),
         ("FlowMatchNonesuch", {}, "which is no flow-matching scheduler"),
     ],

@@ -1,4 +1,6 @@
-"""The recipes of full-size models: each plans without a download, with the published counts, and says where its model and prompts come from."""
+"""The recipes of full-size models: each plans without a download, with the published counts,
+and says where its model and prompts come from.
+"""
 
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def test_training_without_the_model_says_what_to_fetch(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
     text = refuse(
-        "train", RECIPES / "mix_sd35m.yaml", "--set", f"data.prompts={prompts}", "--set", "reward=[{name: jpeg_size}]", "--set", "engine.device=cpu",
-        "--out", tmp_path / "run",
+        "train", RECIPES / "mix_sd35m.yaml", "--set", f"data.prompts={prompts}", "--set", "reward=[{name: jpeg_size}]",
+        "--set", "engine.device=cpu", "--out", tmp_path / "run",
     )  # fmt: skip
     assert "hf download stabilityai/stable-diffusion-3.5-medium" in text

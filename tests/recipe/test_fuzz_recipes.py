@@ -70,7 +70,11 @@ def grammar(draw, depth=0):
         case 1:
             return f"&{draw.choice('abc')} {draw.choice(('x', '[1]', '{a: 1}', '*a'))}"
         case 2:
-            return "[" + ", ".join(grammar(draw, depth + 1) for _ in range(draw.randrange(5))) + draw.choice(("]", "]", ""))
+            return (
+                "["
+                + ", ".join(grammar(draw, depth + 1) for _ in range(draw.randrange(5)))
+                + draw.choice(("]", "]", ""))
+            )
         case 3:
             return f"{{{key}: {grammar(draw, depth + 1)}, {key}x: *{draw.choice('abc')}}}"
         case _:

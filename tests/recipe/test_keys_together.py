@@ -1,4 +1,6 @@
-"""Recipes whose keys are valid one by one and mean nothing together, numbers beyond reason, and --set in lists (issue 13)."""
+"""Recipes whose keys are valid one by one and mean nothing together, numbers beyond reason,
+and --set in lists (issue 13).
+"""
 
 import pytest
 import yaml
@@ -62,13 +64,17 @@ def test_a_group_of_one_may_train_on_the_divergence_alone(tmp_path):
 
 
 def test_one_entry_of_a_list_can_be_set(tmp_path):
-    path = write(tmp_path / "r.yaml", recipe_content(reward=REWARDS, rollout={"tree": {"splits": [0, 1, 2]}, "group_size": 8}))
+    path = write(
+        tmp_path / "r.yaml", recipe_content(reward=REWARDS, rollout={"tree": {"splits": [0, 1, 2]}, "group_size": 8})
+    )
     recipe = load_recipe(path, ("reward.0.weight=0.5", "reward.1={name: hpsv2}", "rollout.tree.splits.2=5"))
     assert [(reward.name, reward.weight) for reward in recipe.reward] == [("jpeg_size", 0.5), ("hpsv2", 1.0)]
     assert recipe.rollout.tree.splits == [0, 1, 5]
 
 
-@pytest.mark.parametrize("prune", [{"kind": "extreme", "keep": 2}, {"kind": "parent_top1"}, {"kind": "depth", "first": 3}])
+@pytest.mark.parametrize(
+    "prune", [{"kind": "extreme", "keep": 2}, {"kind": "parent_top1"}, {"kind": "depth", "first": 3}]
+)
 def test_a_recipe_that_is_written_out_in_full_reads_back(prune):
     recipe = parse_recipe(recipe_content(credit={"prune": prune}))
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe

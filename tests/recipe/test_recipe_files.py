@@ -15,9 +15,21 @@ def recipe_file(tmp_path):
 
 
 def test_extends_merges_sections_key_by_key_and_replaces_lists_and_nulls(tmp_path):
-    rollout = {"steps": 20, "tree": {"splits": [0, 3], "fanout": 4}, "window": {"size": 3, "every": 7}, "tail": {"compress": 0.5}}
-    write(tmp_path / "base.yaml", recipe_content(rollout=rollout, reward=[{"name": "hpsv2", "weight": 2.0}, {"name": "pickscore"}]))
-    change = {"extends": "base.yaml", "rollout": {"tree": {"splits": [1, 2]}, "window": {"every": 9}, "tail": None}, "reward": [{"name": "shapes"}]}
+    rollout = {
+        "steps": 20,
+        "tree": {"splits": [0, 3], "fanout": 4},
+        "window": {"size": 3, "every": 7},
+        "tail": {"compress": 0.5},
+    }
+    write(
+        tmp_path / "base.yaml",
+        recipe_content(rollout=rollout, reward=[{"name": "hpsv2", "weight": 2.0}, {"name": "pickscore"}]),
+    )
+    change = {
+        "extends": "base.yaml",
+        "rollout": {"tree": {"splits": [1, 2]}, "window": {"every": 9}, "tail": None},
+        "reward": [{"name": "shapes"}],
+    }
     recipe = load_recipe(write(tmp_path / "child.yaml", change))
     assert (recipe.rollout.steps, recipe.rollout.tree.splits, recipe.rollout.tree.fanout) == (20, [1, 2], 4)
     assert (recipe.rollout.window.size, recipe.rollout.window.every, recipe.rollout.tail) == (3, 9, None)
@@ -27,7 +39,9 @@ def test_extends_merges_sections_key_by_key_and_replaces_lists_and_nulls(tmp_pat
 def test_extends_chains_and_is_relative_to_the_file_that_says_it(tmp_path, monkeypatch):
     write(tmp_path / "base.yaml", recipe_content(run={"seed": 1, "iterations": 1, "keep_last": 1}))
     write(tmp_path / "models" / "middle.yaml", {"extends": "../base.yaml", "run": {"iterations": 2, "keep_last": 2}})
-    top = write(tmp_path / "variants" / "deep" / "top.yaml", {"extends": "../../models/middle.yaml", "run": {"keep_last": 3}})
+    top = write(
+        tmp_path / "variants" / "deep" / "top.yaml", {"extends": "../../models/middle.yaml", "run": {"keep_last": 3}}
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for path in (top, Path("../variants/deep/top.yaml")):
@@ -142,7 +156,9 @@ def test_overrides_win_over_the_file_and_its_base_and_the_last_one_wins(tmp_path
     assert (run.seed, run.iterations, run.keep_last) == (4, 8, 9)
 
 
-@pytest.mark.parametrize("override", ["run.seed", "=3", "run.seed:3", "run.seed 3", "", "run.seed=[", "run.=3", ".seed=3", "run..seed=3"])
+@pytest.mark.parametrize(
+    "override", ["run.seed", "=3", "run.seed:3", "run.seed 3", "", "run.seed=[", "run.=3", ".seed=3", "run..seed=3"]
+)
 def test_a_malformed_override_is_an_error_that_shows_it(recipe_file, override):
     text = user_error(load_recipe, recipe_file, (override,))
     assert override.split("=")[0] in text

@@ -90,10 +90,16 @@ DEFAULTS = {
     },
 }
 NULL_SECTIONS = {
-    "rollout.tree": ({}, {"splits": [0, 3, 6, 9], "fanout": 2, "sibling_correlation": 0.0588, "split_noise_scale": 1.0}),
+    "rollout.tree": (
+        {},
+        {"splits": [0, 3, 6, 9], "fanout": 2, "sibling_correlation": 0.0588, "split_noise_scale": 1.0},
+    ),
     "rollout.tail": ({}, {"solver": "dpmpp_2m", "compress": 0.4}),
     "rollout.cache": ({}, {"interval": 3, "order": 1}),
-    "credit.prune": ({"kind": "depth"}, {"kind": "depth", "depths": 4, "first": 10, "stop": 19, "every": 30, "direction": "later"}),
+    "credit.prune": (
+        {"kind": "depth"},
+        {"kind": "depth", "depths": 4, "first": 10, "stop": 19, "every": 30, "direction": "later"},
+    ),
     "model.lora": ({"rank": 32, "alpha": 64}, {"rank": 32, "alpha": 64.0}),
 }
 SECTIONS = ["", *DEFAULTS, "rollout.window", "run.eval", *NULL_SECTIONS]
@@ -117,7 +123,11 @@ def dumped(content):
 def test_defaults_are_those_of_the_design():
     told = dumped(recipe_content())
     assert told.pop("reward") == [{"name": "shapes", "weight": 1.0}]
-    assert (told["model"].pop("adapter"), told["model"].pop("path"), told["data"].pop("prompts")) == ("sd3", "tiny", "prompts.txt")
+    assert (told["model"].pop("adapter"), told["model"].pop("path"), told["data"].pop("prompts")) == (
+        "sd3",
+        "tiny",
+        "prompts.txt",
+    )
     assert told == DEFAULTS
 
 
@@ -203,7 +213,9 @@ def test_splits_must_rise(splits):
 
 def test_the_reward_at_fault_is_named():
     assert "reward.1.name" in user_error(parse_recipe, recipe_content(reward=[{"name": "shapes"}, {"weight": 2.0}]))
-    assert "reward.1.weight" in user_error(parse_recipe, recipe_content(reward=[{"name": "shapes"}, {"name": "http", "weight": "much"}]))
+    assert "reward.1.weight" in user_error(
+        parse_recipe, recipe_content(reward=[{"name": "shapes"}, {"name": "http", "weight": "much"}])
+    )
 
 
 def test_rewards_take_options_of_their_own():
@@ -248,7 +260,9 @@ def test_usual_slips_find_the_key_that_was_meant(typed, meant):
     assert meant in text.replace(typed, "")
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("model.adaptor", "adapter"), ("data.promts", "prompts"), ("rewards", "reward")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("model.adaptor", "adapter"), ("data.promts", "prompts"), ("rewards", "reward")]
+)
 def test_a_mistyped_required_key_is_reported_as_unknown_not_only_as_missing(typed, meant):
     content = recipe_content()
     *sections, last = typed.split(".")
@@ -289,7 +303,10 @@ def test_clip_range_may_be_a_low_and_a_high_one(tmp_path):
 
 
 def test_floats_are_accepted_in_overrides_and_in_the_options_of_a_reward(tmp_path):
-    path = write(tmp_path / "r.yaml", "model: {adapter: sd3, path: tiny}\ndata: {prompts: p.txt}\nreward: [{name: http, scale: 1e-5}]\n")
+    path = write(
+        tmp_path / "r.yaml",
+        "model: {adapter: sd3, path: tiny}\ndata: {prompts: p.txt}\nreward: [{name: http, scale: 1e-5}]\n",
+    )
     recipe = load_recipe(path, ("update.lr=3e-4",))
     assert recipe.update.lr == 3e-4
     assert recipe.reward[0].model_extra["scale"] == 1e-5
@@ -308,11 +325,16 @@ def test_a_dumped_recipe_reads_back_as_the_same_recipe(recipe, lr, clip_range):
 
 def test_a_run_folders_recipe_loads_as_it_is(tmp_path):
     write(tmp_path / "recipes" / "prompts.txt", "a red circle")
-    recipe = load_recipe(write(tmp_path / "recipes" / "mine.yaml", recipe_content(rollout={"tree": {}, "group_size": 16})), ("run.seed=9",))
+    recipe = load_recipe(
+        write(tmp_path / "recipes" / "mine.yaml", recipe_content(rollout={"tree": {}, "group_size": 16})),
+        ("run.seed=9",),
+    )
     resolved = write(tmp_path / "runs" / "mine" / "recipe.yaml", dump_recipe(recipe))
     assert load_recipe(resolved) == recipe
 
 
-@pytest.mark.parametrize("change", [{"rollout": {"steps": 9}}, {"rollout": {"window": {"size": 2}}}, {"run": {"seed": 1}}])
+@pytest.mark.parametrize(
+    "change", [{"rollout": {"steps": 9}}, {"rollout": {"window": {"size": 2}}}, {"run": {"seed": 1}}]
+)
 def test_dumps_of_different_recipes_differ(change):
     assert dump_recipe(parse_recipe(recipe_content(**change))) != dump_recipe(parse_recipe(recipe_content()))

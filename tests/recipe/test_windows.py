@@ -114,7 +114,9 @@ def kept_positions(window, positions, stay, iterations):
 
 def linear_stay(window, last):
     """τ of `decay` in exact arithmetic."""
-    return lambda at: max(window.min_every, math.floor(window.every * (1 - Fraction(at, last)) + window.min_every * Fraction(at, last)))
+    return lambda at: max(
+        window.min_every, math.floor(window.every * (1 - Fraction(at, last)) + window.min_every * Fraction(at, last))
+    )
 
 
 def exponential_stay(window):

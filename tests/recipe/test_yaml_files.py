@@ -1,4 +1,6 @@
-"""Recipes as YAML: the rules of YAML 1.2, no key twice, nothing endless, and one line for what is no recipe (issue 13)."""
+"""Recipes as YAML: the rules of YAML 1.2, no key twice, nothing endless,
+and one line for what is no recipe (issue 13).
+"""
 
 import os
 import time
@@ -20,9 +22,11 @@ def refused(folder, text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("010", 10), ("0o17", 15), ("0x1F", 31), ("+3", 3), ("1:30", "1:30"), ("yes", "yes"), ("No", "No"), ("on", "on"), ("1_000", "1_000"), ("TRUE", True),
-        ("2026-02-30", "2026-02-30"), ("1e-5", 1e-5), (".5", 0.5), ("5.", 5.0), ("-.inf", float("-inf")), ("~", None), ("", None), ("'010'", "010"), ("=", "="),
-        ("!!str 12", "12"), ('"\\ud83d\\ude00"', "😀"), ("{<<: &x {a: 1, b: 2}, b: 3}", {"a": 1, "b": 3}), ("{<<: [{a: 1}, {a: 2, b: 2}]}", {"a": 1, "b": 2}),
+        ("010", 10), ("0o17", 15), ("0x1F", 31), ("+3", 3), ("1:30", "1:30"), ("yes", "yes"), ("No", "No"),
+        ("on", "on"), ("1_000", "1_000"), ("TRUE", True), ("2026-02-30", "2026-02-30"), ("1e-5", 1e-5), (".5", 0.5),
+        ("5.", 5.0), ("-.inf", float("-inf")), ("~", None), ("", None), ("'010'", "010"), ("=", "="),
+        ("!!str 12", "12"), ('"\\ud83d\\ude00"', "😀"), ("{<<: &x {a: 1, b: 2}, b: 3}", {"a": 1, "b": 3}),
+        ("{<<: [{a: 1}, {a: 2, b: 2}]}", {"a": 1, "b": 2}),
     ],
 )  # fmt: skip
 def test_values_are_those_of_yaml_1_2(text, value):
@@ -36,7 +40,10 @@ def test_an_alias_is_a_value_of_its_own():
     assert found == {"a": {"b": 1}, "c": {"b": 2}}
 
 
-@pytest.mark.parametrize("setting", ["run.seed=yes", "run.seed=true", "run.seed=1:30", "run.iterations=on", "update.lr=true", "model.height=false"])
+@pytest.mark.parametrize(
+    "setting",
+    ["run.seed=yes", "run.seed=true", "run.seed=1:30", "run.iterations=on", "update.lr=true", "model.height=false"],
+)
 def test_words_and_times_are_no_numbers(tmp_path, setting):
     key = setting.split("=")[0]
     assert key in user_error(load_recipe, write(tmp_path / "r.yaml", BASE), (setting,))
@@ -57,8 +64,12 @@ def test_a_key_that_stands_twice_is_an_error_that_names_it_and_the_line(tmp_path
     assert "line 4" in found or "line 5" in found
 
 
-TENFOLD = "".join(f"{chr(98 + level)}: &{chr(98 + level)} [{', '.join([f'*{chr(97 + level)}'] * 10)}]\n" for level in range(9))
-MERGES = "".join(f"{chr(98 + level)}: &{chr(98 + level)} {{<<: [{', '.join([f'*{chr(97 + level)}'] * 10)}]}}\n" for level in range(9))
+TENFOLD = "".join(
+    f"{chr(98 + level)}: &{chr(98 + level)} [{', '.join([f'*{chr(97 + level)}'] * 10)}]\n" for level in range(9)
+)
+MERGES = "".join(
+    f"{chr(98 + level)}: &{chr(98 + level)} {{<<: [{', '.join([f'*{chr(97 + level)}'] * 10)}]}}\n" for level in range(9)
+)
 BOMBS = {
     "aliases": BASE + "a: &a [x, x]\n" + TENFOLD,
     "merge keys": BASE + "a: &a {x: 1}\n" + MERGES,
@@ -69,7 +80,18 @@ BOMBS = {
     "digits": BASE + "x: " + "9" * 5000,
     "size": BASE + "#" * 300_000,
 }
-WRONG_TAGS = ["!!timestamp x", "!!bool x", "!!int x", "!!float x", "!!null x", "!!binary x", "!!set {a}", "!!python/name:os.system", "!mine 3", "!!map 3"]
+WRONG_TAGS = [
+    "!!timestamp x",
+    "!!bool x",
+    "!!int x",
+    "!!float x",
+    "!!null x",
+    "!!binary x",
+    "!!set {a}",
+    "!!python/name:os.system",
+    "!mine 3",
+    "!!map 3",
+]
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -102,7 +124,27 @@ def test_pipes_devices_loops_and_huge_files_are_one_line(tmp_path):
     assert "NUL" in refused(tmp_path, 'extends: "a\\0b"\n')
 
 
-@pytest.mark.parametrize("text", ["1e5", "0o17", "010", "yes", "1:30", "null", "~", "true", ".inf", "0x1f", "2026-01-01", "1_0", "=", "<<", "größe: #1", "😀"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e5",
+        "0o17",
+        "010",
+        "yes",
+        "1:30",
+        "null",
+        "~",
+        "true",
+        ".inf",
+        "0x1f",
+        "2026-01-01",
+        "1_0",
+        "=",
+        "<<",
+        "größe: #1",
+        "😀",
+    ],
+)
 def test_text_that_looks_like_something_else_is_dumped_as_text(text):
     recipe = parse_recipe(recipe_content(run={"out": text}))
     assert parse_recipe(read_yaml(dump_recipe(recipe))) == recipe

@@ -1,4 +1,6 @@
-"""The report of a run: pictures that show something, a page that names them, and sample grids that can be read back (issue 2, DESIGN §3.3)."""
+"""The report of a run: pictures that show something, a page that names them,
+and sample grids that can be read back (issue 2, DESIGN §3.3).
+"""
 
 import json
 from html.parser import HTMLParser
@@ -19,9 +21,10 @@ from flowgrove.report.page import evaluations, write_report
 from flowgrove.report.side_by_side import draw_side_by_side
 
 LINE = {
-    "iteration": 0, "reward": {"shapes": {"mean": 0.5, "std": 0.1}}, "ratio_mean": 1.0, "ratio_min": 0.9, "ratio_max": 1.1, "clipped_low": 0.1,
-    "clipped_high": 0.1, "approx_kl": 1e-6, "grad_norm": 0.3, "logp_drift": 0.0, "rollout_forwards": 20, "train_passes": 10,
-    "seconds": {"rollout": 0.5, "update": 1.0}, "samples_per_second": 5.0, "peak_memory_bytes": 2**30,
+    "iteration": 0, "reward": {"shapes": {"mean": 0.5, "std": 0.1}}, "ratio_mean": 1.0, "ratio_min": 0.9,
+    "ratio_max": 1.1, "clipped_low": 0.1, "clipped_high": 0.1, "approx_kl": 1e-6, "grad_norm": 0.3, "logp_drift": 0.0,
+    "rollout_forwards": 20, "train_passes": 10, "seconds": {"rollout": 0.5, "update": 1.0}, "samples_per_second": 5.0,
+    "peak_memory_bytes": 2**30,
 }  # fmt: skip
 
 
@@ -118,8 +121,12 @@ def test_a_run_that_never_evaluated_has_a_report_without_a_before_and_after(tmp_
 @pytest.mark.parametrize("clip", [1e-3, [1e-4, 5e-4]])
 def test_a_run_that_never_trained_still_has_a_report(tmp_path, clip):
     """Every group without an advantage: no ratio, no gradient."""
-    nothing = dict.fromkeys(("ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high", "approx_kl", "grad_norm", "logp_drift"))
-    recipe = synthetic_run(tmp_path / "run", [LINE | nothing | {"train_passes": 0, "eval_reward": 0.5}], update={"clip_range": clip})
+    nothing = dict.fromkeys(
+        ("ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high", "approx_kl", "grad_norm", "logp_drift")
+    )
+    recipe = synthetic_run(
+        tmp_path / "run", [LINE | nothing | {"train_passes": 0, "eval_reward": 0.5}], update={"clip_range": clip}
+    )
     write_report(recipe, tmp_path / "run")
     assert shows_something(tmp_path / "run" / "reward.png")
 
@@ -128,7 +135,10 @@ def test_the_reward_curve_shows_the_rewards(tmp_path):
     """Runs with other rewards have other curves; the same run has the same."""
     curves = []
     for name, last in (("a", 0.9), ("b", 0.2), ("c", 0.9)):
-        lines = [LINE | {"iteration": n, "reward": {"shapes": {"mean": mean, "std": 0.1}}} for n, mean in enumerate((0.5, 0.6, last))]
+        lines = [
+            LINE | {"iteration": n, "reward": {"shapes": {"mean": mean, "std": 0.1}}}
+            for n, mean in enumerate((0.5, 0.6, last))
+        ]
         recipe = synthetic_run(tmp_path / name, lines)
         write_report(recipe, tmp_path / name)
         curves.append((tmp_path / name / "reward.png").read_bytes())
@@ -167,7 +177,9 @@ def test_a_grid_comes_back_as_it_was_saved(tmp_path, prompts, samples):
             index = row * samples + column
             expected = given.pictures[index].permute(1, 2, 0).numpy() * 255
             assert np.abs(grid.tiles[row, column] - expected).max() <= 0.5 + 1e-4
-            assert grid.scores[row, column] == pytest.approx(0.5 * given.scores[index, 0].item() + 2.0 * given.scores[index, 1].item())
+            assert grid.scores[row, column] == pytest.approx(
+                0.5 * given.scores[index, 0].item() + 2.0 * given.scores[index, 1].item()
+            )
 
 
 def test_a_grid_is_a_picture_of_its_tiles(tmp_path):
@@ -179,7 +191,9 @@ def test_a_grid_is_a_picture_of_its_tiles(tmp_path):
 
 
 def test_of_a_long_evaluation_some_rows_are_kept_whole(tmp_path):
-    """Whatever is kept, a row's prompt, pictures and scores belong together, and two grids of one length keep the same rows."""
+    """Whatever is kept, a row's prompt, pictures and scores belong together,
+    and two grids of one length keep the same rows.
+    """
     kept = []
     for name in ("before.png", "after.png"):
         given = evaluated(40, 6)
@@ -190,7 +204,12 @@ def test_of_a_long_evaluation_some_rows_are_kept_whole(tmp_path):
             first = given.prompts.index(prompt)
             for column in range(grid.tiles.shape[1]):
                 assert grid.scores[row, column] == given.scores[first + column, 0].item()
-                assert np.abs(grid.tiles[row, column] - given.pictures[first + column].permute(1, 2, 0).numpy() * 255).max() <= 0.5 + 1e-4
+                assert (
+                    np.abs(
+                        grid.tiles[row, column] - given.pictures[first + column].permute(1, 2, 0).numpy() * 255
+                    ).max()
+                    <= 0.5 + 1e-4
+                )
         kept.append(grid.prompts)
     assert kept[0] == kept[1]
     assert len(set(kept[0])) == len(kept[0])
@@ -212,7 +231,11 @@ def grids_in(folder, *evaluations):
     for iteration, prompts, samples in evaluations:
         texts = [text for text in prompts for _ in range(samples)]
         pictures = torch.rand(len(texts), 3, 8, 12, generator=torch.Generator().manual_seed(iteration))
-        given = Evaluated(pictures, texts, torch.rand(len(texts), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(iteration)))
+        given = Evaluated(
+            pictures,
+            texts,
+            torch.rand(len(texts), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(iteration)),
+        )
         save_grid(folder / "samples" / f"iteration_{iteration:06d}.png", given, samples, [1.0])
 
 
@@ -246,7 +269,8 @@ def test_before_and_after_show_what_has_the_same_prompts_and_seeds(tmp_path, cha
 
 def test_grids_from_before_numbers_were_kept_are_compared_where_their_prompts_are_the_same():
     old, new, other = (
-        Grid(np.zeros((2, 1, 4, 4, 3), np.uint8), [*texts], np.zeros((2, 1)), numbers) for texts, numbers in (("ab", ()), ("ab", (0, 1)), ("ac", (0, 1)))
+        Grid(np.zeros((2, 1, 4, 4, 3), np.uint8), [*texts], np.zeros((2, 1)), numbers)
+        for texts, numbers in (("ab", ()), ("ab", (0, 1)), ("ac", (0, 1)))
     )
     assert in_common(old, new)[1].prompts == ["a", "b"]
     assert in_common(old, other) is None
@@ -265,15 +289,17 @@ def test_a_run_that_resumes_with_fewer_held_out_prompts_ends_with_a_report(tmp_p
 FOREIGN = [
     "", "{", "[]", "null", "3", '"text"', "\x00", '{"iteration": "one"}', '{"iteration": true}', '{"iteration": 1}',
     '{"iteration": 9, "reward": {"shapes": 3}}',
-    '{"iteration": 8, "reward": {"shapes": {"mean": "x", "std": 1}}, "seconds": {}}', json.dumps(LINE | {"iteration": 7, "seconds": [1]}),
-    json.dumps(LINE | {"iteration": 7, "eval_reward": None}), json.dumps(LINE | {"iteration": 7, "advantage_by_step": {"x": 1}}), "[" * 100_000,
+    '{"iteration": 8, "reward": {"shapes": {"mean": "x", "std": 1}}, "seconds": {}}',
+    json.dumps(LINE | {"iteration": 7, "seconds": [1]}), json.dumps(LINE | {"iteration": 7, "eval_reward": None}),
+    json.dumps(LINE | {"iteration": 7, "advantage_by_step": {"x": 1}}), "[" * 100_000,
 ]  # fmt: skip
 
 
 def test_lines_that_are_damaged_or_of_others_are_passed_over(tmp_path):
     """Wherever they stand; a line that was written twice counts once; U+2028 ends no line."""
     good = [LINE | {"iteration": n, "note": "a\u2028b\u0085c"} for n in range(3)]
-    mixed = [FOREIGN[0], *(text for line, foreign in zip([*good, good[1]], (FOREIGN[1:6], FOREIGN[6:9], FOREIGN[9:12], FOREIGN[12:]), strict=True)
+    between = (FOREIGN[1:6], FOREIGN[6:9], FOREIGN[9:12], FOREIGN[12:])
+    mixed = [FOREIGN[0], *(text for line, foreign in zip([*good, good[1]], between, strict=True)
                            for text in (json.dumps(line, ensure_ascii=False), *foreign))]  # fmt: skip
     pages = []
     for name, texts in (("plain", [json.dumps(line) for line in good]), ("mixed", mixed)):
@@ -305,7 +331,16 @@ def test_pictures_of_others_among_the_grids_are_passed_over(tmp_path):
 # Text that users wrote
 
 
-TEXTS = ["a cat with $_$ eyes", "$", "$$", "$\\frac{1}{2}$ of a cake", "100 % {x} \\n ^_", "a\x00b\x1b[0m", "漢字 🐱", "\ud800"]
+TEXTS = [
+    "a cat with $_$ eyes",
+    "$",
+    "$$",
+    "$\\frac{1}{2}$ of a cake",
+    "100 % {x} \\n ^_",
+    "a\x00b\x1b[0m",
+    "漢字 🐱",
+    "\ud800",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -18,7 +18,20 @@ FIRST, ALL = 40, 300
 COUNT = 3
 PROMPTS = ["a red cat", "", "$_$ \u2028 😀"]
 ODD = (None, True, "1", "", [], [1], {}, 1e400, -1e308, float("nan"), 10**400, 0, -1, 0.5, 5, {"a": 1})
-NUMBERS = (b"1", b"0.5", b"-0", b"NaN", b"Infinity", b"1e999", b"9" * 400, b"9" * 5000, b"null", b'"1"', b"true", b"[1]")
+NUMBERS = (
+    b"1",
+    b"0.5",
+    b"-0",
+    b"NaN",
+    b"Infinity",
+    b"1e999",
+    b"9" * 400,
+    b"9" * 5000,
+    b"null",
+    b'"1"',
+    b"true",
+    b"[1]",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +76,17 @@ def answering(chunks, pause, hang):
 
 def body(draw, chat):
     """What a server answers, right or nearly so."""
-    numbers = [draw.choice((b"1", b"2.5", b"0", draw.choice(NUMBERS))) for _ in range(draw.choice((COUNT, COUNT, COUNT, 0)))]
+    numbers = [
+        draw.choice((b"1", b"2.5", b"0", draw.choice(NUMBERS))) for _ in range(draw.choice((COUNT, COUNT, COUNT, 0)))
+    ]
     long = "Final Score: " + "1" * 100_000 + "-1"
     said = draw.choice(("Final Score: 4", "final score: **4,5**", "final score: 1-5", long, draw.choice(NASTY)))
     right = b'{"scores": [' + b", ".join(numbers) + b"]}"
     if chat:
         right = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-    odd = json.dumps(draw.choice(({"scores": draw.choice(ODD)}, {"choices": draw.choice(ODD)}, draw.choice(ODD)))).encode()
+    odd = json.dumps(
+        draw.choice(({"scores": draw.choice(ODD)}, {"choices": draw.choice(ODD)}, draw.choice(ODD)))
+    ).encode()
     deep = draw.choice((b"[", b'{"scores":')) * draw.choice((10, 50_000))
     wrong = draw.choice((odd, deep, damaged(draw, right), draw.randbytes(50), b" " * (1 << 18)))
     return draw.choice((right, right, wrong))
@@ -112,14 +129,15 @@ RETURNS = (
     "torch.ones(3)", "torch.ones(3, 1)", "torch.ones(1, 3)", "torch.ones(4)", "torch.ones(())", "torch.ones(0)",
     "torch.ones(3).to_sparse()", "torch.ones(3, device='meta')", "torch.ones(3, dtype=torch.int8)",
     "torch.ones(3, dtype=torch.bool)", "torch.ones(3, dtype=torch.complex64)", "torch.nn.Parameter(torch.ones(3))",
-    "torch.ones(3, requires_grad=True) * 2", "torch.full((3,), 1e39, dtype=torch.float64)", "torch.full((3,), torch.nan)",
-    "torch.ones(1).expand(3)", "torch.ones(10**12)", "torch.linalg.inv(torch.zeros(3, 3))", "torch.manual_seed(0)",
-    "numpy.ones(3)", "numpy.ones((3, 1))", "numpy.array(['a', 'b', 'c'])", "numpy.array([None, 1, 2])", "[Odd()] * 3",
-    "numpy.ones(3, numpy.float16)", "numpy.ones(3)[::-1]", "numpy.ma.masked_all(3)", "numpy.array([1, 2, 3], 'M8[s]')",
-    "[torch.ones(())] * 3", "[torch.ones(2)] * 3", "[numpy.float64(1)] * 3", "Odd()", "exit()", "quit(3)",
-    "os._exit(0)", "os.abort()", "sys.exit('bye')", "1 / 0", "score(pictures, prompts)", "prompts.clear()",
-    "pictures.zero_().mean((1, 2, 3))", "pictures[9]", "open('/nowhere')", "undefined", "__import__('nowhere')",
-    "exec('x = (')", "throw(KeyError(pictures))", "throw(SystemExit)", "throw(GeneratorExit)", "throw(StopIteration)",
+    "torch.ones(3, requires_grad=True) * 2", "torch.full((3,), 1e39, dtype=torch.float64)",
+    "torch.full((3,), torch.nan)", "torch.ones(1).expand(3)", "torch.ones(10**12)",
+    "torch.linalg.inv(torch.zeros(3, 3))", "torch.manual_seed(0)", "numpy.ones(3)", "numpy.ones((3, 1))",
+    "numpy.array(['a', 'b', 'c'])", "numpy.array([None, 1, 2])", "[Odd()] * 3", "numpy.ones(3, numpy.float16)",
+    "numpy.ones(3)[::-1]", "numpy.ma.masked_all(3)", "numpy.array([1, 2, 3], 'M8[s]')", "[torch.ones(())] * 3",
+    "[torch.ones(2)] * 3", "[numpy.float64(1)] * 3", "Odd()", "exit()", "quit(3)", "os._exit(0)", "os.abort()",
+    "sys.exit('bye')", "1 / 0", "score(pictures, prompts)", "prompts.clear()", "pictures.zero_().mean((1, 2, 3))",
+    "pictures[9]", "open('/nowhere')", "undefined", "__import__('nowhere')", "exec('x = (')",
+    "throw(KeyError(pictures))", "throw(SystemExit)", "throw(GeneratorExit)", "throw(StopIteration)",
     "throw(MemoryError)", "throw(Mute)", "throw(RuntimeError('\\ud800\\n\\x1b[2J'))", "throw(Warning)",
     "throw(ExceptionGroup('a', [ValueError()]))", "throw(UnicodeDecodeError('a', b'', 0, 1, 'b'))",
 )  # fmt: skip

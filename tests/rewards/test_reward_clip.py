@@ -1,4 +1,6 @@
-"""clip_score, pickscore and aesthetic against direct use of `transformers` on a tiny random CLIP, and what their preprocessing does to pictures."""
+"""clip_score, pickscore and aesthetic against direct use of `transformers` on a tiny random CLIP, and what their
+preprocessing does to pictures.
+"""
 
 import json
 
@@ -45,7 +47,9 @@ def as_the_library_reads(folder, batch):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_pictures_are_prepared_as_the_librarys_processor_does(folder, size):
-    """Within the 8-bit rounding of PIL's two passes: one and a half grey levels at the most, a third of one on average."""
+    """Within the 8-bit rounding of PIL's two passes:
+    one and a half grey levels at the most, a third of one on average.
+    """
     batch = pictures(3, *size)
     ours, theirs = read_preprocess(folder, "clip_score")(batch), as_the_library_reads(folder, batch)
     assert ours.shape == theirs.shape == (3, 3, 28, 28)
@@ -61,7 +65,9 @@ def test_noise_is_prepared_alike_too(folder):
     levels = (ours - theirs).abs() * torch.tensor(STD).view(1, 3, 1, 1) * 255
     assert levels.max() < 2
     aliased = torch.nn.functional.interpolate(batch, (42, 28), mode="bicubic")[:, :, 7:35]
-    assert (aliased - (ours * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1))).abs().max() * 255 > 50
+    assert (
+        aliased - (ours * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1))
+    ).abs().max() * 255 > 50
 
 
 @pytest.mark.parametrize("size", [(40, 40), (51, 30)])
@@ -77,7 +83,9 @@ def test_noise_is_prepared_alike_too(folder):
     ids=["cut", "filled", "stretched", "uncut", "bilinear"],
 )
 def test_other_settings_of_a_processor_are_followed(tmp_path, settings, size):
-    CLIPImageProcessorPil(**{"crop_size": {"height": 28, "width": 28}, "image_mean": MEAN, "image_std": STD, **settings}).save_pretrained(tmp_path)
+    CLIPImageProcessorPil(
+        **{"crop_size": {"height": 28, "width": 28}, "image_mean": MEAN, "image_std": STD, **settings}
+    ).save_pretrained(tmp_path)
     batch = pictures(2, *size)
     ours, theirs = read_preprocess(tmp_path, "clip_score")(batch), as_the_library_reads(tmp_path, batch)
     assert ours.shape == theirs.shape
@@ -90,7 +98,9 @@ def test_settings_are_found_where_older_and_newer_releases_write_them(folder, tm
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert read_preprocess(tmp_path, "clip_score") == read_preprocess(folder, "clip_score")
     (tmp_path / "preprocessor_config.json").unlink()
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings, "processor_class": "CLIPProcessor"}))
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": settings, "processor_class": "CLIPProcessor"})
+    )
     assert read_preprocess(tmp_path, "clip_score") == read_preprocess(folder, "clip_score")
 
 
@@ -111,7 +121,9 @@ def test_pickscore_scales_the_cosine_by_the_trained_scale(folder, other):
     batch = pictures(5, 28, 28)
     seen, read, model = direct(other, as_the_library_reads(folder, batch), PROMPTS)
     scores = reward_of(name="pickscore", path=str(other), processor=str(folder))(batch, PROMPTS)
-    torch.testing.assert_close(scores, model.logit_scale.exp().detach() * (seen * read).sum(-1) / 100, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        scores, model.logit_scale.exp().detach() * (seen * read).sum(-1) / 100, atol=1e-6, rtol=1e-5
+    )
     assert not torch.isclose(model.logit_scale.detach(), torch.tensor(0.0), atol=0.05)  # a scale that shows
 
 
@@ -119,7 +131,12 @@ def test_pickscore_scales_the_cosine_by_the_trained_scale(folder, other):
 def test_aesthetic_is_a_stack_of_linear_layers_on_the_unit_embedding(folder, tmp_path, suffix):
     torch.manual_seed(3)
     layers = torch.nn.Sequential(
-        torch.nn.Linear(20, 16), torch.nn.Dropout(), torch.nn.Linear(16, 8), torch.nn.Dropout(), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1)
+        torch.nn.Linear(20, 16),
+        torch.nn.Dropout(),
+        torch.nn.Linear(16, 8),
+        torch.nn.Dropout(),
+        torch.nn.Linear(8, 4),
+        torch.nn.Linear(4, 1),
     ).eval()
     state = {f"layers.{name}": value for name, value in layers.state_dict().items()}
     file = tmp_path / f"sac+logos+ava1-l14-linearMSE.{suffix}"
@@ -144,7 +161,9 @@ def test_resized_pictures_score_as_through_the_librarys_processor(folder, size):
 def test_the_text_tower_runs_once_per_distinct_prompt(folder):
     scorer = reward_of(name="clip_score", path=str(folder), batch_size=2)
     rows = []
-    scorer.clip.model.text_model.register_forward_hook(lambda module, arguments, output: rows.append(len(output.last_hidden_state)))
+    scorer.clip.model.text_model.register_forward_hook(
+        lambda module, arguments, output: rows.append(len(output.last_hidden_state))
+    )
     scorer(pictures(5, 28, 28), PROMPTS)
     assert sum(rows) == len(set(PROMPTS)) == 3
     assert max(rows) <= 2
@@ -153,7 +172,9 @@ def test_the_text_tower_runs_once_per_distinct_prompt(folder):
 def test_pictures_go_through_in_batches(folder):
     scorer = reward_of(name="clip_score", path=str(folder), batch_size=4)
     rows = []
-    scorer.clip.model.vision_model.register_forward_hook(lambda module, arguments, output: rows.append(len(output.last_hidden_state)))
+    scorer.clip.model.vision_model.register_forward_hook(
+        lambda module, arguments, output: rows.append(len(output.last_hidden_state))
+    )
     scorer(pictures(9, 28, 28), ["a"] * 9)
     assert rows == [4, 4, 1]
 
@@ -266,7 +287,9 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_a_predictor_that_does_not_fit_is_refused(folder, tmp_path, head):
     save_file(HEADS[head], tmp_path / "head.safetensors")
-    text = user_error(rewards_of, {"name": "aesthetic", "path": str(tmp_path / "head.safetensors"), "clip": str(folder)})
+    text = user_error(
+        rewards_of, {"name": "aesthetic", "path": str(tmp_path / "head.safetensors"), "clip": str(folder)}
+    )
     assert str(tmp_path / "head.safetensors") in text
 
 
@@ -276,7 +299,9 @@ def test_a_weights_file_that_would_run_code_is_refused(folder, tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save({"layers.0.weight": Trap()}, tmp_path / "head.pth")
-    assert str(tmp_path / "head.pth") in user_error(rewards_of, {"name": "aesthetic", "path": str(tmp_path / "head.pth"), "clip": str(folder)})
+    assert str(tmp_path / "head.pth") in user_error(
+        rewards_of, {"name": "aesthetic", "path": str(tmp_path / "head.pth"), "clip": str(folder)}
+    )
     assert not (tmp_path / "sprung").exists()
 
 

@@ -1,4 +1,6 @@
-"""hpsv2 against OpenCLIP itself (tests/fixtures/make_open_clip.py): names, shapes, heads, where a text ends, and that the whole picture is seen."""
+"""hpsv2 against OpenCLIP itself (tests/fixtures/make_open_clip.py):
+names, shapes, heads, where a text ends, and that the whole picture is seen.
+"""
 
 import json
 from pathlib import Path
@@ -32,7 +34,9 @@ def weights(known):
 @pytest.fixture(scope="module")
 def model(weights):
     state = renamed(weights)
-    return load_strictly("hpsv2", FIXTURE, CLIPModel, None, config=clip_config(state, 3, 2, EOT), state_dict=state).eval()
+    return load_strictly(
+        "hpsv2", FIXTURE, CLIPModel, None, config=clip_config(state, 3, 2, EOT), state_dict=state
+    ).eval()
 
 
 @pytest.fixture
@@ -40,12 +44,31 @@ def folder(tmp_path, weights):
     """The weights as HPSv2 publishes them, and a processor whose tokens are letters."""
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "HPS_v2.1_compressed.pt")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["!", *letters, *(f"{letter}</w>" for letter in letters), *"0123456", "unused", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        "!",
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *"0123456",
+        "unused",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     words = [*words[: EOT - 1], "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=12).save_pretrained(tmp_path)
-    settings = {"size": 28, "crop_size": 28, "do_center_crop": True, "resample": 3, "image_mean": MEAN, "image_std": STD}
+    CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=12
+    ).save_pretrained(tmp_path)
+    settings = {
+        "size": 28,
+        "crop_size": 28,
+        "do_center_crop": True,
+        "resample": 3,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_attention_heads": 3}, "vision_config": {"num_attention_heads": 2}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"text_config": {"num_attention_heads": 3}, "vision_config": {"num_attention_heads": 2}})
+    )
     return tmp_path
 
 
@@ -61,7 +84,9 @@ def test_pictures_are_embedded_as_open_clip_does(model, known):
 @pytest.mark.parametrize("filler", [0, EOT])
 @pytest.mark.parametrize("masked", [False, True])
 def test_texts_are_embedded_as_open_clip_does_whatever_fills_them_up(model, known, filler, masked):
-    """OpenCLIP fills up with 0 and reads at the highest token, `transformers` fills up with the end token and reads at the first of those."""
+    """OpenCLIP fills up with 0 and reads at the highest token,
+    `transformers` fills up with the end token and reads at the first of those.
+    """
     texts, mask = known["texts"].clone(), torch.ones_like(known["texts"])
     for row, text in enumerate(known["texts"]):
         end = int(text.argmax())
@@ -81,9 +106,15 @@ def test_every_tensor_is_used(model, weights):
 def test_the_score_is_the_cosine(folder, model):
     batch, prompts = pictures(4, 28, 28), ["a cat", "dogs", "a cat", ""]
     scores = reward_of(name="hpsv2", path=str(folder), processor=str(folder), batch_size=3)(batch, prompts)
-    seen = model.get_image_features(pixel_values=(batch - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).pooler_output
+    seen = model.get_image_features(
+        pixel_values=(batch - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    ).pooler_output
     letter = {"a": 27, "c": 3, "t": 46, "d": 4, "o": 15, "g": 7, "s": 45, "inner a": 1}
-    spelt = {"a cat": [letter["a"], letter["c"], letter["inner a"], letter["t"]], "dogs": [letter["d"], letter["o"], letter["g"], letter["s"]], "": []}
+    spelt = {
+        "a cat": [letter["a"], letter["c"], letter["inner a"], letter["t"]],
+        "dogs": [letter["d"], letter["o"], letter["g"], letter["s"]],
+        "": [],
+    }
     texts = torch.zeros(4, 12, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         texts[row, : len(spelt[prompt]) + 2] = torch.tensor([EOT - 1, *spelt[prompt], EOT])
@@ -100,7 +131,11 @@ def test_the_whole_picture_is_fitted_into_a_black_square(size):
     fitted = fit(batch, 28)
     scale = 28 / max(size)
     height, width = round(size[0] * scale), round(size[1] * scale)
-    small = batch if (height, width) == size else interpolate(batch, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    small = (
+        batch
+        if (height, width) == size
+        else interpolate(batch, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    )
     top, left = (28 - height) // 2, (28 - width) // 2
     torch.testing.assert_close(fitted, pad(small, (left, 28 - width - left, top, 28 - height - top)))
     assert fitted.shape == (2, 3, 28, 28)
@@ -117,7 +152,9 @@ def test_what_a_crop_would_lose_counts(folder):
 def test_the_file_itself_will_do_and_half_precision_too(folder, weights, tmp_path):
     scores = reward_of(name="hpsv2", path=str(folder), processor=str(folder))(pictures(2, 40, 30), ["a", "b"])
     torch.save({"state_dict": {name: value.half() for name, value in weights.items()}}, tmp_path / "half.pt")
-    half = reward_of(name="hpsv2", path=str(tmp_path / "half.pt"), processor=str(folder))(pictures(2, 40, 30), ["a", "b"])
+    half = reward_of(name="hpsv2", path=str(tmp_path / "half.pt"), processor=str(folder))(
+        pictures(2, 40, 30), ["a", "b"]
+    )
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, scores, atol=0.02, rtol=0)
 
@@ -125,12 +162,20 @@ def test_the_file_itself_will_do_and_half_precision_too(folder, weights, tmp_pat
 def test_the_heads_are_those_of_vit_h_unless_a_config_says_otherwise(folder):
     """16 heads do not divide this tower's 24: an error of one line, not another model."""
     (folder / "config.json").unlink()
-    assert str(folder / "HPS_v2.1_compressed.pt") in user_error(rewards_of, {"name": "hpsv2", "path": str(folder), "processor": str(folder)})
+    assert str(folder / "HPS_v2.1_compressed.pt") in user_error(
+        rewards_of, {"name": "hpsv2", "path": str(folder), "processor": str(folder)}
+    )
 
 
-@pytest.mark.parametrize("lost", ["visual.proj", "visual.transformer.resblocks.1.attn.in_proj_bias", "ln_final.weight", "positional_embedding"])
+@pytest.mark.parametrize(
+    "lost",
+    ["visual.proj", "visual.transformer.resblocks.1.attn.in_proj_bias", "ln_final.weight", "positional_embedding"],
+)
 def test_a_file_that_lacks_a_tensor_is_refused(folder, weights, lost):
-    torch.save({"state_dict": {name: value for name, value in weights.items() if name != lost}}, folder / "HPS_v2.1_compressed.pt")
+    torch.save(
+        {"state_dict": {name: value for name, value in weights.items() if name != lost}},
+        folder / "HPS_v2.1_compressed.pt",
+    )
     text = user_error(rewards_of, {"name": "hpsv2", "path": str(folder), "processor": str(folder)})
     assert str(folder / "HPS_v2.1_compressed.pt") in text
 

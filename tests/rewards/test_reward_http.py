@@ -28,8 +28,17 @@ def no_waiting_and_no_proxy(monkeypatch):
 def brightness(handler, content, number):
     """The mean pixel of every picture or video, plus the number of its prompt."""
     sent = content.get("images") or content["videos"]
-    means = [torch.stack([pixels_of(png).float() for png in ([one] if isinstance(one, str) else one)]).mean().item() for one in sent]
-    handler.reply({"scores": [mean + 1000 * int(prompt.split()[1]) for mean, prompt in zip(means, content["prompts"], strict=True)]})
+    means = [
+        torch.stack([pixels_of(png).float() for png in ([one] if isinstance(one, str) else one)]).mean().item()
+        for one in sent
+    ]
+    handler.reply(
+        {
+            "scores": [
+                mean + 1000 * int(prompt.split()[1]) for mean, prompt in zip(means, content["prompts"], strict=True)
+            ]
+        }
+    )
 
 
 def ones(handler, content, number):
@@ -55,7 +64,9 @@ def test_every_picture_is_scored_for_its_own_prompt_in_order(batch_size):
     torch.testing.assert_close(scores, wanted, atol=1e-3, rtol=0)
     assert len(server.asked) == math.ceil(7 / batch_size)
     assert {path for path, *_ in server.asked} == {"/score"}
-    assert all(set(content) == {"prompts", "images"} and len(content["images"]) <= batch_size for *_, content in server.asked)
+    assert all(
+        set(content) == {"prompts", "images"} and len(content["images"]) <= batch_size for *_, content in server.asked
+    )
 
 
 def test_the_pictures_that_arrive_are_those_that_were_sent_to_the_bit():
@@ -83,7 +94,9 @@ def test_videos_are_sent_whole_when_asked_for():
 
 def test_a_video_reward_of_a_picture_model_is_refused():
     with serving(ones) as server:
-        text = user_error(rewards_of({"name": "http", "url": server.url, "video": True}), pictures(2, 8, 8), PROMPTS[:2])
+        text = user_error(
+            rewards_of({"name": "http", "url": server.url, "video": True}), pictures(2, 8, 8), PROMPTS[:2]
+        )
     assert "video" in text
     assert server.asked == []
 
@@ -279,7 +292,9 @@ def test_an_answer_without_end_is_cut_off(told):
 
 def test_a_compressed_bomb_stays_small():
     """Compression is not asked for, so it is not undone."""
-    with serving(lambda handler, content, number: handler.reply(zlib.compress(b" " * 2**24), Content_Encoding="deflate")) as server:
+    with serving(
+        lambda handler, content, number: handler.reply(zlib.compress(b" " * 2**24), Content_Encoding="deflate")
+    ) as server:
         assert "instead of JSON" in refused(server.url, count=1)
     assert server.asked[0][1]["Accept-Encoding"] == "identity"
 
@@ -294,9 +309,10 @@ def test_a_long_answer_is_shown_by_its_beginning():
 # Nonsense
 
 NONSENSE = [
-    b"", b"ok", b"\xff\xfe\x00", b"null", b"3", b"[1.0]", b'{"scores": 1.0}', b'{"scores": []}', b'{"scores": [1, 2]}', b'{"score": [1]}', b'{"scores": ["1"]}',
-    b'{"scores": [null]}', b'{"scores": [NaN]}', b'{"scores": [Infinity]}', b'{"scores": [-1e999]}', b'{"scores": [true]}', b'{"scores": [[1]]}',
-    b'{"scores": {"0": 1}}', b'{"scores": [1' + b"0" * 400 + b"]}", b"[" * 100_000, b'{"scores": [1' + b"0" * 5000 + b"]}",
+    b"", b"ok", b"\xff\xfe\x00", b"null", b"3", b"[1.0]", b'{"scores": 1.0}', b'{"scores": []}', b'{"scores": [1, 2]}',
+    b'{"score": [1]}', b'{"scores": ["1"]}', b'{"scores": [null]}', b'{"scores": [NaN]}', b'{"scores": [Infinity]}',
+    b'{"scores": [-1e999]}', b'{"scores": [true]}', b'{"scores": [[1]]}', b'{"scores": {"0": 1}}',
+    b'{"scores": [1' + b"0" * 400 + b"]}", b"[" * 100_000, b'{"scores": [1' + b"0" * 5000 + b"]}",
 ]  # fmt: skip
 
 
@@ -355,7 +371,17 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(monkeypatch, key):
     assert key not in text
 
 
-@pytest.mark.parametrize("proxy", ["nonsense", "ftp://127.0.0.1:1", "http://[::1", "socks5://user:hunter2@127.0.0.1:1", "://", "http://user:hunter2@"])
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "nonsense",
+        "ftp://127.0.0.1:1",
+        "http://[::1",
+        "socks5://user:hunter2@127.0.0.1:1",
+        "://",
+        "http://user:hunter2@",
+    ],
+)
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
 def test_a_proxy_that_cannot_be_used_is_one_line_without_its_password(monkeypatch, proxy, name):
     monkeypatch.setenv(name, proxy)
@@ -364,7 +390,9 @@ def test_a_proxy_that_cannot_be_used_is_one_line_without_its_password(monkeypatc
     assert "hunter2" not in refused("http://127.0.0.1:9/", count=1, retries=0)
 
 
-@pytest.mark.parametrize("url", [f"http://{'a' * 70}.example/", "http://127.0.0.1:99999/", "http://a..b/", "http://\ud800/", "http://a\0b/"])
+@pytest.mark.parametrize(
+    "url", [f"http://{'a' * 70}.example/", "http://127.0.0.1:99999/", "http://a..b/", "http://\ud800/", "http://a\0b/"]
+)
 def test_hosts_and_ports_that_cannot_be_are_one_line(url):
     def scored():
         reward_of(name="http", url=url, retries=0)(pictures(1, 8, 8), PROMPTS[:1])
@@ -372,6 +400,8 @@ def test_hosts_and_ports_that_cannot_be_are_one_line(url):
     assert "reward http" in user_error(scored)
 
 
-@pytest.mark.parametrize("options", [{"max_answer_mb": 1e300}, {"retries": 10**9}, {"concurrency": 10**9}, {"timeout": 1e400}])
+@pytest.mark.parametrize(
+    "options", [{"max_answer_mb": 1e300}, {"retries": 10**9}, {"concurrency": 10**9}, {"timeout": 1e400}]
+)
 def test_options_beyond_reason_are_refused(options):
     assert next(iter(options)) in user_error(rewards_of, {"name": "http", "url": "http://127.0.0.1/", **options})

@@ -1,4 +1,6 @@
-"""image_reward against the authors' own network (tests/fixtures/make_image_reward.py), and against direct use of `transformers`."""
+"""image_reward against the authors' own network (tests/fixtures/make_image_reward.py),
+and against direct use of `transformers`.
+"""
 
 import json
 from pathlib import Path
@@ -52,7 +54,9 @@ def test_scores_are_those_of_the_authors_code(scorer, known):
         def to(self, device):
             return self
 
-    scorer.tokenizer, scorer.preprocess, scorer.batch_size = lambda *arguments, **options: Words(), lambda pixels: pixels, 4
+    scorer.tokenizer = lambda *arguments, **options: Words()
+    scorer.preprocess = lambda pixels: pixels
+    scorer.batch_size = 4
     torch.testing.assert_close(scorer(known["pictures"], PROMPTS), known["scores"], atol=1e-5, rtol=1e-5)
     assert known["scores"].std() > 0.1
     seen = scorer.vision(pixel_values=known["pictures"]).last_hidden_state
@@ -80,20 +84,29 @@ def test_prompts_and_pictures_reach_the_model_as_the_library_prepares_them(score
 
 def test_a_prompt_is_read_up_to_its_35th_token(scorer):
     same = pictures(1, 16, 16).repeat(3, 1, 1, 1)
-    scores = scorer(same, ["a " * 33 + "red", "a " * 33 + "cat", "a " * 32 + "red"])  # with [CLS] and [SEP] the 34th word is the first that is cut
+    # with [CLS] and [SEP] the 34th word is the first that is cut
+    scores = scorer(same, ["a " * 33 + "red", "a " * 33 + "cat", "a " * 32 + "red"])
     torch.testing.assert_close(scores[0], scores[1])
     assert (scores[0] - scores[2]).abs() > 1e-4
 
 
 def test_scores_do_not_depend_on_the_batch(folder):
     batch = pictures(4, 30, 20)
-    alone, together = (reward_of(name="image_reward", path=str(folder), tokenizer=str(folder), batch_size=size)(batch, PROMPTS) for size in (1, 8))
+    alone, together = (
+        reward_of(name="image_reward", path=str(folder), tokenizer=str(folder), batch_size=size)(batch, PROMPTS)
+        for size in (1, 8)
+    )
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "lost",
-    ["mlp.layers.0.weight", "blip.visual_encoder.pos_embed", "blip.text_encoder.encoder.layer.1.crossattention.self.key.bias", "blip.visual_encoder.norm.bias"],
+    [
+        "mlp.layers.0.weight",
+        "blip.visual_encoder.pos_embed",
+        "blip.text_encoder.encoder.layer.1.crossattention.self.key.bias",
+        "blip.visual_encoder.norm.bias",
+    ],
 )
 def test_a_file_that_lacks_a_tensor_is_refused(folder, weights, lost):
     torch.save({name: value for name, value in weights.items() if name != lost}, folder / "ImageReward.pt")
@@ -103,7 +116,9 @@ def test_a_file_that_lacks_a_tensor_is_refused(folder, weights, lost):
 
 def test_settings_that_lack_a_value_are_refused(folder):
     (folder / "med_config.json").write_text(json.dumps({"hidden_act": "gelu"}))
-    assert "num_attention_heads" in user_error(rewards_of, {"name": "image_reward", "path": str(folder), "tokenizer": str(folder)})
+    assert "num_attention_heads" in user_error(
+        rewards_of, {"name": "image_reward", "path": str(folder), "tokenizer": str(folder)}
+    )
 
 
 def test_an_absent_tokenizer_is_one_line(folder, monkeypatch):

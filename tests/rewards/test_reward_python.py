@@ -26,7 +26,12 @@ def written(tmp_path):
     return write
 
 
-RETURNS = ["pictures.mean((1, 2, 3))", "pictures.mean((1, 2, 3)).tolist()", "pictures.mean((1, 2, 3)).double().numpy()", "tuple(p.mean() for p in pictures)"]
+RETURNS = [
+    "pictures.mean((1, 2, 3))",
+    "pictures.mean((1, 2, 3)).tolist()",
+    "pictures.mean((1, 2, 3)).double().numpy()",
+    "tuple(p.mean() for p in pictures)",
+]
 
 
 @pytest.mark.parametrize("returned", RETURNS)
@@ -39,7 +44,8 @@ def test_the_function_scores_tensors_arrays_and_lists(written, returned):
 
 def test_the_function_is_chosen_by_name_and_gets_the_prompts(written):
     path = written(
-        "from math import nan\ndef other(pictures, prompts):\n    return [ord(p) for p in prompts]\ndef score(pictures, prompts):\n    return [nan]\n"
+        "from math import nan\ndef other(pictures, prompts):\n    return [ord(p) for p in prompts]\ndef "
+        "score(pictures, prompts):\n    return [nan]\n"
     )
     assert reward_of(name="python", file=path, function="other")(pictures(3, 8, 8), PROMPTS).tolist() == [97, 98, 99]
 
@@ -49,13 +55,17 @@ def test_videos_come_frame_by_frame_or_whole(written, video):
     path = written("def score(pictures, prompts):\n    return [p.ndim + p.mean() for p in pictures]\n")
     videos = pictures(6, 8, 8).view(2, 3, 3, 8, 8)
     scores = rewards_of({"name": "python", "file": path, "video": video})(videos, PROMPTS[:2])
-    torch.testing.assert_close(scores[:, 0], (4 if video else 3) + videos.mean((1, 2, 3, 4)).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scores[:, 0], (4 if video else 3) + videos.mean((1, 2, 3, 4)).double(), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("value", [None, "0", "", "yes"])
 def test_without_permission_nothing_runs(written, monkeypatch, tmp_path, value):
     path = written(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef score(pictures, prompts):\n    return []\n")
-    monkeypatch.delenv("FLOWGROVE_ALLOW_PYTHON") if value is None else monkeypatch.setenv("FLOWGROVE_ALLOW_PYTHON", value)
+    monkeypatch.delenv("FLOWGROVE_ALLOW_PYTHON") if value is None else monkeypatch.setenv(
+        "FLOWGROVE_ALLOW_PYTHON", value
+    )
     text = user_error(rewards_of, {"name": "python", "file": path})
     assert all(part in text for part in (path, "--allow-python", "FLOWGROVE_ALLOW_PYTHON=1"))
     assert not (tmp_path / "ran").exists()
@@ -145,7 +155,9 @@ def test_a_file_that_leaves_while_it_is_read_is_one_line(written, line):
 
 
 def test_what_a_function_changes_is_its_own(written):
-    path = written("def score(pictures, prompts):\n    pictures.zero_(); prompts.clear(); return [0.0] * len(pictures)\n")
+    path = written(
+        "def score(pictures, prompts):\n    pictures.zero_(); prompts.clear(); return [0.0] * len(pictures)\n"
+    )
     batch, prompts = pictures(3, 8, 8), list(PROMPTS)
     kept = batch.clone()
     rewards = rewards_of({"name": "python", "file": path}, {"name": "jpeg_size"})

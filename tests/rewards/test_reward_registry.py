@@ -1,4 +1,6 @@
-"""What all rewards have in common: options, devices, prompts that are checked, videos frame by frame, weights and several at once."""
+"""What all rewards have in common: options, devices, prompts that are checked, videos frame by frame,
+weights and several at once.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ def known(monkeypatch):
 
 def test_all_rewards_of_the_design_are_there():
     assert set(registry._REWARDS) >= {
-        "shapes", "hpsv2", "pickscore", "image_reward", "clip_score", "aesthetic", "unified_reward", "jpeg_size", "http", "python",
+        "shapes", "hpsv2", "pickscore", "image_reward", "clip_score", "aesthetic", "unified_reward", "jpeg_size",
+        "http", "python",
     }  # fmt: skip
 
 
@@ -60,7 +63,9 @@ def test_options_are_read_as_the_types_of_the_signature():
 
 
 def test_a_mistake_in_the_last_entry_comes_before_the_first_ones_weights():
-    assert "qualiti" in user_error(rewards_of, {"name": "clip_score", "path": "/no/such/folder"}, {"name": "jpeg_size", "qualiti": 3})
+    assert "qualiti" in user_error(
+        rewards_of, {"name": "clip_score", "path": "/no/such/folder"}, {"name": "jpeg_size", "qualiti": 3}
+    )
 
 
 def test_frames_are_averaged():
@@ -102,7 +107,11 @@ def bright(handler, content, number):
 
 def test_a_run_trains_on_several_weighted_rewards(tmp_path):
     with serving(bright) as server:
-        entries = [{"name": "shapes", "weight": 2.0}, {"name": "http", "url": server.url, "weight": 0.001}, {"name": "jpeg_size", "weight": 0.1}]
+        entries = [
+            {"name": "shapes", "weight": 2.0},
+            {"name": "http", "url": server.url, "weight": 0.001},
+            {"name": "jpeg_size", "weight": 0.1},
+        ]
         entries.append({"name": "clip_score", "path": str(clip_folder(tmp_path / "clip")), "weight": 0.01})
         recipe = tiny_recipe(tmp_path, reward=entries, run={"iterations": 1, "eval_every": 0})
         succeed("train", recipe, "--out", tmp_path / "run")

@@ -1,4 +1,6 @@
-"""The embedded world and its reward (DESIGN §4): right on true renders, wrong on others, smooth between; held-out scenes stay held out."""
+"""The embedded world and its reward (DESIGN §4): right on true renders, wrong on others, smooth between;
+held-out scenes stay held out.
+"""
 
 import itertools
 import math
@@ -109,7 +111,10 @@ def test_confused_captions_do_not_pass(true_pictures, kind):
 def test_confusion_draws_every_detail():
     scene, generator = SINGLES[0], random.Random(4)
     seen = {confuse(scene, generator) for _ in range(400)}
-    only = [[replace(scene, things=(Thing(c, "circle"),)) for c in COLOURS], [replace(scene, things=(Thing("red", s),)) for s in SHAPES]]
+    only = [
+        [replace(scene, things=(Thing(c, "circle"),)) for c in COLOURS],
+        [replace(scene, things=(Thing("red", s),)) for s in SHAPES],
+    ]
     assert seen == {*only[0], *only[1], *(replace(scene, place=place) for place in PLACES)}
 
 
@@ -166,7 +171,12 @@ def test_a_pair_with_a_third_thing_does_not_pass():
 def test_a_pair_with_one_thing_missing_does_not_pass():
     scenes = SAMPLES["pair"][:80]
     for index in (0, 1):
-        alone = torch.stack([drawn([(scene.things[index].shape, scene.things[index].colour, 9.0 + 14 * index, 16, 80)]) for scene in scenes])
+        alone = torch.stack(
+            [
+                drawn([(scene.things[index].shape, scene.things[index].colour, 9.0 + 14 * index, 16, 80)])
+                for scene in scenes
+            ]
+        )
         assert scores_of(alone, scenes).max() < PASS
 
 
@@ -187,7 +197,12 @@ def test_the_reward_scores_each_picture_for_its_own_prompt(true_pictures):
     scores = ShapesReward()(pictures, [scene.caption for scene in scenes])
     assert scores.shape == (6,)
     assert scores.dtype == torch.float32
-    assert scores.tolist() == torch.tensor([score_picture(picture, scene).score for picture, scene in zip(pictures, scenes, strict=True)]).tolist()
+    assert (
+        scores.tolist()
+        == torch.tensor(
+            [score_picture(picture, scene).score for picture, scene in zip(pictures, scenes, strict=True)]
+        ).tolist()
+    )
     turned = ShapesReward()(pictures, [scene.caption for scene in [*scenes[1:], scenes[0]]])
     assert (turned < PASS).all()
     assert (scores >= PASS).all()
@@ -197,7 +212,10 @@ def test_the_reward_scores_each_picture_for_its_own_prompt(true_pictures):
 @pytest.mark.parametrize("direction", [(1, 0), (0, 1), (1, 1)])
 def test_a_shape_that_moves_away_loses_place_credit_step_by_step(shape, direction):
     scene = Scene((Thing("blue", shape),), place="at the top left")
-    places = [score_picture(drawn([(shape, "blue", 9 + step * direction[0], 9 + step * direction[1], 90)]), scene).place for step in range(16)]
+    places = [
+        score_picture(drawn([(shape, "blue", 9 + step * direction[0], 9 + step * direction[1], 90)]), scene).place
+        for step in range(16)
+    ]
     assert places[0] == 1
     assert places[-1] < 0.1
     assert all(later <= earlier for earlier, later in itertools.pairwise(places))
@@ -212,12 +230,17 @@ def test_a_pair_that_turns_away_loses_its_score_step_by_step(relation):
         angle = math.pi * step / 12
         along, across = 8 * math.cos(angle), 8 * math.sin(angle)
         x, y = along * dx - across * dy, along * dy + across * dx
-        scores.append(score_picture(drawn([("square", "red", 16 - x, 16 - y, 60), ("circle", "green", 16 + x, 16 + y, 60)]), scene).score)
+        scores.append(
+            score_picture(
+                drawn([("square", "red", 16 - x, 16 - y, 60), ("circle", "green", 16 + x, 16 + y, 60)]), scene
+            ).score
+        )
     quarter, half = scores[:-1], scores[-1]
     assert quarter[0] >= PASS
     assert quarter[-1] < 0.01
     assert half < 0.2
-    assert all(later <= earlier + 0.05 for earlier, later in itertools.pairwise(quarter))  # squares off the grid have rougher outlines
+    # squares off the grid have rougher outlines
+    assert all(later <= earlier + 0.05 for earlier, later in itertools.pairwise(quarter))
     assert any(0.05 < score < 0.8 for score in quarter)
 
 
@@ -240,9 +263,15 @@ def test_a_bigger_picture_scores_about_the_same(true_pictures, kind):
     bigger = scores_of(small.repeat_interleave(2, -1).repeat_interleave(2, -2), scenes)
     assert (bigger - scores).abs().max() < 0.2
     assert (bigger - scores).abs().mean() < 0.05
-    asked = [replace(scene, place="at the centre") if scene.place else replace(scene, relation=OPPOSITE[scene.relation]) for scene in scenes]
+    asked = [
+        replace(scene, place="at the centre") if scene.place else replace(scene, relation=OPPOSITE[scene.relation])
+        for scene in scenes
+    ]
     wrong = [index for index, scene in enumerate(scenes) if asked[index] != scene]
-    assert share_passed(small.repeat_interleave(2, -1).repeat_interleave(2, -2)[wrong], [asked[index] for index in wrong]) <= 0.01
+    assert (
+        share_passed(small.repeat_interleave(2, -1).repeat_interleave(2, -2)[wrong], [asked[index] for index in wrong])
+        <= 0.01
+    )
 
 
 # Sentences
@@ -263,7 +292,9 @@ def test_captions_read_as_in_the_design():
     assert parse("a red circle at the top left") == Scene((Thing("red", "circle"),), place="at the top left")
 
 
-@pytest.mark.parametrize("text", ["A Red Circle at the Top Left", "  a red   circle at the top left ", "a red circle at the top left."])
+@pytest.mark.parametrize(
+    "text", ["A Red Circle at the Top Left", "  a red   circle at the top left ", "a red circle at the top left."]
+)
 def test_capitals_spaces_and_a_full_stop_do_not_matter(text):
     assert parse(text) == Scene((Thing("red", "circle"),), place="at the top left")
 

@@ -1,4 +1,6 @@
-"""unified_reward against a chat server on loopback: what it is asked, what is read from its answers, and what becomes of answers without a score."""
+"""unified_reward against a chat server on loopback: what it is asked, what is read from its answers,
+and what becomes of answers without a score.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,9 @@ def parts(content):
 
 
 def saying(text):
-    return lambda handler, content, number: handler.reply({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]})
+    return lambda handler, content, number: handler.reply(
+        {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+    )
 
 
 def by_darkness(handler, content, number):
@@ -54,7 +58,9 @@ def test_a_request_holds_model_question_and_picture(monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret")
     batch = pictures(4, 9, 12)
     with serving(saying("Final Score: 3")) as server:
-        scorer = reward_of(name="unified_reward", url=server.url, model="mine", max_tokens=77, key_variable="MY_KEY", concurrency=1)
+        scorer = reward_of(
+            name="unified_reward", url=server.url, model="mine", max_tokens=77, key_variable="MY_KEY", concurrency=1
+        )
         assert scorer(batch, PROMPTS).tolist() == [3.0] * 4
     for (_, headers, content), prompt, picture in zip(server.asked, PROMPTS, to_bytes(batch), strict=True):
         pixels, text = parts(content)
@@ -75,7 +81,9 @@ def test_frames_of_a_video_are_averaged():
     videos = pictures(6, 8, 10).view(2, 3, 3, 8, 10)
     with serving(by_darkness) as server:
         scores = rewards_of({"name": "unified_reward", "url": server.url})(videos, PROMPTS[:2])
-    torch.testing.assert_close(scores[:, 0], 1 + 4 * to_bytes(videos).double().mean((1, 2, 3, 4)) / 255, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        scores[:, 0], 1 + 4 * to_bytes(videos).double().mean((1, 2, 3, 4)) / 255, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,24 +124,42 @@ def test_an_answer_without_a_score_is_one_line_that_shows_it(text):
 
 @pytest.mark.parametrize(
     "answer",
-    [{}, [], 3, None, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": None}}]}, {"choices": {"0": 1}}, {"error": {"message": "x"}}],
+    [
+        {},
+        [],
+        3,
+        None,
+        {"choices": []},
+        {"choices": [{}]},
+        {"choices": [{"message": {"content": None}}]},
+        {"choices": {"0": 1}},
+        {"error": {"message": "x"}},
+    ],
 )
 def test_an_answer_that_is_no_chat_completion_is_one_line(answer):
     with serving(lambda handler, content, number: handler.reply(answer)) as server:
-        assert "chat completion" in user_error(reward_of(name="unified_reward", url=server.url), pictures(1, 8, 8), PROMPTS[:1])
+        assert "chat completion" in user_error(
+            reward_of(name="unified_reward", url=server.url), pictures(1, 8, 8), PROMPTS[:1]
+        )
 
 
 def test_a_server_that_refuses_is_one_line_without_the_key(monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret")
     with serving(lambda handler, content, number: handler.reply({"error": "invalid key sk-secret"}, 401)) as server:
-        text = user_error(reward_of(name="unified_reward", url=server.url, key_variable="MY_KEY"), pictures(1, 8, 8), PROMPTS[:1])
+        text = user_error(
+            reward_of(name="unified_reward", url=server.url, key_variable="MY_KEY"), pictures(1, 8, 8), PROMPTS[:1]
+        )
     assert "401" in text
     assert "sk-secret" not in text
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({}, "url"), ({"url": "http://127.0.0.1:1", "instruction": "Rate it"}, "{prompt}"), ({"url": "http://127.0.0.1:1", "api_key": "x"}, "api_key")],
+    [
+        ({}, "url"),
+        ({"url": "http://127.0.0.1:1", "instruction": "Rate it"}, "{prompt}"),
+        ({"url": "http://127.0.0.1:1", "api_key": "x"}, "api_key"),
+    ],
 )
 def test_mistakes_are_one_line_that_names_the_key(options, named):
     assert named in user_error(rewards_of, {"name": "unified_reward", **options})

@@ -1,4 +1,6 @@
-"""Scoring beside the rollout: bounded, in order, with the scores of doing one after the other, and with errors that are not lost."""
+"""Scoring beside the rollout: bounded, in order, with the scores of doing one after the other,
+and with errors that are not lost.
+"""
 
 import threading
 
@@ -38,7 +40,9 @@ def rewards_of(scorer):
 
 
 def latents(count, seed=0):
-    return torch.randn(count, *policy_of().adapter.latent_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, *policy_of().adapter.latent_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_scores_come_in_order_and_equal_those_of_one_call():
@@ -98,7 +102,9 @@ def test_an_error_of_a_reward_reaches_the_caller(fails_at):
 
 def test_an_iteration_in_parts_equals_one_in_one():
     """Where scoring runs beside it the rollout goes some prompts at a time."""
-    recipe = small_recipe(update={"updates_per_iteration": 1}, engine={"device": "cpu", "token_budget": 70, "reuse_rollout_graph": True})
+    recipe = small_recipe(
+        update={"updates_per_iteration": 1}, engine={"device": "cpu", "token_budget": 70, "reuse_rollout_graph": True}
+    )
     lines = []
     for remote in (False, True):
         scorer = Remote()
@@ -127,6 +133,8 @@ def test_a_reward_without_room_is_given_fewer_pictures():
 
     policy, whole = policy_of(), latents(7)
     scores = score_leaves(policy, rewards_of(scorer), whole, ["a prompt"] * 7)
-    assert torch.allclose(scores, score_leaves(policy, rewards_of(Remote()), whole, ["a prompt"] * 7), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        scores, score_leaves(policy, rewards_of(Remote()), whole, ["a prompt"] * 7), rtol=0, atol=1e-12
+    )
     assert max(sizes) <= 3
     assert sum(sizes) == 7

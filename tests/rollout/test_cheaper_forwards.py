@@ -1,4 +1,6 @@
-"""rollout.guidance_range and rollout.cache: cheaper forwards where nothing needs a gradient or a ratio, off unless asked for, and shown by plan."""
+"""rollout.guidance_range and rollout.cache: cheaper forwards where nothing needs a gradient or a ratio, off unless
+asked for, and shown by plan.
+"""
 
 import numpy as np
 import pytest
@@ -22,13 +24,17 @@ def rows_seen(policy, recipe, **options):
     """Leaves, and the rows of every forward of the transformer."""
     plan, rows = plan_and_coefficients(recipe)
     seen = []
-    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    hook = policy.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
     forest = rollout(plan, rows, policy, policy.encode(TEXTS), seed=1, iteration=0, **options)
     hook.remove()
     return forest, seen
 
 
-@pytest.mark.parametrize(("interval", "guided"), [(None, range(10)), ((1, 4), [1, 2, 3]), ((4, 7), [2, 3, 4, 5, 6]), ((0, 1), [0, 2, 3])])
+@pytest.mark.parametrize(
+    ("interval", "guided"), [(None, range(10)), ((1, 4), [1, 2, 3]), ((4, 7), [2, 3, 4, 5, 6]), ((0, 1), [0, 2, 3])]
+)
 def test_steps_outside_the_range_run_one_row_for_one_unless_they_have_noise(interval, guided):
     recipe, policy = small_recipe(rollout={**ROLLOUT, "guidance_range": interval}), policy_of(guidance=2.5)
     plan, _ = plan_and_coefficients(recipe)
@@ -37,10 +43,15 @@ def test_steps_outside_the_range_run_one_row_for_one_unless_they_have_noise(inte
 
 
 def test_an_unguided_step_is_the_step_of_a_model_without_guidance():
-    recipe = small_recipe(rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False, "guidance_range": [9, 10]})
+    recipe = small_recipe(
+        rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False, "guidance_range": [9, 10]}
+    )
     found, _ = rows_seen(policy_of(guidance=2.5), recipe)
     plain, _ = rows_seen(policy_of(guidance=1.0), recipe)
-    guided, _ = rows_seen(policy_of(guidance=2.5), small_recipe(rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False}))
+    guided, _ = rows_seen(
+        policy_of(guidance=2.5),
+        small_recipe(rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False}),
+    )
     assert (found.leaves - plain.leaves).norm() < 0.5 * (guided.leaves - plain.leaves).norm()
     assert not torch.allclose(found.leaves, plain.leaves, atol=1e-3), "the last step is guided"
 
@@ -56,13 +67,17 @@ def flux_policy(folder, **rollout_keys):
     return Policy(recipe, CPU, TEXTS), recipe
 
 
-@pytest.mark.parametrize("cache", [{"interval": 2, "order": 0}, {"interval": 3, "order": 1}, {"interval": 4, "order": 2}])
+@pytest.mark.parametrize(
+    "cache", [{"interval": 2, "order": 0}, {"interval": 3, "order": 1}, {"interval": 4, "order": 2}]
+)
 @pytest.mark.parametrize("budget", [4096, 100])
 def test_attention_runs_where_the_plan_says_and_nowhere_else(flux, cache, budget):
     policy, recipe = flux_policy(flux, cache=cache)
     policy.budget.tokens = budget
     plan, _ = plan_and_coefficients(recipe)
-    layers = [block.attn for block in (*policy.transformer.transformer_blocks, *policy.transformer.single_transformer_blocks)]
+    layers = [
+        block.attn for block in (*policy.transformer.transformer_blocks, *policy.transformer.single_transformer_blocks)
+    ]
     ran, before = [], [layer.forward for layer in layers]
     hook = layers[0].to_q.register_forward_hook(lambda module, args, output: ran.append(len(args[0])))
     found, _ = rows_seen(policy, recipe)
@@ -100,9 +115,16 @@ def test_cached_steps_follow_the_last_stochastic_one():
 
 
 def test_plan_shows_what_is_cheaper(tmp_path):
-    for keys, word, expected in (({"guidance_range": [3, 6]}, "unguided", [2, 6, 7]), ({"cache": {"interval": 2}}, "cached", [4, 6])):
-        lines = succeed("plan", tiny_recipe(tmp_path / word, model={"guidance_scale": 3.0}, rollout={"steps": 8, **keys})).stdout.splitlines()
-        steps = {int(line.split()[0]): line for line in lines if line.split() and line.split()[0].isdigit() and "." in line}
+    for keys, word, expected in (
+        ({"guidance_range": [3, 6]}, "unguided", [2, 6, 7]),
+        ({"cache": {"interval": 2}}, "cached", [4, 6]),
+    ):
+        lines = succeed(
+            "plan", tiny_recipe(tmp_path / word, model={"guidance_scale": 3.0}, rollout={"steps": 8, **keys})
+        ).stdout.splitlines()
+        steps = {
+            int(line.split()[0]): line for line in lines if line.split() and line.split()[0].isdigit() and "." in line
+        }
         assert [index for index, line in steps.items() if word in line] == expected
     assert "cheaper" not in succeed("plan", tiny_recipe(tmp_path / "plain")).stdout
 

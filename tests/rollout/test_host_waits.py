@@ -51,7 +51,8 @@ WAITS = {
 
 @pytest.mark.parametrize("kind", WAITS)
 def test_what_waits_is_noted(kind):
-    with HostWaits() as waits, suppress(NotImplementedError, RuntimeError):  # tensors without storage cannot do all of it
+    # tensors without storage cannot do all of it
+    with HostWaits() as waits, suppress(NotImplementedError, RuntimeError):
         WAITS[kind](torch.ones(3, device=DEVICE))
     (line,) = waits.noted
     assert line.startswith(kind.strip())

@@ -1,4 +1,6 @@
-"""engine.reuse_rollout_graph: the rollout's own graph gives the first update the losses and gradients of running its passes again, and saves their forward."""
+"""engine.reuse_rollout_graph: the rollout's own graph gives the first update the losses and gradients of running its
+passes again, and saves their forward.
+"""
 
 import sys
 
@@ -21,14 +23,18 @@ MANY = 10**6
 
 
 def trained(recipe, policy, retained, planted=None):
-    """(forest, stats, gradients per update, forwards of the update's own) of one iteration; `planted`: scores [prompts, leaves, 1]."""
+    """(forest, stats, gradients per update, forwards of the update's own) of one iteration; `planted`:
+    scores [prompts, leaves, 1].
+    """
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, retained=retained)
     scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)) if planted is None else planted
     credit = assign_credit(plan, recipe.credit, scores, [1.0])
     seen = []
-    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    hook = policy.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
     recorder = Recorder(recipe, policy)
     stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
     hook.remove()
@@ -78,7 +84,9 @@ def test_small_passes_are_not_worth_keeping():
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), policy_of()
     retained = RetainedGraphs(MANY, least=4)
     trained(recipe, policy, retained)
-    assert [len(each.node) for each in retained.passes] == [4 * len(TEXTS)], "the window's first level has one state per prompt, the second four"
+    assert [len(each.node) for each in retained.passes] == [4 * len(TEXTS)], (
+        "the window's first level has one state per prompt, the second four"
+    )
 
 
 def test_passes_without_signal_run_no_backward():
@@ -114,8 +122,12 @@ def test_the_recipe_decides_whether_graphs_are_kept():
     assert automatic.states > 1000
     assert automatic.retained_graphs(policy).least == policy.budget.rows // 4
     assert automatic.retained_graphs(guided).least == policy.budget.rows // 2 // 4
-    assert room(policy=guided).states == pytest.approx(automatic.states / 2, rel=0.05), "guidance runs two rows for a state"
-    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).retained_graphs(policy) is None, "most graphs would be made for nothing"
+    assert room(policy=guided).states == pytest.approx(automatic.states / 2, rel=0.05), (
+        "guidance runs two rows for a state"
+    )
+    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).retained_graphs(policy) is None, (
+        "most graphs would be made for nothing"
+    )
     assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).states == automatic.states
 
 
@@ -123,7 +135,11 @@ def test_the_recipe_decides_whether_graphs_are_kept():
 def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
     recipe, policy = small_recipe(), policy_of()
     memory = predict_memory(recipe, make_plan(recipe, 0), "cpu")
-    monkeypatch.setattr(graph_room, "total_memory", lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room._GPU_SHARE))
+    monkeypatch.setattr(
+        graph_room,
+        "total_memory",
+        lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room._GPU_SHARE),
+    )
     found, graph = graph_room._room_of_gpu(recipe, policy)
     assert graph == memory.graph
     assert found // graph == rows
@@ -134,4 +150,6 @@ def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_predicted_bytes_of_a_graph_are_what_the_model_holds(guidance):
     recipe, policy = small_recipe(model={"guidance_scale": guidance}), policy_of(guidance=guidance)
-    assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(graph_room._room_of_cpu(policy)[1], rel=0.1)
+    assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(
+        graph_room._room_of_cpu(policy)[1], rel=0.1
+    )

@@ -25,7 +25,11 @@ def one_trajectory(recipe, policy, prompts, prompt: int, leaf: int):
     for step in plan.steps:
         sigma = torch.tensor([step.sigma], dtype=torch.float32)
         v, uncond, scale = policy.velocity(x, sigma, prompts, prompt_of)
-        key = NoiseKey(seed, 0, step.index, prompt, node_at(step.nodes_out), node_at(step.nodes_in)) if step.stochastic else None
+        key = (
+            NoiseKey(seed, 0, step.index, prompt, node_at(step.nodes_out), node_at(step.nodes_in))
+            if step.stochastic
+            else None
+        )
         row = rows[step.index]
         needed = history if bool(row.prev_coef[0] != 0) else None
         correlation = plan.sibling_correlation if key else 0.0
@@ -36,7 +40,9 @@ def one_trajectory(recipe, policy, prompts, prompt: int, leaf: int):
     return x[0], total[0]
 
 
-@pytest.mark.parametrize("sections", [FLAT, UNSHARED_NOISE, TREE, TAIL, CPS], ids=["flat", "unshared_noise", "tree", "tail", "cps"])
+@pytest.mark.parametrize(
+    "sections", [FLAT, UNSHARED_NOISE, TREE, TAIL, CPS], ids=["flat", "unshared_noise", "tree", "tail", "cps"]
+)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @torch.no_grad()
 def test_every_leaf_is_the_trajectory_that_the_published_loop_computes_alone(sections, guidance):
@@ -57,7 +63,9 @@ def test_rows_through_the_transformer_equal_the_planned_forwards(sections):
     recipe, policy = small_recipe(**sections), policy_of()
     plan, rows = plan_and_coefficients(recipe)
     seen = []
-    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    hook = policy.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
     rollout(plan, rows, policy, encoded(policy), seed=1, iteration=0)
     hook.remove()
     assert sum(seen) == plan.counts.rollout_forwards * len(TEXTS)
@@ -69,7 +77,9 @@ def test_leaves_do_not_depend_on_prompt_order_batch_or_micro_batch():
     plan, rows = plan_and_coefficients(recipe)
 
     def leaves(policy, texts, first):
-        return rollout(plan, rows, policy, encoded(policy, texts), seed=5, iteration=3, first_prompt=first).leaves.view(len(texts), plan.leaves, -1)
+        return rollout(plan, rows, policy, encoded(policy, texts), seed=5, iteration=3, first_prompt=first).leaves.view(
+            len(texts), plan.leaves, -1
+        )
 
     together = leaves(policy_of(), TEXTS, 0)
     alone = torch.cat([leaves(policy_of(), [text], index) for index, text in enumerate(TEXTS)])
@@ -77,7 +87,9 @@ def test_leaves_do_not_depend_on_prompt_order_batch_or_micro_batch():
     assert policy_of(tokens=80).budget.rows == 2
     assert torch.allclose(together, alone, rtol=0, atol=1e-11)
     assert torch.allclose(together, small_passes, rtol=0, atol=1e-11)
-    assert not torch.allclose(together[0], together[1], atol=0.1), "prompts must differ, or the comparison proves nothing"
+    assert not torch.allclose(together[0], together[1], atol=0.1), (
+        "prompts must differ, or the comparison proves nothing"
+    )
 
 
 @torch.no_grad()
@@ -96,7 +108,9 @@ def test_siblings_share_their_parent_and_part_at_the_split():
     first = forest.states[forest.first_row[1] : forest.first_row[1] + 2]
     assert plan.steps[0].fanout == 2
     assert not torch.allclose(first[0], first[1], atol=1e-2)
-    assert len(forest.states) == len(TEXTS) * (1 + 2 + 2 + 4), "levels 0 to 3, the ends of the trained steps, and no other"
+    assert len(forest.states) == len(TEXTS) * (1 + 2 + 2 + 4), (
+        "levels 0 to 3, the ends of the trained steps, and no other"
+    )
 
 
 @pytest.mark.parametrize("sections", [FLAT, TREE, TAIL], ids=["flat", "tree", "tail"])

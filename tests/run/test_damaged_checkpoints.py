@@ -1,4 +1,6 @@
-"""Checkpoints are as they were written, or named as damaged; old ones still load; permissions are no damage (issue 13, items 3, 10, 12, 15)."""
+"""Checkpoints are as they were written, or named as damaged; old ones still load;
+permissions are no damage (issue 13, items 3, 10, 12, 15).
+"""
 
 import errno
 import json
@@ -16,7 +18,14 @@ from checkpoint_cases import Trained
 from flowgrove.errors import UserError
 from flowgrove.files import write_file
 from flowgrove.run import checkpoint as checkpoints
-from flowgrove.run.checkpoint import find_checkpoint, load_checkpoint, mark_best, newest_checkpoint, pointed_at, valid_checkpoints
+from flowgrove.run.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    mark_best,
+    newest_checkpoint,
+    pointed_at,
+    valid_checkpoints,
+)
 from flowgrove.run.manifest import DamagedError, verify
 
 
@@ -60,7 +69,9 @@ DAMAGES = {
     "a flipped bit": flipped,
     "averages of another step": lambda new, old: shutil.copy(old / "ema.safetensors", new),
     "weights and averages swapped": swapped,
-    "zeros": lambda new, _: save_file({n: t * 0 for n, t in load_file(new / "weights.safetensors").items()}, new / "weights.safetensors"),
+    "zeros": lambda new, _: save_file(
+        {n: t * 0 for n, t in load_file(new / "weights.safetensors").items()}, new / "weights.safetensors"
+    ),
     "bf16": lambda new, _: cast(new, torch.bfloat16),
     "int64 moments": lambda new, _: cast(new, torch.int64, "optimizer"),
     "another count": lambda new, _: told(new, completed_iterations=1),
@@ -90,7 +101,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(run, da
 def test_where_all_are_damaged_the_newest_is_named(run):
     for folder in valid_checkpoints(run):
         flipped(folder, None)
-    with pytest.raises(UserError, match=r"step_000002 is damaged \(weights.safetensors has other content than was written\): remove it"):
+    with pytest.raises(
+        UserError, match=r"step_000002 is damaged \(weights.safetensors has other content than was written\): remove it"
+    ):
         newest_checkpoint(run)
 
 
@@ -226,7 +239,12 @@ def test_a_checkpoint_is_found_by_number_path_and_name(run):
     assert find_checkpoint(run, "1") == find_checkpoint(run, "0001") == first
     assert find_checkpoint(run, str(first)) == first
     assert find_checkpoint(run, str(run / "latest")).resolve() == second.resolve()
-    for wrong, hint in (("3", "give 1 or 2"), ("best", "run.keep_best: true"), ("9" * 5000, "give 1 or 2"), (str(run / "gone"), "no such folder")):
+    for wrong, hint in (
+        ("3", "give 1 or 2"),
+        ("best", "run.keep_best: true"),
+        ("9" * 5000, "give 1 or 2"),
+        (str(run / "gone"), "no such folder"),
+    ):
         with pytest.raises(UserError, match=hint):
             find_checkpoint(run, wrong)
 
@@ -250,7 +268,15 @@ def test_the_best_of_a_branch_that_was_left_goes_with_it(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"completed_iterations": 1}', '{"completed_iterations": "x", "eval_reward": 1}', '{"completed_iterations": 1e999}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"completed_iterations": 1}',
+        '{"completed_iterations": "x", "eval_reward": 1}',
+        '{"completed_iterations": 1e999}',
+    ],
 )
 def test_a_damaged_note_of_the_best_counts_as_none(trained, tmp_path, text):
     trained.save(tmp_path, 1)

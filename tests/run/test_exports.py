@@ -53,12 +53,16 @@ def pass_of(policy):
 
 
 def plain_policy(name, folder):
-    return Policy(small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32"}), CPU)
+    return Policy(
+        small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32"}), CPU
+    )
 
 
 def trained_velocity(name, folder, run):
     policy = Policy(
-        small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32", "lora": LORA}),
+        small_recipe(
+            model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32", "lora": LORA}
+        ),
         CPU,
     )
     weights = weights_of(run, 1)
@@ -71,7 +75,9 @@ WAN_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "
 
 
 def asked_by_comfyui(name, module):
-    """Under what name ComfyUI's loader looks for a layer on a module of diffusers' blocks (comfy/lora.py, comfy/utils.py)."""
+    """Under what name ComfyUI's loader looks for a layer on a module of diffusers' blocks
+    (comfy/lora.py, comfy/utils.py).
+    """
     if name != "wan":
         return f"transformer.{module}"
     block, number, attention, layer = module.split(".", 3)
@@ -122,7 +128,11 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
     assert close(pass_of(unknowing)), "a loader that knows no alpha"
 
     patched = plain_policy(name, folders[name])
-    layers = {module: layer for module, layer in patched.transformer.named_modules() if re.search(r"blocks.*attn\d?\.", module)}
+    layers = {
+        module: layer
+        for module, layer in patched.transformer.named_modules()
+        if re.search(r"blocks.*attn\d?\.", module)
+    }
     linear = [module for module, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
     patches = comfyui_patches(name, tmp_path / "comfyui" / COMFYUI_FILE, linear)
     assert len(patches) == len(tensors) // 2

@@ -1,4 +1,6 @@
-"""Damaged checkpoints: a run goes on with the one before, bit for bit and by name, or ends in one line; never with other weights (issue 13)."""
+"""Damaged checkpoints: a run goes on with the one before, bit for bit and by name, or ends in one line;
+never with other weights (issue 13).
+"""
 
 import json
 import os
@@ -17,7 +19,25 @@ from flowgrove.run.checkpoint import load_checkpoint, newest_checkpoint
 ROUNDS, CASES, SECONDS = 12, 30, 10
 TENSORS = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors")
 FILES = (*TENSORS, "state.json", "manifest.json")
-VALUES = (None, True, -1, 0, 1, 3, 10**30, 1.5, float("nan"), "", "\ud800", "print", [], [[]], {}, {"iteration": 0}, {"iteration": 7})
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "\ud800",
+    "print",
+    [],
+    [[]],
+    {},
+    {"iteration": 0},
+    {"iteration": 7},
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +75,11 @@ def overwrite(rng, new, old):
 def resize(rng, new, old):
     file = new / rng.choice(FILES)
     content = file.read_bytes()
-    file.write_bytes(rng.choice((b"", content[: rng.randrange(len(content))], content + rng.randbytes(rng.randrange(1, 99)), content * 2)))
+    file.write_bytes(
+        rng.choice(
+            (b"", content[: rng.randrange(len(content))], content + rng.randbytes(rng.randrange(1, 99)), content * 2)
+        )
+    )
 
 
 def vanish(rng, new, old):
@@ -82,11 +106,13 @@ def rewrite(rng, new, old):
     name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
     kinds = {
-        "zeros": lambda: {name: torch.zeros_like(tensor)}, "all zeros": lambda: {n: torch.zeros_like(t) for n, t in [*tensors.items(), (name, tensor)]},
-        "bf16": lambda: {name: tensor.bfloat16()}, "int64": lambda: {name: tensor.long()}, "fp64": lambda: {name: tensor.double()},
-        "flat": lambda: {name: tensor.reshape(-1).clone()}, "renamed": lambda: {f"{name}2": tensor}, "gone": dict,
-        "more": lambda: {name: tensor, "more": torch.ones(3)}, "nan": lambda: {name: torch.full_like(tensor, float("nan"))},
-        "negative": lambda: {name: -tensor}, "all bf16": lambda: {n: t.bfloat16() for n, t in [*tensors.items(), (name, tensor)]},
+        "zeros": lambda: {name: torch.zeros_like(tensor)},
+        "all zeros": lambda: {n: torch.zeros_like(t) for n, t in [*tensors.items(), (name, tensor)]},
+        "bf16": lambda: {name: tensor.bfloat16()}, "int64": lambda: {name: tensor.long()},
+        "fp64": lambda: {name: tensor.double()}, "flat": lambda: {name: tensor.reshape(-1).clone()},
+        "renamed": lambda: {f"{name}2": tensor}, "gone": dict, "more": lambda: {name: tensor, "more": torch.ones(3)},
+        "nan": lambda: {name: torch.full_like(tensor, float("nan"))}, "negative": lambda: {name: -tensor},
+        "all bf16": lambda: {n: t.bfloat16() for n, t in [*tensors.items(), (name, tensor)]},
     }  # fmt: skip
     tensors.update(kinds[rng.choice(sorted(kinds))]())
     save_file(tensors, file)
@@ -112,7 +138,22 @@ def edit(rng, new, old):
 
 def other_text(rng, new, old):
     file = new / rng.choice(("state.json", "manifest.json"))
-    file.write_bytes(rng.choice((b"[]", b"null", b"3", b'"', b"\xff\xfe", b"\x00" * 99, b"[" * 200_000, b'{"a":' * 200_000, b"9" * 6000, b"{}")))
+    file.write_bytes(
+        rng.choice(
+            (
+                b"[]",
+                b"null",
+                b"3",
+                b'"',
+                b"\xff\xfe",
+                b"\x00" * 99,
+                b"[" * 200_000,
+                b'{"a":' * 200_000,
+                b"9" * 6000,
+                b"{}",
+            )
+        )
+    )
 
 
 def misplace(rng, new, old):
@@ -145,7 +186,22 @@ def replace(rng, new, old):
         shutil.copytree(old, new)
 
 
-DAMAGES = (flip, flip, overwrite, resize, vanish, take_from_the_other, swap, rewrite, rewrite, edit, edit, other_text, misplace, replace)
+DAMAGES = (
+    flip,
+    flip,
+    overwrite,
+    resize,
+    vanish,
+    take_from_the_other,
+    swap,
+    rewrite,
+    rewrite,
+    edit,
+    edit,
+    other_text,
+    misplace,
+    replace,
+)
 
 
 def damaged(two, tmp_path, rng):
@@ -199,4 +255,9 @@ def test_where_both_are_damaged_it_is_one_line_or_the_weights(two, tmp_path, num
         second = rng.choice((flip, resize, vanish, swap, rewrite, edit))
         second(rng, run / "checkpoints" / "step_000001", whole / "checkpoints" / "step_000002")
         completed, error = used(trained, lambda: newest_checkpoint(run, lambda _: None))  # noqa: B023
-        assert trained.holds(kept[completed]) if error is None else "\n" not in error and "step_00000" in error, (number, case, kind, error)
+        assert trained.holds(kept[completed]) if error is None else "\n" not in error and "step_00000" in error, (
+            number,
+            case,
+            kind,
+            error,
+        )

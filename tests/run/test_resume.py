@@ -1,4 +1,6 @@
-"""Kill and resume: the same weights to the last bit, the same metrics, no line twice and none missing (issue 2, DESIGN §3.3)."""
+"""Kill and resume: the same weights to the last bit, the same metrics, no line twice and none
+missing (issue 2, DESIGN §3.3).
+"""
 
 import json
 import shutil
@@ -10,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_cases import checkpoints, contents, flowgrove, metrics_of, refuse, succeed, timeless, tiny_recipe, weights_of
+from engine_cases import (
+    checkpoints,
+    contents,
+    flowgrove,
+    metrics_of,
+    refuse,
+    succeed,
+    timeless,
+    tiny_recipe,
+    weights_of,
+)
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.grids import load_grid
 from flowgrove.run.checkpoint import best_checkpoint, find_checkpoint
@@ -26,7 +38,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(folder):
-    """Checkpoints after 2, 4 and 5 iterations; evaluation before iterations 0, 2, 4 and at the end; a window that moves."""
+    """Checkpoints after 2, 4 and 5 iterations; evaluation before iterations 0, 2, 4 and at the end;
+    a window that moves.
+    """
     return tiny_recipe(folder, run={"iterations": ITERATIONS, "checkpoint_every": 2, "eval_every": 2})
 
 
@@ -40,11 +54,18 @@ def whole(folder, recipe):
 
 @pytest.fixture
 def cut(whole, tmp_path):
-    """A function: a copy of the whole run, cut back to what a kill leaves: `lines` metrics lines, checkpoints up to `newest`, no report."""
+    """A function: a copy of the whole run, cut back to what a kill leaves:
+    `lines` metrics lines, checkpoints up to `newest`, no report.
+    """
 
     def cut_back(lines, newest):
         run = tmp_path / "run"
-        shutil.copytree(whole, run, symlinks=True, ignore=shutil.ignore_patterns("*.html", "reward.png", "ratio.png", "before_after.png", "latest"))
+        shutil.copytree(
+            whole,
+            run,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("*.html", "reward.png", "ratio.png", "before_after.png", "latest"),
+        )
         told = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         assert len(told) == ITERATIONS
         (run / "metrics.jsonl").write_text("".join(told[:lines]), encoding="utf-8")
@@ -69,7 +90,9 @@ def assert_same_run(run, whole):
     assert (run / moments).read_bytes() == (whole / moments).read_bytes()
     assert (run / "latest").resolve() == (run / "checkpoints" / "step_000005").resolve()
     assert (run / "report.html").is_file()
-    assert {path.name: path.read_bytes() for path in (run / "samples").iterdir()} == {p.name: p.read_bytes() for p in (whole / "samples").iterdir()}
+    assert {path.name: path.read_bytes() for path in (run / "samples").iterdir()} == {
+        p.name: p.read_bytes() for p in (whole / "samples").iterdir()
+    }
 
 
 def test_the_reference_changes_weights_in_every_part_of_the_run(whole):
@@ -85,7 +108,18 @@ def test_the_reference_changes_weights_in_every_part_of_the_run(whole):
 def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(whole, recipe, tmp_path):
     succeed("train", recipe, "--out", tmp_path / "again")
     assert_same_run(tmp_path / "again", whole)
-    succeed("train", recipe, "--out", tmp_path / "other", "--set", "run.seed=7", "--set", "run.iterations=1", "--set", "run.eval_every=0")
+    succeed(
+        "train",
+        recipe,
+        "--out",
+        tmp_path / "other",
+        "--set",
+        "run.seed=7",
+        "--set",
+        "run.iterations=1",
+        "--set",
+        "run.eval_every=0",
+    )
     assert metrics_of(tmp_path / "other")[0]["reward"] != metrics_of(whole)[0]["reward"]
 
 
@@ -95,7 +129,9 @@ def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(whole, recipe,
 def test_a_process_killed_in_the_middle_is_resumed_to_the_last_bit(whole, recipe, tmp_path):
     run = tmp_path / "run"
     with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen([*FLOWGROVE, "train", recipe, "--out", run], stdout=subprocess.PIPE, stderr=stderr, env=environment())
+        process = subprocess.Popen(
+            [*FLOWGROVE, "train", recipe, "--out", run], stdout=subprocess.PIPE, stderr=stderr, env=environment()
+        )
     lines = 0
     try:
         while lines < 3 and process.poll() is None:
@@ -111,7 +147,8 @@ def test_a_process_killed_in_the_middle_is_resumed_to_the_last_bit(whole, recipe
     assert not (run / "report.html").exists()
     assert printed == b""
     shown = [line for line in (tmp_path / "stderr").read_text().splitlines() if line.strip()]
-    assert [line.split()[0] for line in shown] == [str(number) for number in range(len(shown))]  # nothing but its lines: libraries are quiet
+    # nothing but its lines: libraries are quiet
+    assert [line.split()[0] for line in shown] == [str(number) for number in range(len(shown))]
     succeed("train", recipe, "--out", run, "--resume", "auto")
     assert_same_run(run, whole)
 
@@ -120,12 +157,16 @@ def test_a_process_killed_in_the_middle_is_resumed_to_the_last_bit(whole, recipe
 
 
 MOMENTS = [(3, 2), (4, 5), (1, 0)]
-MORE_MOMENTS = [pytest.param(*moment, marks=pytest.mark.long) for moment in ((0, 0), (1, 2), (2, 2), (4, 2), (3, 4), (4, 4), (5, 4))]
+MORE_MOMENTS = [
+    pytest.param(*moment, marks=pytest.mark.long) for moment in ((0, 0), (1, 2), (2, 2), (4, 2), (3, 4), (4, 4), (5, 4))
+]
 
 
 @pytest.mark.parametrize(("lines", "newest"), [*MOMENTS, *MORE_MOMENTS])
 def test_any_moment_is_one_to_resume_from(whole, recipe, cut, lines, newest):
-    """`lines` metrics lines beside a checkpoint of `newest` iterations: one line less if the kill came between the two."""
+    """`lines` metrics lines beside a checkpoint of `newest` iterations:
+    one line less if the kill came between the two.
+    """
     run = cut(lines, newest)
     succeed("train", recipe, "--out", run)
     assert_same_run(run, whole)
@@ -174,19 +215,29 @@ def test_a_finished_run_can_be_made_longer(whole, recipe, tmp_path):
     succeed("train", recipe, "--out", run, "--set", "run.iterations=2")
     assert checkpoints(run) == ["step_000002"]
     succeed("train", recipe, "--out", run)
-    assert timeless(metrics_of(run)) == timeless(metrics_of(whole)), "the evaluation that ended the short run is no end any more"
-    assert all(torch.equal(weight, weights_of(whole, ITERATIONS)[name]) for name, weight in weights_of(run, ITERATIONS).items())
+    assert timeless(metrics_of(run)) == timeless(metrics_of(whole)), (
+        "the evaluation that ended the short run is no end any more"
+    )
+    assert all(
+        torch.equal(weight, weights_of(whole, ITERATIONS)[name]) for name, weight in weights_of(run, ITERATIONS).items()
+    )
     assert load_recipe(run / "recipe.yaml").run.iterations == ITERATIONS
 
 
 def test_averages_of_lora_weights_are_resumed_too(tmp_path):
-    recipe = tiny_recipe(tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5}, run={"iterations": 2})
+    recipe = tiny_recipe(
+        tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5}, run={"iterations": 2}
+    )
     whole, run = tmp_path / "whole", tmp_path / "run"
     succeed("train", recipe, "--out", whole)
     succeed("train", recipe, "--out", run, "--set", "run.iterations=1", "--set", "run.eval_every=0")
     succeed("train", recipe, "--out", run)
     assert timeless(metrics_of(run))[1:] == timeless(metrics_of(whole))[1:]
-    files = {path.name: path.read_bytes() for path in (whole / "checkpoints" / "step_000002").iterdir() if path.suffix == ".safetensors"}
+    files = {
+        path.name: path.read_bytes()
+        for path in (whole / "checkpoints" / "step_000002").iterdir()
+        if path.suffix == ".safetensors"
+    }
     assert len(files) >= 3  # weights, moments, averages
     assert len({*files.values()}) == len(files)
     assert {name: (run / "checkpoints" / "step_000002" / name).read_bytes() for name in files} == files
@@ -219,7 +270,9 @@ OTHERS = {
 def test_another_recipe_does_not_go_into_the_same_folder(whole, recipe, override):
     before = contents(whole)
     by_name = refuse("train", recipe, "--out", whole, "--set", override)
-    by_path = refuse("train", recipe, "--out", whole, "--set", override, "--resume", whole / "checkpoints" / "step_000002")
+    by_path = refuse(
+        "train", recipe, "--out", whole, "--set", override, "--resume", whole / "checkpoints" / "step_000002"
+    )
     for line in (by_name, by_path):
         assert str(whole) in line
         assert OTHERS[override] in line
@@ -243,10 +296,14 @@ DAMAGE = {
     "weights cut": lambda folder: halved(folder / "weights.safetensors"),
     "weights empty": lambda folder: (folder / "weights.safetensors").write_bytes(b""),
     "weights missing": lambda folder: (folder / "weights.safetensors").unlink(),
-    "weights of another model": lambda folder: shutil.copy(folder / "optimizer.safetensors", folder / "weights.safetensors"),
+    "weights of another model": lambda folder: shutil.copy(
+        folder / "optimizer.safetensors", folder / "weights.safetensors"
+    ),
     "optimiser cut": lambda folder: halved(folder / "optimizer.safetensors"),
     "optimiser missing": lambda folder: (folder / "optimizer.safetensors").unlink(),
-    "optimiser of nothing": lambda folder: shutil.copy(folder / "weights.safetensors", folder / "optimizer.safetensors"),
+    "optimiser of nothing": lambda folder: shutil.copy(
+        folder / "weights.safetensors", folder / "optimizer.safetensors"
+    ),
     "state cut": lambda folder: halved(folder / "state.json"),
     "state empty": lambda folder: (folder / "state.json").write_text(""),
     "state of nothing": lambda folder: (folder / "state.json").write_text("{}"),
@@ -299,9 +356,20 @@ def test_a_damaged_checkpoint_cannot_be_drawn_with(recipe, cut, tmp_path, damage
 # Which checkpoints stay
 
 
-@pytest.mark.parametrize(("keep", "stay"), [pytest.param(1, ["step_000004"], marks=pytest.mark.long), (2, ["step_000003", "step_000004"])])
+@pytest.mark.parametrize(
+    ("keep", "stay"), [pytest.param(1, ["step_000004"], marks=pytest.mark.long), (2, ["step_000003", "step_000004"])]
+)
 def test_only_the_newest_checkpoints_stay(recipe, tmp_path, keep, stay):
-    options = ["--set", f"run.keep_last={keep}", "--set", "run.checkpoint_every=1", "--set", "run.iterations=4", "--set", "run.eval_every=0"]
+    options = [
+        "--set",
+        f"run.keep_last={keep}",
+        "--set",
+        "run.checkpoint_every=1",
+        "--set",
+        "run.iterations=4",
+        "--set",
+        "run.eval_every=0",
+    ]
     succeed("train", recipe, "--out", tmp_path / "run", *options)
     assert checkpoints(tmp_path / "run") == stay
     assert (tmp_path / "run" / "latest").resolve().name == "step_000004"
@@ -309,7 +377,10 @@ def test_only_the_newest_checkpoints_stay(recipe, tmp_path, keep, stay):
 
 def test_the_best_held_out_checkpoint_stays_beside_the_newest(recipe, tmp_path):
     """And is found again when the run goes on; the evaluation needs no checkpoint_every of its own."""
-    run, options = tmp_path / "run", ["--set", "run.keep_best=true", "--set", "run.keep_last=1", "--set", "run.checkpoint_every=0"]
+    run, options = (
+        tmp_path / "run",
+        ["--set", "run.keep_best=true", "--set", "run.keep_last=1", "--set", "run.checkpoint_every=0"],
+    )
     options += ["--set", "run.eval_every=1", "--set", "update.lr=1e-3"]
     succeed("train", recipe, "--out", run, *options, "--set", "run.iterations=3")
     succeed("train", recipe, "--out", run, *options)
@@ -324,5 +395,7 @@ def test_the_folder_of_a_run_can_be_moved(whole, recipe, tmp_path):
     run = tmp_path / "elsewhere" / "moved"
     shutil.copytree(whole, run, symlinks=True)
     assert not (run / "latest").readlink().is_absolute()
-    assert (run / "latest" / "weights.safetensors").read_bytes() == (whole / "latest" / "weights.safetensors").read_bytes()
+    assert (run / "latest" / "weights.safetensors").read_bytes() == (
+        whole / "latest" / "weights.safetensors"
+    ).read_bytes()
     assert "finished" in succeed("train", recipe, "--out", run).stderr

@@ -106,8 +106,9 @@ def test_guidance_keeps_a_pass_within_the_token_budget():
 @pytest.mark.parametrize(
     "change",
     [
-        "model.gradient_checkpointing=true", "model.vae_tiling=true", "engine.attention=sdpa", "engine.backend=reference", "engine.token_budget=500",
-        "data.embedding_cache=none", "reward=[{name: http, url: 'http://other:1', retries: 9}]",
+        "model.gradient_checkpointing=true", "model.vae_tiling=true", "engine.attention=sdpa",
+        "engine.backend=reference", "engine.token_budget=500", "data.embedding_cache=none",
+        "reward=[{name: http, url: 'http://other:1', retries: 9}]",
     ],
 )  # fmt: skip
 def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path, change):

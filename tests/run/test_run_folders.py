@@ -36,7 +36,9 @@ RUN = {"iterations": 4, "checkpoint_every": 0, "eval_every": 0, "log": ["jsonl"]
 @pytest.fixture
 def holder(tmp_path):
     """Another process that has tmp_path/run."""
-    with subprocess.Popen([PYTHON, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        [PYTHON, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True, env=environment()
+    ) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -49,7 +51,10 @@ def test_a_folder_in_use_is_refused_and_that_of_a_dead_process_taken_over(holder
     recipe = tiny_recipe(tmp_path, run=RUN)
     before = contents(tmp_path / "run")
     line = refuse("train", recipe, "--out", tmp_path / "run")
-    assert f"{tmp_path / 'run'} is in use by another run, process {holder.pid} on {socket.gethostname()}: give another --out" in line
+    assert (
+        f"{tmp_path / 'run'} is in use by another run, process {holder.pid} on {socket.gethostname()}: "
+        "give another --out" in line
+    )
     assert contents(tmp_path / "run") == before
     holder.kill()
     holder.wait()
@@ -67,11 +72,15 @@ def test_a_run_on_another_host_counts_while_it_touches_its_file(tmp_path, second
         FolderLock(tmp_path).release()
         assert not lock.exists()
     else:
-        with pytest.raises(UserError, match="process 77 on elsewhere: give another --out, or end that process, or wait 120 seconds"):
+        with pytest.raises(
+            UserError, match="process 77 on elsewhere: give another --out, or end that process, or wait 120 seconds"
+        ):
             FolderLock(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b'{"host": 3}' + b" " * 2000, b'{"process": -1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff", b"null", b'{"host": 3}' + b" " * 2000, b'{"process": -1}']
+)
 def test_a_damaged_lock_file_that_is_old_keeps_nobody_out(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     os.utime(tmp_path / NAME, (0, 0))
@@ -205,7 +214,10 @@ def test_a_run_stopped_before_its_first_update_has_nothing_to_save(tmp_path):
 
 def test_a_run_stopped_while_it_evaluates_keeps_its_weights_and_not_their_averages(tmp_path):
     recipe = tiny_recipe(
-        tmp_path, model={"lora": {"rank": 2, "alpha": 4}}, update={"lr": 1e-3, "ema_decay": 0.5}, run={**RUN, "iterations": 2, "checkpoint_every": 1}
+        tmp_path,
+        model={"lora": {"rank": 2, "alpha": 4}},
+        update={"lr": 1e-3, "ema_decay": 0.5},
+        run={**RUN, "iterations": 2, "checkpoint_every": 1},
     )
     succeed("train", recipe, "--out", tmp_path / "whole")
     run = tmp_path / "run"
@@ -234,7 +246,9 @@ with Stopping() as stop:
 
 
 def test_a_second_signal_ends_at_once():
-    with subprocess.Popen([PYTHON, "-c", HOLDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        [PYTHON, "-c", HOLDING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
         assert process.stdout.readline() == "held\n"
         process.send_signal(signal.SIGTERM)
         told = process.stderr.readline()
@@ -271,12 +285,16 @@ app()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGHUP))])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_a_signal_saves_and_tells(tmp_path, number):
     recipe = tiny_recipe(tmp_path, run={**RUN, "iterations": 10_000})
     run = tmp_path / "run"
     command = [PYTHON, "-c", LISTENING, "train", recipe, "--out", run]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
         deadline = time.monotonic() + 120
         while len(read_metrics(run)) < 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -24,7 +24,12 @@ class Trained:
     @classmethod
     def small(cls):
         recipe = small_recipe(
-            model={"adapter": "sd3", "path": "tiny", "dtype": "fp32", "lora": {"rank": 2, "alpha": 4, "targets": ["attn.to_q"]}},
+            model={
+                "adapter": "sd3",
+                "path": "tiny",
+                "dtype": "fp32",
+                "lora": {"rank": 2, "alpha": 4, "targets": ["attn.to_q"]},
+            },
             update={"ema_decay": 0.5},
         )
         policy = Policy(recipe, CPU, None)
@@ -46,7 +51,11 @@ class Trained:
     def held(self):
         """All that a resumed run goes on with, by name; these are the tensors themselves."""
         trainable = self.policy.trainable()
-        state = {f"optimizer/{name}/{key}": t for name, p in trainable.items() for key, t in self.updater.optimizer.state[p].items()}
+        state = {
+            f"optimizer/{name}/{key}": t
+            for name, p in trainable.items()
+            for key, t in self.updater.optimizer.state[p].items()
+        }
         average = {f"ema/{name}": tensor for name, tensor in self.updater.ema.average.items()}
         return {**{f"weights/{name}": p.data for name, p in trainable.items()}, **average, **state}
 
@@ -55,7 +64,9 @@ class Trained:
 
     def holds(self, kept):
         held = self.held()
-        return set(held) == set(kept) and all(held[n].dtype == t.dtype and torch.equal(held[n], t) for n, t in kept.items())
+        return set(held) == set(kept) and all(
+            held[n].dtype == t.dtype and torch.equal(held[n], t) for n, t in kept.items()
+        )
 
     def save(self, run, completed):
         return save_checkpoint(run, self.policy, self.updater, completed, "print", 9, {"iteration": completed - 1})

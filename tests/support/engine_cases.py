@@ -1,4 +1,6 @@
-"""Tiny runs for the tests of whole commands: a recipe that takes seconds, the command line inside this process, and what a run leaves on disk."""
+"""Tiny runs for the tests of whole commands: a recipe that takes seconds, the command line inside this process,
+and what a run leaves on disk.
+"""
 
 import json
 from pathlib import Path
@@ -21,11 +23,18 @@ UNTIMED = ("seconds", "samples_per_second", "peak_memory_bytes")  # what two equ
 
 
 def tiny_recipe(folder, **changes):
-    """Writes mine.yaml and its prompts into `folder`: 3 iterations of 2 prompts and 4 samples, with sections changed. Returns its path."""
+    """Writes mine.yaml and its prompts into `folder`: 3 iterations of 2 prompts and 4 samples, with sections changed.
+    Returns its path.
+    """
     content = {
         "model": {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False},
         "data": {"prompts": "train.txt", "eval_prompts": "eval.txt", "prompts_per_iteration": 2},
-        "rollout": {"steps": 4, "shift": 1.0, "group_size": 4, "window": {"strategy": "progressive", "size": 2, "every": 1}},
+        "rollout": {
+            "steps": 4,
+            "shift": 1.0,
+            "group_size": 4,
+            "window": {"strategy": "progressive", "size": 2, "every": 1},
+        },
         "reward": [{"name": "shapes"}],
         "update": {"lr": 1e-4, "clip_range": 1e-3, "updates_per_iteration": 2},
         "engine": {"device": "cpu"},
@@ -47,7 +56,9 @@ def write_lines(path, lines):
 
 
 def flowgrove(*arguments):
-    """The command inside this process, where another test may have imported libraries before the command could silence them."""
+    """The command inside this process, where another test may have imported libraries before
+    the command could silence them.
+    """
     import diffusers
     import transformers
 
@@ -64,7 +75,9 @@ def succeed(*arguments):
 
 
 def refuse(*arguments):
-    """The line of a mistake that the user can cause: exit code 2, one line on stderr, nothing on stdout, and no exception but the exit."""
+    """The line of a mistake that the user can cause:
+    exit code 2, one line on stderr, nothing on stdout, and no exception but the exit.
+    """
     result = flowgrove(*arguments)
     assert isinstance(result.exception, SystemExit), f"{result.exception!r} instead of an error line"
     assert result.exit_code == 2
@@ -109,7 +122,10 @@ def weights_of(run, step):
 
 def contents(folder):
     """Relative path → bytes of every file, link target of every link."""
-    return {str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.read_bytes() for path in _files(folder)}
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.read_bytes()
+        for path in _files(folder)
+    }
 
 
 def _files(folder):

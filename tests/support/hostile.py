@@ -1,4 +1,6 @@
-"""For the fuzzers: an action on hostile input ends in a result or in a UserError of one line, soon, and within memory."""
+"""For the fuzzers: an action on hostile input ends in a result or in a UserError of one line, soon,
+and within memory.
+"""
 
 import resource
 import signal

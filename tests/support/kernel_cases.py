@@ -47,7 +47,9 @@ def row(a: float, b: float, c: float, s: float, kappa: float, log_norm: float) -
 def stochastic_rows(batch: int) -> StepCoefficients:
     """Rows of every stochastic dynamics in turn, at different noise levels."""
     picks = (STOCHASTIC[i % len(STOCHASTIC)] for i in range(batch))
-    return StepCoefficients.cat([step_coefficients(name, here, there, noise_level=eta, sigma_max=SIGMA_MAX) for name, here, there, eta in picks])
+    return StepCoefficients.cat(
+        [step_coefficients(name, here, there, noise_level=eta, sigma_max=SIGMA_MAX) for name, here, there, eta in picks]
+    )
 
 
 def pad(rows: Tensor, like: Tensor) -> Tensor:
@@ -64,7 +66,9 @@ def assert_equal(ours, expected) -> None:
 
 @dataclass
 class Rollout:
-    """E steps that a policy with velocity v_old took, to be scored under v. `children`: fanout= or child_offsets=, whichever describes them."""
+    """E steps that a policy with velocity v_old took, to be scored under v. `children`:
+    fanout= or child_offsets=, whichever describes them.
+    """
 
     x: Tensor  # [B, ...]
     v: Tensor  # [B, ...]
@@ -82,7 +86,9 @@ class Rollout:
         return self.x, self.v, self.x_next, self.coef, self.old_logp, self.advantage, self.weight
 
 
-def rollout(children: list[int], shape: tuple[int, ...], *, dtype=torch.float64, v_dtype=None, drift: float = 0.3, seed: int = 0) -> Rollout:
+def rollout(
+    children: list[int], shape: tuple[int, ...], *, dtype=torch.float64, v_dtype=None, drift: float = 0.3, seed: int = 0
+) -> Rollout:
     """One parent per entry of `children`, which is its number of children; v = v_old + drift·noise."""
     batch, edges = len(children), sum(children)
     parent = torch.repeat_interleave(torch.arange(batch), torch.tensor(children))
@@ -93,17 +99,33 @@ def rollout(children: list[int], shape: tuple[int, ...], *, dtype=torch.float64,
     offsets = torch.tensor([0, *numpy.cumsum(children)])
     counts = {"fanout": children[0]} if len(set(children)) == 1 else {"child_offsets": offsets}
     advantage, weight, shift = (randn(edges, seed=seed + i, dtype=dtype) for i in (4, 5, 6))
-    return Rollout(x, v, v_old, coef, parent, counts, noise, x_next, old_logp + 0.1 * shift, advantage, weight.abs() + 0.1)
+    return Rollout(
+        x, v, v_old, coef, parent, counts, noise, x_next, old_logp + 0.1 * shift, advantage, weight.abs() + 0.1
+    )
 
 
-def mean_and_logp(x: Tensor, v: Tensor, x_next: Tensor, coef: StepCoefficients, parent: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_logp(
+    x: Tensor, v: Tensor, x_next: Tensor, coef: StepCoefficients, parent: Tensor
+) -> tuple[Tensor, Tensor]:
     """MATH §1, edge by edge: μ [E, ...] and logp [E]."""
     mean = (pad(coef.x_coef, x) * x + pad(coef.v_coef, x) * v)[parent]
     squares = (x_next - mean).square().flatten(1).mean(1)
     return mean, coef.log_norm.to(x.dtype)[parent] - coef.precision.to(x.dtype)[parent] * squares
 
 
-def naive_loss(case: Rollout, v: Tensor, low: float, high: float, *, old_logp="rollout", noise=None, v_ref=None, kl_weight=0.0, v_uncond=None, gamma=1.0):
+def naive_loss(
+    case: Rollout,
+    v: Tensor,
+    low: float,
+    high: float,
+    *,
+    old_logp="rollout",
+    noise=None,
+    v_ref=None,
+    kl_weight=0.0,
+    v_uncond=None,
+    gamma=1.0,
+):
     """MATH §3 with autograd: (loss, logp, ratio, kl). noise: the guard ratio, from its definition mean(z⊙Δμ)."""
     velocity = v if v_uncond is None else v_uncond + gamma * (v - v_uncond)
     mean, logp = mean_and_logp(case.x, velocity, case.x_next, case.coef, case.parent)
@@ -125,7 +147,11 @@ def naive_loss(case: Rollout, v: Tensor, low: float, high: float, *, old_logp="r
 def loss_arguments(case: Rollout, *, ratio="density", old_logp="rollout", kl_weight=0.0, guidance_scale=None):
     """(positional arguments of grpo_loss, its keyword arguments, those of naive_loss)."""
     ref = case.v_old + 0.2 * randn(*case.v.shape, seed=31, dtype=case.x.dtype).to(case.v.dtype) if kl_weight else None
-    uncond = case.v_old + 0.1 * randn(*case.v.shape, seed=32, dtype=case.x.dtype).to(case.v.dtype) if guidance_scale else None
+    uncond = (
+        case.v_old + 0.1 * randn(*case.v.shape, seed=32, dtype=case.x.dtype).to(case.v.dtype)
+        if guidance_scale
+        else None
+    )
     noise = case.noise if ratio == "guard" else None
     positional = list(case.positional())
     positional[4] = None if old_logp is None else case.old_logp
@@ -147,7 +173,10 @@ def philox_reference(counter, key) -> list:
     c = [numpy.asarray(value, dtype=numpy.uint64) for value in counter]
     k = [int(value) for value in key]
     for _ in range(10):
-        high_low = [(p >> numpy.uint64(32), p & word) for p in (c[0] * numpy.uint64(0xD2511F53), c[2] * numpy.uint64(0xCD9E8D57))]
+        high_low = [
+            (p >> numpy.uint64(32), p & word)
+            for p in (c[0] * numpy.uint64(0xD2511F53), c[2] * numpy.uint64(0xCD9E8D57))
+        ]
         (h0, l0), (h1, l1) = high_low
         c = [h1 ^ c[1] ^ numpy.uint64(k[0]), l1, h0 ^ c[3] ^ numpy.uint64(k[1]), l0]
         k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
@@ -155,8 +184,13 @@ def philox_reference(counter, key) -> list:
 
 
 def box_muller(words, *, round_angle: bool = True) -> numpy.ndarray:
-    """float64 normals [..., 4] of four words; the angle fl32(2π)·u1 rounded to fp32 as MATH §2 forms it, or kept exact."""
-    u = [((numpy.asarray(r, dtype=numpy.uint64) >> numpy.uint64(9)).astype(numpy.float64) + 0.5) * 2.0**-23 for r in words]
+    """float64 normals [..., 4] of four words;
+    the angle fl32(2π)·u1 rounded to fp32 as MATH §2 forms it, or kept exact.
+    """
+    u = [
+        ((numpy.asarray(r, dtype=numpy.uint64) >> numpy.uint64(9)).astype(numpy.float64) + 0.5) * 2.0**-23
+        for r in words
+    ]
     pairs = []
     for first, second in ((u[0], u[1]), (u[2], u[3])):
         radius, angle = numpy.sqrt(-2 * numpy.log(first)), float(numpy.float32(2 * math.pi)) * second
@@ -169,5 +203,8 @@ def box_muller(words, *, round_angle: bool = True) -> numpy.ndarray:
 def normal_reference(rows, elements: int, *, round_angle: bool = True) -> numpy.ndarray:
     """float64 [rows, elements] for rows of (seed, iteration, step, prompt, node)."""
     blocks = numpy.arange((elements + 3) // 4)
-    out = [box_muller(philox_reference((blocks, node, step, prompt), (seed, it)), round_angle=round_angle) for seed, it, step, prompt, node in rows]
+    out = [
+        box_muller(philox_reference((blocks, node, step, prompt), (seed, it)), round_angle=round_angle)
+        for seed, it, step, prompt, node in rows
+    ]
     return numpy.stack([z.reshape(-1)[:elements] for z in out])

@@ -45,4 +45,12 @@ def lazily_negated(t):
     return torch._neg_view(-t)
 
 
-LAYOUTS = (transposed, every_second_element, every_second_row, rows_in_wider_rows, one_element_off, rows_at_every_alignment, lazily_negated)
+LAYOUTS = (
+    transposed,
+    every_second_element,
+    every_second_row,
+    rows_in_wider_rows,
+    one_element_off,
+    rows_at_every_alignment,
+    lazily_negated,
+)

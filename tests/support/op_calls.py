@@ -1,4 +1,6 @@
-"""One batch of inputs for all ops, and all outputs and gradients that they give for it: what the tests of layouts, bits and contexts compare."""
+"""One batch of inputs for all ops, and all outputs and gradients that they give for it:
+what the tests of layouts, bits and contexts compare.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -6,7 +8,17 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor
 
-from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad, philox_normal, use_backend
+from flowgrove_kernels import (
+    NoiseKey,
+    StepCoefficients,
+    clean_estimate,
+    flow_logprob,
+    flow_step,
+    grpo_loss,
+    grpo_loss_and_grad,
+    philox_normal,
+    use_backend,
+)
 from kernel_cases import randn, stochastic_rows
 
 GUIDANCE, CORRELATION, CLIP = 2.5, 1 / 17, (0.05, 0.1)
@@ -55,7 +67,9 @@ class Batch:
         edge = (parent.unsqueeze(1) * self.fanout + torch.arange(self.fanout)).flatten()
         of_edges = ("x_next", "noise", "node", "old_logp", "advantage", "weight")
         taken = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fanout"}
-        return Batch(**{name: value[edge if name in of_edges else parent] for name, value in taken.items()}, fanout=self.fanout)
+        return Batch(
+            **{name: value[edge if name in of_edges else parent] for name, value in taken.items()}, fanout=self.fanout
+        )
 
     def laid_out(self, layout: Callable[[Tensor], Tensor]) -> "Batch":
         """The same values in tensors [rows, ...] that `layout` makes."""
@@ -74,7 +88,21 @@ def batch_of(batch: int, *shape: int, fanout: int = 2, dtype: torch.dtype = torc
     shift, advantage, weight = (randn(edges, seed=seed + i) for i in (6, 7, 8))
     velocities = (t.to(dtype) for t in (v, u, ref))
     sigma = torch.linspace(0.1, 1, batch)
-    return Batch(x, *velocities, history, x_next, noise, coef, multistep, sigma, node, logp + 0.1 * shift, advantage, weight.abs(), fanout)
+    return Batch(
+        x,
+        *velocities,
+        history,
+        x_next,
+        noise,
+        coef,
+        multistep,
+        sigma,
+        node,
+        logp + 0.1 * shift,
+        advantage,
+        weight.abs(),
+        fanout,
+    )
 
 
 def every_step(b: Batch) -> dict[str, Tensor]:
@@ -98,7 +126,9 @@ def every_loss(b: Batch, *, gradients: bool = True) -> dict[str, Tensor]:
     logp = flow_logprob(*b.steps, **children, **b.guidance)
     density = grpo_loss(*b.steps, *b.scores, clip_range=CLIP, **children, **b.guidance, v_ref=b.v_ref, kl_weight=0.3)
     guard = grpo_loss(*b.steps, *b.scores, clip_range=CLIP, **children, ratio="guard", **noise)
-    on_policy, grad, grad_uncond = grpo_loss_and_grad(*b.steps, None, *b.scores[1:], clip_range=CLIP, **children, **b.guidance)
+    on_policy, grad, grad_uncond = grpo_loss_and_grad(
+        *b.steps, None, *b.scores[1:], clip_range=CLIP, **children, **b.guidance
+    )
     found = {"logp": logp, "on-policy grad v": grad, "on-policy grad v_uncond": grad_uncond}
     for name, out in {"density": density, "guard": guard, "on-policy": on_policy}.items():
         found |= {f"{name} {field}": value for field, value in zip(out._fields, out, strict=True)}
@@ -128,8 +158,9 @@ def different(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
 
 
 def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], part: float = 2e-5) -> None:
-    """Two orders of fp32 arithmetic: `part` of a value and of the largest of its tensor. Half precision is one more rounding,
-    which may go the other way: one unit in the last place, and between subnormal numbers the step from one to the next.
+    """Two orders of fp32 arithmetic: `part` of a value and of the largest of its tensor. Half precision is one more
+    rounding, which may go the other way: one unit in the last place, and between subnormal numbers the step from one to
+    the next.
     """
     for name, value in expected.items():
         half = value.dtype in (torch.bfloat16, torch.float16)
@@ -137,7 +168,9 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], part: flo
         rtol, step = (info.eps, info.smallest_normal * info.eps) if half else (part, 0.0)
         atol = part * value.float().abs().max().clamp_min(1e-6).item() + step
         assert ours[name].dtype == value.dtype, name
-        torch.testing.assert_close(ours[name].float(), value.float(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name].float(), value.float(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def moved(value, device="cpu", dtype=None):
@@ -148,4 +181,8 @@ def moved(value, device="cpu", dtype=None):
         return {name: moved(item, device, dtype) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [moved(item, device, dtype) for item in value]
-    return type(value)(*(moved(getattr(value, f.name), device) for f in fields(value) if f.init)) if is_dataclass(value) else value
+    return (
+        type(value)(*(moved(getattr(value, f.name), device) for f in fields(value) if f.init))
+        if is_dataclass(value)
+        else value
+    )

@@ -13,7 +13,12 @@ from flowgrove.recipe.loading import parse_recipe
 
 def recipe_content(**sections):
     """The least that a recipe must say, plus `sections`."""
-    return {"model": {"adapter": "sd3", "path": "tiny"}, "data": {"prompts": "prompts.txt"}, "reward": [{"name": "shapes"}], **sections}
+    return {
+        "model": {"adapter": "sd3", "path": "tiny"},
+        "data": {"prompts": "prompts.txt"},
+        "reward": [{"name": "shapes"}],
+        **sections,
+    }
 
 
 def recipe_with(rollout, *, updates=1, prune=None, seed=42, **update):
@@ -40,7 +45,11 @@ def branch_tree(**rollout):
 
 def mix_window(**window):
     """MixGRPO's published flat group: T = 25, G = 12, a window of 4 that moves by one every 25 iterations."""
-    return {"steps": 25, "group_size": 12, "window": {"strategy": "progressive", "size": 4, "every": 25, "stride": 1, **window}}
+    return {
+        "steps": 25,
+        "group_size": 12,
+        "window": {"strategy": "progressive", "size": 4, "every": 25, "stride": 1, **window},
+    }
 
 
 def user_error(action, *arguments):
@@ -79,9 +88,11 @@ def trajectory(leaf):
 
 
 def train_by_hand(levels, trained_steps, update_of_leaf, *, keep_siblings=False, selected=None, kept_leaves=None):
-    """(trained edges as (step, child index), train passes): walks along every trajectory as the naive loop does, and trains each edge once.
+    """(trained edges as (step, child index), train passes): walks along every trajectory as the naive loop does, and
+    trains each edge once.
 
-    update_of_leaf: the update of leaf number i. selected: per leaf, the steps its sample trains. kept_leaves: what pruning leaves, by number.
+    update_of_leaf: the update of leaf number i. selected: per leaf, the steps its sample trains. kept_leaves: what
+    pruning leaves, by number.
     """
     leaves = levels[-1]
     first_leaf, on_kept_chain = {}, set()
@@ -103,7 +114,9 @@ def train_by_hand(levels, trained_steps, update_of_leaf, *, keep_siblings=False,
 
 
 def better_children(levels, split, choose):
-    """Numbers of the leaves that are left when every parent at step `split` keeps only its child number choose(parent's number)."""
+    """Numbers of the leaves that are left when every parent at step `split` keeps only its child
+    number choose(parent's number).
+    """
     numbers = {parent: number for number, parent in enumerate(levels[split])}
     chains = ((number, trajectory(leaf)[split]) for number, leaf in enumerate(levels[-1]))
     return {number for number, child in chains if child.sibling == choose(numbers[child.parent])}
@@ -111,7 +124,9 @@ def better_children(levels, split, choose):
 
 @st.composite
 def rollouts(draw):
-    """Any rollout section that fits itself: flat or tree, shared noise or not, every window strategy, with and without a tail."""
+    """Any rollout section that fits itself: flat or tree, shared noise or not, every window strategy,
+    with and without a tail.
+    """
     steps = draw(st.integers(2, 14))
     shared = draw(st.booleans())
     splits = st.sets(st.integers(0, steps - 2), min_size=1, max_size=3).map(sorted)
@@ -119,7 +134,9 @@ def rollouts(draw):
     low = draw(st.integers(0, steps - 2))
     high = draw(st.integers(low + 1, steps - 1))
     size = draw(st.integers(1, high - low))
-    strategies = ["all", "progressive", "random", "decay", "exp_decay", "frozen"] + ["none"] * (tree is not None or not shared)
+    strategies = ["all", "progressive", "random", "decay", "exp_decay", "frozen"] + ["none"] * (
+        tree is not None or not shared
+    )
     window = {
         "strategy": draw(st.sampled_from(strategies)),
         "range": [low, high],
@@ -161,11 +178,20 @@ def recipes(draw, prunes=PRUNES):
         "partition": draw(st.sampled_from(["trajectories", "parents"])),
         "step_fraction": draw(st.sampled_from([1.0, 0.6, 0.25])),
     }
-    return parse_recipe(recipe_content(rollout=rollout, update=update, credit={"prune": draw(prunes)}, run={"seed": draw(st.integers(0, 2**32 - 1))}))
+    return parse_recipe(
+        recipe_content(
+            rollout=rollout,
+            update=update,
+            credit={"prune": draw(prunes)},
+            run={"seed": draw(st.integers(0, 2**32 - 1))},
+        )
+    )
 
 
 def fanouts_by_the_book(rollout, window, levels):
-    """DESIGN §3.2: a tree fans out at its splits; without one, the first stochastic step fans a shared root out to the group."""
+    """DESIGN §3.2: a tree fans out at its splits;
+    without one, the first stochastic step fans a shared root out to the group.
+    """
     if rollout.tree is not None:
         at = dict.fromkeys(rollout.tree.splits, rollout.tree.fanout)
     elif rollout.shared_initial_noise:

@@ -36,7 +36,13 @@ def policy_of(dtype: str = "fp64", guidance: float = 1.0, tokens: int | str = "a
     """Loaded once per setting; tests restore what they change."""
     return Policy(
         small_recipe(
-            model={"adapter": "sd3", "path": "tiny", "dtype": dtype, "gradient_checkpointing": False, "guidance_scale": guidance},
+            model={
+                "adapter": "sd3",
+                "path": "tiny",
+                "dtype": dtype,
+                "gradient_checkpointing": False,
+                "guidance_scale": guidance,
+            },
             engine={"device": "cpu", "token_budget": tokens},
         ),
         CPU,

@@ -1,4 +1,6 @@
-"""Tiny random reward models in the folders that real ones come in, pictures for them, and a server on loopback that answers as it is told."""
+"""Tiny random reward models in the folders that real ones come in, pictures for them,
+and a server on loopback that answers as it is told.
+"""
 
 import base64
 import io
@@ -21,7 +23,9 @@ MEAN, STD = [0.4, 0.5, 0.3], [0.2, 0.25, 0.3]  # no two alike, unlike CLIP's own
 
 def pictures(count, height, width, seed=0):
     """Smooth random pictures on the 8-bit grid, fp32 [count, 3, height, width]."""
-    coarse = torch.rand(count, 3, max(2, height // 5), max(2, width // 5), generator=torch.Generator().manual_seed(seed))
+    coarse = torch.rand(
+        count, 3, max(2, height // 5), max(2, width // 5), generator=torch.Generator().manual_seed(seed)
+    )
     return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear") * 255).round() / 255
 
 
@@ -37,20 +41,45 @@ def clip_tokenizer(longest=12):
 
 
 def clip_folder(folder, size=28, crop=None, seed=0):
-    """A tiny random CLIP with tokenizer and processor, saved as `transformers` saves one; it reads `size`×`size` pictures."""
+    """A tiny random CLIP with tokenizer and processor, saved as `transformers` saves one;
+    it reads `size`×`size` pictures.
+    """
     tokenizer = clip_tokenizer()
     shared = {"num_hidden_layers": 2, "projection_dim": 20, "hidden_act": "gelu"}
-    text = {**shared, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    vision = {**shared, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "image_size": size, "patch_size": 7}
+    text = {
+        **shared,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 3,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+    }
+    text |= {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        **shared,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "image_size": size,
+        "patch_size": 7,
+    }
     torch.manual_seed(seed)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
     with torch.no_grad():
-        for value in model.parameters():  # the library's own start hides mistakes: small weights, biases of 0, norms of 1
-            value.copy_(torch.randn_like(value) * (0.4 if value.ndim < 2 else 1.5 / value.shape[-1] ** 0.5) + (value.ndim == 1))
+        # the library's own start hides mistakes: small weights, biases of 0, norms of 1
+        for value in model.parameters():
+            value.copy_(
+                torch.randn_like(value) * (0.4 if value.ndim < 2 else 1.5 / value.shape[-1] ** 0.5) + (value.ndim == 1)
+            )
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop or {"height": size, "width": size}, image_mean=MEAN, image_std=STD)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=crop or {"height": size, "width": size}, image_mean=MEAN, image_std=STD
+    )
     processor.save_pretrained(folder)
     return folder
 

@@ -20,7 +20,14 @@ import flowgrove_kernels.triton  # noqa: F401  registers the kernels
 from flowgrove_kernels import backends, use_backend
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int8: "i8"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int8: "i8",
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,25 @@ class Launch:
     options: dict[str, Any]
 
     def compiled(self, capability: int) -> Compiled:
-        """Specialised as the launcher would: None and 1 are constants, addresses and integers that 16 divides are known to be so."""
+        """Specialised as the launcher would: None and 1 are constants,
+        addresses and integers that 16 divides are known to be so.
+        """
         fixed = {param.name for param in self.kernel.params if param.is_constexpr}
-        constants = {name: value for name, value in self.arguments.items() if name in fixed or value is None or (isinstance(value, int) and value == 1)}
+        constants = {
+            name: value
+            for name, value in self.arguments.items()
+            if name in fixed or value is None or (isinstance(value, int) and value == 1)
+        }
         signature = {name: "constexpr" if name in constants else _type(value) for name, value in self.arguments.items()}
-        aligned = [i for i, (name, value) in enumerate(self.arguments.items()) if name not in constants and _aligned(value)]
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+        aligned = [
+            i for i, (name, value) in enumerate(self.arguments.items()) if name not in constants and _aligned(value)
+        ]
+        source = ASTSource(
+            fn=self.kernel,
+            signature=signature,
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         return Compiled(built.asm["ttir"], built.asm["ttgir"], built.asm["ptx"], _resources(built.asm["cubin"]))
 
@@ -93,7 +113,9 @@ def recorded(call: Any) -> list[Launch | str]:
 
     def record(kernel, *args, grid, warmup, **kwargs):
         names = kernel.arg_names
-        arguments = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name in names}
+        arguments = dict(zip(names, args, strict=False)) | {
+            name: value for name, value in kwargs.items() if name in names
+        }
         found.append(Launch(kernel, arguments, {name: value for name, value in kwargs.items() if name not in names}))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,6 @@
-"""What the tests of updates share: recipes, an updater that keeps gradients, and a policy that has moved from its reference."""
+"""What the tests of updates share: recipes, an updater that keeps gradients,
+and a policy that has moved from its reference.
+"""
 
 import torch
 
@@ -38,7 +40,9 @@ class Recorder(Updater):
 
 def policy_with_reference(recipe, guidance):
     """The reference is a copy of the model as it was; the trained one has moved since."""
-    moved = Policy(recipe.model_copy(update={"model": recipe.model.model_copy(update={"guidance_scale": guidance})}), CPU)
+    moved = Policy(
+        recipe.model_copy(update={"model": recipe.model.model_copy(update={"guidance_scale": guidance})}), CPU
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.trainable().values():

@@ -36,12 +36,15 @@ def test_the_build_script_makes_pipelines_of_this_shape():
     built = build_pipeline([scene.caption for scene in single_scenes() + pair_scenes()])
     shipped = policy_of(dtype="fp32").adapter.pipe
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-        shapes = [{name: tuple(p.shape) for name, p in getattr(pipe, part).named_parameters()} for pipe in (built, shipped)]
+        shapes = [
+            {name: tuple(p.shape) for name, p in getattr(pipe, part).named_parameters()} for pipe in (built, shipped)
+        ]
         assert shapes[0] == shapes[1], part
     sentence = "a red circle left of a blue square"
     for tokenizer in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         ids = [getattr(pipe, tokenizer)(sentence).input_ids for pipe in (built, shipped)]
-        assert len(ids[0]) == len(ids[1]) == 8 + (1 if tokenizer == "tokenizer_3" else 2), tokenizer  # a token a word, and the ends
+        # a token a word, and the ends
+        assert len(ids[0]) == len(ids[1]) == 8 + (1 if tokenizer == "tokenizer_3" else 2), tokenizer
         assert len(ids[1]) <= getattr(shipped, tokenizer).model_max_length
 
 

@@ -1,4 +1,6 @@
-"""Predicted memory against what the allocator really hands out: PyTorch's profiler adds it up for the model itself, with real weights."""
+"""Predicted memory against what the allocator really hands out:
+PyTorch's profiler adds it up for the model itself, with real weights.
+"""
 
 import json
 
@@ -17,7 +19,14 @@ from policy_cases import CPU, encoded, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 
 LORA = {"rank": 4, "alpha": 8}
-FLUX_DEV = {"adapter": "flux", "path": "black-forest-labs/FLUX.1-dev", "dtype": "bf16", "height": 720, "width": 720, "guidance_scale": 3.5}
+FLUX_DEV = {
+    "adapter": "flux",
+    "path": "black-forest-labs/FLUX.1-dev",
+    "dtype": "bf16",
+    "height": 720,
+    "width": 720,
+    "guidance_scale": 3.5,
+}
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +39,11 @@ def allocated(run):
     """Most bytes alive at once beyond those at the start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in prof.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in prof.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     live = most = 0
     for _, size in changes:
         live += size
@@ -40,7 +53,9 @@ def allocated(run):
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_guidance_of_at_most_1_costs_nothing(folders, scale):
-    recipes = [small_recipe(model={"adapter": "sd3", "path": "tiny", "guidance_scale": guidance}) for guidance in (scale, 1.0)]
+    recipes = [
+        small_recipe(model={"adapter": "sd3", "path": "tiny", "guidance_scale": guidance}) for guidance in (scale, 1.0)
+    ]
     predictions = [predict_memory(recipe, make_plan(recipe, 0), "cpu") for recipe in recipes]
     assert predictions[0] == predictions[1]
 
@@ -56,21 +71,33 @@ def test_guidance_of_at_most_1_costs_nothing(folders, scale):
 )
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
 def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing, guidance, dtype):
-    model = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": dtype, "lora": lora, "gradient_checkpointing": checkpointing}
-    recipe = small_recipe(model={**model, "guidance_scale": guidance}, data={"prompts": "unused.txt", "prompts_per_iteration": 24})
+    model = {
+        **MODELS.get(name, {"adapter": "sd3"}),
+        "path": folders[name],
+        "dtype": dtype,
+        "lora": lora,
+        "gradient_checkpointing": checkpointing,
+    }
+    recipe = small_recipe(
+        model={**model, "guidance_scale": guidance}, data={"prompts": "unused.txt", "prompts_per_iteration": 24}
+    )
     policy = Policy(recipe, CPU)
     plan = make_plan(recipe, 0)
     found = predict_memory(recipe, plan, "cpu")
     texts = ["a red circle " * 40] * 24
     prompts = encoded(policy, texts)
     rows = found.rows // (2 if policy.doubles else 1)
-    x, sigma, prompt_of = torch.randn(rows, *policy.adapter.latent_shape), torch.full((rows,), 0.5), torch.zeros(rows, dtype=torch.int64)
+    x = torch.randn(rows, *policy.adapter.latent_shape)
+    sigma = torch.full((rows,), 0.5)
+    prompt_of = torch.zeros(rows, dtype=torch.int64)
     for parameter in policy.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
 
     def train():
         v, uncond, _ = policy.velocity(x, sigma, prompts, prompt_of)
-        torch.autograd.backward([v] if uncond is None else [v, uncond], [torch.ones_like(v)] * (1 if uncond is None else 2))
+        torch.autograd.backward(
+            [v] if uncond is None else [v, uncond], [torch.ones_like(v)] * (1 if uncond is None else 2)
+        )
 
     train()
     measured = allocated(train)
@@ -82,8 +109,15 @@ def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing,
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_prediction_of_an_iteration_holds(keeps):
-    """Rollout, decoding, credit and update together; with the rollout's graphs, as much more as they are said to hold."""
-    tree = {"steps": 10, "group_size": 16, "tree": {"splits": [0, 2, 4, 6], "fanout": 2}, "window": {"strategy": "frozen", "size": 3}}
+    """Rollout, decoding, credit and update together;
+    with the rollout's graphs, as much more as they are said to hold.
+    """
+    tree = {
+        "steps": 10,
+        "group_size": 16,
+        "tree": {"splits": [0, 2, 4, 6], "fanout": 2},
+        "window": {"strategy": "frozen", "size": 3},
+    }
     recipe = small_recipe(
         model={"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False},
         data={"prompts": "unused.txt", "prompts_per_iteration": 8},
@@ -93,20 +127,31 @@ def test_prediction_of_an_iteration_holds(keeps):
         engine={"device": "cpu", "reuse_rollout_graph": keeps},
     )
     policy, plan = Policy(recipe, CPU), make_plan(recipe, 0)
-    stages, texts = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU)), [f"a red circle number {number}" for number in range(8)]
+    stages = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU))
+    texts = [f"a red circle number {number}" for number in range(8)]
     found = predict_memory(recipe, plan, "cpu")
     stages.run(texts, 0)  # the optimiser's state and the texts' embeddings stay
     measured = allocated(lambda: stages.run(texts, 1))
-    expected = max(found.stages.values()) + found.resident["gradients"] + found.resident["forest"] + found.resident["prompts"]
+    expected = (
+        max(found.stages.values()) + found.resident["gradients"] + found.resident["forest"] + found.resident["prompts"]
+    )
     if keeps:
         expected += found.graph * 8 * plan.counts.train_passes
     assert measured == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd3", "qwen_image"))])
+@pytest.mark.parametrize(
+    "name", ["flux", "wan", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd3", "qwen_image"))]
+)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_norms_in_fp32_as_a_gpu_computes_them_need_more(folders, name, checkpointing):
-    model = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": "bf16", "lora": LORA, "gradient_checkpointing": checkpointing}
+    model = {
+        **MODELS.get(name, {"adapter": "sd3"}),
+        "path": folders[name],
+        "dtype": "bf16",
+        "lora": LORA,
+        "gradient_checkpointing": checkpointing,
+    }
     recipe = small_recipe(model=model, data={"prompts": "unused.txt", "prompts_per_iteration": 2})
     plan = make_plan(recipe, 0)
     cpu, cuda = (predict_memory(recipe, plan, device).stages["training"] for device in ("cpu", "cuda"))
@@ -116,7 +161,15 @@ def test_norms_in_fp32_as_a_gpu_computes_them_need_more(folders, name, checkpoin
 @pytest.mark.long
 def test_checkpointing_and_lora_need_less_and_kl_of_full_training_more():
     def predicted(**changes):
-        sections = {"model": {**FLUX_DEV, "height": 256, "width": 256, "gradient_checkpointing": True, "lora": {"rank": 32, "alpha": 64}}}
+        sections = {
+            "model": {
+                **FLUX_DEV,
+                "height": 256,
+                "width": 256,
+                "gradient_checkpointing": True,
+                "lora": {"rank": 32, "alpha": 64},
+            }
+        }
         for section, keys in changes.items():
             sections[section] = {**sections.get(section, {}), **keys}
         recipe = small_recipe(**sections)

@@ -1,5 +1,6 @@
-"""Token budgets that are measured: the search, what is kept of it in the cache and in checkpoints, and the recipe that `flowgrove tune` writes. No test
-looks at a real clock: measurements are made up, or only their form counts."""
+"""Token budgets that are measured: the search, what is kept of it in the cache and in checkpoints, and the recipe that
+`flowgrove tune` writes. No test looks at a real clock: measurements are made up, or only their form counts.
+"""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +17,14 @@ from flowgrove.run.resume import fingerprint, stored_budget
 from flowgrove.trainer import Trainer
 from flowgrove.tuning import token_budget, tune
 from flowgrove.tuning.pass_times import Passes, Timed, Work
-from flowgrove.tuning.token_budget import cache_budget, cache_key, cached_budget, fastest_rows, measured_budget, settle_token_budget
+from flowgrove.tuning.token_budget import (
+    cache_budget,
+    cache_key,
+    cached_budget,
+    fastest_rows,
+    measured_budget,
+    settle_token_budget,
+)
 from flowgrove.tuning.tune import Candidate, choose
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, plan_and_coefficients, policy_of, small_recipe
@@ -110,7 +118,9 @@ def test_a_budget_holds_the_rows_that_fit_and_leaves_nothing_behind(guidance, mo
 def test_passes_are_what_training_runs(monkeypatch):
     policy, rows = policy_of(dtype="fp32"), []
     inner = policy.adapter.velocity
-    monkeypatch.setattr(policy.adapter, "velocity", lambda x, *rest: rows.append((len(x), torch.is_grad_enabled())) or inner(x, *rest))
+    monkeypatch.setattr(
+        policy.adapter, "velocity", lambda x, *rest: rows.append((len(x), torch.is_grad_enabled())) or inner(x, *rest)
+    )
     passes = Passes(policy)
     timed = passes.timed(3, repeats=3)
     assert rows == [(3, False)] * 4 + [(3, True)] * 4  # one more to warm up
@@ -235,7 +245,11 @@ def measured(name, rows, asked=None):
 
 def test_candidates_are_measured_in_turn_and_the_first_near_the_best_is_taken():
     asked = []
-    candidates = [measured("slow", Timed(2e-3, 3e-3), asked), measured("near", Timed(1.02e-3, 2e-3), asked), measured("best", Timed(1e-3, 2e-3), asked)]
+    candidates = [
+        measured("slow", Timed(2e-3, 3e-3), asked),
+        measured("near", Timed(1.02e-3, 2e-3), asked),
+        measured("best", Timed(1e-3, 2e-3), asked),
+    ]
     key, value, lines = choose("attention", candidates, WORK, ("a note",))
     assert (key, value) == ("attention", "near")
     assert asked == ["slow", "near", "best"] * 4
@@ -244,7 +258,10 @@ def test_candidates_are_measured_in_turn_and_the_first_near_the_best_is_taken():
 
 def test_candidates_that_do_not_run_are_said_and_not_asked_again():
     asked = []
-    failing = [measured("large", torch.OutOfMemoryError("no"), asked), measured("broken", RuntimeError("no kernel\nfor this"), asked)]
+    failing = [
+        measured("large", torch.OutOfMemoryError("no"), asked),
+        measured("broken", RuntimeError("no kernel\nfor this"), asked),
+    ]
     choice = choose("attention", [*failing, measured("plain", Timed(1e-3, 1e-3))], WORK)
     assert choice.value == "plain"
     assert asked == ["large", "broken"]
@@ -269,14 +286,18 @@ def test_what_cannot_be_recorded_is_not_chosen(error, line):
 
 
 def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
-    recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "exact_replay": True}, run={"iterations": 1, "eval_every": 0})
+    recipe = tiny_recipe(
+        tmp_path, engine={"device": "cpu", "exact_replay": True}, run={"iterations": 1, "eval_every": 0}
+    )
     result = succeed("tune", recipe)
     written = tmp_path / "mine_tuned.yaml"
     assert str(written) in result.stderr
     old, new = load_recipe(recipe), load_recipe(written)
     assert new.model_dump(exclude={"engine", "run"}) == old.model_dump(exclude={"engine", "run"})
     assert new.run.model_dump(exclude={"out"}) == old.run.model_dump(exclude={"out"})
-    assert new.engine.model_dump(exclude={"token_budget", "attention"}) == old.engine.model_dump(exclude={"token_budget", "attention"})
+    assert new.engine.model_dump(exclude={"token_budget", "attention"}) == old.engine.model_dump(
+        exclude={"token_budget", "attention"}
+    )
     assert new.engine.token_budget in [35 * rows for rows in (1, 2, 4, 8)]  # 2 prompts of 4 leaves
     assert new.engine.attention == "sdpa"
     assert fingerprint(new) == fingerprint(old), "it goes on with the runs of the old one"
@@ -289,11 +310,19 @@ def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
 
 
 def test_what_is_set_by_hand_is_kept_and_written_down(tmp_path):
-    recipe = tiny_recipe(tmp_path, rollout={"steps": 4, "shift": 1.0, "group_size": 4, "window": {"strategy": "progressive", "size": 2, "stride": 2}})
+    recipe = tiny_recipe(
+        tmp_path,
+        rollout={
+            "steps": 4,
+            "shift": 1.0,
+            "group_size": 4,
+            "window": {"strategy": "progressive", "size": 2, "stride": 2},
+        },
+    )
     (tmp_path / "other.txt").write_text("a red circle at the centre\n")
     options = [
-        "engine.token_budget=70", "engine.exact_replay=true", "rollout.window={strategy: frozen, size: 3}", "data.prompts=other.txt", "model.lora.rank=2",
-        "model.lora.alpha=4", "reward.0.weight=2",
+        "engine.token_budget=70", "engine.exact_replay=true", "rollout.window={strategy: frozen, size: 3}",
+        "data.prompts=other.txt", "model.lora.rank=2", "model.lora.alpha=4", "reward.0.weight=2",
     ]  # fmt: skip
     written = tmp_path / "elsewhere" / "tuned.yaml"
     succeed("tune", recipe, "--out", written, *[part for option in options for part in ("--set", option)])
@@ -315,12 +344,16 @@ def test_an_existing_file_stays_as_it_is(tmp_path):
         assert "--out" in line
         assert str(file) in line
         assert file.read_text() == before
-    assert "did you mean iterations" in refuse("tune", recipe, "--out", tmp_path / "new.yaml", "--set", "run.iteratons=2")
+    assert "did you mean iterations" in refuse(
+        "tune", recipe, "--out", tmp_path / "new.yaml", "--set", "run.iteratons=2"
+    )
     assert not (tmp_path / "new.yaml").exists()
 
 
 def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
-    recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, engine={"device": "cpu", "token_budget": 70})
+    recipe = small_recipe(
+        model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, engine={"device": "cpu", "token_budget": 70}
+    )
     monkeypatch.setattr(tune, "attention_names", lambda: ["exact", "quantised", "broken", "sdpa", "far_hub", "gone"])
     monkeypatch.setattr(tune, "missing", lambda name, device: "not installed" if name == "gone" else None)
     used = ["sdpa"]
@@ -337,7 +370,10 @@ def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
     tuner = tune._Tuner(recipe, {"token_budget": 70}, WORK, False)
     choice = tuner.attention()
     assert choice.value in ("sdpa", "exact")
-    assert choice.lines[2:] == ["quantised: left out, its velocity or gradient is not that of sdpa", "broken: fails: takes no float32"]
+    assert choice.lines[2:] == [
+        "quantised: left out, its velocity or gradient is not that of sdpa",
+        "broken: fails: takes no float32",
+    ]
     assert set(used) == {"sdpa", "exact", "quantised", "broken"}
     assert used[-1] == choice.value
 

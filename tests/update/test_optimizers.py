@@ -1,6 +1,8 @@
-"""update.optimizer: what each one computes, that a bad gradient skips its step without a host read, and that its state survives a checkpoint bit for bit.
+"""update.optimizer: what each one computes, that a bad gradient skips its step without a host read, and that its state
+survives a checkpoint bit for bit.
 
-torchao is optional: without it the tests of adamw_8bit are skipped. NVIDIA's apex is never here: a stand-in with its interface shows the wiring, no more.
+torchao is optional: without it the tests of adamw_8bit are skipped. NVIDIA's apex is never here: a stand-in with its
+interface shows the wiring, no more.
 """
 
 import math
@@ -30,7 +32,9 @@ import torch
 class FusedAdam(torch.optim.Optimizer):
     """Counts, skips and steps as NVIDIA's does in its capturable mode, with plain tensors."""
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, capturable=False):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, capturable=False
+    ):
         super().__init__(params, {"lr": torch.tensor(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if not (adam_w_mode and capturable):
             raise RuntimeError("only this mode decouples the decay and skips on the device")
@@ -53,8 +57,8 @@ class FusedAdam(torch.optim.Optimizer):
                 m, v, g = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], p.grad * inverse
                 m.mul_(low).add_(g, alpha=1 - low)
                 v.mul_(high).addcmul_(g, g, value=1 - high)
-                change = (m / (1 - low ** group["step"])) / ((v / (1 - high ** group["step"])).sqrt() + group["eps"]) + group["weight_decay"] * p
-                p.sub_(group["lr"] * change)
+                first, second = m / (1 - low ** group["step"]), v / (1 - high ** group["step"])
+                p.sub_(group["lr"] * (first / (second.sqrt() + group["eps"]) + group["weight_decay"] * p))
 '''
 
 
@@ -83,7 +87,9 @@ def build(install_apex):
     def make(kind, lr=1e-2, decay=0.1):
         install_apex({"optimizers/__init__.py": FAKE_APEX})
         generator = torch.Generator().manual_seed(1)
-        weights = {f"block.{n}": torch.nn.Parameter(torch.randn(shape, generator=generator)) for n, shape in enumerate(SHAPES)}
+        weights = {
+            f"block.{n}": torch.nn.Parameter(torch.randn(shape, generator=generator)) for n, shape in enumerate(SHAPES)
+        }
         device = CUDA if kind == "apex_fused_adam" else CPU
         return make_optimizer(Update(optimizer=kind, lr=lr, weight_decay=decay), weights.values(), device), weights
 
@@ -97,7 +103,9 @@ def train(optimizer, weights, numbers, bad=(), lr=1e-2):
         for p in weights.values():
             p.grad = torch.randn(p.shape, generator=generator)
         if number in bad:
-            list(weights.values())[number % len(weights)].grad.view(-1)[0] = float("nan") if number % 2 else float("inf")
+            list(weights.values())[number % len(weights)].grad.view(-1)[0] = (
+                float("nan") if number % 2 else float("inf")
+            )
         optimizer.found_inf = torch.tensor(float(number in bad))
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + number)
@@ -106,7 +114,10 @@ def train(optimizer, weights, numbers, bad=(), lr=1e-2):
 
 
 def snapshot(optimizer, weights):
-    return {**{name: p.detach().clone() for name, p in weights.items()}, **{k: t.clone() for k, t in state_tensors(optimizer, weights).items()}}
+    return {
+        **{name: p.detach().clone() for name, p in weights.items()},
+        **{k: t.clone() for k, t in state_tensors(optimizer, weights).items()},
+    }
 
 
 def assert_equal(found, expected):
@@ -123,9 +134,13 @@ def test_adamw_is_torchs_fused_one_bit_for_bit(build):
     assert all(torch.equal(p, q) for p, q in zip(weights.values(), copies, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "bound"), [pytest.param("adamw_8bit", 0.03, marks=needs_torchao), ("apex_fused_adam", 1e-4)])
+@pytest.mark.parametrize(
+    ("kind", "bound"), [pytest.param("adamw_8bit", 0.03, marks=needs_torchao), ("apex_fused_adam", 1e-4)]
+)
 def test_every_optimiser_follows_adamw(build, kind, bound):
-    """Also through a learning rate that changes; with 8-bit moments within 3 % of the way that the weights have gone."""
+    """Also through a learning rate that changes;
+    with 8-bit moments within 3 % of the way that the weights have gone.
+    """
     exact, expected = build("adamw")
     start = {name: p.detach().clone() for name, p in expected.items()}
     optimizer, weights = build(kind)
@@ -208,7 +223,10 @@ def with_one_more(tensors):
 
 
 def of_another_shape(tensors):
-    return {key: tensor[:1] if key == "block.0/exp_avg" or key.endswith("/codes") else tensor for key, tensor in tensors.items()}
+    return {
+        key: tensor[:1] if key == "block.0/exp_avg" or key.endswith("/codes") else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,7 +241,9 @@ def test_state_that_does_not_fit_is_refused(build, kind, change):
 
 @needs_torchao
 def test_a_resumed_8_bit_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    recipe = tiny_recipe(tmp_path, update={"optimizer": "adamw_8bit", "lr": 1e-3}, run={"iterations": 2, "eval_every": 0})
+    recipe = tiny_recipe(
+        tmp_path, update={"optimizer": "adamw_8bit", "lr": 1e-3}, run={"iterations": 2, "eval_every": 0}
+    )
     whole, run = tmp_path / "whole", tmp_path / "run"
     succeed("train", recipe, "--out", whole)
     succeed("train", recipe, "--out", run, "--set", "run.iterations=1")
@@ -233,8 +253,13 @@ def test_a_resumed_8_bit_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     for name in ("weights.safetensors", "optimizer.safetensors"):
         assert (run / last / name).read_bytes() == (whole / last / name).read_bytes()
     tensors = load_file(whole / last / "optimizer.safetensors")
-    assert any(key.endswith("/exp_avg/codes") and tensor.dtype == torch.uint8 and tensor.any() for key, tensor in tensors.items())
-    assert str(whole) in refuse("train", recipe, "--out", whole, "--set", "update.optimizer=adamw"), "moments of one are no use to the other"
+    assert any(
+        key.endswith("/exp_avg/codes") and tensor.dtype == torch.uint8 and tensor.any()
+        for key, tensor in tensors.items()
+    )
+    assert str(whole) in refuse("train", recipe, "--out", whole, "--set", "update.optimizer=adamw"), (
+        "moments of one are no use to the other"
+    )
 
 
 def test_without_torchao_the_error_says_how_to_get_it(monkeypatch):
@@ -290,7 +315,13 @@ def test_nvidias_apex_is_told_from_it(install_apex):
     assert not is_unrelated_apex()
 
 
-@pytest.mark.parametrize("content", ["import amp_C_that_is_not_there", "def FusedAdam(*arguments, **options): raise RuntimeError('requires cuda extensions')"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "import amp_C_that_is_not_there",
+        "def FusedAdam(*arguments, **options): raise RuntimeError('requires cuda extensions')",
+    ],
+)
 def test_an_apex_without_its_extensions_is_told_to_be_built_with_them(install_apex, content):
     install_apex({"optimizers/__init__.py": content})
     text = ask_for_apex(CUDA)
@@ -302,7 +333,10 @@ def test_an_apex_without_its_extensions_is_told_to_be_built_with_them(install_ap
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw_8bit", marks=needs_torchao)])
 def test_a_step_on_a_gpu_does_not_wait_and_skips(kind):
-    weights = {"w": torch.nn.Parameter(torch.randn(64, 256, device="cuda")), "b": torch.nn.Parameter(torch.randn(33, device="cuda"))}
+    weights = {
+        "w": torch.nn.Parameter(torch.randn(64, 256, device="cuda")),
+        "b": torch.nn.Parameter(torch.randn(33, device="cuda")),
+    }
     optimizer = make_optimizer(Update(optimizer=kind, lr=1e-2), weights.values(), CUDA)
 
     def step(bad):

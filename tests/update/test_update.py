@@ -19,7 +19,9 @@ from update_cases import CASES, TREE, Recorder, policy_with_reference
 
 
 def rolled_out(recipe, policy, seed=0):
-    """A forest whose stored logp is a little off, as after an earlier update, and random credit with one prompt without signal."""
+    """A forest whose stored logp is a little off, as after an earlier update,
+    and random credit with one prompt without signal.
+    """
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0)
@@ -41,14 +43,21 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         for prompt in range(forest.prompts):
             for child in range(step.nodes_out):
                 leader = child - child % step.fanout if update.partition == "parents" else child
-                if trains[prompt, child] and (leader * plan.leaves // step.nodes_out) * plan.updates // plan.leaves == number:
+                if (
+                    trains[prompt, child]
+                    and (leader * plan.leaves // step.nodes_out) * plan.updates // plan.leaves == number
+                ):
                     edges.append((step, prompt, child, advantage[prompt, child]))
     total = 0.0
     for step, prompt, child, advantage in edges:
         x = forest.states[forest.first_row[step.index] + prompt * step.nodes_in + child // step.fanout][None]
         edge = forest.first_row[step.index + 1] + prompt * step.nodes_out + child
-        x_next, sigma, prompt_of = forest.states[edge][None], torch.tensor([step.sigma], dtype=torch.float32), torch.tensor([prompt])
-        a, b, s, kappa, log_norm = (t[step.index].double() for t in (rows.x_coef, rows.v_coef, rows.std, rows.precision, rows.log_norm))
+        x_next = forest.states[edge][None]
+        sigma = torch.tensor([step.sigma], dtype=torch.float32)
+        prompt_of = torch.tensor([prompt])
+        a, b, s, kappa, log_norm = (
+            t[step.index].double() for t in (rows.x_coef, rows.v_coef, rows.std, rows.precision, rows.log_norm)
+        )
 
         def guided(velocity):
             v, uncond, _ = velocity
@@ -88,7 +97,9 @@ def noise_of(recipe, plan, step, prompt, child, shape):
     return (math.sqrt(rho) * shared.float() + math.sqrt(1 - rho) * own.float()).double() if rho else own
 
 
-@pytest.mark.parametrize(("case", "guidance"), [*((case, 1.0) for case in CASES), ("flat", 2.5), ("tree", 2.5), ("kl", 2.5)])
+@pytest.mark.parametrize(
+    ("case", "guidance"), [*((case, 1.0) for case in CASES), ("flat", 2.5), ("tree", 2.5), ("kl", 2.5)]
+)
 def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
     recipe, policy = small_recipe(**CASES[case]), policy_of(guidance=guidance)
     if recipe.update.kl_weight:
@@ -127,7 +138,9 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(tokens):
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 6))])
 @pytest.mark.parametrize("case", ["flat", "tree"])
 def test_losses_and_gradients_do_not_depend_on_how_rows_are_packed(case, seed, monkeypatch):
-    """Any division of any rows into passes, in any order: in the rollout, in training, and with some of the rollout's graphs kept."""
+    """Any division of any rows into passes, in any order:
+    in the rollout, in training, and with some of the rollout's graphs kept.
+    """
     recipe, found = small_recipe(**CASES[case]), []
     policy = Policy(recipe, CPU)
     random = np.random.default_rng(seed)
@@ -143,10 +156,18 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_packed(case, seed, m
         plan, rows = plan_and_coefficients(recipe)
         retained = RetainedGraphs(int(random.integers(0, 12))) if packing is at_random else None
         forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, retained=retained)
-        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        credit = assign_credit(
+            plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
+        )
         recorder = Recorder(recipe, policy)
         stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
-        found.append((forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), float(torch.stack(stats.loss).sum())))
+        found.append(
+            (
+                forest.leaves,
+                torch.cat([g.flatten() for update in recorder.gradients for g in update]),
+                float(torch.stack(stats.loss).sum()),
+            )
+        )
     (leaves, gradient, loss), (others, other, other_loss) = found
     assert torch.allclose(leaves, others, rtol=0, atol=1e-11)
     assert float((gradient - other).norm()) <= 1e-10 * float(gradient.norm())
@@ -191,7 +212,8 @@ def test_first_update_has_ratio_exactly_one_and_later_ones_do_not():
 
 
 def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
-    recipe, policy = small_recipe(rollout={"steps": 8, "group_size": 16, "window": {"strategy": "frozen", "size": 3}}), policy_of(dtype="fp32", tokens=100)
+    recipe = small_recipe(rollout={"steps": 8, "group_size": 16, "window": {"strategy": "frozen", "size": 3}})
+    policy = policy_of(dtype="fp32", tokens=100)
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
     forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
@@ -256,11 +278,20 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
         prompts = encoded(policy)
         plan, rows = plan_and_coefficients(recipe)
         forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, share=recipe.engine.share)
-        credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
+        credit = assign_credit(
+            plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
+        )
         recorder = Recorder(recipe, policy)
         stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
         loss = float(torch.stack(stats.loss).sum())
-        found.append((forest.leaves, torch.cat([g.flatten() for update in recorder.gradients for g in update]), loss, stats.train_passes))
+        found.append(
+            (
+                forest.leaves,
+                torch.cat([g.flatten() for update in recorder.gradients for g in update]),
+                loss,
+                stats.train_passes,
+            )
+        )
     (leaves, gradient, loss, passes), (other_leaves, other_gradient, other_loss, other_passes) = found
     assert torch.allclose(leaves, other_leaves, rtol=0, atol=1e-11)
     assert float((gradient - other_gradient).norm()) <= 1e-10 * float(gradient.norm())
@@ -274,7 +305,9 @@ def test_unshared_rows_equal_the_planned_counts_of_the_published_loop(case):
     plan, rows = plan_and_coefficients(recipe)
     prompts = encoded(policy)
     seen = []
-    hook = policy.transformer.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    hook = policy.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
     forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, share=False)
     forwards = list(seen)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])

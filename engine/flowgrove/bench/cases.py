@@ -29,7 +29,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """`traffic`: bytes of the tensors that have to be read once and written once. `ours`: by what is added to the backend's name."""
+    """`traffic`: bytes of the tensors that have to be read once and written once. `ours`:
+    by what is added to the backend's name.
+    """
 
     op: str
     name: str
@@ -53,7 +55,8 @@ def contenders(case: Case, inputs: Inputs, names: tuple[str, ...]) -> list[Conte
 
 
 def _compile(function: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
-    """At its fastest: static shapes, and on a CPU PyTorch's own random numbers (with Inductor's a step took 12 times as long on one core).
+    """At its fastest: static shapes, and on a CPU PyTorch's own random numbers (with Inductor's a step took 12 times as
+    long on one core).
 
     There its kernels also name themselves to the profiler, which counts them.
     """
@@ -113,7 +116,9 @@ def _our_loss(inputs: Inputs) -> Run:
     i = inputs
 
     def run() -> Outputs:
-        result, gradient, _ = grpo_loss_and_grad(i.x, i.v, i.x_next, i.coef, i.old_logp, i.advantage, i.weight, clip_range=published.CLIP_RANGE)
+        result, gradient, _ = grpo_loss_and_grad(
+            i.x, i.v, i.x_next, i.coef, i.old_logp, i.advantage, i.weight, clip_range=published.CLIP_RANGE
+        )
         return result.loss, gradient
 
     return run
@@ -121,7 +126,9 @@ def _our_loss(inputs: Inputs) -> Run:
 
 def _our_loss_autograd(inputs: Inputs) -> Run:
     i, v = inputs, _trainable(inputs)
-    return lambda: _differentiated(grpo_loss(i.x, v, i.x_next, i.coef, i.old_logp, i.advantage, i.weight, clip_range=published.CLIP_RANGE).loss, v)
+    return lambda: _differentiated(
+        grpo_loss(i.x, v, i.x_next, i.coef, i.old_logp, i.advantage, i.weight, clip_range=published.CLIP_RANGE).loss, v
+    )
 
 
 def _differentiated(value: Tensor, v: Tensor, grad: Tensor | None = None) -> Outputs:

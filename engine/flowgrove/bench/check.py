@@ -50,7 +50,10 @@ def check_loss(inputs: Inputs, outputs: tuple[Tensor, ...]) -> list[Deviation]:
     advantage, weight = inputs.advantage.double(), inputs.weight.double()
     ratio = torch.exp(inputs.formulas.logp(inputs.x_next.flatten(1)) - inputs.old_logp.double())
     surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE))
-    return [Deviation("loss", _largest(loss - (weight * surrogate).sum()), SCORE), _gradient(inputs, gradient, -weight * advantage * ratio)]
+    return [
+        Deviation("loss", _largest(loss - (weight * surrogate).sum()), SCORE),
+        _gradient(inputs, gradient, -weight * advantage * ratio),
+    ]
 
 
 def _given(inputs: Inputs, x_next: Tensor, noise: Tensor) -> Deviation:
@@ -72,7 +75,9 @@ def _drawn(inputs: Inputs, x_next: Tensor) -> list[Deviation]:
 
 
 def _gradient(inputs: Inputs, gradient: Tensor, slope: Tensor) -> Deviation:
-    """∂/∂v = slope·(2κb/D)·(x' − μ), slope float64 [B]; the error in units of the row's largest gradient, beyond one rounding of the gradient's dtype."""
+    """∂/∂v = slope·(2κb/D)·(x' − μ), slope float64 [B]; the error in units of the row's largest gradient, beyond one
+    rounding of the gradient's dtype.
+    """
     rows, flat, x_next = inputs.formulas.rows, gradient.flatten(1), inputs.x_next.flatten(1)
     factor = slope * 2 * rows.precision * rows.v_coef / flat.shape[1]
     largest = torch.zeros_like(factor)

@@ -22,7 +22,9 @@ _NO_WORK = ("aten::empty", "aten::new_empty", "aten::result_type", "aten::resize
 
 
 class Footprint(NamedTuple):
-    """launches: on a GPU kernels, copies and fills; on a CPU calls of ops and of compiled kernels, views and allocations not counted."""
+    """launches: on a GPU kernels, copies and fills;
+    on a CPU calls of ops and of compiled kernels, views and allocations not counted.
+    """
 
     launches: int
     peak_bytes: int  # allocated during the call, at its peak
@@ -76,8 +78,12 @@ def _peak(trace: list[dict[str, Any]]) -> int:
 
 
 def _calls(trace: list[dict[str, Any]]) -> int:
-    """Outermost ops that do work; wrappers (autograd nodes, our ops over PyTorch, compiled regions) count as what is inside them."""
-    events = sorted((event for event in trace if event.get("cat") == "cpu_op"), key=lambda event: (event["ts"], -event["dur"]))
+    """Outermost ops that do work; wrappers (autograd nodes, our ops over PyTorch, compiled regions)
+    count as what is inside them.
+    """
+    events = sorted(
+        (event for event in trace if event.get("cat") == "cpu_op"), key=lambda event: (event["ts"], -event["dur"])
+    )
     place = 0
 
     def before(end: float) -> int:
@@ -103,4 +109,8 @@ def _worth(name: str, within: int) -> int:
 def _may_be_a_view(name: str) -> bool:
     """Whether it can return its input's memory without writing to it: view, reshape, to, contiguous."""
     schemas = torch._C._jit_get_schemas_for_operator(name)
-    return any(returned.alias_info is not None and not returned.alias_info.is_write for schema in schemas for returned in schema.returns)
+    return any(
+        returned.alias_info is not None and not returned.alias_info.is_write
+        for schema in schemas
+        for returned in schema.returns
+    )

@@ -1,4 +1,5 @@
-"""The engine benchmark: an iteration of the published loop, and of Flowgrove with each lever added in turn, in one interleaved run.
+"""The engine benchmark: an iteration of the published loop, and of Flowgrove with each lever added in turn, in one
+interleaved run.
 
 The published loop is the authors' own batch and sharing, with the step, log-probability and loss in eager PyTorch:
 DanceGRPO, MixGRPO and BranchGRPO run a row at a time, Flow-GRPO eight; BranchGRPO's rollout computes a state once for
@@ -160,7 +161,7 @@ class Settings:
 def settings_of(
     model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str
 ) -> Settings:  # fmt: skip
-    """From the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
+    """Settings from the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
     if levers not in CHOICES:
         raise UserError(f"--levers is {levers}: write one of {', '.join(CHOICES)}")
     chosen: dict[str, str] = {}
@@ -188,16 +189,24 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
             compare(rows, planned)
             if out is not None:  # a recipe may take minutes: what has been measured stays if the next one is stopped
                 out.mkdir(parents=True, exist_ok=True)
-                write_columns(rows, COLUMNS, out / f"{machine.file_stem(f'engine_{settings.model}', settings.device)}.csv")
+                write_columns(
+                    rows, COLUMNS, out / f"{machine.file_stem(f'engine_{settings.model}', settings.device)}.csv"
+                )
     if out is not None:
         from flowgrove.bench.engine_plot import plot_engine
 
-        say(write_results(rows, COLUMNS, plot_engine, out / machine.file_stem(f"engine_{settings.model}", settings.device)))
+        say(
+            write_results(
+                rows, COLUMNS, plot_engine, out / machine.file_stem(f"engine_{settings.model}", settings.device)
+            )
+        )
     return rows
 
 
 def bench_recipe(model: dict[str, Any], prompts: int, rollout: dict[str, Any], engine: dict[str, Any]) -> Recipe:
-    """20 steps and one update per iteration, with the sections `model` and `engine` and the rest of `rollout` as given. Raises UserError."""
+    """20 steps and one update per iteration, with the sections `model` and `engine` and the rest of
+    `rollout` as given. Raises UserError.
+    """
     return parse_recipe({
         "model": model,
         "data": {"prompts": "unused.txt", "prompts_per_iteration": prompts, "embedding_cache": "none"},
@@ -327,7 +336,9 @@ class _Bench:
 
 
 def _stance(compiled: bool) -> AbstractContextManager[None]:
-    """One policy serves all levers: where it has compiled blocks, those run uncompiled in here unless they are wanted."""
+    """One policy serves all levers: where it has compiled blocks,
+    those run uncompiled in here unless they are wanted.
+    """
     stance: AbstractContextManager[None] = torch.compiler.set_stance("default" if compiled else "force_eager")
     return stance
 
@@ -352,4 +363,7 @@ def _row(line: dict[str, Any], totals: dict[str, float], per_row: Timed) -> Row:
 
 
 def _median(rounds: list[Row]) -> Row:
-    return {key: value if isinstance(value, str) else statistics.median(row[key] for row in rounds) for key, value in rounds[0].items()}
+    return {
+        key: value if isinstance(value, str) else statistics.median(row[key] for row in rounds)
+        for key, value in rounds[0].items()
+    }

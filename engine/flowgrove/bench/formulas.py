@@ -1,4 +1,6 @@
-"""The step and its log-probability in float64, a block of columns at a time: what every contender has to return before it is timed."""
+"""The step and its log-probability in float64, a block of columns at a time:
+what every contender has to return before it is timed.
+"""
 
 from collections.abc import Iterator
 
@@ -11,7 +13,9 @@ _BLOCK = 2**22  # elements that are in float64 at one time
 
 
 class Formulas:
-    """μ = a·x + b·v,  x' = μ + s·z,  logp = log_norm − κ·mean (x' − μ)²  for states x and velocities v, both [B, D], and float64 rows."""
+    """μ = a·x + b·v,  x' = μ + s·z,  logp = log_norm − κ·mean (x' − μ)²  for states x and velocities v, both [B, D],
+    and float64 rows.
+    """
 
     def __init__(self, x: Tensor, v: Tensor, rows: StepCoefficients) -> None:
         self.x, self.v, self.rows = x, v, rows
@@ -25,7 +29,10 @@ class Formulas:
 
     def mean(self, block: slice) -> Tensor:
         """μ float64 [B, width]."""
-        return self.rows.x_coef[:, None] * self.x[:, block].double() + self.rows.v_coef[:, None] * self.v[:, block].double()
+        return (
+            self.rows.x_coef[:, None] * self.x[:, block].double()
+            + self.rows.v_coef[:, None] * self.v[:, block].double()
+        )
 
     def step(self, noise: Tensor, block: slice) -> Tensor:
         """x' float64 [B, width] with noise [B, D]."""

@@ -27,7 +27,7 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """Of one row."""
+        """Elements of one row."""
         return prod(self.sample)
 
 
@@ -50,12 +50,17 @@ def find_shape(text: str) -> Shape:
         return SHAPES[text]
     if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
         return Shape(text, text.replace("x", " × "), int(found[1]), (int(found[2]),))
-    raise UserError(f"--shapes: there is no shape {text!r}: write names out of {', '.join(SHAPES)}, or ROWSxELEMENTS such as 16x65536")
+    raise UserError(
+        f"--shapes: there is no shape {text!r}: write names out of {', '.join(SHAPES)}, "
+        "or ROWSxELEMENTS such as 16x65536"
+    )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One batch of steps under the velocity v, and what their loss needs. Ratios are exp(±0.05), so no row is clipped."""
+    """One batch of steps under the velocity v, and what their loss needs.
+    Ratios are exp(±0.05), so no row is clipped.
+    """
 
     shape: Shape
     dtype: str  # of v
@@ -75,7 +80,7 @@ class Inputs:
 
     @property
     def device(self) -> torch.device:
-        """Of every tensor."""
+        """The device of every tensor."""
         return self.x.device
 
     def copy(self) -> "Inputs":
@@ -103,9 +108,26 @@ def make_inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
         x_next.flatten(1)[:, block] = formulas.step(noise.flatten(1), block)
     sign = 1 - 2 * (torch.arange(rows, device=device) % 2).float()
     old_logp = (formulas.logp(x_next.flatten(1)) - 0.05 * sign).float()
-    advantage, weight = sign * torch.linspace(0.5, 1.5, rows, device=device), torch.full((rows,), 1 / rows, device=device)
+    advantage = sign * torch.linspace(0.5, 1.5, rows, device=device)
+    weight = torch.full((rows,), 1 / rows, device=device)
     here, there = (level.float().to(device) for level in (sigma, sigma_next))
-    return Inputs(shape, dtype, x, v, noise, x_next, here, there, coef, key, old_logp, advantage, weight, torch.ones_like(weight), formulas)
+    return Inputs(
+        shape,
+        dtype,
+        x,
+        v,
+        noise,
+        x_next,
+        here,
+        there,
+        coef,
+        key,
+        old_logp,
+        advantage,
+        weight,
+        torch.ones_like(weight),
+        formulas,
+    )
 
 
 def _level(t: Tensor) -> Tensor:

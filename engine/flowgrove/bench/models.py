@@ -1,4 +1,6 @@
-"""Models that a benchmark times without downloading any: the embedded pipeline, and larger transformers with random weights."""
+"""Models that a benchmark times without downloading any:
+the embedded pipeline, and larger transformers with random weights.
+"""
 
 import json
 import tempfile
@@ -14,7 +16,13 @@ from flowgrove.errors import UserError
 from flowgrove.models.folders import ARCHITECTURES, TINY
 
 # The architecture of SD3 at a size that two CPU cores can train: 12 M weights, 64 picture tokens.
-_MID = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64, "caption_projection_dim": 384, "sample_size": 16}
+_MID = {
+    "num_layers": 6,
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 384,
+    "sample_size": 16,
+}
 # FLUX.1-dev's width at a seventh of its depth, with its ratio of double to single blocks about kept: 1.9 B weights.
 _SLIM = {"num_layers": 3, "num_single_layers": 6}
 _FLUXES: dict[str, dict[str, Any]] = {"flux": {}, "flux_slim": _SLIM}
@@ -23,7 +31,9 @@ NAMES = ("tiny", "sd3_mid", *_FLUXES)
 
 @contextmanager
 def bench_model(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The `model` section of a recipe for the model `name`; what it writes is gone after the block. Raises UserError."""
+    """The `model` section of a recipe for the model `name`; what it writes is gone after the block.
+    Raises UserError.
+    """
     plain = {"adapter": "sd3", "dtype": "fp32" if device.type == "cpu" else "bf16", "gradient_checkpointing": False}
     if name == "tiny":
         yield {**plain, "path": "tiny"}
@@ -33,9 +43,19 @@ def bench_model(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     elif name in _FLUXES and device.type == "cuda":
         with _written(lambda folder: write_flux(folder, _FLUXES[name], device)) as path:
             lora = {"rank": 32, "alpha": 64}
-            yield {"adapter": "flux", "path": path, "dtype": "bf16", "height": 720, "width": 720, "guidance_scale": 3.5, "lora": lora}
+            yield {
+                "adapter": "flux",
+                "path": path,
+                "dtype": "bf16",
+                "height": 720,
+                "width": 720,
+                "guidance_scale": 3.5,
+                "lora": lora,
+            }
     elif name in _FLUXES:
-        raise UserError(f"--model {name} has billions of weights, as FLUX.1-dev has, which wants a GPU: write --model sd3_mid")
+        raise UserError(
+            f"--model {name} has billions of weights, as FLUX.1-dev has, which wants a GPU: write --model sd3_mid"
+        )
     else:
         raise UserError(f"--model is {name}: write one of {', '.join(NAMES)}")
 
@@ -59,8 +79,9 @@ def write_mid(folder: Path) -> None:
 
 
 def write_flux(folder: Path, changes: dict[str, Any], device: torch.device) -> None:
-    """FLUX.1-dev with random weights: its transformer (with `changes` to its configuration) and VAE, and text encoders of one layer, since a run encodes a
-    text once."""
+    """FLUX.1-dev with random weights: its transformer (with `changes` to its configuration) and VAE, and text encoders
+    of one layer, since a run encodes a text once.
+    """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -82,11 +103,15 @@ def write_flux(folder: Path, changes: dict[str, Any], device: torch.device) -> N
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(config("scheduler", "scheduler_config.json")),
         vae=AutoencoderKL.from_config(config("vae")).to(torch.bfloat16),
         text_encoder=CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=width, intermediate_size=width, num_attention_heads=width // 64, num_hidden_layers=1,
-            bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+            vocab_size=len(clip), hidden_size=width, intermediate_size=width, num_attention_heads=width // 64,
+            num_hidden_layers=1, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
         )),
         tokenizer=clip,
-        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(t5), d_model=settings["joint_attention_dim"], d_ff=64, d_kv=64, num_heads=1, num_layers=1)),
-        tokenizer_2=t5,
-        transformer=transformer.cpu(),
+        text_encoder_2=T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5), d_model=settings["joint_attention_dim"], d_ff=64, d_kv=64, num_heads=1, num_layers=1
+            )
+        ),
+        tokenizer_2=t5, transformer=transformer.cpu(),
     ).save_pretrained(folder)  # fmt: skip

@@ -1,7 +1,8 @@
 """The op benchmark: the published loops' PyTorch, the same compiled, and every backend, in one interleaved run.
 
-Everything of one case, shape and dtype is built, checked against the formulas in float64, warmed up, and timed in rounds together with a copy of as many
-bytes as the case has to move. A contender that is wrong, or does not fit into memory, gets no row.
+Everything of one case, shape and dtype is built, checked against the formulas in float64, warmed up, and timed in
+rounds together with a copy of as many bytes as the case has to move. A contender that is wrong, or does not fit into
+memory, gets no row.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,27 @@ from flowgrove.bench.cases import CASES, Case, Contender, contenders
 from flowgrove.bench.counting import footprint
 from flowgrove.bench.inputs import DTYPES, SHAPES, SMALL, Inputs, Shape, find_shape, make_inputs
 from flowgrove.bench.table import read_columns, write_columns
-from flowgrove.bench.timing import Graph, Spread, calls_per_graph, copier, interleave, interleave_graphs, make_clock, record
+from flowgrove.bench.timing import (
+    Graph,
+    Spread,
+    calls_per_graph,
+    copier,
+    interleave,
+    interleave_graphs,
+    make_clock,
+    record,
+)
 from flowgrove.device import is_out_of_memory, release_memory
 from flowgrove.errors import UserError
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import takes
 
 COLUMNS = (
-    "op", "case", "shape", "rows", "elements", "dtype", "contender", "median_us", "q10_us", "q90_us", "rounds", "bytes", "gb_per_s", "copy_gb_per_s",
-    "percent_of_copy", "speedup_vs_eager", "speedup_vs_compiled", "graph_us", "graph_gb_per_s", "graph_copy_gb_per_s", "graph_percent_of_copy",
-    "graph_speedup_vs_eager", "graph_speedup_vs_compiled", "launches", "launches_are", "peak_bytes", "output_bytes", "peak_extra_bytes",
-    "device", "threads", "torch", "triton", "compiler", "date",
+    "op", "case", "shape", "rows", "elements", "dtype", "contender", "median_us", "q10_us", "q90_us", "rounds", "bytes",
+    "gb_per_s", "copy_gb_per_s", "percent_of_copy", "speedup_vs_eager", "speedup_vs_compiled", "graph_us",
+    "graph_gb_per_s", "graph_copy_gb_per_s", "graph_percent_of_copy", "graph_speedup_vs_eager",
+    "graph_speedup_vs_compiled", "launches", "launches_are", "peak_bytes", "output_bytes", "peak_extra_bytes", "device",
+    "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 _BYTES_PER_ELEMENT = 80  # at the peak: inputs 20, the buffers of the copy 16, and the hungriest contender 32
 
@@ -63,10 +74,12 @@ class _Refusal(NamedTuple):
 
 
 def settings_of(
-    *, shapes: str | None = None, dtypes: str | None = None, contenders: str | None = None, only: str | None = None, rounds: int = 50,
-    device: str = "auto", keep: bool = False,
+    *, shapes: str | None = None, dtypes: str | None = None, contenders: str | None = None, only: str | None = None,
+    rounds: int = 50, device: str = "auto", keep: bool = False,
 ) -> Settings:  # fmt: skip
-    """Settings from comma-separated names; None is all, on a CPU without the two largest shapes. Raises UserError for a name that there is not."""
+    """Settings from comma-separated names; None is all, on a CPU without the two largest shapes.
+    Raises UserError for a name that there is not.
+    """
     place = machine.pick_device(device)
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}: write an integer >= 1")
@@ -89,12 +102,18 @@ def settings_of(
 
 def available_contenders(device: torch.device) -> tuple[str, ...]:
     """eager, compiled, and the backends that compute on that device; interpreted Triton is no measurement."""
-    ours = (name for name in available_backends() if takes(name, device.type) and not (name == "triton" and device.type == "cpu"))
+    ours = (
+        name
+        for name in available_backends()
+        if takes(name, device.type) and not (name == "triton" and device.type == "cpu")
+    )
     return "eager", "compiled", *ours
 
 
 def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
-    """Measures everything; `say` gets lines on how it goes. With `out`, a CSV there grows with each group, and a plot against eager follows."""
+    """Measures everything; `say` gets lines on how it goes.
+    With `out`, a CSV there grows with each group, and a plot against eager follows.
+    """
     result, where = Result(), machine.describe(settings.device)
     stem, before = machine.file_stem("ops", settings.device), list[Row]()
     if out is not None:
@@ -124,14 +143,18 @@ def bench_ops(settings: Settings, say: Say, out: Path | None = None) -> Result:
 
 
 def _together(before: list[Row], rows: list[Row]) -> list[Row]:
-    """The rows of an earlier run and those of this one, which replace what they measure again; in the order of SHAPES."""
+    """The rows of an earlier run and those of this one, which replace what they measure again;
+    in the order of SHAPES.
+    """
 
     def what(row: Row) -> tuple[Any, ...]:
         return row["op"], row["case"], row["shape"], row["dtype"]
 
     new = {what(row) for row in rows}
     order = list(SHAPES)
-    place = {name: order.index(name) if name in order else len(order) for name in (row["shape"] for row in (*before, *rows))}
+    place = {
+        name: order.index(name) if name in order else len(order) for name in (row["shape"] for row in (*before, *rows))
+    }
     return sorted([row for row in before if what(row) not in new] + rows, key=lambda row: place[row["shape"]])
 
 
@@ -190,7 +213,9 @@ def _measure(case: Case, inputs: Inputs, settings: Settings, wrong: list[str], s
 
 
 def _compared(times: dict[str, Spread], name: str, traffic: int) -> dict[str, float | None]:
-    """Bandwidth and speed of a contender beside the copy, eager and compiled; nothing where it or the other was not timed."""
+    """Bandwidth and speed of a contender beside the copy, eager and compiled;
+    nothing where it or the other was not timed.
+    """
 
     def figure(value: Callable[[], float]) -> float | None:
         try:
@@ -221,7 +246,10 @@ def _replays(case: Case, inputs: Inputs, settings: Settings, names: set[str], sa
         try:
             graphs.append(record(members, inputs.device))
         except RuntimeError as error:
-            say(f"{members[0].name} is left out of the graphs of {case.op}, {case.name}: {str(error).strip().splitlines()[0]}")
+            say(
+                f"{members[0].name} is left out of the graphs of {case.op}, {case.name}: "
+                f"{str(error).strip().splitlines()[0]}"
+            )
     return interleave_graphs(graphs, inputs.device, settings.rounds)
 
 
@@ -231,7 +259,9 @@ def _figure(value: float) -> float:
 
 
 def _refusal(case: Case, inputs: Inputs, contender: Contender) -> _Refusal | None:
-    """Why a contender may not take part. Its first call, which compiles what is to be compiled, is the one that is checked."""
+    """Why a contender may not take part. Its first call, which compiles what is to be compiled,
+    is the one that is checked.
+    """
     try:
         with use_backend(contender.backend or "auto"):
             outputs = contender.run()
@@ -242,14 +272,20 @@ def _refusal(case: Case, inputs: Inputs, contender: Contender) -> _Refusal | Non
         if is_out_of_memory(error):
             return _Refusal("the GPU's memory is too small for it")
         raise
-    told = [f"{found.output} is off by {found.error:.3g}, tolerance {found.tolerance:.3g}" for found in deviations if found.wrong]
+    told = [
+        f"{found.output} is off by {found.error:.3g}, tolerance {found.tolerance:.3g}"
+        for found in deviations
+        if found.wrong
+    ]
     return _Refusal(f"it is wrong: {'; '.join(told)}", wrong=True) if told else None
 
 
 def _require_memory(settings: Settings) -> None:
     for shape in settings.shapes:
         if (problem := _too_large(shape, settings.device)) is not None:
-            raise UserError(f"--shapes: {shape.name}: {problem}: leave it out, or measure it where there is more memory")
+            raise UserError(
+                f"--shapes: {shape.name}: {problem}: leave it out, or measure it where there is more memory"
+            )
 
 
 def _too_large(shape: Shape, device: torch.device) -> str | None:

@@ -10,13 +10,21 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from flowgrove.bench.inputs import find_shape
 from flowgrove.report.figures import pyplot, save_figure
 
-_COLOURS = {"eager": "#888888", "compiled": "#d9a441", "reference": "#b9b9b9", "cpu": "#1f4e8c", "triton": "#5b9a55", "cuda": "#1f4e8c"}
+_COLOURS = {
+    "eager": "#888888",
+    "compiled": "#d9a441",
+    "reference": "#b9b9b9",
+    "cpu": "#1f4e8c",
+    "triton": "#5b9a55",
+    "cuda": "#1f4e8c",
+}
 _MUTED = "#666666"
 Row = dict[str, Any]
 
 
 def plot_ops(rows: list[Row], path: Path) -> None:
-    """One panel per case and dtype, one group of bars per shape, on a logarithmic axis. The rows have to tell speeds against eager.
+    """One panel per case and dtype, one group of bars per shape, on a logarithmic axis. The rows have to tell speeds
+    against eager.
 
     On a GPU inside CUDA graphs, where that was measured: the kernels alone, without the host's time of launching them.
     """
@@ -26,11 +34,18 @@ def plot_ops(rows: list[Row], path: Path) -> None:
     shapes, names = _distinct(row["shape"] for row in rows), _contenders(rows)
     width = max(0.25 * len(shapes) * (len(names) + 1), 5)
     figure, grid = pyplot.subplots(
-        len(cases), len(dtypes), figsize=(width * len(dtypes) + 1, 2.3 * len(cases) + 1.5), layout="constrained", squeeze=False, sharey="row"
+        len(cases),
+        len(dtypes),
+        figsize=(width * len(dtypes) + 1, 2.3 * len(cases) + 1.5),
+        layout="constrained",
+        squeeze=False,
+        sharey="row",
     )
     for line, (op, case) in zip(grid, cases, strict=True):
         for axes, dtype in zip(line, dtypes, strict=True):
-            picked = [row for row in rows if (row["op"], row["case"], row["dtype"]) == (op, case, dtype) and row.get(speed)]
+            picked = [
+                row for row in rows if (row["op"], row["case"], row["dtype"]) == (op, case, dtype) and row.get(speed)
+            ]
             _panel(axes, picked, shapes, speed)
             axes.set_title(f"{op}, {case}, {dtype}", fontsize=9, loc="left")
         line[0].set_ylabel("× as fast as eager", fontsize=8)
@@ -41,7 +56,9 @@ def plot_ops(rows: list[Row], path: Path) -> None:
 
 
 def _panel(axes: Axes, rows: list[Row], shapes: list[str], key: str) -> None:
-    """Bars go up from 1 where a contender is faster and down where it is slower; the number says how fast. A shape that was not measured has none."""
+    """Bars go up from 1 where a contender is faster and down where it is slower; the number says how fast.
+    A shape that was not measured has none.
+    """
     names = _contenders(rows)
     axes.set_xlim(-1, len(shapes) * (len(names) + 1) - 1)
     for row in rows:
@@ -63,7 +80,11 @@ def _panel(axes: Axes, rows: list[Row], shapes: list[str], key: str) -> None:
     axes.yaxis.set_tick_params(labelleft=True)
     axes.tick_params(labelsize=8)
     middle = (len(names) - 1) / 2
-    axes.set_xticks([group * (len(names) + 1) + middle for group in range(len(shapes))], [_label(name) for name in shapes], fontsize=8)
+    axes.set_xticks(
+        [group * (len(names) + 1) + middle for group in range(len(shapes))],
+        [_label(name) for name in shapes],
+        fontsize=8,
+    )
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -91,7 +112,8 @@ def _title(rows: list[Row], replayed: bool) -> str:
     how = "inside a CUDA graph, " if replayed else ""
     return (
         f"{row['device']}, {threads}torch {row['torch']}{triton}, {row['compiler']}\n"
-        f"{how}median of {' or '.join(map(str, rounds))} interleaved rounds; eager (= 1): the published GRPO loops' PyTorch"
+        f"{how}median of {' or '.join(map(str, rounds))} interleaved rounds; eager (= 1): "
+        "the published GRPO loops' PyTorch"
     )
 
 

@@ -1,10 +1,13 @@
-"""The step, its log-probability and the clipped loss in plain PyTorch, operation by operation as the published GRPO loops compute them.
+"""The step, its log-probability and the clipped loss in plain PyTorch, operation by operation as the published GRPO
+loops compute them.
 
-Flow-GRPO (2505.05470), DanceGRPO (2505.07818) and MixGRPO (2507.21802) evaluate the same formulas: a velocity in bf16 is promoted, the mean is formed
-from the noise levels of the rows, noise comes from `randn_like`, the density is written out per element and averaged, autograd differentiates. Where
-they differ the version with fewer operations is taken (the drift folded into the factors of x and v), so that nothing is measured against a slow straw man.
+Flow-GRPO (2505.05470), DanceGRPO (2505.07818) and MixGRPO (2507.21802) evaluate the same formulas: a velocity in bf16
+is promoted, the mean is formed from the noise levels of the rows, noise comes from `randn_like`, the density is written
+out per element and averaged, autograd differentiates. Where they differ the version with fewer operations is taken (the
+drift folded into the factors of x and v), so that nothing is measured against a slow straw man.
 
-    g = η·√(σ/(1−σ))    μ = x·(1 + g²dt/(2σ)) + v·(1 + g²(1−σ)/(2σ))·dt    s = g·√(−dt)    logp = mean(−(x'−μ)²/(2s²) − ln s − ½ln 2π)
+    g = η·√(σ/(1−σ))    μ = x·(1 + g²dt/(2σ)) + v·(1 + g²(1−σ)/(2σ))·dt    s = g·√(−dt)
+    logp = mean(−(x'−μ)²/(2s²) − ln s − ½ln 2π)
 """
 
 import math
@@ -16,7 +19,9 @@ NOISE_LEVEL = 0.7
 CLIP_RANGE = 0.2  # wide: every row of the benchmark keeps its gradient, so no implementation may skip one
 
 
-def sde_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sde_step(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(x_next [B, ...], logp [B]); sigma, sigma_next [B]. Draws the noise unless it is given."""
     mean, std = _mean_and_std(x, v, sigma, sigma_next)
     if noise is None:
@@ -30,7 +35,9 @@ def log_prob(x: Tensor, v: Tensor, x_next: Tensor, sigma: Tensor, sigma_next: Te
     return _density(x_next, *_mean_and_std(x, v, sigma, sigma_next))
 
 
-def clipped_loss(x: Tensor, v: Tensor, x_next: Tensor, sigma: Tensor, sigma_next: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
+def clipped_loss(
+    x: Tensor, v: Tensor, x_next: Tensor, sigma: Tensor, sigma_next: Tensor, old_logp: Tensor, advantage: Tensor
+) -> Tensor:
     """The scalar loss, the mean over the batch, differentiable in v. old_logp, advantage [B]."""
     ratio = torch.exp(log_prob(x, v, x_next, sigma, sigma_next) - old_logp)
     unclipped = -advantage * ratio

@@ -1,7 +1,9 @@
-"""What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, and with compiled blocks.
+"""What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, and with compiled
+blocks.
 
-A FLUX of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the cost of a double block, of a single block and
-of what lies around them come out, and with them the cost of FLUX.1-dev's 19 and 38. Such figures are derived and marked as that.
+A FLUX of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the cost of a
+double block, of a single block and of what lies around them come out, and with them the cost of FLUX.1-dev's 19 and 38.
+Such figures are derived and marked as that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +30,8 @@ from flowgrove.passes.recordings import Recordings
 from flowgrove.tuning.pass_times import Passes
 
 COLUMNS = (
-    "model", "blocks", "rows", "mode", "tokens", "forward_ms", "train_ms", "forward_tflop", "forward_tflop_per_s", "derived", "repeats",
-    "device", "torch", "triton", "compiler", "date",
+    "model", "blocks", "rows", "mode", "tokens", "forward_ms", "train_ms", "forward_tflop", "forward_tflop_per_s",
+    "derived", "repeats", "device", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 MODES = ("eager", "recorded", "compiled")  # in this order: compiled blocks stay compiled
 WHOLE_FLUX = (19, 38)  # double and single blocks of FLUX.1-dev
@@ -47,7 +49,7 @@ class Settings:
 
 
 def settings_of(model: str, rows: str, modes: str | None, repeats: int, device: str) -> Settings:
-    """From the options of the command. Raises UserError."""
+    """Settings from the options of the command. Raises UserError."""
     place = machine.pick_device(device)
     counts = [word.strip() for word in rows.split(",")]
     if not all(word.isdecimal() and int(word) for word in counts):
@@ -66,7 +68,10 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
     where = {key: value for key, value in machine.describe(settings.device).items() if key in COLUMNS}
     found: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
-        policy = Policy(bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine}), settings.device)
+        policy = Policy(
+            bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine}),
+            settings.device,
+        )
         timer = _Timer(policy, settings.repeats)
         for mode in (mode for mode in MODES if mode in settings.modes):
             if mode == "compiled":
@@ -95,7 +100,11 @@ class _Timer:
 
     def __init__(self, policy: Policy, repeats: int) -> None:
         self.policy, self.repeats, self.passes = policy, repeats, Passes(policy)
-        self.lists = [blocks for name in ("transformer_blocks", "single_transformer_blocks") if (blocks := getattr(policy.transformer, name, None)) is not None]
+        self.lists = [
+            blocks
+            for name in ("transformer_blocks", "single_transformer_blocks")
+            if (blocks := getattr(policy.transformer, name, None)) is not None
+        ]
         self.sizes = [len(blocks) for blocks in self.lists]
         with FlopCounterMode(display=False) as counter:
             self.passes.forward(self.passes.states(1))
@@ -116,16 +125,23 @@ class _Timer:
             total += (WHOLE_FLUX[place] - size) * (whole - fewer) / (size - 1)
         return [*found, self._line(WHOLE_FLUX, mode, rows, total, derived=True)]
 
-    def _line(self, blocks: Sequence[int], mode: str, rows: int, spent: NDArray[np.float64] | None, *, derived: bool = False) -> Row:
-        forward, train = (None, None) if spent is None else (None if np.isnan(value) else float(value) for value in spent)
+    def _line(
+        self, blocks: Sequence[int], mode: str, rows: int, spent: NDArray[np.float64] | None, *, derived: bool = False
+    ) -> Row:
+        forward, train = (
+            (None, None) if spent is None else (None if np.isnan(value) else float(value) for value in spent)
+        )
         return {
-            "blocks": "+".join(map(str, blocks)), "rows": rows, "mode": mode, "tokens": self.passes.tokens, "forward_ms": forward, "train_ms": train,
-            "forward_tflop": None if derived else self.tflop, "forward_tflop_per_s": None if derived or forward is None else 1e3 * self.tflop / forward,
+            "blocks": "+".join(map(str, blocks)), "rows": rows, "mode": mode, "tokens": self.passes.tokens,
+            "forward_ms": forward, "train_ms": train, "forward_tflop": None if derived else self.tflop,
+            "forward_tflop_per_s": None if derived or forward is None else 1e3 * self.tflop / forward,
             "derived": derived,
         }  # fmt: skip
 
     def _milliseconds(self, mode: str, rows: int) -> NDArray[np.float64] | None:
-        """(forward, forward and backward) of a row; None where the memory is too small. A recorded pass has no backward."""
+        """(forward, forward and backward) of a row; None where the memory is too small.
+        A recorded pass has no backward.
+        """
         try:
             if mode == "recorded":
                 return 1e3 * np.array([self.passes.seconds_per_row(self._recorded(), rows, self.repeats), np.nan])

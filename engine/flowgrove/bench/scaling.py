@@ -1,9 +1,11 @@
-"""The scaling benchmark: the cost of an iteration over leaves and over prompts, and what the engine spends per node outside the transformer.
+"""The scaling benchmark: the cost of an iteration over leaves and over prompts, and what the engine spends per node
+outside the transformer.
 
-Every plan is that of BranchGRPO-Mix: binary trees of 16 leaves, as many as the group has room for (a smaller group is one smaller tree, one leaf is a
-lone trajectory), with four noisy steps at the start. So forwards are known exactly, and from 16 leaves on in proportion to leaves as well as to prompts.
-A group of one leaf has nothing to be compared with: its advantages are 0, the rollout runs and the update has no edge to train. In larger groups ties of
-rewards (small pictures differ by few bytes) leave out a few edges now and then: `train_passes` are those that ran.
+Every plan is that of BranchGRPO-Mix: binary trees of 16 leaves, as many as the group has room for (a smaller group is
+one smaller tree, one leaf is a lone trajectory), with four noisy steps at the start. So forwards are known exactly, and
+from 16 leaves on in proportion to leaves as well as to prompts. A group of one leaf has nothing to be compared with:
+its advantages are 0, the rollout runs and the update has no edge to train. In larger groups ties of rewards (small
+pictures differ by few bytes) leave out a few edges now and then: `train_passes` are those that ran.
 """
 
 import statistics
@@ -30,9 +32,9 @@ from flowgrove.spans import span_totals
 from flowgrove.update.updater import Updater
 
 COLUMNS = (
-    "model", "sweep", "leaves", "prompts", "rollout_forwards", "train_passes", "forward_equivalents", "nodes", "seconds", "plan_s", "rollout_s",
-    "reward_s", "credit_s", "update_s", "transformer_s", "outside_s", "outside_us_per_node", "exponent", "rounds",
-    "device", "threads", "torch", "triton", "compiler", "date",
+    "model", "sweep", "leaves", "prompts", "rollout_forwards", "train_passes", "forward_equivalents", "nodes",
+    "seconds", "plan_s", "rollout_s", "reward_s", "credit_s", "update_s", "transformer_s", "outside_s",
+    "outside_us_per_node", "exponent", "rounds", "device", "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 FORWARDS_PER_TRAIN_PASS = 3  # a backward is two matrix products for each of the forward
 PROMPTS, LEAVES = 2, 16  # what a sweep over the other one holds fixed
@@ -40,7 +42,9 @@ PROMPTS, LEAVES = 2, 16  # what a sweep over the other one holds fixed
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: `model` of bench.models, rising counts of leaves (for PROMPTS prompts) and of prompts (of LEAVES leaves), timed rounds."""
+    """What is measured: `model` of bench.models, rising counts of leaves (for PROMPTS prompts) and of prompts (of
+    LEAVES leaves), timed rounds.
+    """
 
     device: torch.device
     model: str
@@ -65,14 +69,18 @@ class Run(NamedTuple):
 
 
 def settings_of(model: str, leaves: str, prompts: str, rounds: int, device: str) -> Settings:
-    """From the options of the command. Raises UserError."""
-    return Settings(machine.pick_device(device), model, _counts("--leaves", leaves), _counts("--prompts", prompts), rounds)
+    """Settings from the options of the command. Raises UserError."""
+    return Settings(
+        machine.pick_device(device), model, _counts("--leaves", leaves), _counts("--prompts", prompts), rounds
+    )
 
 
 def bench_scaling(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
     """Measures everything and returns rows as COLUMNS names them; with `out`, a CSV and a plot there."""
     keep_freed_memory()
-    points = [Point("leaves", leaves, PROMPTS) for leaves in settings.leaves] + [Point("prompts", LEAVES, prompts) for prompts in settings.prompts]
+    points = [Point("leaves", leaves, PROMPTS) for leaves in settings.leaves] + [
+        Point("prompts", LEAVES, prompts) for prompts in settings.prompts
+    ]
     with bench_model(settings.model, settings.device) as model:
         recipes = [point_recipe(model, point, settings.device) for point in points]
         runs = _interleave(recipes, points, settings, say)
@@ -82,16 +90,25 @@ def bench_scaling(settings: Settings, say: Say, out: Path | None = None) -> list
         power = exponent(members)
         for row in members:
             row["exponent"] = power
-        say(f"{sweep}: seconds grow as forwards to the power {power:.3f} (least squares over the upper half of the points)")
+        say(
+            f"{sweep}: seconds grow as forwards to the power {power:.3f} (least squares over the upper half of the "
+            "points)"
+        )
     if out is not None:
         from flowgrove.bench.scaling_plot import plot_scaling
 
-        say(write_results(rows, COLUMNS, plot_scaling, out / machine.file_stem(f"scaling_{settings.model}", settings.device)))
+        say(
+            write_results(
+                rows, COLUMNS, plot_scaling, out / machine.file_stem(f"scaling_{settings.model}", settings.device)
+            )
+        )
     return rows
 
 
 def point_recipe(model: dict[str, Any], point: Point, device: torch.device) -> Recipe:
-    """Trees of at most four binary splits; a group of more leaves has several of them, each with its own initial noise."""
+    """Trees of at most four binary splits; a group of more leaves has several of them,
+    each with its own initial noise.
+    """
     branch = RECIPES["branch_mix"]
     steps = branch["tree"]["splits"]
     depth = max(depth for depth in range(len(steps) + 1) if point.leaves % 2**depth == 0)
@@ -111,7 +128,9 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 def _interleave(recipes: list[Recipe], points: list[Point], settings: Settings, say: Say) -> list[list[Run]]:
     """Every point in turn, `rounds` times after one to warm up; the runs of each point."""
     policy = Policy(recipes[0], settings.device)
-    updater, rewards = Updater(recipes[0], policy), Rewards(recipes[0], settings.device)  # the recipes differ in their rollouts only
+    # the recipes differ in their rollouts only
+    updater = Updater(recipes[0], policy)
+    rewards = Rewards(recipes[0], settings.device)
     stages = [Stages(recipe, policy, updater, rewards) for recipe in recipes]
     runs: list[list[Run]] = [[] for _ in points]
     for number in range(settings.rounds + 1):
@@ -119,7 +138,9 @@ def _interleave(recipes: list[Recipe], points: list[Point], settings: Settings, 
             with pick_backend(recipe), span_totals(settings.device) as totals:
                 line = stages[place].run(bench_prompts(point.prompts), 0)
             if number:
-                runs[place].append(Run(line, totals.seconds.get("transformer", 0.0) + totals.seconds.get("backward", 0.0)))
+                runs[place].append(
+                    Run(line, totals.seconds.get("transformer", 0.0) + totals.seconds.get("backward", 0.0))
+                )
         say(f"round {number} of {settings.rounds}" if number else "warm")
     return runs
 
@@ -128,7 +149,9 @@ def _row(point: Point, recipe: Recipe, runs: list[Run], settings: Settings) -> R
     """Counts of the point and medians of its runs. Outside: all stages but the reward, less the transformer."""
     plan, line = make_plan(recipe, 0), runs[-1].line
     nodes = (plan.roots + plan.counts.edges) * point.prompts
-    outside = statistics.median(sum(run.line["seconds"].values()) - run.line["seconds"]["reward"] - run.transformer for run in runs)
+    outside = statistics.median(
+        sum(run.line["seconds"].values()) - run.line["seconds"]["reward"] - run.transformer for run in runs
+    )
     return {
         "model": settings.model,
         **point._asdict(),

@@ -9,7 +9,9 @@ Row = dict[str, Any]
 
 
 def exponent(rows: Sequence[Row]) -> float:
-    """The slope of log seconds over log forward equivalents: 1 where cost is linear. Small iterations, which fixed costs govern, are left out."""
+    """The slope of log seconds over log forward equivalents: 1 where cost is linear.
+    Small iterations, which fixed costs govern, are left out.
+    """
     upper = upper_half(rows)
     x, y = ([math.log(row[key]) for row in upper] for key in ("forward_equivalents", "seconds"))
     return statistics.linear_regression(x, y).slope

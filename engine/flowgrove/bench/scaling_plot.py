@@ -1,4 +1,6 @@
-"""The scaling benchmark as a picture: seconds over leaves and over prompts against a line of slope 1, and the engine's time per node below."""
+"""The scaling benchmark as a picture: seconds over leaves and over prompts against a line of slope 1,
+and the engine's time per node below.
+"""
 
 import math
 import statistics
@@ -19,7 +21,8 @@ def plot_scaling(rows: list[Row], path: Path) -> None:
     """A column of panels per sweep."""
     sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
     figure, grid = pyplot.subplots(
-        2, len(sweeps), figsize=(4.6 * len(sweeps), 6), layout="constrained", squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2]
+        2, len(sweeps), figsize=(4.6 * len(sweeps), 6), layout="constrained", squeeze=False,
+        sharex="col", sharey="row", height_ratios=[3, 2],
     )  # fmt: skip
     for column, sweep in zip(grid.T, sweeps, strict=True):
         members = [row for row in rows if row["sweep"] == sweep]
@@ -31,7 +34,8 @@ def plot_scaling(rows: list[Row], path: Path) -> None:
     grid[1, 0].set_ylabel("µs per node outside\ntransformer and reward")
     first = rows[0]
     figure.suptitle(
-        f"{first['model']}, {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch']}\n"
+        f"{first['model']}, {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, "
+        f"torch {first['torch']}\n"
         f"median of {first['rounds']} interleaved round{'s' * (first['rounds'] > 1)}",
         fontsize=10, color=_MUTED,
     )  # fmt: skip
@@ -52,7 +56,9 @@ def _overhead(axes: Axes, rows: list[Row], sweep: str) -> None:
     points = [(row[sweep], row["outside_us_per_node"]) for row in rows]
     axes.plot(*zip(*points, strict=True), color=_MEASURED, marker="o", ms=5, lw=1)
     for point in points:
-        axes.annotate(f"{point[1]:.3g}", point, (0, 6), textcoords="offset points", ha="center", fontsize=8, color=_MUTED)
+        axes.annotate(
+            f"{point[1]:.3g}", point, (0, 6), textcoords="offset points", ha="center", fontsize=8, color=_MUTED
+        )
     axes.margins(y=0.2)
     _tidy(axes)
 

@@ -14,15 +14,21 @@ from rich.table import Table
 from flowgrove.files import write_text
 
 Row = dict[str, Any]
-_HEADINGS = ("contender", "µs", "q10", "q90", "% copy", "× eager", "launches", "MiB")  # 80 columns hold no more; the CSV has the rest
+# 80 columns hold no more; the CSV has the rest
+_HEADINGS = ("contender", "µs", "q10", "q90", "% copy", "× eager", "launches", "MiB")
 _REPLAYED = ("graph µs", "% copy", "× eager")  # on a GPU: inside a CUDA graph, where no launch is waited for
 
 
 def draw_rows(rows: list[Row], console: Console) -> None:
-    """One table per case, shape and dtype: medians and quantiles, the share of the copy bandwidth, memory beyond the outputs."""
+    """One table per case, shape and dtype: medians and quantiles, the share of the copy bandwidth,
+    memory beyond the outputs.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        title = f"{row['op']}, {row['case']}, {row['shape']} ({row['rows']} × {row['elements']:,}), {row['dtype']}; copy {row['copy_gb_per_s']:.1f} GB/s"
+        title = (
+            f"{row['op']}, {row['case']}, {row['shape']} ({row['rows']} × {row['elements']:,}), {row['dtype']}; "
+            f"copy {row['copy_gb_per_s']:.1f} GB/s"
+        )
         groups.setdefault(title, []).append(row)
     for title, members in groups.items():
         table = Table(box=None, pad_edge=False, collapse_padding=True)
@@ -40,7 +46,11 @@ def draw_rows(rows: list[Row], console: Console) -> None:
                 str(row["launches"]),
                 f"{row['peak_extra_bytes'] / 2**20:.1f}",
                 *(
-                    (_number(row["graph_us"], ".1f"), _number(row["graph_percent_of_copy"], ".0f"), _number(row["graph_speedup_vs_eager"], ".2f"))
+                    (
+                        _number(row["graph_us"], ".1f"),
+                        _number(row["graph_percent_of_copy"], ".0f"),
+                        _number(row["graph_speedup_vs_eager"], ".2f"),
+                    )
                     if replayed
                     else ()
                 ),
@@ -77,7 +87,9 @@ def draw_engine(rows: list[Row], console: Console) -> None:
 
 
 def draw_scaling(rows: list[Row], console: Console) -> None:
-    """One table: passes, nodes and seconds of every point, and the microseconds per node outside the transformer where the host's clock tells them."""
+    """One table: passes, nodes and seconds of every point,
+    and the microseconds per node outside the transformer where the host's clock tells them.
+    """
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for heading in ("sweep", "leaves", "prompts", "passes", "nodes", "s", "µs/node", "exponent"):
         table.add_column(heading, justify="left" if heading == "sweep" else "right", no_wrap=True)
@@ -131,7 +143,9 @@ def _value(text: str) -> Any:
     return text or None
 
 
-def write_results(rows: list[Row], columns: tuple[str, ...], plot: Callable[[list[Row], Path], None], stem: Path) -> str:
+def write_results(
+    rows: list[Row], columns: tuple[str, ...], plot: Callable[[list[Row], Path], None], stem: Path
+) -> str:
     """`stem`.csv and `stem`.png, in a folder that need not exist; returns a line that says so."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, picture = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "png"))

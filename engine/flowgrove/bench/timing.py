@@ -1,4 +1,6 @@
-"""Interleaved timing: in every round each contender runs once, in an order drawn anew, so that drift of the machine meets all of them alike."""
+"""Interleaved timing: in every round each contender runs once, in an order drawn anew,
+so that drift of the machine meets all of them alike.
+"""
 
 import gc
 import math
@@ -36,7 +38,9 @@ def make_clock(device: torch.device) -> Clock:
 
 
 def interleave(entrants: list[Contender], clock: Clock, rounds: int) -> dict[str, Spread]:
-    """Times every entrant `rounds` times after `WARM_UP` calls of each; outputs are freed outside the clock, garbage after all rounds."""
+    """Times every entrant `rounds` times after `WARM_UP` calls of each;
+    outputs are freed outside the clock, garbage after all rounds.
+    """
     times: dict[str, list[float]] = {contender.name: [] for contender in entrants}
     shuffled, order = random.Random(0), list(entrants)
     with _no_garbage_collection():
@@ -50,9 +54,11 @@ def interleave(entrants: list[Contender], clock: Clock, rounds: int) -> dict[str
 
 
 def copier(traffic: int, device: torch.device) -> Contender:
-    """Reads and writes `traffic` bytes between two buffers that exist already: the bandwidth that others are compared with.
+    """Reads and writes `traffic` bytes between two buffers that exist already: the bandwidth that others are compared
+    with.
 
-    A kernel that negates, for a copy inside a CUDA graph is left to a slower engine: on an H200 it moved 2.7 TB/s there and 4.1 outside.
+    A kernel that negates, for a copy inside a CUDA graph is left to a slower engine: on an H200 it moved 2.7 TB/s there
+    and 4.1 outside.
     """
     source = torch.ones(max(traffic // 8, 1), device=device)
     target = torch.ones_like(source)
@@ -70,7 +76,9 @@ def _cpu_clock(contender: Contender) -> float:
 
 
 def _gpu_clock(device: torch.device) -> Clock:
-    """Events around a call on an idle device with an emptied L2 cache; so the time of launching counts as far as the device has to wait for it."""
+    """Events around a call on an idle device with an emptied L2 cache;
+    so the time of launching counts as far as the device has to wait for it.
+    """
     flush = _flusher(device)
 
     def clock(contender: Contender) -> float:
@@ -89,7 +97,9 @@ def _gpu_clock(device: torch.device) -> Clock:
 
 
 class Graph(NamedTuple):
-    """A CUDA graph of `calls` calls of one contender, each on inputs of its own; `outputs` keep what they write from being written over."""
+    """A CUDA graph of `calls` calls of one contender, each on inputs of its own;
+    `outputs` keep what they write from being written over.
+    """
 
     name: str
     replay: Callable[[], None]
@@ -108,14 +118,16 @@ def record(calls: Sequence[Contender], device: torch.device) -> Graph:
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with use_backend(calls[0].backend or "auto"):
-        with torch.cuda.stream(side):  # what a first call allocates and compiles must not be captured; autograd remembers the stream
+        # what a first call allocates and compiles must not be captured; autograd remembers the stream
+        with torch.cuda.stream(side):
             for call in calls:
                 call.run()
         caller = torch.cuda.current_stream(device)
         caller.wait_stream(side)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=pool, stream=side):  # a failed capture would leave `side` current
+            # a failed capture would leave `side` current
+            with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=pool, stream=side):
                 outputs = [call.run() for call in calls]
         except RuntimeError:
             leave_pool(device, pool)
@@ -124,7 +136,9 @@ def record(calls: Sequence[Contender], device: torch.device) -> Graph:
 
 
 def interleave_graphs(graphs: list[Graph], device: torch.device, rounds: int) -> dict[str, Spread]:
-    """Microseconds of one call inside a graph: the GPU's time alone, without launching. The queue is never empty while a graph begins."""
+    """Microseconds of one call inside a graph: the GPU's time alone, without launching.
+    The queue is never empty while a graph begins.
+    """
     flush = _flusher(device)
     times: dict[str, list[float]] = {graph.name: [] for graph in graphs}
     shuffled, order = random.Random(0), list(graphs)

@@ -1,10 +1,11 @@
-"""Prompts from files, folders and public sets, and which of them an iteration takes: a pure function of (seed, iteration), so that a resumed run goes
-on where it stopped.
+"""Prompts from files, folders and public sets, and which of them an iteration takes: a pure function of (seed,
+iteration), so that a resumed run goes on where it stopped.
 
     NAME.jsonl, NAME.json     an object or a string per line, or one list of them
     NAME.csv, NAME.tsv        one column of it; the first line names the columns
     NAME.parquet              one column of it
-    a folder                  written by datasets.save_to_disk (a DatasetDict: its train split), or with parquet files as downloaded from the hub
+    a folder                  written by datasets.save_to_disk (a DatasetDict: its train split), or with parquet files
+                              as downloaded from the hub
     a name of NAMED_SETS      that public set in the local Hugging Face cache; nothing is ever downloaded
     anything else             UTF-8 text, one prompt per line; only LF and CR LF end one
 """
@@ -23,17 +24,24 @@ from flowgrove.paths import exists, local
 
 
 class NamedSet(NamedTuple):
-    """A dataset repository on the Hugging Face hub: patterns of the files in it, and the column that holds the prompts."""
+    """A dataset repository on the Hugging Face hub:
+    patterns of the files in it, and the column that holds the prompts.
+    """
 
     repository: str
     files: tuple[str, ...]
     column: str
 
 
-# Each prompt counts once. Left out: sets without a dataset repository of their own (GenEval, the OCR prompts of Flow-GRPO); their text files work as files.
+# Each prompt counts once. Left out: sets without a dataset repository of their own (GenEval, the OCR prompts of
+# Flow-GRPO); their text files work as files.
 NAMED_SETS = {
     "hpdv2": NamedSet("ymhao/HPDv2", ("train.json",), "prompt"),
-    "hpdv2_benchmark": NamedSet("ymhao/HPDv2", tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")), "prompt"),
+    "hpdv2_benchmark": NamedSet(
+        "ymhao/HPDv2",
+        tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
+        "prompt",
+    ),
     "pickapic_v1": NamedSet("yuvalkirstain/pickapic_v1_no_images", ("data/train-*.parquet",), "caption"),
     "pickapic_v1_test": NamedSet("yuvalkirstain/pickapic_v1_no_images", ("data/test_unique-*.parquet",), "caption"),
     "pickapic_v2": NamedSet("yuvalkirstain/pickapic_v2_no_images", ("data/train-*.parquet",), "caption"),
@@ -104,7 +112,8 @@ def cut_alike(prompts: Sequence[str], read: Callable[[str], Hashable]) -> str | 
         return None
     example = f"the first: {one_line(lost[0][0], 80)!r} and {one_line(lost[0][1], 80)!r}"
     return (
-        f"{len(lost)} prompts differ from others only after the text encoders' limit and train as the same ({example}): "
+        f"{len(lost)} prompts differ from others only after the text encoders' limit and train as the same "
+        f"({example}): "
         "shorten them, or raise model.text_tokens where the model allows it"
     )
 
@@ -135,5 +144,8 @@ def _cached(name: str, named: NamedSet, key: str) -> list[Path]:
     if not found or not all(files and complete(files) for files in found):
         wanted = " ".join(f"--include {shlex.quote(pattern)}" for pattern in named.files)
         command = f"hf download --repo-type dataset {named.repository} {wanted}"
-        raise UserError(f"{key}: the prompt set {name} is not in the Hugging Face cache: run `{command}`, or give the path of a file or folder instead")
+        raise UserError(
+            f"{key}: the prompt set {name} is not in the Hugging Face cache: run `{command}`, "
+            "or give the path of a file or folder instead"
+        )
     return [file for files in found for file in files]

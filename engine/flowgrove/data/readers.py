@@ -1,6 +1,7 @@
 """The texts of a prompt file or folder: jsonl, json, parquet, csv, tsv, what datasets.save_to_disk writes, plain text.
 
-Every reader takes the recipe key and the path for its errors, and the column that holds the prompts (None: prompt, caption or text).
+Every reader takes the recipe key and the path for its errors, and the column that holds the prompts (None: prompt,
+caption or text).
 """
 
 import csv
@@ -81,12 +82,17 @@ def _read_json(file: Path, key: str) -> list[dict[str, Any]]:
         try:
             rows = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{key}: {file} is not JSON ({error}): write a list of objects, or one object per line") from None
+            raise UserError(
+                f"{key}: {file} is not JSON ({error}): write a list of objects, or one object per line"
+            ) from None
     else:
         rows = _json_lines(content.split("\n"), file, key)  # a JSON string may hold the other line ends of Unicode
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict | str):
-            raise UserError(f'{key}: entry {number} of {file} is {str(row)[:40]}: write an object like {{"prompt": "..."}} or a string')
+            raise UserError(
+                f'{key}: entry {number} of {file} is {str(row)[:40]}: write an object like {{"prompt": '
+                f'"..."}} or a string'
+            )
     return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
 
 
@@ -105,7 +111,10 @@ def _json_lines(lines: list[str], file: Path, key: str) -> list[Any]:
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise UserError(f'{key}: line {number} of {file} is not JSON ({error}): write one object per line, like {{"prompt": "..."}}') from None
+            raise UserError(
+                f'{key}: line {number} of {file} is not JSON ({error}): write one object per line, like {{"prompt": '
+                f'"..."}}'
+            ) from None
     return rows
 
 
@@ -123,14 +132,20 @@ def read_folder(folder: Path, key: str, column: str | None) -> list[str]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads(_text(folder / "dataset_dict.json", key))["splits"]
         if "train" not in splits:
-            raise UserError(f"{key}: {folder} holds the splits {', '.join(splits)} and no train: write one of them, like {folder / splits[0]}")
+            raise UserError(
+                f"{key}: {folder} holds the splits {', '.join(splits)} and no train: write one of them, "
+                f"like {folder / splits[0]}"
+            )
         folder = folder / "train"
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _read_saved(folder, key, column)
     for pattern in ("*.parquet", "data/*.parquet", "train/*.parquet"):
         if files := sorted(folder.glob(pattern)):
             return _read_parquet(_one_split(files, folder, key), key, column)
-    raise UserError(f"{key}: {folder} is a folder without prompts: give a file, a folder written by datasets.save_to_disk, or one with parquet files")
+    raise UserError(
+        f"{key}: {folder} is a folder without prompts: give a file, a folder written by datasets.save_to_disk, "
+        "or one with parquet files"
+    )
 
 
 def _read_saved(folder: Path, key: str, column: str | None) -> list[str]:
@@ -138,7 +153,10 @@ def _read_saved(folder: Path, key: str, column: str | None) -> list[str]:
     arrow = _pyarrow("pyarrow", folder, key)
     state = json.loads(_text(folder / "state.json", key))
     if state.get("_indices_data_files"):
-        raise UserError(f"{key}: {folder} is a selection of rows saved by an old version of datasets: load it and save it again with save_to_disk")
+        raise UserError(
+            f"{key}: {folder} is a selection of rows saved by an old version of datasets: "
+            "load it and save it again with save_to_disk"
+        )
     texts: list[str] = []
     characters = 0
     for file in (folder / entry["filename"] for entry in state["_data_files"]):
@@ -196,7 +214,9 @@ def _strings(values: Any, file: Path, key: str, name: str) -> list[str]:
 
 
 def _one_split(files: list[Path], folder: Path, key: str) -> list[Path]:
-    """The files of train, or of the only split; names are like train-00000-of-00002.parquet. A shard that is missing is an error."""
+    """The files of train, or of the only split; names are like train-00000-of-00002.parquet.
+    A shard that is missing is an error.
+    """
     splits: dict[str, list[Path]] = {}
     for file in files:
         shard = _SHARD.match(file.stem)
@@ -205,7 +225,9 @@ def _one_split(files: list[Path], folder: Path, key: str) -> list[Path]:
         raise UserError(f"{key}: {folder} holds several splits and no train: give one file, like {files[0]}")
     chosen = splits.get("train", files)
     if not complete(chosen):
-        raise UserError(f"{key}: {folder} holds {len(chosen)} of the shards that {chosen[0].name} belongs to: download all of them")
+        raise UserError(
+            f"{key}: {folder} holds {len(chosen)} of the shards that {chosen[0].name} belongs to: download all of them"
+        )
     return chosen
 
 

@@ -1,4 +1,6 @@
-"""What the engine asks of a model family: prompts in, velocity, pictures out. Everything else (guidance, batching, precision, replay) is the policy's."""
+"""What the engine asks of a model family: prompts in, velocity, pictures out. Everything else (guidance, batching,
+precision, replay) is the policy's.
+"""
 
 import copy
 import json
@@ -33,7 +35,9 @@ JOINT_ATTENTION = (  # of blocks in which picture and text attend together
 
 
 class Adapter(ABC):
-    """One family of diffusers pipelines. States are fp32 (float64 for model.dtype fp64). `velocity` needs the transformer alone, the rest the pipeline."""
+    """One family of diffusers pipelines. States are fp32 (float64 for model.dtype fp64). `velocity` needs the
+    transformer alone, the rest the pipeline.
+    """
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
@@ -50,10 +54,13 @@ class Adapter(ABC):
         self.geometry, self.transformer, self.pipe, self.folder = geometry, transformer, pipe, folder
 
     @classmethod
-    def load(cls, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()) -> Self:
+    def load(
+        cls, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()
+    ) -> Self:
         """The pipeline in `folder`, frozen, on `device`.
 
-        `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for one that does nothing else.
+        `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for
+        one that does nothing else.
         """
         geometry = read_geometry(folder, recipe)
         dtypes = {}
@@ -65,7 +72,9 @@ class Adapter(ABC):
         named = part_names(folder)
         cls._check_parts(folder, named)
         parts: dict[str, Any] = dict.fromkeys(cls.TEXT)
-        parts |= {name: None if name in without else load_part(folder, name, dtypes.get(name, weights)) for name in named}
+        parts |= {
+            name: None if name in without else load_part(folder, name, dtypes.get(name, weights)) for name in named
+        }
         for tokenizer, encoder in cls._text_parts():
             if parts.get(encoder) is not None:
                 check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
@@ -99,7 +108,9 @@ class Adapter(ABC):
         return cls.PICTURE
 
     def sized(self, recipe: Model) -> Self:
-        """This adapter at the height and width of `recipe`, with the same transformer and pipeline. Raises UserError."""
+        """This adapter at the height and width of `recipe`, with the same transformer and pipeline.
+        Raises UserError.
+        """
         if self.folder is None:
             raise ValueError("this adapter was not loaded from a pipeline folder")
         other = copy.copy(self)
@@ -113,16 +124,20 @@ class Adapter(ABC):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of one sample, without the batch."""
+        """The shape of one sample, without the batch."""
         return self.geometry.latent_shape
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the transformer takes the guidance scale as an input (distilled guidance) instead of an unconditional pass."""
+        """Whether the transformer takes the guidance scale as an input (distilled guidance)
+        instead of an unconditional pass.
+        """
         return bool(self.transformer.config.get("guidance_embeds", False))
 
     def needs_uncond(self, guidance_scale: float) -> bool:
-        """Whether a guidance scale takes an unconditional velocity beside the prompt's. As in diffusers, at most 1 is no guidance."""
+        """Whether a guidance scale takes an unconditional velocity beside the prompt's.
+        As in diffusers, at most 1 is no guidance.
+        """
         return guidance_scale > 1 and not self.embeds_guidance
 
     def samples_per_decode(self, device_type: str) -> int:
@@ -146,18 +161,23 @@ class Adapter(ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
-        """v = dx/dσ, [B, *latent_shape], of states x at σ [B] (fp32). `guidance_scale` matters only where `embeds_guidance`."""
+        """v = dx/dσ, [B, *latent_shape], of states x at σ [B] (fp32).
+        `guidance_scale` matters only where `embeds_guidance`.
+        """
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] of clean latents, in their dtype."""
 
     def guide(self, v: Tensor, v_uncond: Tensor, scale: float) -> Tensor | None:
-        """The guided velocity, differentiable, where the family does not use v_u + γ(v − v_u), which the fused ops apply themselves."""
+        """The guided velocity, differentiable, where the family does not use v_u + γ(v − v_u),
+        which the fused ops apply themselves.
+        """
         return None
 
     def save_pipeline(self, folder: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and copies of all other parts' files.
+        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and copies of all other parts'
+        files.
 
         `dtypes`: of the transformer's weights by their names; the others are written as they are.
         """
@@ -192,7 +212,8 @@ def _copy_files(source: Path, target: Path) -> None:
 def normalised_latents(vae: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, F, h, w] as a VAE with statistics per channel decodes them."""
     mean, std = (
-        to_device(torch.tensor(values), latents.device).to(latents).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        to_device(torch.tensor(values), latents.device).to(latents).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return latents * std + mean
 

@@ -1,4 +1,6 @@
-"""Attention backends: which are usable here, and how a transformer is told to use one. All of them come through diffusers' attention dispatch."""
+"""Attention backends: which are usable here, and how a transformer is told to use one.
+All of them come through diffusers' attention dispatch.
+"""
 
 import torch
 from diffusers.models import attention_dispatch as dispatch
@@ -8,7 +10,8 @@ from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.recipe.schema import Model
 
-_NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}  # ours for diffusers'; all others are diffusers' own
+# ours for diffusers'; all others are diffusers' own
+_NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}
 _INSTALL = {
     "flash": "pip install flash-attn --no-build-isolation",
     "flash_varlen": "pip install flash-attn --no-build-isolation",
@@ -19,7 +22,9 @@ _INSTALL = {
 
 
 def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.device) -> None:
-    """Sets engine.attention on an adapter's transformer; auto leaves PyTorch's own. Raises UserError for a backend that cannot run here or on this model."""
+    """Sets engine.attention on an adapter's transformer; auto leaves PyTorch's own. Raises UserError for a backend that
+    cannot run here or on this model.
+    """
     if wanted == "auto":
         return
     name = _NAMES.get(wanted, wanted)
@@ -28,18 +33,27 @@ def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.de
     if _takes_no_mask(name):
         if adapter.masks_prompts:
             raise UserError(
-                f"engine.attention is {wanted}, which takes no mask, and {recipe.adapter} masks prompts of different lengths: write sdpa or flash_varlen"
+                f"engine.attention is {wanted}, which takes no mask, "
+                f"and {recipe.adapter} masks prompts of different lengths: write sdpa or flash_varlen"
             )
         if recipe.dtype == "bf16" and recipe.lora is None:
-            raise UserError(f"engine.attention is {wanted}, which wants bf16 throughout: with model.lora: null norms train in fp32; write sdpa, or give a lora")
+            raise UserError(
+                f"engine.attention is {wanted}, which wants bf16 throughout: with model.lora: "
+                "null norms train in fp32; write sdpa, or give a lora"
+            )
     transformer = adapter.transformer
-    switchable = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules())
+    switchable = any(
+        hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules()
+    )
     if switchable:
         transformer.set_attention_backend(name)
     elif name == "xformers":
         transformer.set_attn_processor(XFormersJointAttnProcessor())
     elif name != "native":
-        raise UserError(f"engine.attention is {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself runs flash kernels) or xformers")
+        raise UserError(
+            f"engine.attention is {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself "
+            "runs flash kernels) or xformers"
+        )
 
 
 def missing(wanted: str, device: torch.device) -> str | None:

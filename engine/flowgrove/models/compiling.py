@@ -1,10 +1,14 @@
-"""torch.compile of a transformer, block by block: the blocks share their code, so one of each kind is compiled and all run faster."""
+"""torch.compile of a transformer, block by block:
+the blocks share their code, so one of each kind is compiled and all run faster.
+"""
 
 from torch import nn
 
 
 def compile_blocks(transformer: nn.Module) -> int:
-    """Compiles every block of the transformer's lists of blocks, for any number of rows; returns how many. They compile when they first run."""
+    """Compiles every block of the transformer's lists of blocks, for any number of rows; returns how many.
+    They compile when they first run.
+    """
     blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
     for block in blocks:
         block.compile(dynamic=True)

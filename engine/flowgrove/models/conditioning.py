@@ -19,7 +19,9 @@ def padded_length(tokens: Any) -> Any:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Tensors whose first dimension is the prompt. Prompts of different lengths (dimension 1) are padded with zeros, which a "…_mask" tells apart."""
+    """Tensors whose first dimension is the prompt. Prompts of different lengths (dimension 1) are padded with zeros,
+    which a "…_mask" tells apart.
+    """
 
     tensors: dict[str, Tensor]
 
@@ -31,11 +33,16 @@ class Conditioning:
 
     def to(self, device: torch.device) -> "Conditioning":
         """On `device`; the host does not wait for what goes to a GPU."""
-        return Conditioning({name: to_host(tensor) if device.type == "cpu" else to_device(tensor, device) for name, tensor in self.tensors.items()})
+        return Conditioning(
+            {
+                name: to_host(tensor) if device.type == "cpu" else to_device(tensor, device)
+                for name, tensor in self.tensors.items()
+            }
+        )
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors' storage."""
+        """Bytes of its tensors' storage."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
     @staticmethod
@@ -47,7 +54,11 @@ class Conditioning:
         """Tokens of each prompt's text, on the host; without a mask, of the padded one."""
         mask = self._mask()
         if mask is None:
-            return np.full(len(self), max((tensor.shape[1] for tensor in self.tensors.values() if tensor.ndim > 2), default=0), dtype=np.int64)
+            return np.full(
+                len(self),
+                max((tensor.shape[1] for tensor in self.tensors.values() if tensor.ndim > 2), default=0),
+                dtype=np.int64,
+            )
         return to_host(mask.sum(1)).numpy().astype(np.int64)
 
     def trimmed(self, longest: int | None) -> "Conditioning":
@@ -56,10 +67,12 @@ class Conditioning:
         if longest is None or mask is None:
             return self
         end = padded_length(longest)
-        return Conditioning({name: tensor[:, :end] if name in self._padded(mask) else tensor for name, tensor in self.tensors.items()})
+        return Conditioning(
+            {name: tensor[:, :end] if name in self._padded(mask) else tensor for name, tensor in self.tensors.items()}
+        )
 
     def without_padding(self) -> "Conditioning":
-        """As long as the longest text."""
+        """The same, as long as the longest text."""
         return self.trimmed(int(self.lengths().max()))
 
     def split(self) -> list["Conditioning"]:
@@ -69,7 +82,12 @@ class Conditioning:
             return [self[i : i + 1] for i in range(len(self))]
         padded = self._padded(mask)
         return [
-            Conditioning({name: tensor[i : i + 1, :n] if name in padded else tensor[i : i + 1] for name, tensor in self.tensors.items()})
+            Conditioning(
+                {
+                    name: tensor[i : i + 1, :n] if name in padded else tensor[i : i + 1]
+                    for name, tensor in self.tensors.items()
+                }
+            )
             for i, n in enumerate(self.lengths())
         ]
 
@@ -78,11 +96,22 @@ class Conditioning:
 
     def _padded(self, mask: Tensor) -> set[str]:
         """The tensors whose dimension 1 is the text."""
-        return {name for name, tensor in self.tensors.items() if (tensor.ndim > 2 or name.endswith("_mask")) and tensor.shape[1] == mask.shape[1]}
+        return {
+            name
+            for name, tensor in self.tensors.items()
+            if (tensor.ndim > 2 or name.endswith("_mask")) and tensor.shape[1] == mask.shape[1]
+        }
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
     if tensors[0].ndim < 2:
         return torch.cat(tensors)
     longest = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1])) if tensor.shape[1] < longest else tensor for tensor in tensors])
+    return torch.cat(
+        [
+            pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1]))
+            if tensor.shape[1] < longest
+            else tensor
+            for tensor in tensors
+        ]
+    )

@@ -1,6 +1,8 @@
-"""Prompts → conditioning: encoders that stay loaded, that wait in the host's memory, or embeddings on disk that let the encoders go.
+"""Prompts → conditioning: encoders that stay loaded, that wait in the host's memory, or embeddings on disk that let the
+encoders go.
 
-On disk each prompt is a safetensors file without padding, in a folder named after the encoders' files and what they were asked for.
+On disk each prompt is a safetensors file without padding, in a folder named after the encoders' files and what they
+were asked for.
 """
 
 import hashlib
@@ -67,13 +69,19 @@ class LoadedEncoder:
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
-        return Conditioning.cat(self._kept.all_of(texts, lambda missing: [self.adapter.encode([text]) for text in missing]))
+        return Conditioning.cat(
+            self._kept.all_of(texts, lambda missing: [self.adapter.encode([text]) for text in missing])
+        )
 
 
 class OffloadedEncoder:
-    """The encoders wait in the host's memory and come to the device only for texts whose embeddings are not kept there too."""
+    """The encoders wait in the host's memory and come to the device only for texts whose
+    embeddings are not kept there too.
+    """
 
-    def __init__(self, load: Callable[[torch.device], Adapter], device: torch.device, most: int = _KEPT_ON_HOST) -> None:
+    def __init__(
+        self, load: Callable[[torch.device], Adapter], device: torch.device, most: int = _KEPT_ON_HOST
+    ) -> None:
         self.load, self.device, self._kept = load, device, _Kept(most)
         self.adapter: Adapter | None = None
 
@@ -99,7 +107,7 @@ class _Kept:
         self._bytes = 0
 
     def all_of(self, texts: list[str], encode: Callable[[list[str]], list[Conditioning]]) -> list[Conditioning]:
-        """Of `texts`; `encode` is asked for those that are not kept."""
+        """The embeddings of `texts`; `encode` is asked for those that are not kept."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._of]
         if missing:
             for text, cond in zip(missing, encode(missing), strict=True):
@@ -112,12 +120,15 @@ class _Kept:
 
 
 class StoredEncoder:
-    """Reads embeddings from `folder`; `load` brings the encoders for the texts that are not there yet, and they are freed again.
+    """Reads embeddings from `folder`; `load` brings the encoders for the texts that are not there yet, and they are
+    freed again.
 
     `most`: bytes that the texts of one `prepare` may take; beyond that it raises TooManyPrompts after the first few.
     """
 
-    def __init__(self, folder: Path, load: Callable[[torch.device], Adapter], device: torch.device, most: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, load: Callable[[torch.device], Adapter], device: torch.device, most: int | None = None
+    ) -> None:
         self.folder, self.load, self.device, self.most = folder, load, device, most
 
     def prepare(self, texts: Iterable[str]) -> None:
@@ -160,7 +171,8 @@ class StoredEncoder:
             raise TooManyPromptsError
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise UserError(
-                f"data.embedding_cache: the embeddings of {count:,} prompts take {needed / 1e9:.0f} GB and {self.folder} has {free / 1e9:.0f} GB free: "
+                f"data.embedding_cache: the embeddings of {count:,} prompts take {needed / 1e9:.0f} GB and "
+                f"{self.folder} has {free / 1e9:.0f} GB free: "
                 "name a folder with more room, or write none"
             )
 
@@ -181,7 +193,9 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _without_end(cond: Conditioning) -> dict[str, Tensor]:
-    """One prompt's tensors, without padding, for a file; zeros that end a sequence are left out, and its length is kept beside it."""
+    """One prompt's tensors, without padding, for a file;
+    zeros that end a sequence are left out, and its length is kept beside it.
+    """
     kept = {}
     (alone,) = cond.split()
     for name, tensor in alone.tensors.items():
@@ -204,7 +218,8 @@ def _with_end(tensors: dict[str, Tensor]) -> Conditioning:
 
 
 def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int) -> Path | None:
-    """Where a recipe's embeddings lie: data.embedding_cache, one folder per set of encoders; None where the encoders stay loaded.
+    """Where a recipe's embeddings lie: data.embedding_cache, one folder per set of encoders; None where the encoders
+    stay loaded.
 
     `auto`: in the user's cache folder if the encoders' files hold more than a gigabyte.
     """
@@ -213,8 +228,20 @@ def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_
     sizes = [file.stat() for file in files]
     if wanted == "none" or (wanted == "auto" and sum(stat.st_size for stat in sizes) <= _LARGE):
         return None
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrove" / "embeddings" if wanted == "auto" else Path(wanted)
-    identity = ["2", recipe.model.adapter, recipe.model.dtype, str(prompt_tokens), diffusers.__version__, transformers.__version__]
-    identity.append(f"ftfy {find_spec('ftfy') is not None}")  # Wan's pipeline cleans prompts with it where it is installed
+    root = (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flowgrove" / "embeddings"
+        if wanted == "auto"
+        else Path(wanted)
+    )
+    identity = [
+        "2",
+        recipe.model.adapter,
+        recipe.model.dtype,
+        str(prompt_tokens),
+        diffusers.__version__,
+        transformers.__version__,
+    ]
+    # Wan's pipeline cleans prompts with it where it is installed
+    identity.append(f"ftfy {find_spec('ftfy') is not None}")
     identity += [f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, sizes, strict=True)]
     return root.expanduser() / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]

@@ -1,4 +1,6 @@
-"""float64 throughout, for tests that compare two orders of the same arithmetic: diffusers' RMSNorm would round its statistics to fp32."""
+"""float64 throughout, for tests that compare two orders of the same arithmetic:
+diffusers' RMSNorm would round its statistics to fp32.
+"""
 
 from functools import partial
 

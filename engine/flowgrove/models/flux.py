@@ -26,7 +26,12 @@ class Flux(Adapter):
         """Zeros in the shape of the longest prompts' embeddings."""
         config = self.transformer.config
         embeds = torch.zeros(rows, self.geometry.prompt_tokens, config.joint_attention_dim, dtype=dtype)
-        return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": torch.zeros(rows, config.pooled_projection_dim, dtype=dtype)})
+        return Conditioning(
+            {
+                "encoder_hidden_states": embeds,
+                "pooled_projections": torch.zeros(rows, config.pooled_projection_dim, dtype=dtype),
+            }
+        )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
@@ -42,9 +47,13 @@ class Flux(Adapter):
         )[0]
 
     def _positions(self, device: torch.device) -> Tensor:
-        """(0, row, column) of every picture token, [tokens, 3]; made on the device, where diffusers' own function would copy them to it in every pass."""
+        """(0, row, column) of every picture token, [tokens, 3]; made on the device, where diffusers' own function would
+        copy them to it in every pass.
+        """
         rows, columns = (side // self.geometry.unit for side in (self.geometry.height, self.geometry.width))
-        row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+        row, column = torch.meshgrid(
+            torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+        )
         return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).to(self.dtype)
 
     @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Where a recipe's model lies: a folder, a repository in the local Hugging Face cache, or the embedded pipeline. Nothing is ever downloaded."""
+"""Where a recipe's model lies: a folder, a repository in the local Hugging Face cache, or the embedded pipeline.
+Nothing is ever downloaded.
+"""
 
 import re
 from pathlib import Path
@@ -18,20 +20,30 @@ _KNOWN = {
 
 
 def model_folder(model: Model) -> Path:
-    """The folder of model.path; "tiny" is the embedded pipeline, OWNER/NAME a repository that has been downloaded. Raises UserError if there is none."""
+    """The folder of model.path; "tiny" is the embedded pipeline, OWNER/NAME a repository that has been downloaded.
+    Raises UserError if there is none.
+    """
     folder = TINY if model.path == "tiny" else Path(model.path).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
         cached = cached_snapshot(model.path)
         if cached is None or not (cached / "model_index.json").is_file():
-            raise UserError(f"model.path {model.path} is not on this machine: hf download {model.path}, or give the folder of a downloaded diffusers pipeline")
+            raise UserError(
+                f"model.path {model.path} is not on this machine: hf download {model.path}, "
+                "or give the folder of a downloaded diffusers pipeline"
+            )
         return cached
-    raise UserError(f"model.path {model.path} holds no model_index.json: give the folder of a downloaded diffusers pipeline, or `tiny`")
+    raise UserError(
+        f"model.path {model.path} holds no model_index.json: give the folder of a downloaded diffusers pipeline, "
+        "or `tiny`"
+    )
 
 
 def configuration_folder(model: Model) -> Path:
-    """The same where configuration files are enough: models that published recipes train need not be downloaded for it. Raises UserError."""
+    """The same where configuration files are enough:
+    models that published recipes train need not be downloaded for it. Raises UserError.
+    """
     try:
         return model_folder(model)
     except UserError:

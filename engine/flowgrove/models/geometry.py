@@ -1,4 +1,6 @@
-"""How large a sample is: latents, picture tokens and text tokens of a recipe's model, from the pipeline's configuration files alone."""
+"""How large a sample is: latents, picture tokens and text tokens of a recipe's model,
+from the pipeline's configuration files alone.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from flowgrove.recipe.schema import Model
 
 @dataclass(frozen=True)
 class Geometry:
-    """One sample: `latent_shape` as states hold it (without the batch), pixels, and what a row costs the transformer in tokens."""
+    """One sample: `latent_shape` as states hold it (without the batch), pixels,
+    and what a row costs the transformer in tokens.
+    """
 
     latent_shape: tuple[int, ...]
     height: int
@@ -24,7 +28,7 @@ class Geometry:
 
     @property
     def pixels(self) -> int:
-        """Of a sample, all frames."""
+        """Pixels of a sample, all frames together."""
         return self.height * self.width * (self.frames or 1)
 
     @property
@@ -33,23 +37,37 @@ class Geometry:
 
 
 def read_geometry(folder: Path, model: Model) -> Geometry:
-    """Raises UserError for a size that the model cannot draw, or a folder whose configuration is not that of a `model.adapter` pipeline."""
+    """Raises UserError for a size that the model cannot draw,
+    or a folder whose configuration is not that of a `model.adapter` pipeline.
+    """
     pipeline, family = _FAMILIES[model.adapter]
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         if index["_class_name"] != pipeline:
             fitting = [name for name, (of, _) in _FAMILIES.items() if of == index["_class_name"]]
             hint = f"write model.adapter: {fitting[0]}" if fitting else f"the adapters are {', '.join(_FAMILIES)}"
-            raise UserError(f"model.path {model.path} holds a {index['_class_name']}, which is not for model.adapter {model.adapter}: {hint}")
+            raise UserError(
+                f"model.path {model.path} holds a {index['_class_name']}, "
+                f"which is not for model.adapter {model.adapter}: {hint}"
+            )
         if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
-            raise UserError(f"model.path {model.path} is a Wan2.2 pipeline: the wan adapter trains Wan2.1, with one transformer and one time for all tokens")
+            raise UserError(
+                f"model.path {model.path} is a Wan2.2 pipeline: the wan adapter trains Wan2.1, "
+                "with one transformer and one time for all tokens"
+            )
         found = family(folder, model)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"model.path {model.path}: cannot read {error.filename} ({error.strerror}): download the whole pipeline folder") from None
+        raise UserError(
+            f"model.path {model.path}: cannot read {error.filename} ({error.strerror}): "
+            "download the whole pipeline folder"
+        ) from None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"model.path {model.path} is not laid out as a {model.adapter} pipeline: check model.adapter, or download the folder anew") from None
+        raise UserError(
+            f"model.path {model.path} is not laid out as a {model.adapter} pipeline: check model.adapter, "
+            "or download the folder anew"
+        ) from None
     if found.frames is None and model.frames is not None:
         raise UserError(f"model.frames is {model.frames}, but {model.adapter} draws pictures: leave it out")
     return found
@@ -61,7 +79,16 @@ def _sd3(folder: Path, model: Model) -> Geometry:
     height, width = _size(model, transformer["sample_size"] * scale, unit, transformer["pos_embed_max_size"] * unit)
     clip = _longest(folder, "tokenizer", 77)
     t5 = model.text_tokens or min(256, _longest(folder, "tokenizer_3", 256))
-    return Geometry((transformer["in_channels"], height // scale, width // scale), height, width, unit, None, (height // unit) * (width // unit), t5, clip + t5)
+    return Geometry(
+        (transformer["in_channels"], height // scale, width // scale),
+        height,
+        width,
+        unit,
+        None,
+        (height // unit) * (width // unit),
+        t5,
+        clip + t5,
+    )
 
 
 def _flux(folder: Path, model: Model) -> Geometry:
@@ -69,7 +96,12 @@ def _flux(folder: Path, model: Model) -> Geometry:
 
 
 def _qwen_image(folder: Path, model: Model) -> Geometry:
-    return _packed(model, 2 ** len(_config(folder, "vae")["temperal_downsample"]), _config(folder, "transformer")["in_channels"], 512)
+    return _packed(
+        model,
+        2 ** len(_config(folder, "vae")["temperal_downsample"]),
+        _config(folder, "transformer")["in_channels"],
+        512,
+    )
 
 
 def _packed(model: Model, scale: int, channels: int, text_tokens: int) -> Geometry:
@@ -90,11 +122,15 @@ def _wan(folder: Path, model: Model) -> Geometry:
         raise UserError(f"model.frames is {frames}: write a multiple of {time} and one more, like {near}")
     height, width = (
         _multiple(name, size or default, space * patch)
-        for name, size, default, patch in (("height", model.height, 480, patch_height), ("width", model.width, 832, patch_width))
+        for name, size, default, patch in (
+            ("height", model.height, 480, patch_height),
+            ("width", model.width, 832, patch_width),
+        )
     )
     shape = (transformer["in_channels"], (frames - 1) // time + 1, height // space, width // space)
     tokens = shape[1] * (shape[2] // patch_height) * (shape[3] // patch_width)
-    return Geometry(shape, height, width, space * patch_height, frames, tokens, model.text_tokens or 512, 0)  # text is read through cross-attention
+    # text is read through cross-attention
+    return Geometry(shape, height, width, space * patch_height, frames, tokens, model.text_tokens or 512, 0)
 
 
 _FAMILIES = {
@@ -106,7 +142,10 @@ _FAMILIES = {
 
 
 def _size(model: Model, default: int, unit: int, most: int | None = None) -> tuple[int, int]:
-    height, width = (_multiple(name, size or default, unit, most) for name, size in (("height", model.height), ("width", model.width)))
+    height, width = (
+        _multiple(name, size or default, unit, most)
+        for name, size in (("height", model.height), ("width", model.width))
+    )
     return height, width
 
 
@@ -122,7 +161,11 @@ def _autoencoder_scale(folder: Path) -> int:
 
 def _longest(folder: Path, tokenizer: str, default: int) -> int:
     file = folder / tokenizer / "tokenizer_config.json"
-    return int(json.loads(file.read_text(encoding="utf-8")).get("model_max_length", default)) if file.is_file() else default
+    return (
+        int(json.loads(file.read_text(encoding="utf-8")).get("model_max_length", default))
+        if file.is_file()
+        else default
+    )
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""From a recipe to its model on the device: which family, and its text encoders before the rest and only as long as they are needed."""
+"""From a recipe to its model on the device: which family,
+and its text encoders before the rest and only as long as they are needed.
+"""
 
 from collections.abc import Iterable
 
@@ -29,8 +31,12 @@ from flowgrove.recipe.schema import Recipe
 ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
 
 
-def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None) -> tuple[Adapter, Encoder]:
-    """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will be decoded. Raises UserError."""
+def load_model(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None
+) -> tuple[Adapter, Encoder]:
+    """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will
+    be decoded. Raises UserError.
+    """
     model, folder, family = recipe.model, model_folder(recipe.model), ADAPTERS[recipe.model.adapter]
     diffusers.utils.logging.disable_progress_bar()
 
@@ -40,7 +46,10 @@ def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: 
         except BaseException as error:
             if not is_of_a_library(error):
                 raise
-            raise UserError(f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(
+                f"model.path {model.path} does not load as a {model.adapter} pipeline: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from None
 
     def load_encoders(place: torch.device) -> Adapter:
         return load(place, family.parts_beside_text(folder))
@@ -53,7 +62,9 @@ def load_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: 
         adapter = load(device)
         warn_of_cut_prompts(adapter, texts)
         return adapter, LoadedEncoder(adapter)
-    stored = StoredEncoder(folder_of_embeddings, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
+    stored = StoredEncoder(
+        folder_of_embeddings, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None
+    )
     encoder: Encoder = stored
     try:
         stored.prepare([*texts, family.uncond_text] if texts else ())

@@ -96,7 +96,9 @@ def write_lora(
 
 
 def comfyui_name(pipeline: str, module: str) -> str:
-    """What ComfyUI's loader calls a module of a diffusers transformer. Raises UserError for one that it has no name for."""
+    """What ComfyUI's loader calls a module of a diffusers transformer.
+    Raises UserError for one that it has no name for.
+    """
     if pipeline == "WanPipeline":
         block = re.fullmatch(r"(blocks\.\d+)\.(attn1|attn2|ffn)\.(.+)", module)
         if block is not None and block[3] in _WAN_LAYERS:

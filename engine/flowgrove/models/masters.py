@@ -1,6 +1,7 @@
 """bf16 compute over fp32 masters: what trains is fp32, what the passes read are bf16 copies, rounded once per update.
 
-Autocast alone would round every trained weight anew in every pass; the products, and so velocities and gradients, are the same to the bit.
+Autocast alone would round every trained weight anew in every pass; the products, and so velocities and gradients, are
+the same to the bit.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ _ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose weights
 
 
 class Masters:
-    """The fp32 masters of a transformer's trained linear and convolution layers, whose own parameters become copies in `dtype`.
+    """The fp32 masters of a transformer's trained linear and convolution layers, whose own parameters become copies in
+    `dtype`.
 
     A gradient goes to the master as soon as it is complete, and the copy's is freed.
     """
@@ -38,7 +40,9 @@ class Masters:
 
 def _to_master(master: nn.Parameter) -> Callable[[Tensor], None]:
     def move(copy: Tensor) -> None:
-        gradient, copy.grad = copy.grad, None  # first: where memory runs out below, nothing stays behind for the next attempt
+        # first: where memory runs out below, nothing stays behind for the next attempt
+        gradient = copy.grad
+        copy.grad = None
         if gradient is not None:
             master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
 

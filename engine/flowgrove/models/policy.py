@@ -1,6 +1,8 @@
-"""The policy: an adapter with trainable weights, guidance, precision and micro-batches. Rollout and update see only this.
+"""The policy: an adapter with trainable weights, guidance, precision and micro-batches. Rollout and update see only
+this.
 
-Whatever trains has fp32 master weights; with model.dtype bf16 the passes run under autocast on bf16 copies of them, frozen weights are stored in bf16.
+Whatever trains has fp32 master weights; with model.dtype bf16 the passes run under autocast on bf16 copies of them,
+frozen weights are stored in bf16.
 """
 
 import copy
@@ -40,8 +42,10 @@ def tokens_per_pass(recipe: Recipe, device_type: str) -> int:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts: texts, their conditioning [P], and the unconditional one [1] where guidance needs it; on the host [P], `lengths` of the texts in
-    tokens, and `tokens` that a row of each costs, picture and text, both rows of guidance."""
+    """Encoded prompts: texts, their conditioning [P], and the unconditional one [1] where guidance needs it; on the
+    host [P], `lengths` of the texts in tokens, and `tokens` that a row of each costs, picture and text, both rows of
+    guidance.
+    """
 
     texts: list[str]
     cond: Conditioning
@@ -65,7 +69,9 @@ class Prompts:
 
 
 class Velocity(NamedTuple):
-    """v [B, ...], and the unconditional velocity with the scale γ where the fused ops are to guide: v_u + γ(v − v_u)."""
+    """v [B, ...], and the unconditional velocity with the scale γ where the fused ops are to guide:
+    v_u + γ(v − v_u).
+    """
 
     v: Tensor
     uncond: Tensor | None = None
@@ -73,7 +79,9 @@ class Velocity(NamedTuple):
 
 
 class Policy:
-    """Raises UserError for a missing or unsuitable model folder. `texts`: prompts that will be asked for; None: only weights will."""
+    """Raises UserError for a missing or unsuitable model folder. `texts`: prompts that will be asked for; None:
+    only weights will.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device, texts: Iterable[str] | None = ()) -> None:
         model = recipe.model
@@ -82,7 +90,9 @@ class Policy:
         self.state_dtype = torch.float64 if model.dtype == "fp64" else torch.float32
         self.guidance_scale = model.guidance_scale
         if model.dtype == "fp64" and model.adapter != "sd3":
-            raise UserError(f"model.dtype is fp64: the {model.adapter} transformer computes positions and norms in fp32; write fp32")
+            raise UserError(
+                f"model.dtype is fp64: the {model.adapter} transformer computes positions and norms in fp32; write fp32"
+            )
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.adapter, self.encoder = load_model(recipe, device, self.compute_dtype, texts)
@@ -100,7 +110,10 @@ class Policy:
         if recipe.engine.compile:
             compile_blocks(self.transformer)
         self._samples_per_decode = self.adapter.samples_per_decode(device.type)
-        self.budget = PassBudget(tokens_per_pass(recipe, device.type), max(self.sized(sized).adapter.geometry.tokens for sized in recipe.at_sizes()))
+        self.budget = PassBudget(
+            tokens_per_pass(recipe, device.type),
+            max(self.sized(sized).adapter.geometry.tokens for sized in recipe.at_sizes()),
+        )
         if recipe.engine.cuda_graphs and device.type != "cuda":
             raise UserError(f"engine.cuda_graphs is true, but the run is on a {device.type}: write false")
         self.recordings = Recordings(device) if recipe.engine.cuda_graphs else None
@@ -121,10 +134,16 @@ class Policy:
 
     def _check_cheaper_forwards(self, recipe: Recipe) -> None:
         if recipe.rollout.guidance_range is not None and not self.doubles:
-            why = "the model takes guidance as an input" if self.adapter.embeds_guidance else f"model.guidance_scale is {self.guidance_scale:g}"
+            why = (
+                "the model takes guidance as an input"
+                if self.adapter.embeds_guidance
+                else f"model.guidance_scale is {self.guidance_scale:g}"
+            )
             raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
         if recipe.rollout.cache is not None and not hasattr(self.transformer, "enable_cache"):
-            raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")
+            raise UserError(
+                f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it"
+            )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name → master weight, in the transformer's order. Whoever changes one calls `refresh`."""
@@ -132,7 +151,7 @@ class Policy:
         return {name: masters.get(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad}
 
     def drop_gradients(self) -> None:
-        """Of masters, and of copies where a backward has failed on its way."""
+        """Drops the gradients of masters, and of copies where a backward has failed on its way."""
         self.transformer.zero_grad(set_to_none=True)
         for master in self._masters.of.values() if self._masters is not None else ():
             master.grad = None
@@ -160,7 +179,8 @@ class Policy:
         cond, uncond = whole[rows], whole[len(distinct) :].without_padding() if self.doubles else None
         lengths, size = cond.lengths(), self.adapter.geometry
         longer = lengths if uncond is None else np.maximum(lengths, uncond.lengths())
-        beside = padded_length(longer) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)  # what a pass need not pad, it need not run
+        # what a pass need not pad, it need not run
+        beside = padded_length(longer) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)
         return Prompts(texts, cond, uncond, lengths, (size.picture_tokens + beside) * (1 if uncond is None else 2))
 
     def forget_recordings(self) -> None:
@@ -170,22 +190,34 @@ class Policy:
 
     @property
     def weights_in_use(self) -> tuple[int, ...]:
-        """Names what a pass would run on now: the size, and the trained weights, their average or the reference model."""
-        return id(self.adapter.geometry), id(self.adapter.transformer), self._first_trained.data_ptr() if self._tuned else 0
+        """Names what a pass would run on now: the size, and the trained weights,
+        their average or the reference model.
+        """
+        return (
+            id(self.adapter.geometry),
+            id(self.adapter.transformer),
+            self._first_trained.data_ptr() if self._tuned else 0,
+        )
 
     @property
     def doubles(self) -> bool:
         """Whether guidance needs an unconditional velocity, two rows for one."""
         return self.adapter.needs_uncond(self.guidance_scale)
 
-    def velocity(self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None) -> Velocity:
-        """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows. `longest`: the pass's longest text."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None
+    ) -> Velocity:
+        """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows.
+        `longest`: the pass's longest text.
+        """
         with self._precision():
             cond = prompts.cond[prompt_of].trimmed(longest)
             if prompts.uncond is None:
                 return Velocity(self.adapter.velocity(x, sigma, cond, self.guidance_scale))
             both = Conditioning.cat([cond, prompts.uncond[torch.zeros_like(prompt_of)]])
-            v, uncond = self.adapter.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale).chunk(2)
+            v, uncond = self.adapter.velocity(
+                torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale
+            ).chunk(2)
         guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
@@ -208,10 +240,13 @@ class Policy:
 
     @contextmanager
     def caching(self, cache: Cache) -> Iterator[None]:
-        """Inside the block the attention layers of some steps are extrapolated from the steps before, each pass under its `cache_name`."""
+        """Inside the block the attention layers of some steps are extrapolated from the steps before,
+        each pass under its `cache_name`.
+        """
         config = TaylorSeerCacheConfig(
             cache_interval=cache.interval, disable_cache_before_step=cache.order + 1, max_order=cache.order,
-            taylor_factors_dtype=self.compute_dtype, cache_identifiers=[r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"],
+            taylor_factors_dtype=self.compute_dtype,
+            cache_identifiers=[r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"],
         )  # fmt: skip
         self.transformer.enable_cache(config)
         self.caches = True

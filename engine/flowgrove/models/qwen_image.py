@@ -1,4 +1,6 @@
-"""QwenImagePipeline: prompts of any length under a mask, and guidance that keeps the norm of the conditional velocity."""
+"""QwenImagePipeline: prompts of any length under a mask,
+and guidance that keeps the norm of the conditional velocity.
+"""
 
 import torch
 from diffusers import QwenImagePipeline
@@ -49,8 +51,15 @@ class QwenImage(Adapter):
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings, nothing masked."""
-        embeds = torch.zeros(rows, self.geometry.prompt_tokens, self.transformer.config.joint_attention_dim, dtype=dtype)
-        return Conditioning({"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool)})
+        embeds = torch.zeros(
+            rows, self.geometry.prompt_tokens, self.transformer.config.joint_attention_dim, dtype=dtype
+        )
+        return Conditioning(
+            {
+                "encoder_hidden_states": embeds,
+                "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool),
+            }
+        )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""

@@ -29,18 +29,27 @@ class SD3(Adapter):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Text embeddings of the two CLIP encoders and T5, and the pooled ones, as the pipeline itself makes them."""
         longest = self.geometry.prompt_tokens
-        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=longest)
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=longest
+        )
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings."""
         config = self.transformer.config
         embeds = torch.zeros(rows, self.geometry.text_tokens, config.joint_attention_dim, dtype=dtype)
-        return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": torch.zeros(rows, config.pooled_projection_dim, dtype=dtype)})
+        return Conditioning(
+            {
+                "encoder_hidden_states": embeds,
+                "pooled_projections": torch.zeros(rows, config.pooled_projection_dim, dtype=dtype),
+            }
+        )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, h, w] in the transformer's dtype; σ reaches the model unrounded."""
-        return self.transformer(hidden_states=x.to(self.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors)[0]
+        return self.transformer(
+            hidden_states=x.to(self.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors
+        )[0]
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

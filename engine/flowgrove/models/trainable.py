@@ -10,11 +10,18 @@ from flowgrove.recipe.schema import Lora
 
 
 def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple[str, ...], seed: int) -> None:
-    """Sets requires_grad, and adds seeded LoRA layers where the recipe asks for them. Raises UserError for targets that match no layer."""
+    """Sets requires_grad, and adds seeded LoRA layers where the recipe asks for them.
+    Raises UserError for targets that match no layer.
+    """
     transformer.requires_grad_(lora is None)
     if lora is None:
         return
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets or list(default_targets), init_lora_weights="gaussian")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets or list(default_targets),
+        init_lora_weights="gaussian",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -1,4 +1,6 @@
-"""Keeps freed memory in the process: on a CPU, glibc otherwise returns every large tensor to the kernel and pays a page fault per 4 KB to get it back."""
+"""Keeps freed memory in the process: on a CPU, glibc otherwise returns every large tensor to the kernel and pays a page
+fault per 4 KB to get it back.
+"""
 
 import ctypes
 import sys
@@ -8,7 +10,9 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to serve tensors up to 32 MB from a heap that it never shrinks. Returns whether the C library took the setting (False elsewhere)."""
+    """Tells glibc to serve tensors up to 32 MB from a heap that it never shrinks. Returns whether the C library took
+    the setting (False elsewhere).
+    """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -14,8 +14,9 @@ _log = logging.getLogger("flowgrove")
 
 
 class PassBudget:
-    """`tokens` that a pass may hold, picture and text, padding included; `row`: those of one row of the longest prompt. Rollout, training and evaluation
-    share it."""
+    """`tokens` that a pass may hold, picture and text, padding included; `row`: those of one row of the longest prompt.
+    Rollout, training and evaluation share it.
+    """
 
     def __init__(self, tokens: int, row: int) -> None:
         self.tokens, self.row = tokens, row

@@ -1,6 +1,7 @@
 """Which rows share a pass of the transformer. A pure function of what each row costs: no tensors, no model.
 
-A row is a (state, step) of any timestep and any prompt. The rows of a pass are padded to the longest of them, so a pass costs rows · longest tokens.
+A row is a (state, step) of any timestep and any prompt. The rows of a pass are padded to the longest of them, so a pass
+costs rows · longest tokens.
 """
 
 import numpy as np
@@ -12,8 +13,9 @@ Ints = NDArray[np.int64]
 def pack(tokens: Ints, budget: int) -> list[Ints]:
     """Passes over rows of `tokens` [R] each: the row numbers of every pass, every row in one of them.
 
-    A pass holds at most `budget` tokens, padding included, or one row that is larger alone. There are as few passes as can be, and rows of equal cost are
-    spread evenly over theirs. What the passes look like depends on the rows' costs alone, not on their order.
+    A pass holds at most `budget` tokens, padding included, or one row that is larger alone. There are as few passes as
+    can be, and rows of equal cost are spread evenly over theirs. What the passes look like depends on the rows' costs
+    alone, not on their order.
     """
     tokens = np.asarray(tokens, dtype=np.int64)
     rows = np.argsort(-tokens, kind="stable")  # the longest first; rows of equal cost keep their order

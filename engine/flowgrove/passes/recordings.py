@@ -1,4 +1,6 @@
-"""CUDA graphs: a function of device tensors is recorded once per shape and replayed, so that the host launches one graph instead of thousands of kernels."""
+"""CUDA graphs: a function of device tensors is recorded once per shape and replayed, so that the host launches one
+graph instead of thousands of kernels.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +27,9 @@ class _Recorded:
 
 
 class Recordings:
-    """One recording per key and shapes of the inputs. All share a memory pool: they are replayed one after the other on one stream."""
+    """One recording per key and shapes of the inputs. All share a memory pool:
+    they are replayed one after the other on one stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +50,8 @@ class Recordings:
     def __call__(self, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
         """`function(*inputs)`, copied out of the recording's own tensors.
 
-        `function` is only run when it is recorded: all that changes from call to call must come in as a tensor, and `key` must name what else it depends on.
+        `function` is only run when it is recorded: all that changes from call to call must come in as a tensor, and
+        `key` must name what else it depends on.
         """
         whole = (key, *((tuple(tensor.shape), tensor.dtype) if tensor is not None else None for tensor in inputs))
         if whole not in self._recorded:
@@ -87,7 +92,10 @@ class Recordings:
             if (full := _memory_error(error)) is not None:
                 raise full from None
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"engine.cuda_graphs: the model's forward cannot be recorded ({reason}): write engine.cuda_graphs: false") from None
+            raise UserError(
+                f"engine.cuda_graphs: the model's forward cannot be recorded ({reason}): write engine.cuda_graphs: "
+                "false"
+            ) from None
         return _Recorded(inputs, outputs, graph.replay)
 
 

@@ -5,13 +5,17 @@ from flowgrove_kernels import StepCoefficients, dpmpp_2m_coefficients, step_coef
 
 
 def plan_coefficients(plan: RolloutPlan) -> StepCoefficients:
-    """fp32 rows on the CPU, row i for step i. Split steps may draw wider noise than their density says (`split_noise_scale`)."""
+    """fp32 rows on the CPU, row i for step i. Split steps may draw wider noise than their
+    density says (`split_noise_scale`).
+    """
     return StepCoefficients.cat([_row(plan, step) for step in plan.steps])
 
 
 def _row(plan: RolloutPlan, step: Step) -> StepCoefficients:
     if step.stochastic:
-        row = step_coefficients(plan.dynamics, step.sigma, step.sigma_next, noise_level=plan.noise_level, sigma_max=plan.sigma_max)
+        row = step_coefficients(
+            plan.dynamics, step.sigma, step.sigma_next, noise_level=plan.noise_level, sigma_max=plan.sigma_max
+        )
         scale = plan.split_noise_scale if step.fanout > 1 else 1.0
         return StepCoefficients(row.x_coef, row.v_coef, row.prev_coef, row.std * scale, row.precision, row.log_norm)
     before = plan.steps[step.index - 1] if step.index else None

@@ -1,7 +1,9 @@
-"""The plan of one iteration: what every step of the schedule does, and what it costs. A pure function of recipe and iteration: no tensors, no model.
+"""The plan of one iteration: what every step of the schedule does, and what it costs. A pure function of recipe and
+iteration: no tensors, no model.
 
-A rollout is a forest. Level t holds the distinct states before step t; node i of a level with fanout K has the children K·i … K·i + K−1, so the leaves
-below a node are contiguous. All algorithms differ only in σ, solver, fanout and `trained` of their steps.
+A rollout is a forest. Level t holds the distinct states before step t; node i of a level with fanout K has the children
+K·i … K·i + K−1, so the leaves below a node are contiguous. All algorithms differ only in σ, solver, fanout and
+`trained` of their steps.
 """
 
 import math
@@ -75,15 +77,27 @@ class RolloutPlan:
         return tuple(step for step in self.steps if step.trained)
 
     def guided(self, step: Step) -> bool:
-        """Whether guidance runs at the step: everywhere, or in rollout.guidance_range (Kynkäänniemi et al. 2404.07724) and wherever there is noise."""
-        return self.guidance_range is None or step.stochastic or self.guidance_range[0] <= step.index < self.guidance_range[1]
+        """Whether guidance runs at the step: everywhere, or in rollout.guidance_range (Kynkäänniemi et al. 2404.07724)
+        and wherever there is noise.
+        """
+        return (
+            self.guidance_range is None
+            or step.stochastic
+            or self.guidance_range[0] <= step.index < self.guidance_range[1]
+        )
 
     def caches(self, step: Step) -> bool:
-        """Whether the step may extrapolate its attention: nothing after the last stochastic step needs a gradient or a ratio."""
-        return self.cache is not None and step.index > max((other.index for other in self.steps if other.stochastic), default=-1)
+        """Whether the step may extrapolate its attention:
+        nothing after the last stochastic step needs a gradient or a ratio.
+        """
+        return self.cache is not None and step.index > max(
+            (other.index for other in self.steps if other.stochastic), default=-1
+        )
 
     def extrapolates(self, step: Step) -> bool:
-        """Whether it does: as many steps as the extrapolation has terms are computed first, then every `interval`-th."""
+        """Whether it does: as many steps as the extrapolation has terms are computed first,
+        then every `interval`-th.
+        """
         if self.cache is None or not self.caches(step):
             return False
         first = next(other.index for other in self.steps if self.caches(other))
@@ -99,12 +113,16 @@ class RolloutPlan:
         return leaf * self.updates // self.leaves
 
     def update_of_edge(self, step: Step, child: int) -> int:
-        """An edge trains once, in the update of its first leaf; with `parents`, siblings together, in that of their first."""
+        """An edge trains once, in the update of its first leaf;
+        with `parents`, siblings together, in that of their first.
+        """
         first = child - child % step.fanout if self.keep_siblings else child
         return self.update_of_leaf(first * self.width(step))
 
     def selected_steps(self, prompt: int) -> list[frozenset[int]]:
-        """For every leaf of a prompt, the trained steps that its trajectory takes part in: a seeded `step_fraction` of them."""
+        """For every leaf of a prompt, the trained steps that its trajectory takes part in:
+        a seeded `step_fraction` of them.
+        """
         trained = tuple(step.index for step in self.trained_steps)
         if self.step_fraction == 1.0:
             return [frozenset(trained)] * self.leaves
@@ -112,16 +130,21 @@ class RolloutPlan:
         return _drawn(trained, min(share, len(trained)), self.leaves, f"steps/{self.seed}/{self.iteration}/{prompt}")
 
     def kept_edges(self, step: Step, prompt: int, kept_leaf: Callable[[int], bool] | None = None) -> list[bool]:
-        """For every child of a trained step: does plan, `step_fraction` and (with `kept_leaf`) pruning train its edge?"""
+        """Whether the edge of every child of a trained step trains:
+        by plan, by `step_fraction` and (with `kept_leaf`) by pruning.
+        """
         selected, width = self.selected_steps(prompt), self.width(step)
         return [
-            step.index in selected[child * width] and (kept_leaf is None or any(kept_leaf(leaf) for leaf in range(child * width, (child + 1) * width)))
+            step.index in selected[child * width]
+            and (kept_leaf is None or any(kept_leaf(leaf) for leaf in range(child * width, (child + 1) * width)))
             for child in range(step.nodes_out)
         ]
 
     @cached_property
     def counts(self) -> Counts:
-        """Exact, but for `extreme` pruning, which depends on the rewards: there as many leaves as it keeps, spread over the tree."""
+        """Exact, but for `extreme` pruning, which depends on the rewards:
+        there as many leaves as it keeps, spread over the tree.
+        """
         kept_leaf = self._countable_leaves()
         trained_edges, passes = 0, 0
         for step in self.trained_steps:
@@ -155,11 +178,16 @@ class RolloutPlan:
 
 
 def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -> RolloutPlan:
-    """The plan of `iteration` (0-based). `table`: the pipeline's σ table, needed where rollout.shift is null. Raises UserError."""
+    """The plan of `iteration` (0-based). `table`: the pipeline's σ table, needed where rollout.shift is null.
+    Raises UserError.
+    """
     rollout, prune = recipe.rollout, recipe.credit.prune
     if table is None:
         if rollout.shift is None:
-            raise UserError("rollout.shift is null: the pipeline's sigma table is needed to plan; set rollout.shift to a number, or give model.path")
+            raise UserError(
+                "rollout.shift is null: the pipeline's sigma table is needed to plan; set rollout.shift to a number, "
+                "or give model.path"
+            )
         table = shifted_sigmas(rollout.steps, rollout.shift)
     window = window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed)
     stochastic = set(window) | set(rollout.tree.splits if rollout.tree else ())
@@ -171,10 +199,15 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
     for index, (sigma, sigma_next, solver) in enumerate(levels):
         fanout = fanouts.get(index, 1)
         noisy = index in stochastic
-        steps.append(Step(index, sigma, sigma_next, solver, noisy, fanout, noisy and index not in pruned, nodes, nodes * fanout))
+        steps.append(
+            Step(index, sigma, sigma_next, solver, noisy, fanout, noisy and index not in pruned, nodes, nodes * fanout)
+        )
         nodes *= fanout
     if recipe.update.updates_per_iteration > nodes:
-        raise UserError(f"update.updates_per_iteration is {recipe.update.updates_per_iteration}: a group has {nodes} leaves; write {nodes} or less")
+        raise UserError(
+            f"update.updates_per_iteration is {recipe.update.updates_per_iteration}: a group has {nodes} leaves; "
+            f"write {nodes} or less"
+        )
     tree = rollout.tree or Tree(sibling_correlation=0.0)
     return RolloutPlan(
         iteration=iteration,
@@ -210,7 +243,10 @@ def _drawn(trained: tuple[int, ...], share: int, leaves: int, seed: str) -> list
 def _fanouts(rollout: Rollout, stochastic: set[int]) -> dict[int, int]:
     if rollout.tree is not None:
         if rollout.tree.splits[-1] > rollout.steps - 2:
-            raise UserError(f"rollout.tree.splits has {rollout.tree.splits[-1]}: write steps from 0 to {rollout.steps - 2} (the last step is never stochastic)")
+            raise UserError(
+                f"rollout.tree.splits has {rollout.tree.splits[-1]}: "
+                f"write steps from 0 to {rollout.steps - 2} (the last step is never stochastic)"
+            )
         return dict.fromkeys(rollout.tree.splits, rollout.tree.fanout)
     if rollout.shared_initial_noise and stochastic:
         return {min(stochastic): rollout.group_size}
@@ -222,16 +258,27 @@ def _roots(rollout: Rollout, fanouts: dict[int, int], stochastic: set[int]) -> i
     if rollout.shared_initial_noise:
         if below != rollout.group_size and (rollout.tree or rollout.group_size > 1):
             if not stochastic:
-                raise UserError("rollout.shared_initial_noise without a stochastic step makes a group of equal pictures: give a window, or set it to false")
-            raise UserError(f"rollout.group_size is {rollout.group_size}: the tree has {below} leaves; write {below}, or change tree.splits or tree.fanout")
+                raise UserError(
+                    "rollout.shared_initial_noise without a stochastic step makes a group of equal pictures: "
+                    "give a window, or set it to false"
+                )
+            raise UserError(
+                f"rollout.group_size is {rollout.group_size}: the tree has {below} leaves; write {below}, "
+                "or change tree.splits or tree.fanout"
+            )
         return 1
     if rollout.group_size % below:
-        raise UserError(f"rollout.group_size is {rollout.group_size}: without shared noise it must be a multiple of the tree's {below} leaves")
+        raise UserError(
+            f"rollout.group_size is {rollout.group_size}: without shared noise it must be a multiple of the tree's "
+            f"{below} leaves"
+        )
     return rollout.group_size // below
 
 
 def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[tuple[float, float, str]]:
-    """(σ, σ', solver) of every step: the table, and after the last stochastic step the compressed tail, if there is one."""
+    """(σ, σ', solver) of every step: the table, and after the last stochastic step the compressed tail,
+    if there is one.
+    """
     total = rollout.steps
     head = total if rollout.tail is None else max(stochastic, default=-1) + 1
     positions = [float(i) for i in range(head + 1)]
@@ -239,5 +286,8 @@ def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[t
         count = max(1, round_half_up((total - head) * rollout.tail.compress))
         positions += [head + j * (total - head) / count for j in range(1, count)] + [float(total)]
     sigmas = [table(position) for position in positions]
-    solvers = [rollout.dynamics if i in stochastic else "ode" if i < head else rollout.tail.solver if rollout.tail else "ode" for i in range(len(sigmas) - 1)]
+    solvers = [
+        rollout.dynamics if i in stochastic else "ode" if i < head else rollout.tail.solver if rollout.tail else "ode"
+        for i in range(len(sigmas) - 1)
+    ]
     return list(zip(sigmas, sigmas[1:], solvers, strict=False))

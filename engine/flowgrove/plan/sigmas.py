@@ -39,9 +39,13 @@ def shifted_sigmas(steps: int, shift: float) -> SigmaTable:
 
 
 def listed_sigmas(values: Sequence[float], source: str = "a given table") -> SigmaTable:
-    """A foreign table of T + 1 values, linear between its entries. Raises UserError unless it falls strictly from at most 1 to exactly 0."""
+    """A foreign table of T + 1 values, linear between its entries.
+    Raises UserError unless it falls strictly from at most 1 to exactly 0.
+    """
     if len(values) < 2 or values[-1] != 0.0 or not values[0] <= 1.0 or not all(b < a for a, b in pairwise(values)):
-        raise UserError("the pipeline's sigma table does not fall from 1 to 0: set rollout.shift to a number (3.0) instead of null")
+        raise UserError(
+            "the pipeline's sigma table does not fall from 1 to 0: set rollout.shift to a number (3.0) instead of null"
+        )
 
     def sigma(position: float) -> float:
         low = min(int(position), len(values) - 2)
@@ -52,24 +56,34 @@ def listed_sigmas(values: Sequence[float], source: str = "a given table") -> Sig
 
 
 def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = False) -> SigmaTable:
-    """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads no model.
+    """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads
+    no model.
 
-    `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift (FLUX, Qwen-Image); the others leave the unshifted table to the scheduler.
+    `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift (FLUX, Qwen-Image); the others leave the
+    unshifted table to the scheduler.
     """
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
         name = str(config["_class_name"])
     except OSError as error:
-        raise UserError(f"rollout.shift is null, but {config_file} cannot be read ({error.strerror}): set rollout.shift to a number") from None
+        raise UserError(
+            f"rollout.shift is null, but {config_file} cannot be read ({error.strerror}): set rollout.shift to a number"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"rollout.shift is null, but {config_file} is no scheduler configuration: download the file anew, or set rollout.shift") from None
+        raise UserError(
+            f"rollout.shift is null, but {config_file} is no scheduler configuration: download the file anew, "
+            "or set rollout.shift"
+        ) from None
     import diffusers
 
     kind = getattr(diffusers, name, None)
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
     if not known or not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
-        raise UserError(f"rollout.shift is null, but {config_file} names {name}, which is no flow-matching scheduler: set rollout.shift to a number")
+        raise UserError(
+            f"rollout.shift is null, but {config_file} names {name}, which is no flow-matching scheduler: "
+            "set rollout.shift to a number"
+        )
     try:
         values, source = _scheduled(kind, config, steps, tokens, gives_table)
     except Exception as error:  # what libraries raise over foreign settings has many types
@@ -79,7 +93,9 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = 
     return listed_sigmas(values, source)
 
 
-def _scheduled(kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool) -> tuple[list[float], str]:
+def _scheduled(
+    kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool
+) -> tuple[list[float], str]:
     import numpy as np
 
     name = kind.__name__
@@ -106,4 +122,9 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
     if rollout.shift is not None:
         return shifted_sigmas(rollout.steps, rollout.shift)
     folder = configuration_folder(recipe.model)
-    return scheduler_sigmas(folder, rollout.steps, read_geometry(folder, recipe.model).picture_tokens, recipe.model.adapter in ("flux", "qwen_image"))
+    return scheduler_sigmas(
+        folder,
+        rollout.steps,
+        read_geometry(folder, recipe.model).picture_tokens,
+        recipe.model.adapter in ("flux", "qwen_image"),
+    )

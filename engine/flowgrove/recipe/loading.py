@@ -1,4 +1,6 @@
-"""Recipes from files and mappings, validated and checked, and back to YAML. A mistake is one line that names its key."""
+"""Recipes from files and mappings, validated and checked, and back to YAML.
+A mistake is one line that names its key.
+"""
 
 import difflib
 from pathlib import Path
@@ -14,10 +16,14 @@ from flowgrove.recipe.yaml_files import write_yaml
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe in `path`, with `extends:` followed, `key=value` overrides applied, paths found and run.out named. Raises UserError."""
+    """The recipe in `path`, with `extends:` followed, `key=value` overrides applied, paths found and run.out named.
+    Raises UserError.
+    """
     recipe = parse_recipe(read_recipe(path, overrides))
     check_meaning(recipe)
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": recipe.run.out.replace("NAME", path.stem)})})
+    return recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"out": recipe.run.out.replace("NAME", path.stem)})}
+    )
 
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:
@@ -30,7 +36,9 @@ def parse_recipe(content: dict[str, Any]) -> Recipe:
     if model.sizes is None:
         return recipe
     height, width = model.sizes[0]  # evaluation draws at the first size, unless another is given
-    return recipe.model_copy(update={"model": model.model_copy(update={"height": model.height or height, "width": model.width or width})})
+    return recipe.model_copy(
+        update={"model": model.model_copy(update={"height": model.height or height, "width": model.width or width})}
+    )
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -50,15 +58,21 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key}: {hint}"
     if first["type"] == "missing" and not place[-1].isdigit():
         return f"{key} is missing: every recipe needs it"
-    messages = [e["msg"].removeprefix("Value error, ") for e in errors if _place(e["loc"]) == place]  # of a union, what each member asks for
+    # of a union, what each member asks for
+    messages = [e["msg"].removeprefix("Value error, ") for e in errors if _place(e["loc"]) == place]
     shown = repr(first["input"])
-    return f"{key} is {shown if len(shown) < 80 else shown[:77] + '...'}: {' or '.join(m[0].lower() + m[1:] for m in messages)}"
+    wanted = " or ".join(message[0].lower() + message[1:] for message in messages)
+    return f"{key} is {shown if len(shown) < 80 else shown[:77] + '...'}: {wanted}"
 
 
 def _place(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the user wrote, without the union members and validators that pydantic adds."""
     added = ("function-", "tuple[", "literal[", "constrained-")
-    return [str(part) for part in location if not (isinstance(part, str) and (part.startswith(added) or part in ("int", "float")))]
+    return [
+        str(part)
+        for part in location
+        if not (isinstance(part, str) and (part.startswith(added) or part in ("int", "float")))
+    ]
 
 
 def _keys_at(place: list[str]) -> list[str]:

@@ -46,8 +46,12 @@ class Model(Section):
     height: Pixels | None = None
     width: Pixels | None = None
     frames: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)] | None = None  # heights and widths that the prompts of an iteration take in turn
-    text_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None  # longest prompt that the model reads; null: the pipeline's own
+    sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)] | None = (
+        None  # heights and widths that the prompts of an iteration take in turn
+    )
+    text_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = (
+        None  # longest prompt that the model reads; null: the pipeline's own
+    )
     gradient_checkpointing: bool = True
     vae_tiling: bool = False
 
@@ -56,7 +60,9 @@ class Data(Section):
     prompts: Text
     eval_prompts: Text | None = None
     prompts_per_iteration: Annotated[int, Field(ge=1, le=100_000)] = 8
-    prompt_key: str | None = None  # the column of a jsonl, csv, tsv, parquet or datasets file; null: prompt, caption or text
+    prompt_key: str | None = (
+        None  # the column of a jsonl, csv, tsv, parquet or datasets file; null: prompt, caption or text
+    )
     embedding_cache: Text = "auto"  # auto, none or a folder
 
 
@@ -94,7 +100,9 @@ class Tail(Section):
 class Cache(Section):
     """diffusers' TaylorSeer cache (Liu et al. 2503.06923)."""
 
-    interval: Annotated[int, Field(ge=2, le=_LARGEST)] = 3  # steps from one computation of the attention layers to the next
+    interval: Annotated[int, Field(ge=2, le=_LARGEST)] = (
+        3  # steps from one computation of the attention layers to the next
+    )
     order: Annotated[int, Field(ge=0, le=3)] = 1  # of the extrapolation between them
 
 
@@ -120,7 +128,9 @@ class Rollout(Section):
     @model_validator(mode="after")
     def _one_saving(self) -> "Rollout":
         if self.cache is not None and self.guidance_range is not None:
-            raise ValueError("cache and guidance_range do not go together, since guided passes have other rows: remove one of them")
+            raise ValueError(
+                "cache and guidance_range do not go together, since guided passes have other rows: remove one of them"
+            )
         return self
 
 
@@ -146,7 +156,9 @@ class Prune(Section):
     @model_validator(mode="after")
     def _own_keys(self) -> "Prune":
         """Keys of another kind at their defaults are those of a recipe that is written out in full."""
-        own = {"depth": ("depths", "first", "stop", "every", "direction"), "extreme": ("keep",), "parent_top1": ()}[self.kind]
+        own = {"depth": ("depths", "first", "stop", "every", "direction"), "extreme": ("keep",), "parent_top1": ()}[
+            self.kind
+        ]
         for key in type(self).model_fields:
             if key not in ("kind", *own) and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"kind {self.kind} does not take {key}: it takes {', '.join(own) or 'nothing'}")
@@ -180,13 +192,17 @@ class Update(Section):
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    token_budget: Literal["auto"] | Count = "auto"  # of a pass; auto: on a GPU measured when a run begins, on a CPU 4096
+    token_budget: Literal["auto"] | Count = (
+        "auto"  # of a pass; auto: on a GPU measured when a run begins, on a CPU 4096
+    )
     share: bool = True
     exact_replay: bool = False
     attention: str = "auto"  # sdpa, flash, flash3, xformers, or another name of diffusers' attention dispatch
     compile: bool = False  # torch.compile of each transformer block
     cuda_graphs: bool = False  # of the rollout's passes
-    reuse_rollout_graph: Literal["auto"] | bool = "auto"  # the rollout's forward of trained steps serves the first update, where memory allows
+    reuse_rollout_graph: Literal["auto"] | bool = (
+        "auto"  # the rollout's forward of trained steps serves the first update, where memory allows
+    )
     # another value is refused until there is code behind it
     distributed: Literal["none"] = "none"
 
@@ -195,7 +211,9 @@ class Evaluation(Section):
     steps: Steps | None = None  # null: rollout.steps
     guidance_scale: NotNegative | None = None  # null: model.guidance_scale
     samples: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 1  # pictures per held-out prompt
-    tuned_share: Annotated[float, Field(ge=0, le=1)] = 1.0  # of the steps: the tuned model runs these, the reference model the rest
+    tuned_share: Annotated[float, Field(ge=0, le=1)] = (
+        1.0  # of the steps: the tuned model runs these, the reference model the rest
+    )
 
 
 class Run(Section):
@@ -227,4 +245,7 @@ class Recipe(Section):
         sizes = self.model.sizes
         if sizes is None:
             return [self]
-        return [self.model_copy(update={"model": self.model.model_copy(update={"height": height, "width": width})}) for height, width in sizes]
+        return [
+            self.model_copy(update={"model": self.model.model_copy(update={"height": height, "width": width})})
+            for height, width in sizes
+        ]

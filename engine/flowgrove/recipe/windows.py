@@ -1,7 +1,8 @@
-"""Where the window of stochastic steps (MixGRPO 2507.21802) and the pruned depths stand: pure functions of the recipe and the iteration.
+"""Where the window of stochastic steps (MixGRPO 2507.21802) and the pruned depths stand: pure functions of the recipe
+and the iteration.
 
-Positions are counted from the start of the range: l = lo + p, p in 0 … n−1, n = hi − size − lo + 1. A window never shrinks, is never empty and never
-holds the last step of the schedule.
+Positions are counted from the start of the range: l = lo + p, p in 0 … n−1, n = hi − size − lo + 1. A window never
+shrinks, is never empty and never holds the last step of the schedule.
 """
 
 import math
@@ -13,19 +14,30 @@ from flowgrove.recipe.schema import Prune, Window
 
 
 def window_steps(window: Window, steps: int, iteration: int, seed: int) -> range:
-    """The steps of the window in `iteration` (0-based) of a schedule of `steps` steps; empty only for strategy "none"."""
+    """The steps of the window in `iteration` (0-based) of a schedule of `steps` steps;
+    empty only for strategy "none".
+    """
     low, high = window.range or (0, steps - 1)
     if not 0 <= low < high <= steps - 1:
-        raise UserError(f"rollout.window.range is [{low}, {high}): write 0 <= lo < hi <= rollout.steps - 1 = {steps - 1} (the last step is never stochastic)")
+        raise UserError(
+            f"rollout.window.range is [{low}, {high}): write 0 <= lo < hi <= rollout.steps - 1 = {steps - 1} (the last "
+            "step is never stochastic)"
+        )
     if window.strategy == "none":
         return range(0)
     if window.strategy == "all":
         return range(low, high)
     if window.size > high - low:
-        raise UserError(f"rollout.window.size is {window.size}: the range [{low}, {high}) holds {high - low} steps; write {high - low} or less")
+        raise UserError(
+            f"rollout.window.size is {window.size}: the range [{low}, {high}) holds {high - low} steps; "
+            f"write {high - low} or less"
+        )
     positions = high - window.size - low + 1
     if window.strategy == "frozen" and window.start >= positions:
-        raise UserError(f"rollout.window.start is {window.start}: a frozen window of {window.size} steps fits up to start {positions - 1}")
+        raise UserError(
+            f"rollout.window.start is {window.start}: a frozen window of {window.size} steps fits up to start "
+            f"{positions - 1}"
+        )
     start = low + _position(window, positions, iteration, seed)
     return range(start, start + window.size)
 
@@ -43,14 +55,22 @@ def _position(window: Window, positions: int, iteration: int, seed: int) -> int:
         case "decay":
             return _timed(after, iteration, lambda place: _linear_stay(window, place, positions - 1))
         case "exp_decay":
-            return _timed(after, iteration, lambda place: max(1, math.ceil(window.every * math.exp(-window.decay_rate * max(0, place - window.decay_after)))))
+            return _timed(
+                after,
+                iteration,
+                lambda place: max(
+                    1, math.ceil(window.every * math.exp(-window.decay_rate * max(0, place - window.decay_after)))
+                ),
+            )
         case _:
             return after(iteration // window.every)
 
 
 def _linear_stay(window: Window, place: int, last: int) -> int:
     """int(every·(1 − p/L) + min_every·p/L) in whole numbers, which floats would round below some of them."""
-    return max(window.min_every, (window.every * (last - place) + window.min_every * place) // last if last else window.every)
+    return max(
+        window.min_every, (window.every * (last - place) + window.min_every * place) // last if last else window.every
+    )
 
 
 def _timed(after: Callable[[int], int], iteration: int, stay: Callable[[int], int]) -> int:
@@ -64,7 +84,9 @@ def _timed(after: Callable[[int], int], iteration: int, stay: Callable[[int], in
 
 
 def pruned_depths(prune: Prune | None, iteration: int) -> range:
-    """The steps that `depth` pruning leaves out of training: `depths` of them from `first`, moving by one every `every` iterations until they touch `stop`."""
+    """The steps that `depth` pruning leaves out of training: `depths` of them from `first`, moving by one every `every`
+    iterations until they touch `stop`.
+    """
     if prune is None or prune.kind != "depth":
         return range(0)
     moves = iteration // prune.every

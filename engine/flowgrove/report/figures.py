@@ -1,4 +1,6 @@
-"""matplotlib without a display, for every module that draws: `pyplot`, and figures as files that are whole or absent."""
+"""matplotlib without a display, for every module that draws:
+`pyplot`, and figures as files that are whole or absent.
+"""
 
 import warnings
 from pathlib import Path

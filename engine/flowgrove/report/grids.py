@@ -1,4 +1,6 @@
-"""Sample grids: one PNG per evaluation, a row per prompt, with prompts and scores inside the file, so that a report can set two of them side by side."""
+"""Sample grids: one PNG per evaluation, a row per prompt, with prompts and scores inside the file, so that a report can
+set two of them side by side.
+"""
 
 import json
 from dataclasses import dataclass
@@ -62,14 +64,26 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
     scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
     rows, columns = scores.shape
-    tiles = to_bytes(evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]).numpy()
+    tiles = to_bytes(
+        evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]
+    ).numpy()
     prompts = [evaluated.prompts[index * samples] for index in chosen]
     info = PngInfo()
-    layout = {"rows": rows, "columns": columns, "prompts": prompts, "numbers": chosen.tolist(), "scores": scores.tolist()}
+    layout = {
+        "rows": rows,
+        "columns": columns,
+        "prompts": prompts,
+        "numbers": chosen.tolist(),
+        "scores": scores.tolist(),
+    }
     info.add_itxt("flowgrove", json.dumps(layout))
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = tiles.shape[1:3]
-    mosaic = Image.fromarray(tiles.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
+    mosaic = Image.fromarray(
+        tiles.reshape(rows, columns, height, width, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * height, columns * width, 3)
+    )
     write_file(path, lambda partial: mosaic.save(partial, pnginfo=info))
 
 

@@ -1,4 +1,6 @@
-"""The report of a run: reward curve, ratios, and the same prompts and seeds before and after, as PNGs and one HTML page."""
+"""The report of a run: reward curve, ratios, and the same prompts and seeds before and after,
+as PNGs and one HTML page.
+"""
 
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +31,12 @@ def write_report(recipe: Recipe, out: Path) -> Path:
     if not lines:
         log = out / "metrics.jsonl"
         raise UserError(f"{log} holds no line of this recipe: give the folder of a run that has trained")
-    plots = {"Reward": "reward.png", "Policy ratio": "ratio.png", "Clipped edges": "clipped.png", "Advantage by step": "advantage.png"}
+    plots = {
+        "Reward": "reward.png",
+        "Policy ratio": "ratio.png",
+        "Clipped edges": "clipped.png",
+        "Advantage by step": "advantage.png",
+    }
     _reward_curve(lines, recipe, out / "reward.png")
     if len(recipe.reward) > 1:
         plots = {"Reward": "reward.png", "Each reward": "rewards.png", **plots}
@@ -100,7 +107,9 @@ def _is_whole(line: dict[str, Any], recipe: Recipe) -> bool:
 
 
 def evaluations(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(completed iterations, held-out reward): a line's evaluation comes before its update, the last line's after it."""
+    """(completed iterations, held-out reward):
+    a line's evaluation comes before its update, the last line's after it.
+    """
     found = [(line["iteration"], line["eval_reward"]) for line in lines if "eval_reward" in line]
     if len(found) > 1 and "eval_reward" in lines[-1]:
         found[-1] = (found[-1][0] + 1, found[-1][1])
@@ -127,13 +136,25 @@ def _total(recipe: Recipe, line: dict[str, Any]) -> float:
 
 def _reward_curve(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([line["iteration"] for line in lines], [_total(recipe, line) for line in lines], color=_TRAIN, label="training prompts, with exploration noise")
+    axes.plot(
+        [line["iteration"] for line in lines],
+        [_total(recipe, line) for line in lines],
+        color=_TRAIN,
+        label="training prompts, with exploration noise",
+    )
     held_out = evaluations(lines)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=_HELD_OUT, marker="o", label="held-out prompts, fixed seeds")
         for place in {0, len(held_out) - 1}:
             above = place > 0
-            axes.annotate(f"{held_out[place][1]:.3f}", held_out[place], (0, 8 if above else -14), textcoords="offset points", ha="center", color=_HELD_OUT)
+            axes.annotate(
+                f"{held_out[place][1]:.3f}",
+                held_out[place],
+                (0, 8 if above else -14),
+                textcoords="offset points",
+                ha="center",
+                color=_HELD_OUT,
+            )
     axes.set(xlabel="iteration")
     axes.set_ylabel(**literal(" + ".join(reward.name for reward in recipe.reward), "ylabel"))
     axes.margins(y=0.12)
@@ -142,14 +163,27 @@ def _reward_curve(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> No
 
 
 def _each_reward(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None:
-    """One panel per reward, each on its own scale: mean over an iteration's samples, and one standard deviation around it."""
+    """One panel per reward, each on its own scale:
+    mean over an iteration's samples, and one standard deviation around it.
+    """
     count = len(recipe.reward)
-    figure, panels = pyplot.subplots(count, 1, figsize=(7, 1.2 + 1.8 * count), layout="constrained", sharex=True, squeeze=False)
-    figure.suptitle("mean over an iteration's samples; band: one standard deviation around it", fontsize=9, color=_MUTED)
+    figure, panels = pyplot.subplots(
+        count, 1, figsize=(7, 1.2 + 1.8 * count), layout="constrained", sharex=True, squeeze=False
+    )
+    figure.suptitle(
+        "mean over an iteration's samples; band: one standard deviation around it", fontsize=9, color=_MUTED
+    )
     x = [line["iteration"] for line in lines]
     for axes, reward in zip(panels[:, 0], recipe.reward, strict=True):
         mean, std = ([line["reward"][reward.name][key] for line in lines] for key in ("mean", "std"))
-        axes.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=_TRAIN, alpha=0.3, lw=0)
+        axes.fill_between(
+            x,
+            [m - s for m, s in zip(mean, std, strict=True)],
+            [m + s for m, s in zip(mean, std, strict=True)],
+            color=_TRAIN,
+            alpha=0.3,
+            lw=0,
+        )
         axes.plot(x, mean, color=_HELD_OUT)
         axes.set_ylabel(**literal(f"{reward.name} (weight {reward.weight:g})", "ylabel"))
         _tidy(axes)
@@ -162,7 +196,15 @@ def _ratio_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> None
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     x = [line["iteration"] for line in lines]
-    axes.fill_between(x, [line["ratio_min"] - 1 for line in lines], [line["ratio_max"] - 1 for line in lines], color=_TRAIN, alpha=0.4, lw=0, label="min … max")
+    axes.fill_between(
+        x,
+        [line["ratio_min"] - 1 for line in lines],
+        [line["ratio_max"] - 1 for line in lines],
+        color=_TRAIN,
+        alpha=0.4,
+        lw=0,
+        label="min … max",
+    )
     axes.plot(x, [line["ratio_mean"] - 1 for line in lines], color=_HELD_OUT, label="mean")
     for bound in (-low, high):
         axes.axhline(bound, color=_MUTED, lw=0.8, ls="--", label="clip range" if bound > 0 else None)
@@ -191,7 +233,11 @@ def _advantage_plot(lines: list[dict[str, Any]], recipe: Recipe, path: Path) -> 
             found.setdefault(int(step), []).append(value)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.bar(list(found), [sum(values) / len(values) for values in found.values()], color=_TRAIN, width=0.7)
-    axes.set(xlabel="step of the schedule", ylabel="mean |advantage| of trained edges", xlim=(-0.6, recipe.rollout.steps - 0.4))
+    axes.set(
+        xlabel="step of the schedule",
+        ylabel="mean |advantage| of trained edges",
+        xlim=(-0.6, recipe.rollout.steps - 0.4),
+    )
     _finish(figure, axes, path)
 
 

@@ -17,13 +17,24 @@ _DRAWN_LEAVES = 32
 
 def plan_json(plan: RolloutPlan) -> dict[str, Any]:
     """The object that `flowgrove plan --json` prints."""
-    return {"iteration": plan.iteration, "window": list(plan.window), "steps": [asdict(step) for step in plan.steps], "counts": asdict(plan.counts)}
+    return {
+        "iteration": plan.iteration,
+        "window": list(plan.window),
+        "steps": [asdict(step) for step in plan.steps],
+        "counts": asdict(plan.counts),
+    }
 
 
 def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str) -> None:
     """Steps, forest, counts and the cost against the unshared loop. `schedule`: where the σ table comes from."""
     window = f"window {plan.window[0]}…{plan.window[-1]}" if plan.window else "no window"
-    table = Table(title=f"iteration {plan.iteration}: {window}, per prompt", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table = Table(
+        title=f"iteration {plan.iteration}: {window}, per prompt",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     cheaper = [_cheaper(plan, step, recipe) for step in plan.steps]
     for name in ("step", "σ", "σ′", "solver", "nodes", "fanout", "trained", *(["cheaper"] if any(cheaper) else [])):
         table.add_column(name, justify="left" if name in ("solver", "trained", "cheaper") else "right")
@@ -31,7 +42,15 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
         fanout = f"×{step.fanout}" if step.fanout > 1 else ""
         kind = f"[bold]{step.solver}[/]" if step.stochastic else step.solver
         trained = "yes" if step.trained else "pruned" if step.stochastic else ""
-        cells = (str(step.index), f"{step.sigma:.4f}", f"{step.sigma_next:.4f}", kind, str(step.nodes_in), fanout, trained)
+        cells = (
+            str(step.index),
+            f"{step.sigma:.4f}",
+            f"{step.sigma_next:.4f}",
+            kind,
+            str(step.nodes_in),
+            fanout,
+            trained,
+        )
         table.add_row(*cells, *([cheaper[step.index]] if any(cheaper) else []))
     console.print(table)
     console.print(f"[dim]σ: {schedule}[/]")
@@ -51,7 +70,13 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
         other = "" if unshared is None else f"{unshared * prompts:,}"
         console.print(f"{name:<18}{count:>12,}{count * prompts:>15,}{other:>15}")
     # a training pass costs about three forwards: forward, and a backward twice as dear
-    shared, loop = (f + 3 * p for f, p in ((counts.rollout_forwards, counts.train_passes), (counts.unshared_rollout_forwards, counts.unshared_train_passes)))
+    shared, loop = (
+        f + 3 * p
+        for f, p in (
+            (counts.rollout_forwards, counts.train_passes),
+            (counts.unshared_rollout_forwards, counts.unshared_train_passes),
+        )
+    )
     console.print(f"cost against the unshared loop: {shared / loop:.0%} (one train pass counted as three forwards)")
 
 

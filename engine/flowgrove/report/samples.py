@@ -33,7 +33,8 @@ def write_samples(
 ) -> int:
     """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number.
 
-    `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for a recipe: it has one model.
+    `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for
+    a recipe: it has one model.
     """
     if compare and not source.is_dir():
         raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
@@ -47,7 +48,9 @@ def write_samples(
     if compare:
         for page, start in enumerate(range(0, len(prompts), _PROMPTS_PER_PAGE)):
             some = prompts[start : start + _PROMPTS_PER_PAGE]
-            left, right = (_grid(tiles[start * samples : (start + len(some)) * samples], some, samples) for tiles in (base, files))
+            left, right = (
+                _grid(tiles[start * samples : (start + len(some)) * samples], some, samples) for tiles in (base, files)
+            )
             draw_side_by_side(left, right, ("base model", "trained"), out / f"compare_{page:02d}.png")
     return len(files)
 

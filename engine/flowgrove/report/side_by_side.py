@@ -31,7 +31,9 @@ def draw_side_by_side(left: Grid, right: Grid, names: tuple[str, str], path: Pat
             if scored:
                 cell.set_title(f"{grid.scores[row, sample]:.2f}", fontsize=7, color=_MUTED, pad=2)
     inches = figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.62 / inches, bottom=0.01, wspace=0.06, hspace=0.4 / (side * tall))
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.62 / inches, bottom=0.01, wspace=0.06, hspace=0.4 / (side * tall)
+    )
     longest = round(figure.get_figwidth() * 13)  # letters that fit at this size
     for row, prompt in enumerate(left.prompts):
         top = axes[row][0].get_position().y1

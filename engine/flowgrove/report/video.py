@@ -10,7 +10,9 @@ from flowgrove.errors import UserError
 
 
 def write_mp4(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
-    """frames uint8 [F, H, W, 3] → `path`. H.264 wants even sizes: an odd last row or column is repeated once. Raises UserError without PyAV."""
+    """frames uint8 [F, H, W, 3] → `path`. H.264 wants even sizes: an odd last row or column is repeated once.
+    Raises UserError without PyAV.
+    """
     try:
         import av
     except ImportError:

@@ -1,6 +1,8 @@
-"""The two towers of CLIP (Radford et al. 2103.00020) that several rewards share: unit embeddings of pictures and of texts, and their cosines.
+"""The two towers of CLIP (Radford et al. 2103.00020) that several rewards share: unit embeddings of pictures and of
+texts, and their cosines.
 
-Texts go through their tower once per distinct prompt of a call; pictures go through theirs `batch_size` at a time, on the device.
+Texts go through their tower once per distinct prompt of a call; pictures go through theirs `batch_size` at a time, on
+the device.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,15 @@ def clip_source(reward: str, option: str, repository: str) -> Source:
 class Clip:
     """A `transformers` CLIPModel with its tokenizer and its preprocessing."""
 
-    def __init__(self, model: Any, tokenizer: Any, preprocess: Callable[[Tensor], Tensor], device: torch.device, dtype: DType, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        preprocess: Callable[[Tensor], Tensor],
+        device: torch.device,
+        dtype: DType,
+        batch_size: int,
+    ) -> None:
         self.model = model.to(device, DTYPES[dtype]).eval().requires_grad_(False)
         self.tokenizer, self.preprocess, self.device, self.batch_size = tokenizer, preprocess, device, batch_size
         self.longest = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
@@ -57,7 +67,11 @@ class Clip:
         embeddings = []
         for start in range(0, len(distinct), self.batch_size):
             words = self.tokenizer(
-                distinct[start : start + self.batch_size], padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt"
+                distinct[start : start + self.batch_size],
+                padding="max_length",
+                truncation=True,
+                max_length=self.longest,
+                return_tensors="pt",
             )
             numbers, mask = (to_device(tensor, self.device) for tensor in (words.input_ids, words.attention_mask))
             embeddings.append(_pooled(self.model.get_text_features(input_ids=numbers, attention_mask=mask)))
@@ -66,7 +80,7 @@ class Clip:
         return normalize(torch.cat(embeddings).float(), dim=-1)[picked]
 
     def cosines(self, pictures: Tensor, prompts: list[str]) -> Tensor:
-        """Of each picture with its own prompt, fp32 [B]."""
+        """The cosine of each picture and its own prompt, fp32 [B]."""
         return (self.pictures(pictures) * self.texts(prompts)).sum(-1)
 
 
@@ -75,16 +89,26 @@ def load_clip(reward: str, model: Path, processor: Path, device: torch.device, d
     from transformers import CLIPModel
 
     loaded = load_strictly(reward, model, CLIPModel, model, local_files_only=True)
-    return Clip(loaded, load_tokenizer(reward, processor), read_preprocess(processor, reward), device, dtype, batch_size)
+    return Clip(
+        loaded, load_tokenizer(reward, processor), read_preprocess(processor, reward), device, dtype, batch_size
+    )
 
 
 def load_strictly(reward: str, place: object, kind: Any, *arguments: Any, **options: Any) -> Any:
-    """`kind.from_pretrained(...)` in fp32; weights that are missing or do not fit are an error, where the library draws random ones."""
+    """`kind.from_pretrained(...)` in fp32; weights that are missing or do not fit are an error,
+    where the library draws random ones.
+    """
     try:
-        model, told = kind.from_pretrained(*arguments, **options, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception as error:  # OSError, RuntimeError, SafetensorError, pickle errors, by what is wrong with the folder
+        model, told = kind.from_pretrained(
+            *arguments, **options, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (
+        Exception
+    ) as error:  # OSError, RuntimeError, SafetensorError, pickle errors, by what is wrong with the folder
         raise misfit(reward, place, error) from None
-    wrong = [f"{name} has another shape" for name, *_ in told["mismatched_keys"]] + [f"{name} is missing" for name in told["missing_keys"]]
+    wrong = [f"{name} has another shape" for name, *_ in told["mismatched_keys"]] + [
+        f"{name} is missing" for name in told["missing_keys"]
+    ]
     if wrong:
         raise misfit(reward, place, sorted(wrong)[0])
     return model
@@ -96,7 +120,10 @@ def load_tokenizer(reward: str, folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise UserError(f"reward {reward}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:120]}): fetch it again") from None
+        raise UserError(
+            f"reward {reward}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:120]}): "
+            "fetch it again"
+        ) from None
 
 
 def _pooled(output: Any) -> Tensor:

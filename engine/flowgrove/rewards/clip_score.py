@@ -1,4 +1,6 @@
-"""How well a picture fits its prompt: 100 · cos of their CLIP embeddings (CLIPScore, Hessel et al. 2104.08718, without its clipping at 0)."""
+"""How well a picture fits its prompt: 100 · cos of their CLIP embeddings (CLIPScore, Hessel et al.
+2104.08718, without its clipping at 0).
+"""
 
 import torch
 from torch import Tensor

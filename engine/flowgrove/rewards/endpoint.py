@@ -58,16 +58,24 @@ class Endpoint:
         except httpx2.InvalidURL:
             parsed = httpx2.URL("")
         if parsed.userinfo or parsed.query:
-            raise UserError(f"reward {reward}: url holds a password or a query: keep keys in an environment variable and name it as key_variable")
+            raise UserError(
+                f"reward {reward}: url holds a password or a query: keep keys in an environment variable and name it "
+                "as key_variable"
+            )
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise UserError(f"reward {reward}: url is {url!r}: write one like http://127.0.0.1:8000/score")
         self._key = None
         if key_variable is not None:
             self._key = os.environ.get(key_variable)
             if not self._key:
-                raise UserError(f"reward {reward}: the environment variable {key_variable} (key_variable) is not set: export it")
+                raise UserError(
+                    f"reward {reward}: the environment variable {key_variable} (key_variable) is not set: export it"
+                )
             if not self._key.isascii() or not self._key.isprintable():
-                raise UserError(f"reward {reward}: the environment variable {key_variable} (key_variable) is no key: it may hold printable ASCII only")
+                raise UserError(
+                    f"reward {reward}: the environment variable {key_variable} (key_variable) is no key: "
+                    "it may hold printable ASCII only"
+                )
 
     def map(self, ask: "Callable[[Connections, Item], Result]", items: Iterable[Item]) -> list[Result]:
         """`ask` for every item, at most `concurrency` at a time, in order. The first error stops what has not begun."""
@@ -126,7 +134,9 @@ class Endpoint:
         raise self.error(f"{trouble}, {self.retries + 1} times" if self.retries else trouble)
 
     def error(self, trouble: str) -> UserError:
-        return UserError(f"reward {self.reward}: {self.url} {trouble}: start or repair the server, or correct the recipe")
+        return UserError(
+            f"reward {self.reward}: {self.url} {trouble}: start or repair the server, or correct the recipe"
+        )
 
     def nonsense(self, answer: Any, wanted: str) -> UserError:
         """The error for an answer of another form than `wanted`."""

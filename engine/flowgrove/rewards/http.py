@@ -1,7 +1,8 @@
 """Scores from a server of your own: JSON and PNG over HTTP.
 
-Asked in batches, POST {"prompts": [...], "images": [base64 PNG, ...]}, or with `video: true` {"prompts": [...], "videos": [[base64 PNG per frame], ...]};
-the server answers {"scores": [one finite number each]}. Whatever else it does ends the run with one line: a reward that failed is never a 0.
+Asked in batches, POST {"prompts": [...], "images": [base64 PNG, ...]}, or with `video: true` {"prompts": [...],
+"videos": [[base64 PNG per frame], ...]}; the server answers {"scores": [one finite number each]}. Whatever else it does
+ends the run with one line: a reward that failed is never a 0.
 """
 
 import math
@@ -17,7 +18,9 @@ from flowgrove.rewards.pixels import to_bytes
 
 
 class HttpReward:
-    """`timeout`: seconds for one try; `retries`: further ones; `concurrency`: requests at once; `key_variable`: the environment variable of a bearer token."""
+    """`timeout`: seconds for one try; `retries`: further ones; `concurrency`: requests at once; `key_variable`: the
+    environment variable of a bearer token.
+    """
 
     remote: ClassVar = True
 
@@ -38,8 +41,13 @@ class HttpReward:
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """`pictures` [B, 3, H, W], or with `video` [B, F, 3, H, W], in [0, 1] → scores float64 [B] on the CPU."""
         starts = range(0, len(prompts), self.batch_size)
-        batches = [(some, prompts[start : start + self.batch_size]) for some, start in zip(to_bytes(pictures).split(self.batch_size), starts, strict=True)]
-        return torch.tensor([score for scores in self.endpoint.map(self._ask, batches) for score in scores], dtype=torch.float64)
+        batches = [
+            (some, prompts[start : start + self.batch_size])
+            for some, start in zip(to_bytes(pictures).split(self.batch_size), starts, strict=True)
+        ]
+        return torch.tensor(
+            [score for scores in self.endpoint.map(self._ask, batches) for score in scores], dtype=torch.float64
+        )
 
     def _ask(self, client: Connections, batch: tuple[Tensor, list[str]]) -> list[float]:
         pictures, prompts = batch

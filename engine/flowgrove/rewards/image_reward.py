@@ -1,7 +1,9 @@
-"""ImageReward (Xu et al. 2304.05977): BLIP reads the picture (ViT-L/16) and, attending to it, the prompt (BERT). A linear head on its first token gives r, the
-score is (r − mean) / std over the authors' validation set. Bad pictures are near −2, good ones near 2.
+"""ImageReward (Xu et al. 2304.05977): BLIP reads the picture (ViT-L/16) and, attending to it, the prompt (BERT). A
+linear head on its first token gives r, the score is (r − mean) / std over the authors' validation set. Bad pictures are
+near −2, good ones near 2.
 
-The weights file keeps BLIP's own names; `transformers` has the same network under others. ViT layers end with ε = 1e-6, BERT's with 1e-12.
+The weights file keeps BLIP's own names; `transformers` has the same network under others. ViT layers end with ε = 1e-6,
+BERT's with 1e-12.
 """
 
 import re
@@ -30,18 +32,38 @@ _VISION = {
     "norm.weight": "post_layernorm.weight",
     "norm.bias": "post_layernorm.bias",
 }
-_IN_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection"}
+_IN_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 class ImageRewardReward:
     """`path`: the folder or repository with ImageReward.pt and med_config.json; `tokenizer`: BERT's, uncased."""
 
-    def __init__(self, device: torch.device, path: str = _MODEL, tokenizer: str = _TOKENIZER, batch_size: Count = 32, dtype: DType = "fp32") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        path: str = _MODEL,
+        tokenizer: str = _TOKENIZER,
+        batch_size: Count = 32,
+        dtype: DType = "fp32",
+    ) -> None:
         from transformers import BlipTextModel, BlipVisionModel
 
-        folder = Source("image_reward", "path", _MODEL, ("ImageReward.pt", "med_config.json"), "ImageReward.pt med_config.json").folder(path)
-        words = Source("image_reward", "tokenizer", _TOKENIZER, ("tokenizer.json|vocab.txt",), '--include "*.json" --include "*.txt"').folder(tokenizer)
+        folder = Source(
+            "image_reward", "path", _MODEL, ("ImageReward.pt", "med_config.json"), "ImageReward.pt med_config.json"
+        ).folder(path)
+        words = Source(
+            "image_reward",
+            "tokenizer",
+            _TOKENIZER,
+            ("tokenizer.json|vocab.txt",),
+            '--include "*.json" --include "*.txt"',
+        ).folder(tokenizer)
         file = folder / "ImageReward.pt"
         state, settings = read_state(file, "image_reward"), read_json(folder / "med_config.json", "image_reward")
         vision, text = vision_state(state), _below(state, "blip.text_encoder.")
@@ -50,7 +72,10 @@ class ImageRewardReward:
         except (KeyError, ValueError) as error:
             raise misfit("image_reward", file, error) from None
         towers = []
-        for tower, weights, config, more in ((BlipVisionModel, vision, configs[0], {}), (BlipTextModel, text, configs[1], {"add_pooling_layer": False})):
+        for tower, weights, config, more in (
+            (BlipVisionModel, vision, configs[0], {}),
+            (BlipTextModel, text, configs[1], {"add_pooling_layer": False}),
+        ):
             model = load_strictly("image_reward", file, tower, None, config=config, state_dict=weights, **more)
             towers.append(model.to(device, DTYPES[dtype]).eval().requires_grad_(False))
         self.vision, self.text = towers
@@ -64,7 +89,13 @@ class ImageRewardReward:
         """`pictures` [B, 3, H, W] in [0, 1] → scores fp32 [B]."""
         scores = []
         for some, start in zip(pictures.split(self.batch_size), range(0, len(prompts), self.batch_size), strict=True):
-            words = self.tokenizer(prompts[start : start + self.batch_size], padding="max_length", truncation=True, max_length=_WORDS, return_tensors="pt")
+            words = self.tokenizer(
+                prompts[start : start + self.batch_size],
+                padding="max_length",
+                truncation=True,
+                max_length=_WORDS,
+                return_tensors="pt",
+            )
             numbers, mask = (to_device(tensor, self.device) for tensor in (words.input_ids, words.attention_mask))
             pixels = self.preprocess(to_device(some, self.device).float()).to(self.vision.dtype)
             seen = self.vision(pixel_values=pixels).last_hidden_state
@@ -86,14 +117,19 @@ def vision_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix) and not name.endswith("position_ids")}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.endswith("position_ids")
+    }
 
 
 def _configs(vision: dict[str, Tensor], text: dict[str, Tensor], settings: dict[str, Any]) -> tuple[Any, Any]:
     """Sizes come from the tensors, what tensors do not show from med_config.json."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    width, patch = vision["embeddings.patch_embedding.weight"].shape[0], vision["embeddings.patch_embedding.weight"].shape[-1]
+    width = vision["embeddings.patch_embedding.weight"].shape[0]
+    patch = vision["embeddings.patch_embedding.weight"].shape[-1]
     vision_config = BlipVisionConfig(
         hidden_size=width,
         intermediate_size=vision["encoder.layers.0.mlp.fc1.weight"].shape[0],

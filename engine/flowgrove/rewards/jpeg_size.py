@@ -11,7 +11,9 @@ from flowgrove.rewards.pixels import to_bytes
 
 
 class JpegSizeReward:
-    """Minus the size of the picture as a JPEG file of `quality`, in kilobytes; `bigger: true` rewards size instead (DDPO 2305.13301)."""
+    """Minus the size of the picture as a JPEG file of `quality`, in kilobytes; `bigger: true` rewards size
+    instead (DDPO 2305.13301).
+    """
 
     def __init__(self, quality: int = 95, bigger: bool = False) -> None:
         if not isinstance(quality, int) or not 1 <= quality <= 100:

@@ -1,4 +1,6 @@
-"""The small head of two rewards: linear maps one after the other, trained with dropout between them and without activations, so at scoring time one line."""
+"""The small head of two rewards: linear maps one after the other, trained with dropout between them and without
+activations, so at scoring time one line.
+"""
 
 import re
 
@@ -10,7 +12,9 @@ from flowgrove.rewards.weights import misfit
 
 
 class LinearHead:
-    """The layers `layers.N.weight` [out, in] and `layers.N.bias` of a state dict, in the order of N (numbers between them were dropout). fp32."""
+    """The layers `layers.N.weight` [out, in] and `layers.N.bias` of a state dict,
+    in the order of N (numbers between them were dropout). fp32.
+    """
 
     def __init__(self, state: dict[str, Tensor], inputs: int, device: torch.device, reward: str, place: object) -> None:
         numbers = sorted(int(found[1]) for name in state if (found := re.fullmatch(r"layers\.(\d+)\.weight", name)))

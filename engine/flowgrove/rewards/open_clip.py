@@ -1,7 +1,7 @@
 """Weights in OpenCLIP's naming as a `transformers` CLIPModel.
 
-OpenCLIP keeps query, key and value in one matrix [3·w, w] and multiplies by its projections from the right (x @ P, P [w, d]): those are split and transposed,
-everything else is a matter of names. Its ViT-H/14 uses the exact GELU.
+OpenCLIP keeps query, key and value in one matrix [3·w, w] and multiplies by its projections from the right (x @ P, P
+[w, d]): those are split and transposed, everything else is a matter of names. Its ViT-H/14 uses the exact GELU.
 """
 
 import re
@@ -25,7 +25,13 @@ _TOP = {
 }
 _PROJECTIONS = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(\w+)\.(.+)")
-_IN_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+_IN_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,31 +56,48 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_config(state: dict[str, Tensor], text_heads: int, vision_heads: int, eos_token_id: int) -> Any:
-    """The CLIPConfig whose model takes `renamed` weights; they do not show how a width is divided into heads. Raises KeyError if a tensor is missing,
-    ValueError if its width is not divisible by the heads.
+    """The CLIPConfig whose model takes `renamed` weights; they do not show how a width is divided into heads. Raises
+    KeyError if a tensor is missing, ValueError if its width is not divisible by the heads.
     """
     from transformers import CLIPConfig
 
     text, vision = "text_model.", "vision_model."
     patches = state[vision + "embeddings.position_embedding.weight"].shape[0] - 1
     patch = state[vision + "embeddings.patch_embedding.weight"].shape[-1]
-    shared = {"projection_dim": state["visual_projection.weight"].shape[0], "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    shared = {
+        "projection_dim": state["visual_projection.weight"].shape[0],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    }
     text_config = {
         **shared,
         **_tower(state, text, text_heads),
         "vocab_size": state[text + "embeddings.token_embedding.weight"].shape[0],
         "max_position_embeddings": state[text + "embeddings.position_embedding.weight"].shape[0],
-        "bos_token_id": None,  # only the end is looked for: the first `eos_token_id` of a text is where its embedding is read
+        # only the end is looked for: the first `eos_token_id` of a text is where its embedding is read
+        "bos_token_id": None,
         "pad_token_id": None,
         "eos_token_id": eos_token_id,
     }
-    vision_config = {**shared, **_tower(state, vision, vision_heads), "patch_size": patch, "image_size": round(patches**0.5) * patch}
+    vision_config = {
+        **shared,
+        **_tower(state, vision, vision_heads),
+        "patch_size": patch,
+        "image_size": round(patches**0.5) * patch,
+    }
     return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=shared["projection_dim"])
 
 
 def _tower(state: dict[str, Tensor], prefix: str, heads: int) -> dict[str, int]:
-    layers = {int(found[1]) for name in state if (found := re.match(re.escape(prefix) + r"encoder\.layers\.(\d+)\.", name))}
+    layers = {
+        int(found[1]) for name in state if (found := re.match(re.escape(prefix) + r"encoder\.layers\.(\d+)\.", name))
+    }
     intermediate, width = state[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape
     if width % heads:
         raise ValueError(f"a {prefix.removesuffix('_model.')} tower {width} wide has no {heads} heads")
-    return {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": max(layers) + 1, "num_attention_heads": heads}
+    return {
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": heads,
+    }

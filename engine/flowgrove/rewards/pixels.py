@@ -15,7 +15,9 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 
 def shrink(samples: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W], or the middle frames of videos [B, F, 3, H, W] → fp32 [B, 3, h, w] of at most 256 pixels a side."""
+    """Pictures [B, 3, H, W], or the middle frames of videos [B, F, 3, H, W] → fp32 [B, 3, h, w] of
+    at most 256 pixels a side.
+    """
     pictures = (samples if samples.ndim == 4 else samples[:, samples.shape[1] // 2]).float()
     scale = _LARGEST_TILE / max(pictures.shape[-2:])
     if scale >= 1:

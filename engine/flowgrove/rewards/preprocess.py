@@ -1,7 +1,8 @@
 """What a CLIP image processor does, on tensors on their device: resize, centre crop, normalise.
 
-Resizing is torch's antialiased bicubic or bilinear filter, the one that PIL uses (a = −1/2, support scaled with the reduction), in fp32. PIL rounds to 8 bits
-after each of its two passes; here nothing is rounded but values that overshoot are cut to [0, 1], so a pixel differs by about a grey level at the most.
+Resizing is torch's antialiased bicubic or bilinear filter, the one that PIL uses (a = −1/2, support scaled with the
+reduction), in fp32. PIL rounds to 8 bits after each of its two passes; here nothing is rounded but values that
+overshoot are cut to [0, 1], so a pixel differs by about a grey level at the most.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Preprocess:
-    """`shorter`: the shorter side is resized to it (None: both sides are, to `size`); then the centre `crop` (height, width) is cut out, or nothing if None."""
+    """`shorter`: the shorter side is resized to it (None: both sides are, to `size`); then the centre `crop` (height,
+    width) is cut out, or nothing if None.
+    """
 
     shorter: int | None
     size: tuple[int, int]
@@ -42,7 +45,9 @@ class Preprocess:
         return self.normalise(resized if self.crop is None else centre_crop(resized, self.crop))
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        mean, std = (to_device(torch.tensor(values), pictures.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            to_device(torch.tensor(values), pictures.device).view(1, 3, 1, 1) for values in (self.mean, self.std)
+        )
         return (pictures - mean) / std
 
 
@@ -65,16 +70,22 @@ def centre_crop(pictures: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def fit(pictures: Tensor, side: int) -> Tensor:
-    """The whole picture inside a square of `side`: the longer side is resized to it, the shorter one filled up with black on both ends."""
+    """The whole picture inside a square of `side`: the longer side is resized to it,
+    the shorter one filled up with black on both ends.
+    """
     height, width = pictures.shape[-2:]
     scale = side / max(height, width)
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
     free_y, free_x = side - rows, side - columns
-    return pad(resize(pictures, (rows, columns)), (free_x // 2, free_x - free_x // 2, free_y // 2, free_y - free_y // 2))
+    return pad(
+        resize(pictures, (rows, columns)), (free_x // 2, free_x - free_x // 2, free_y // 2, free_y - free_y // 2)
+    )
 
 
 def read_preprocess(folder: Path, reward: str) -> Preprocess:
-    """The settings of the processor in `folder`: preprocessor_config.json, or `image_processor` of processor_config.json, where newer releases put them."""
+    """The settings of the processor in `folder`: preprocessor_config.json, or `image_processor` of
+    processor_config.json, where newer releases put them.
+    """
     settings = None
     if (folder / "processor_config.json").is_file():
         settings = read_json(folder / "processor_config.json", reward).get("image_processor")
@@ -86,7 +97,10 @@ def read_preprocess(folder: Path, reward: str) -> Preprocess:
         mean, std = (tuple(float(value) for value in settings[key]) for key in ("image_mean", "image_std"))
         return Preprocess(shorter, (height, width), crop, mean, std, _FILTERS[settings.get("resample", 3)])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"reward {reward}: the image settings in {folder} are not those of a CLIP ({error!r}): fetch its folder again") from None
+        raise UserError(
+            f"reward {reward}: the image settings in {folder} are not those of a CLIP ({error!r}): "
+            "fetch its folder again"
+        ) from None
 
 
 def _size(size: Any) -> tuple[int, int, int | None]:

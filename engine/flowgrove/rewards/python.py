@@ -25,14 +25,18 @@ _EXITS = {name: getattr(os, name) for name in ("_exit", "abort")}
 
 
 class PythonReward:
-    """`file`: a Python file; `function`: its function (pictures [B, 3, H, W] in [0, 1], prompts) → B numbers, as a tensor, an array or a list.
+    """`file`: a Python file; `function`: its function (pictures [B, 3, H, W] in [0, 1], prompts) → B numbers, as a
+    tensor, an array or a list.
 
-    Pictures are fp32 on the run's device, some of an iteration's at a time. With `video: true` it gets videos [B, F, 3, H, W] whole.
+    Pictures are fp32 on the run's device, some of an iteration's at a time. With `video: true` it gets videos [B, F, 3,
+    H, W] whole.
     """
 
     def __init__(self, file: str, function: str = "score", video: bool = False) -> None:
         if os.environ.get(ALLOW) != "1":
-            raise UserError(f"reward python runs the code in {file}: if you trust it, pass --allow-python or set {ALLOW}=1")
+            raise UserError(
+                f"reward python runs the code in {file}: if you trust it, pass --allow-python or set {ALLOW}=1"
+            )
         self.path, self.takes_video = local(file, "reward python: file"), video
         self.function = self._load(function)
 
@@ -51,7 +55,9 @@ class PythonReward:
     def _load(self, function: str) -> Callable[[Tensor, list[str]], Any]:
         spec = importlib.util.spec_from_file_location(f"flowgrove_reward_{self.path.stem}", self.path)
         if spec is None or spec.loader is None or not self.path.is_file():
-            raise UserError(f"reward python: file {self.path} is not a Python file: write the path of one that ends in .py")
+            raise UserError(
+                f"reward python: file {self.path} is not a Python file: write the path of one that ends in .py"
+            )
         module = importlib.util.module_from_spec(spec)
         try:
             with _no_way_out():
@@ -64,12 +70,17 @@ class PythonReward:
         if not callable(found):
             defined = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
             near = difflib.get_close_matches(function, defined, n=1) or defined[:1]
-            raise UserError(f"reward python: {self.path} has no function {function}: " + (f"did you mean {near[0]}?" if near else "define one"))
+            raise UserError(
+                f"reward python: {self.path} has no function {function}: "
+                + (f"did you mean {near[0]}?" if near else "define one")
+            )
         return found
 
     def _failed(self, error: BaseException) -> UserError:
         """One line that says where in the file it happened."""
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.path)]
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.path)
+        ]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         where = f"{self.path}, line {line}" if line else str(self.path)
         try:

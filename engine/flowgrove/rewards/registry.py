@@ -1,4 +1,6 @@
-"""Rewards by the name that a recipe gives them. A reward takes pictures and prompts and returns one score each; it knows nothing of trees."""
+"""Rewards by the name that a recipe gives them. A reward takes pictures and prompts and returns one score each;
+it knows nothing of trees.
+"""
 
 import difflib
 import inspect
@@ -28,8 +30,9 @@ from flowgrove.rewards.unified_reward import UnifiedReward
 class Scorer(Protocol):
     """Made from the options of its recipe entry, and from `device` if its signature has one.
 
-    With `remote` true a server does the work, and training goes on meanwhile. With `takes_video` true it is given videos [B, F, 3, H, W] whole; otherwise
-    their frames, and its scores are averaged over them. `check(prompts)`, if it has one, raises UserError for prompts that it cannot score.
+    With `remote` true a server does the work, and training goes on meanwhile. With `takes_video` true it is given
+    videos [B, F, 3, H, W] whole; otherwise their frames, and its scores are averaged over them. `check(prompts)`, if it
+    has one, raises UserError for prompts that it cannot score.
     """
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -53,14 +56,17 @@ _CPU = torch.device("cpu")
 
 
 class Rewards:
-    """All rewards of a recipe, with their models on `device`. Raises UserError for a name, an option or weights that do not exist."""
+    """All rewards of a recipe, with their models on `device`.
+    Raises UserError for a name, an option or weights that do not exist.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device = _CPU) -> None:
         names = [reward.name for reward in recipe.reward]
         if len(set(names)) < len(names):
             raise UserError(f"reward lists {', '.join(names)}: give each name once")
         self.weights = [reward.weight for reward in recipe.reward]
-        prepared = [(reward.name, _options(reward)) for reward in recipe.reward]  # a mistake in the last entry is told before the first one's model is read
+        # a mistake in the last entry is told before the first one's model is read
+        prepared = [(reward.name, _options(reward)) for reward in recipe.reward]
         self.scorers = {name: _build(name, options, device) for name, options in prepared}
         self.remote = any(getattr(scorer, "remote", False) for scorer in self.scorers.values())
 
@@ -77,7 +83,9 @@ class Rewards:
         Raises UserError for pictures or scores that are not finite: never a silent 0.
         """
         if not bool(to_host(torch.isfinite(pictures).all())):
-            raise UserError("the model drew pictures that are not numbers: resume from an earlier checkpoint with a lower update.lr")
+            raise UserError(
+                "the model drew pictures that are not numbers: resume from an earlier checkpoint with a lower update.lr"
+            )
         return torch.stack([_scores(name, scorer, pictures, prompts) for name, scorer in self.scorers.items()], dim=1)
 
 
@@ -106,21 +114,31 @@ def _options(reward: Reward) -> dict[str, Any]:
     if reward.name not in _REWARDS:
         raise UserError(f"reward name {reward.name!r} is not known: write one of {', '.join(_REWARDS)}")
     given = reward.model_extra or {}
-    known = {name: parameter for name, parameter in inspect.signature(_REWARDS[reward.name]).parameters.items() if name != "device"}
+    known = {
+        name: parameter
+        for name, parameter in inspect.signature(_REWARDS[reward.name]).parameters.items()
+        if name != "device"
+    }
     for option in given:
         if option not in known:
             near = difflib.get_close_matches(option, ("weight", *known), n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(('weight', *known))}"
             raise UserError(f"reward {reward.name} does not take {option}: {hint}")
-    fields: dict[str, Any] = {name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in known.items()}
+    fields: dict[str, Any] = {
+        name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in known.items()
+    }
     try:
         checked = create_model("Options", __config__=ConfigDict(allow_inf_nan=False), **fields)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0])
         if first["type"] == "missing":
-            raise UserError(f"reward {reward.name} needs {option}: write {{name: {reward.name}, {option}: ...}}") from None
-        raise UserError(f"reward {reward.name}: {option} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+            raise UserError(
+                f"reward {reward.name} needs {option}: write {{name: {reward.name}, {option}: ...}}"
+            ) from None
+        raise UserError(
+            f"reward {reward.name}: {option} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None
     return {option: getattr(checked, option) for option in given}
 
 

@@ -17,8 +17,9 @@ _WAITING = 2  # rollouts whose leaves may wait to be scored
 
 
 class Scoring:
-    """One iteration's. On a GPU, and where a reward waits for a server, a thread does the work, on a GPU in `stream`, at most `_WAITING` rollouts behind;
-    else it is done when the scores are asked for: on a CPU two threads would only take each other's cores.
+    """One iteration's. On a GPU, and where a reward waits for a server, a thread does the work, on a GPU in `stream`,
+    at most `_WAITING` rollouts behind; else it is done when the scores are asked for: on a CPU two threads would only
+    take each other's cores.
 
     A context manager: when the block ends nothing runs any more.
     """
@@ -38,7 +39,9 @@ class Scoring:
             self._thread.shutdown(cancel_futures=True)
 
     def submit(self, policy: Policy, leaves: Tensor, prompts: list[str]) -> None:
-        """Clean latents with one prompt each. Waits while `_WAITING` earlier ones are not scored; what went wrong with one of those is raised."""
+        """Clean latents with one prompt each. Waits while `_WAITING` earlier ones are not scored;
+        what went wrong with one of those is raised.
+        """
         if self._thread is None:
             self._pending.append(lambda: score_leaves(policy, self.rewards, leaves, prompts))
             return
@@ -52,7 +55,7 @@ class Scoring:
         self._futures.append(self._thread.submit(work, self._score, policy, leaves, prompts, ready))
 
     def scores(self) -> Tensor:
-        """Of everything submitted, in order: float64 [leaves, rewards] on the CPU."""
+        """The scores of everything submitted, in order: float64 [leaves, rewards] on the CPU."""
         return torch.cat([work() for work in self._pending] + [future.result() for future in self._futures])
 
     def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
@@ -65,7 +68,9 @@ class Scoring:
 
 
 def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
-    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a time."""
+    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each;
+    decoded and scored some at a time.
+    """
     some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
 
     def score(mine: slice) -> Tensor:
@@ -81,6 +86,7 @@ def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list
 
     done = 0
     while done < len(leaves):
-        scores.append(retry_smaller(lambda: score(slice(done, done + some)), fewer))  # noqa: B023 (called before the next)
+        # called before the next slice
+        scores.append(retry_smaller(lambda: score(slice(done, done + some)), fewer))  # noqa: B023
         done += len(scores[-1])
     return torch.cat(scores)

@@ -1,7 +1,9 @@
-"""A verifiable reward: a program that looks at a picture and checks the colours, shapes, number and places of the things that the prompt asks for.
+"""A verifiable reward: a program that looks at a picture and checks the colours, shapes, number and places of the
+things that the prompt asks for.
 
-Four credits in [0, 1] rise smoothly as a picture comes closer to what is asked, so that one wrong picture can still be better than another. The score is
-count · place · (colour + shape)/2; `PASS` is the score from which a picture is called right.
+Four credits in [0, 1] rise smoothly as a picture comes closer to what is asked, so that one wrong picture can still be
+better than another. The score is count · place · (colour + shape)/2; `PASS` is the score from which a picture is called
+right.
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ class _Blob:
 
 
 def score_picture(picture: Tensor, scene: Scene) -> Credits:
-    """The credits of one picture, fp32 [3, H, W] in [0, 1], for `scene`. Distances are measured on a 32×32 picture and scaled to others."""
+    """The credits of one picture, fp32 [3, H, W] in [0, 1], for `scene`.
+    Distances are measured on a 32×32 picture and scaled to others.
+    """
     pixels = picture.permute(1, 2, 0).numpy()  # [H, W, 3]
     labels = np.square(pixels[:, :, None] - _PALETTE).sum(-1).argmin(-1)  # 0: background
     blobs = _blobs(labels != 0)
@@ -82,7 +86,8 @@ def _colour(labels: NDArray[np.int64], thing: Thing, blob: _Blob) -> float:
 
 
 def _shape(thing: Thing, blob: _Blob) -> float:
-    """How much better the blob fits the asked outline of its own area and centre than the other outlines, times how well it fits at all.
+    """How much better the blob fits the asked outline of its own area and centre than the other outlines, times how
+    well it fits at all.
 
     A blob that fills the picture is no thing in it: the credit fades from half of `_LARGEST_SHARE` of the picture on.
     """
@@ -101,7 +106,9 @@ def _shape(thing: Thing, blob: _Blob) -> float:
 
 
 def _place(scene: Scene, chosen: tuple[_Blob, ...], scale: float) -> float:
-    """1 within 3 pixels of the place, 0 from 15; or 1 if the two centres are 8 pixels apart in the asked direction and further than sideways, 0 if opposite."""
+    """1 within 3 pixels of the place, 0 from 15; or 1 if the two centres are 8 pixels apart in the asked direction and
+    further than sideways, 0 if opposite.
+    """
     if scene.place is not None:
         x, y = PLACES[scene.place]
         distance = float(np.hypot(chosen[0].x / scale - x, chosen[0].y / scale - y))

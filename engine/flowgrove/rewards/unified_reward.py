@@ -1,4 +1,5 @@
-"""UnifiedReward (Wang et al. 2503.05236): a vision-language model that is asked for a score from 1 to 5, behind any OpenAI-compatible server (vLLM, SGLang).
+"""UnifiedReward (Wang et al. 2503.05236): a vision-language model that is asked for a score from 1 to 5, behind any
+OpenAI-compatible server (vLLM, SGLang).
 
 One chat request per picture, several at a time. The score is what stands after the last "Final Score:" of the answer.
 """
@@ -26,8 +27,8 @@ _SCORE = re.compile(r"final\s++score[\s:*_=\[]*+(-?\d++(?:[.,]\d++)?+)(?![\d.,]*
 
 
 class UnifiedReward:
-    """`url`: the server, with or without /v1; `model`: its name there; `instruction`: the question, with {prompt} in it (the default says in our words what the
-    model was trained on; a model card's own wording goes here).
+    """`url`: the server, with or without /v1; `model`: its name there; `instruction`: the question, with {prompt} in it
+    (the default says in our words what the model was trained on; a model card's own wording goes here).
     """
 
     remote: ClassVar = True
@@ -44,9 +45,13 @@ class UnifiedReward:
         key_variable: str | None = None,
     ) -> None:
         if "{prompt}" not in instruction:
-            raise UserError("reward unified_reward: instruction does not say where the prompt goes: write {prompt} in it")
+            raise UserError(
+                "reward unified_reward: instruction does not say where the prompt goes: write {prompt} in it"
+            )
         base = url.rstrip("/").removesuffix("/v1")
-        self.endpoint = Endpoint("unified_reward", f"{base}/v1/chat/completions", timeout, retries, 4.0, concurrency, key_variable)
+        self.endpoint = Endpoint(
+            "unified_reward", f"{base}/v1/chat/completions", timeout, retries, 4.0, concurrency, key_variable
+        )
         self.model, self.instruction, self.max_tokens = model, instruction, max_tokens
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -58,7 +63,12 @@ class UnifiedReward:
         picture, prompt = pair
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(picture)}"}}
         question = {"type": "text", "text": self.instruction.replace("{prompt}", prompt)}
-        content = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens, "messages": [{"role": "user", "content": [image, question]}]}
+        content = {
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+            "messages": [{"role": "user", "content": [image, question]}],
+        }
         answer = self.endpoint.post(client, content)
         text = _text(answer)
         if text is None:

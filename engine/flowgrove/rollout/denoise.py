@@ -1,4 +1,6 @@
-"""One pass of a denoising step: the velocity of some states of one timestep, and the step that it drives. All it takes are tensors on the device."""
+"""One pass of a denoising step: the velocity of some states of one timestep, and the step that it drives.
+All it takes are tensors on the device.
+"""
 
 from dataclasses import dataclass, replace
 from typing import cast
@@ -15,8 +17,9 @@ from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_s
 
 @dataclass(frozen=True)
 class States:
-    """R states before a step: x [R, ...], sigma fp32 [R], prompt [R], coefficient rows [R], the noise key of their R·fanout children (None: no noise), and
-    the clean estimate of the step before [R, ...] where the solver takes one."""
+    """R states before a step: x [R, ...], sigma fp32 [R], prompt [R], coefficient rows [R], the noise key of their
+    R·fanout children (None: no noise), and the clean estimate of the step before [R, ...] where the solver takes one.
+    """
 
     x: Tensor
     sigma: Tensor
@@ -28,7 +31,9 @@ class States:
 
 @dataclass(frozen=True)
 class StepKind:
-    """What is the same for every pass of a step: fanout, correlation of siblings' noise, whether the next step takes this one's clean estimate."""
+    """What is the same for every pass of a step: fanout, correlation of siblings' noise,
+    whether the next step takes this one's clean estimate.
+    """
 
     fanout: int
     sibling_correlation: float
@@ -37,7 +42,9 @@ class StepKind:
 
 @dataclass(frozen=True)
 class Denoised:
-    """x_next [R·fanout, ...], logp [R·fanout], the clean estimate [R, ...] if the next step takes it, and the velocity where it can be differentiated."""
+    """x_next [R·fanout, ...], logp [R·fanout], the clean estimate [R, ...] if the next step takes it, and the velocity
+    where it can be differentiated.
+    """
 
     x_next: Tensor
     logp: Tensor
@@ -45,7 +52,9 @@ class Denoised:
     velocity: Velocity | None
 
 
-def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool = False) -> Denoised:
+def denoise(
+    policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool = False
+) -> Denoised:
     """One pass; `longest`: tokens of its longest text."""
     if policy.recordings is None or differentiable or policy.caches:  # a cache decides on the host what a step computes
         return _denoise(policy, prompts, states, kind, longest, differentiable)
@@ -53,8 +62,12 @@ def denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, lo
         return _replay(policy, policy.recordings, prompts, states, kind, longest)
 
 
-def _replay(policy: Policy, recordings: Recordings, prompts: Prompts, states: States, kind: StepKind, longest: int) -> Denoised:
-    """The same from a recording: σ, coefficients, noise key and embeddings go in as tensors, so that one serves every timestep and prompt."""
+def _replay(
+    policy: Policy, recordings: Recordings, prompts: Prompts, states: States, kind: StepKind, longest: int
+) -> Denoised:
+    """The same from a recording: σ, coefficients, noise key and embeddings go in as tensors,
+    so that one serves every timestep and prompt.
+    """
     rows, cond = len(states.x), prompts.cond[states.prompt].trimmed(longest)
     names, uncond = list(cond.tensors), prompts.uncond
     key = None if states.key is None else states.key.pack(rows * kind.fanout, states.x.device)
@@ -66,17 +79,30 @@ def _replay(policy: Policy, recordings: Recordings, prompts: Prompts, states: St
         row = torch.arange(rows, device=x.device)
         noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
         with untimed():
-            done = _denoise(policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False)
+            done = _denoise(
+                policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False
+            )
         return done.x_next, done.logp, done.estimate
 
-    inputs = [states.x, states.sigma, key, states.history, *states.coef.tensors(), *cond.tensors.values(), *(uncond.tensors.values() if uncond else ())]
+    inputs = [
+        states.x,
+        states.sigma,
+        key,
+        states.history,
+        *states.coef.tensors(),
+        *cond.tensors.values(),
+        *(uncond.tensors.values() if uncond else ()),
+    ]
     x_next, logp, estimate = cast(
-        tuple[Tensor, Tensor, Tensor | None], recordings((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs)
+        tuple[Tensor, Tensor, Tensor | None],
+        recordings((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs),
     )
     return Denoised(x_next, logp, estimate, None)
 
 
-def _denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool) -> Denoised:
+def _denoise(
+    policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool
+) -> Denoised:
     with span("transformer"), torch.set_grad_enabled(differentiable):
         velocity = policy.velocity(states.x, states.sigma, prompts, states.prompt, longest)
     v, uncond = velocity.v.detach(), None if velocity.uncond is None else velocity.uncond.detach()
@@ -85,5 +111,9 @@ def _denoise(policy: Policy, prompts: Prompts, states: States, kind: StepKind, l
             states.x, v, states.coef, key=states.key, history=states.history, fanout=kind.fanout,
             sibling_correlation=kind.sibling_correlation, v_uncond=uncond, guidance_scale=velocity.scale,
         )  # fmt: skip
-        estimate = clean_estimate(states.x, v, states.sigma, v_uncond=uncond, guidance_scale=velocity.scale) if kind.estimates else None
+        estimate = (
+            clean_estimate(states.x, v, states.sigma, v_uncond=uncond, guidance_scale=velocity.scale)
+            if kind.estimates
+            else None
+        )
     return Denoised(x_next, logp, estimate, velocity if differentiable else None)

@@ -1,4 +1,5 @@
-"""The rollout's memory: the states that training needs, in one flat tensor, level after level, with the log-probability of the step into each.
+"""The rollout's memory: the states that training needs, in one flat tensor, level after level, with the log-probability
+of the step into each.
 
 Row order inside a level is (prompt, node), so children of a node are contiguous and siblings stay together.
 """
@@ -17,7 +18,9 @@ from flowgrove.plan.planner import RolloutPlan, Step
 
 @dataclass
 class RetainedPass:
-    """A pass of the rollout whose graph waits for the first update's backward: its step, prompts and nodes of its rows, and its velocity (None: given up)."""
+    """A pass of the rollout whose graph waits for the first update's backward: its step, prompts and nodes of its rows,
+    and its velocity (None: given up).
+    """
 
     step: int
     prompt: Ints
@@ -27,8 +30,10 @@ class RetainedPass:
 
 @dataclass
 class Forest:
-    """`states` [S, ...] and `logp` [S] on the device; `first_row[t]`: where level t begins; `leaves` [prompts · leaves, ...]: clean latents;
-    `path_logp` [prompts, nodes]: of the newest level's nodes, the logp of their whole path; `retained`: passes that training need not run again."""
+    """`states` [S, ...] and `logp` [S] on the device; `first_row[t]`: where level t begins; `leaves` [prompts · leaves,
+    ...]: clean latents; `path_logp` [prompts, nodes]: of the newest level's nodes, the logp of their whole path;
+    `retained`: passes that training need not run again.
+    """
 
     plan: RolloutPlan
     prompts: int
@@ -40,7 +45,9 @@ class Forest:
     retained: list[RetainedPass] = field(default_factory=list)
 
     @classmethod
-    def allocate(cls, plan: RolloutPlan, prompts: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Forest":
+    def allocate(
+        cls, plan: RolloutPlan, prompts: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> "Forest":
         """Room for both ends of every trained step."""
         first_row, rows = {}, 0
         for level in sorted({end for step in plan.trained_steps for end in (step.index, step.index + 1)}):
@@ -57,12 +64,21 @@ class Forest:
         if len(parts) == 1:
             return parts[0]
         first = parts[0]
-        whole = cls.allocate(first.plan, sum(part.prompts for part in parts), first.states.shape[1:], first.states.dtype, first.states.device)
-        whole.leaves, whole.path_logp = (torch.cat([getattr(part, name) for part in parts]) for name in ("leaves", "path_logp"))
+        whole = cls.allocate(
+            first.plan,
+            sum(part.prompts for part in parts),
+            first.states.shape[1:],
+            first.states.dtype,
+            first.states.device,
+        )
+        whole.leaves, whole.path_logp = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("leaves", "path_logp")
+        )
         before = 0
         for part in parts:
             for level, start in part.first_row.items():
-                count, offset = part.prompts * nodes_at(first.plan, level), whole.first_row[level] + before * nodes_at(first.plan, level)
+                count = part.prompts * nodes_at(first.plan, level)
+                offset = whole.first_row[level] + before * nodes_at(first.plan, level)
                 whole.states[offset : offset + count] = part.states[start : start + count]
                 whole.logp[offset : offset + count] = part.logp[start : start + count]
             for one in part.retained:
@@ -72,7 +88,8 @@ class Forest:
         return whole
 
     def keep(self, level: int, x: Tensor, logp: Tensor | None) -> None:
-        """Takes in a level: its distinct states, if training needs them, and the logp of the edges into them (None for the roots).
+        """Takes in a level: its distinct states, if training needs them, and the logp of the edges into them (None for
+        the roots).
 
         A state that several rows hold is taken from the first of them.
         """
@@ -95,7 +112,9 @@ def nodes_at(plan: RolloutPlan, level: int) -> int:
 
 
 def leaf_path_logp(forest: Forest) -> Tensor:
-    """Sum of the edges' logp along the path of every leaf, trained or not, [prompts, leaves]; steps without noise add 0."""
+    """Sum of the edges' logp along the path of every leaf, trained or not, [prompts, leaves];
+    steps without noise add 0.
+    """
     return forest.path_logp
 
 

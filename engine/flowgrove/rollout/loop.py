@@ -1,4 +1,6 @@
-"""The rollout: level by level, each in as few passes as the token budget allows, every distinct state through the model once."""
+"""The rollout: level by level, each in as few passes as the token budget allows,
+every distinct state through the model once.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -23,9 +25,11 @@ from flowgrove_kernels import INITIAL_STEP, NoiseKey, StepCoefficients, philox_n
 @torch.no_grad()
 def rollout(
     plan: RolloutPlan, coefficients: StepCoefficients, policy: Policy, prompts: Prompts, *,
-    seed: int, iteration: int, first_prompt: int = 0, share: bool = True, tuned_steps: int | None = None, retained: RetainedGraphs | None = None,
+    seed: int, iteration: int, first_prompt: int = 0, share: bool = True, tuned_steps: int | None = None,
+    retained: RetainedGraphs | None = None,
 ) -> Forest:  # fmt: skip
-    """Runs the plan for `prompts`, of which the first is number `first_prompt` of the iteration. `coefficients`: the plan's on the policy's device.
+    """Runs the plan for `prompts`, of which the first is number `first_prompt` of the iteration. `coefficients`: the
+    plan's on the policy's device.
 
     `share` False runs every leaf's trajectory for itself, as the published loops do: the same forest, at their cost.
     `tuned_steps`: the steps that the trained model runs, the reference model those after them; None: all.
@@ -43,8 +47,10 @@ def rollout(
             if plan.cache is not None and plan.caches(step) and not policy.caches:
                 cheaper.enter_context(policy.caching(plan.cache))
             reference = tuned_steps is not None and step.index >= tuned_steps
+            fanout = step.fanout if share else 1
             with span(f"step {step.index}"), policy.reference() if reference else nullcontext():
-                done = retry_smaller(lambda: level.advance(step, x, estimate, step.fanout if share else 1), level.shrink)  # noqa: B023 (called before the next)
+                # called before the next step
+                done = retry_smaller(lambda: level.advance(step, x, estimate, fanout), level.shrink)  # noqa: B023
             x, logp, estimate = done.x_next, done.logp, done.estimate
             forest.retained += done.retained
     forest.keep(len(plan.steps), x, logp)
@@ -62,7 +68,9 @@ class _Advanced:
 
 @dataclass(frozen=True)
 class _Level:
-    """Takes the states of all prompts, in (prompt, lane) order, over one step. With sharing a lane is a node, without it a leaf."""
+    """Takes the states of all prompts, in (prompt, lane) order, over one step.
+    With sharing a lane is a node, without it a leaf.
+    """
 
     plan: RolloutPlan
     coefficients: StepCoefficients
@@ -83,10 +91,16 @@ class _Level:
         """All passes of the step."""
         steps = self.plan.steps
         after = steps[step.index + 1] if step.index + 1 < len(steps) else None
-        kind = StepKind(fanout, self.plan.sibling_correlation if step.stochastic else 0.0, after is not None and after.solver == step.solver == "dpmpp_2m")
+        kind = StepKind(
+            fanout,
+            self.plan.sibling_correlation if step.stochastic else 0.0,
+            after is not None and after.solver == step.solver == "dpmpp_2m",
+        )
         lanes = len(x) // len(self.prompts)
         prompt, node = self._prompts_and_nodes(lanes, step.nodes_in)
-        child_prompt, child = (column.view(len(x), fanout) for column in self._prompts_and_nodes(lanes * fanout, step.nodes_out))
+        child_prompt, child = (
+            column.view(len(x), fanout) for column in self._prompts_and_nodes(lanes * fanout, step.nodes_out)
+        )
         host_prompt = np.arange(len(x)) // lanes
         parts: list[tuple[slice | Tensor, Denoised]] = []
         passes = []
@@ -96,7 +110,14 @@ class _Level:
             key = None
             if step.stochastic:
                 parents = node[index].repeat_interleave(fanout)
-                key = NoiseKey(self.seed, self.iteration, step.index, self.first_prompt + child_prompt[index].flatten(), child[index].flatten(), parents)
+                key = NoiseKey(
+                    self.seed,
+                    self.iteration,
+                    step.index,
+                    self.first_prompt + child_prompt[index].flatten(),
+                    child[index].flatten(),
+                    parents,
+                )
             sigma = torch.full((len(rows),), step.sigma, dtype=torch.float32, device=x.device)
             coef = self.coefficients[torch.full((len(rows),), step.index, device=x.device)]
             states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
@@ -109,7 +130,9 @@ class _Level:
         return _Advanced(
             _whole([(index, done.x_next) for index, done in parts], len(x), fanout),
             _whole([(index, done.logp) for index, done in parts], len(x), fanout),
-            _whole([(index, done.estimate) for index, done in parts if done.estimate is not None], len(x), 1) if kind.estimates else None,
+            _whole([(index, done.estimate) for index, done in parts if done.estimate is not None], len(x), 1)
+            if kind.estimates
+            else None,
             passes,
         )
 
@@ -133,13 +156,17 @@ class _Level:
             yield rest[some], False
 
     def _prompts_and_nodes(self, lanes: int, nodes: int) -> tuple[Tensor, Tensor]:
-        """(prompt, node) of every row of a level with `nodes` distinct states in `lanes` rows per prompt: int64 [prompts · lanes]."""
+        """(prompt, node) of every row of a level with `nodes` distinct states in `lanes` rows per prompt:
+        int64 [prompts · lanes].
+        """
         rows = torch.arange(len(self.prompts) * lanes, device=self.policy.device)
         return rows // lanes, rows % lanes // (lanes // nodes)
 
 
 def as_index(rows: Ints, device: torch.device) -> slice | Tensor:
-    """Row numbers as tensors are indexed: a slice if they follow each other, else int64 on the device, without a wait."""
+    """Row numbers as tensors are indexed: a slice if they follow each other, else int64 on the device,
+    without a wait.
+    """
     first, count = int(rows[0]), len(rows)
     if np.array_equal(rows, np.arange(first, first + count)):
         return slice(first, first + count)

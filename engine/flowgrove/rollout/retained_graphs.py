@@ -1,5 +1,6 @@
-"""Passes of the rollout that retain their graph, so that the first update, whose policy is still the rollout's own, need not run them again."""
-
+"""Passes of the rollout that retain their graph, so that the first update, whose policy is still the rollout's own,
+need not run them again.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,9 @@ from flowgrove.rollout.forest import RetainedPass, edges_in_update
 
 
 class RetainedGraphs:
-    """`rows`: how many rows' graphs the device has room for. A pass of fewer than `least` rows is not retained: training packs its rows into fuller ones."""
+    """`rows`: how many rows' graphs the device has room for. A pass of fewer than `least` rows is not retained:
+    training packs its rows into fuller ones.
+    """
 
     def __init__(self, rows: int, least: int = 1) -> None:
         self.rows, self.least = rows, least
@@ -33,7 +36,9 @@ class RetainedGraphs:
 
 
 def first_update_states(plan: RolloutPlan, step: Step, prompts: range) -> NDArray[np.bool_]:
-    """[prompts, nodes_in]: the states with an edge that the first update trains, as far as the plan can tell. `prompts`: their numbers in the iteration."""
+    """[prompts, nodes_in]: the states with an edge that the first update trains, as far as the plan can tell.
+    `prompts`: their numbers in the iteration.
+    """
     if not step.trained:
         return np.zeros((len(prompts), step.nodes_in), dtype=bool)
     edges = np.array([plan.kept_edges(step, prompt) for prompt in prompts]) & edges_in_update(plan, step, 0)

@@ -1,4 +1,6 @@
-"""Checkpoints: trainable weights and optimiser state as safetensors, the rest as JSON. A folder bears its name only when it is complete."""
+"""Checkpoints: trainable weights and optimiser state as safetensors, the rest as JSON.
+A folder bears its name only when it is complete.
+"""
 
 import json
 import logging
@@ -28,7 +30,9 @@ _LEFT_BEHIND = re.compile(r"\.?step_\d+.*\.partial")
 _log = logging.getLogger("flowgrove")
 
 
-def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int, fingerprint: str, keep_last: int, line: dict[str, Any]) -> Path:
+def save_checkpoint(
+    run: Path, policy: Policy, updater: Updater, completed: int, fingerprint: str, keep_last: int, line: dict[str, Any]
+) -> Path:
     """Writes checkpoints/step_NNNNNN (NNNNNN: completed iterations), moves `latest`, removes all but the newest
     `keep_last` and the best."""
     folder = run / "checkpoints" / f"step_{completed:06d}"
@@ -73,8 +77,9 @@ def save_checkpoint(run: Path, policy: Policy, updater: Updater, completed: int,
 
 
 def remove_older(run: Path, newest: Path, keep_last: int) -> None:
-    """Leaves the `keep_last` checkpoints up to `newest`, and the best; later ones are of a branch that a resumed run has
-    left."""
+    """Leaves the `keep_last` checkpoints up to `newest`, and the best;
+    later ones are of a branch that a resumed run has left.
+    """
     checkpoints, best = valid_checkpoints(run), best_checkpoint(run)
     place = checkpoints.index(newest)
     older = [folder for folder in checkpoints[: max(0, place + 1 - keep_last)] if best is None or folder != best[0]]
@@ -83,14 +88,15 @@ def remove_older(run: Path, newest: Path, keep_last: int) -> None:
 
 
 def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tuple[int, dict[str, Any]]:
-    """Puts weights in place (with `updater` its state too; without, the averaged weights if there are any); returns the completed iterations and
-    the metrics line of the last one.
+    """Puts weights in place (with `updater` its state too; without, the averaged weights if there are any); returns the
+    completed iterations and the metrics line of the last one.
 
     Raises UserError if it is damaged or does not fit.
     """
     state = verify(folder)
     averages = folder / "ema.safetensors"
-    # without an updater the model is wanted for evaluation, sampling or export: there the averaged weights serve, if there are any
+    # without an updater the model is wanted for evaluation, sampling or export: there the averaged weights serve, if
+    # there are any
     weights = _tensors(averages if updater is None and averages.is_file() else folder / "weights.safetensors")
     moments = _tensors(folder / "optimizer.safetensors") if updater else {}
     parameters = policy.trainable()

@@ -56,8 +56,11 @@ def open_recipe(source: Path, overrides: tuple[str, ...] = (), which: str | None
 
 
 def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | None = ()) -> Model:
-    """The base model of what `open_recipe` found. `texts`: prompts that it will encode; None: only its weights are wanted. Raises UserError."""
-    untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})  # no copy of the reference model
+    """The base model of what `open_recipe` found. `texts`: prompts that it will encode; None:
+    only its weights are wanted. Raises UserError.
+    """
+    # no copy of the reference model
+    untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})
     return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoint)
 
 
@@ -99,8 +102,8 @@ def export_run(
 ) -> str:
     """Writes a checkpoint (None: the newest) for diffusers or ComfyUI; returns a line that says how to load it.
 
-    A LoRA needs no base model. `dtype`: bf16, fp16 or fp32; None: as it was trained, which is bf16 for weights that a run
-    with model.dtype bf16 found in bf16, and fp32 for all others.
+    A LoRA needs no base model. `dtype`: bf16, fp16 or fp32; None: as it was trained, which is bf16 for weights that a
+    run with model.dtype bf16 found in bf16, and fp32 for all others.
     """
     for option, value, known in (("format", form, FORMATS), ("dtype", dtype, tuple(DTYPES))):
         if value is not None and value not in known:
@@ -138,7 +141,9 @@ def export_run(
 def _dtypes_of_weights(adapter: Adapter, recipe: Recipe, dtype: str | None) -> dict[str, torch.dtype]:
     if dtype is not None:
         return all_in(adapter.transformer, DTYPES[dtype])
-    return bf16_in(adapter.folder / "transformer") if recipe.model.dtype == "bf16" and adapter.folder is not None else {}
+    return (
+        bf16_in(adapter.folder / "transformer") if recipe.model.dtype == "bf16" and adapter.folder is not None else {}
+    )
 
 
 def _lora_layers(checkpoint: Path, lora: Lora) -> dict[str, torch.Tensor]:

@@ -13,7 +13,9 @@ _PACKAGES = ("flowgrove", "torch", "diffusers", "transformers", "peft", "safeten
 
 
 def tell(error: BaseException) -> str:
-    """The line for the user. The full trace is written to a file of its own; where none can be written it goes to stderr."""
+    """The line for the user. The full trace is written to a file of its own;
+    where none can be written it goes to stderr.
+    """
     try:
         text = one_line(str(error), 300)
     except Exception:  # a library's exception may not even have a text
@@ -23,7 +25,9 @@ def tell(error: BaseException) -> str:
     header = [shlex.join(sys.argv), f"python {platform.python_version()} on {platform.platform()}"]
     header += [f"{name} {found}" for name in _PACKAGES if (found := _version(name))]
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="flowgrove-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="flowgrove-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write("\n".join([*header, "", trace]))
     except OSError:
         sys.stderr.write(trace)

@@ -1,4 +1,6 @@
-"""The log of a run: its iterations as JSON lines and TensorBoard scalars, and the JSON lines read back. Nothing here needs torch."""
+"""The log of a run: its iterations as JSON lines and TensorBoard scalars, and the JSON lines read back.
+Nothing here needs torch.
+"""
 
 import json
 import os
@@ -61,7 +63,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _cut_back(path: Path, iterations: int) -> int:
-    """Keeps the lines before `iterations` (what came after the checkpoint will be run again) and returns their number."""
+    """Keeps the lines before `iterations` (what came after the checkpoint will be run again)
+    and returns their number.
+    """
     kept = [line for line in read_metrics(path.parent) if line["iteration"] < iterations]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return len(kept)

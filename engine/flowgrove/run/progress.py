@@ -15,8 +15,8 @@ class TrainingDisplay:
     def __init__(self, console: Console, recipe: Recipe, completed: int) -> None:
         self.recipe = recipe
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=recipe.run.iterations, completed=completed)
 
@@ -39,14 +39,18 @@ def format_line(line: dict[str, Any]) -> str:
     rewards = "  ".join(f"{name} {r['mean']:.3f}±{r['std']:.3f}" for name, r in line["reward"].items())
     held_out = f"  [bold]held-out {line['eval_reward']:.3f}[/]" if "eval_reward" in line else ""
     if line["ratio_mean"] is None:
-        trained = "nothing trained: no advantage" if line["train_passes"] == 0 else "ratio not finite: the step was skipped"
+        trained = (
+            "nothing trained: no advantage" if line["train_passes"] == 0 else "ratio not finite: the step was skipped"
+        )
     else:
         trained = (
-            f"ratio {line['ratio_mean']:.5f} ({line['ratio_min']:.4f}…{line['ratio_max']:.4f})  clipped −{line['clipped_low']:.0%} +{line['clipped_high']:.0%}"
+            f"ratio {line['ratio_mean']:.5f} ({line['ratio_min']:.4f}…{line['ratio_max']:.4f})  clipped "
+            f"−{line['clipped_low']:.0%} +{line['clipped_high']:.0%}"
             f"  drift {_number(line['logp_drift'], '.0e')}  grad {_number(line['grad_norm'], '.2f')}"
         )
     stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in line["seconds"].items() if seconds >= 0.005)
-    return f"{line['iteration']:4d}  {rewards}{held_out}  {trained}  passes {line['rollout_forwards']}+{line['train_passes']}  s: {stages}"
+    passes = f"{line['rollout_forwards']}+{line['train_passes']}"
+    return f"{line['iteration']:4d}  {rewards}{held_out}  {trained}  passes {passes}  s: {stages}"
 
 
 def _number(value: float | None, form: str) -> str:

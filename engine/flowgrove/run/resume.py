@@ -22,7 +22,8 @@ _OPERATION = {
     "engine": ("token_budget", "device", "backend", "attention", "compile", "cuda_graphs", "reuse_rollout_graph"),
 }
 _REWARD_OPERATION = (
-    "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency", "max_answer_mb", "key_variable",
+    "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency",
+    "max_answer_mb", "key_variable",
 )  # fmt: skip
 
 
@@ -31,7 +32,8 @@ _MOST_NAMED = 4  # keys that a message names
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the prompts' text for their path.
+    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the
+    prompts' text for their path.
 
     Keys at their default do not enter, so that a version with new keys resumes old runs.
     """
@@ -120,8 +122,9 @@ def choose_checkpoint(recipe: Recipe, out: Path, resume: str, say: Say = _log.wa
 
 
 def stored_budget(checkpoint: Path | None, own: str) -> int | None:
-    """Tokens per pass of the run that goes on from `checkpoint`; None for a new run, a checkpoint of another recipe than that of fingerprint `own`, and
-    one from before they were stored."""
+    """Tokens per pass of the run that goes on from `checkpoint`; None for a new run, a checkpoint of another recipe
+    than that of fingerprint `own`, and one from before they were stored.
+    """
     state = {} if checkpoint is None else read_state(checkpoint)
     tokens = state.get("token_budget")
     return tokens if state.get("recipe") == own and isinstance(tokens, int) and tokens > 0 else None

@@ -1,8 +1,9 @@
 """Rebuilds the embedded pipeline: `python -m flowgrove.tiny.build --out DIR`, about a quarter of an hour on two cores.
 
-A StableDiffusion3Pipeline of real diffusers and transformers classes, small enough to ship: an f4 VAE (8×8×4 latents), two CLIP text encoders and a
-T5 encoder, trained together with an SD3 transformer of 16 picture tokens. It is mediocre on purpose: `NOISY_CAPTIONS` of its captions have one detail
-wrong, as captions from the web do, and training stops early. So it draws most things, and follows its prompt loosely; that is what the reward can mend.
+A StableDiffusion3Pipeline of real diffusers and transformers classes, small enough to ship: an f4 VAE (8×8×4 latents),
+two CLIP text encoders and a T5 encoder, trained together with an SD3 transformer of 16 picture tokens. It is mediocre
+on purpose: `NOISY_CAPTIONS` of its captions have one detail wrong, as captions from the web do, and training stops
+early. So it draws most things, and follows its prompt loosely; that is what the reward can mend.
 """
 
 import argparse
@@ -16,7 +17,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.tiny.pictures import Scene, confuse, held_out, pair_scenes, render, single_scenes
@@ -46,7 +54,14 @@ def build_tokenizers(sentences: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer
         vocab.setdefault(letter + "</w>", len(vocab))
     first, second = (CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS) for _ in range(2))
     words = sorted({word for sentence in sentences for word in sentence.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0), *((c, -10.0) for c in letters), *(("▁" + w, -3.0) for w in words)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -8.0),
+        *((c, -10.0) for c in letters),
+        *(("▁" + w, -3.0) for w in words),
+    ]
     return first, second, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
 
 
@@ -114,7 +129,9 @@ def build_pipeline(sentences: list[str]) -> StableDiffusion3Pipeline:
 
 
 def train_vae(vae: AutoencoderKL, scenes: list[Scene], steps: int, generator: random.Random) -> None:
-    """Reconstruction (L1) with a slight pull towards N(0, I); then the shift and scale that make latents zero-mean and unit-variance."""
+    """Reconstruction (L1) with a slight pull towards N(0, I);
+    then the shift and scale that make latents zero-mean and unit-variance.
+    """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
@@ -128,11 +145,15 @@ def train_vae(vae: AutoencoderKL, scenes: list[Scene], steps: int, generator: ra
             print(f"vae {step}/{steps}: L1 {error.item():.4f}", flush=True)
     with torch.no_grad():
         latents = vae.encode(render(generator.choices(scenes, k=512), generator) * 2 - 1).latent_dist.mean
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
 
 
 def train_flow(pipe: StableDiffusion3Pipeline, scenes: list[Scene], steps: int, generator: random.Random) -> None:
-    """Flow matching (v = ε − x0, logit-normal σ) of transformer and text encoders together; leaves the averaged weights in place."""
+    """Flow matching (v = ε − x0, logit-normal σ) of transformer and text encoders together;
+    leaves the averaged weights in place.
+    """
     parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
     parameters = [p for part in parts for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
@@ -144,7 +165,9 @@ def train_flow(pipe: StableDiffusion3Pipeline, scenes: list[Scene], steps: int, 
         noise, sigma = torch.randn_like(latents), torch.sigmoid(1.1 * torch.randn(len(batch)))
         mixed = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
         captions = [_caption(scene, generator) for scene in batch]
-        embeds, _, pooled, _ = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
+        )
         velocity = pipe.transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]
         loss = mse_loss(velocity, noise - latents)
         _step(optimizer, loss)
@@ -187,7 +210,8 @@ def main() -> None:
     generator, start = random.Random(arguments.seed), time.monotonic()
     single, pairs = single_scenes(), pair_scenes()
     pipe = build_pipeline([scene.caption for scene in single + pairs])
-    shown = 16 * [s for s in single if not held_out(s)] + [s for s in pairs if not held_out(s)]  # about as many of either kind
+    # about as many of either kind
+    shown = 16 * [s for s in single if not held_out(s)] + [s for s in pairs if not held_out(s)]
     train_vae(pipe.vae, shown, arguments.vae_steps, generator)
     train_flow(pipe, shown, arguments.flow_steps, generator)
     pipe.to(torch.float16).save_pretrained(arguments.out)

@@ -1,7 +1,9 @@
-"""The world of the embedded pipeline: 32×32 pictures of coloured shapes, the sentences that describe them, and a renderer.
+"""The world of the embedded pipeline: 32×32 pictures of coloured shapes, the sentences that describe them, and a
+renderer.
 
-A scene is one shape at a place ("a red circle at the top left") or two shapes in a relation ("a red circle left of a blue square").
-`parse` turns a sentence into a `Scene`, `Scene.caption` turns it back, `render` draws scenes as the pictures that the pipeline learns from.
+A scene is one shape at a place ("a red circle at the top left") or two shapes in a relation ("a red circle left of a
+blue square"). `parse` turns a sentence into a `Scene`, `Scene.caption` turns it back, `render` draws scenes as the
+pictures that the pipeline learns from.
 """
 
 import math
@@ -31,7 +33,8 @@ PLACES = {  # centres in pixels, (x, y), y downwards
     "at the bottom right": (23.0, 23.0),
     "at the centre": (16.0, 16.0),
 }
-RELATIONS = {"left of": (1.0, 0.0), "right of": (-1.0, 0.0), "above": (0.0, 1.0), "below": (0.0, -1.0)}  # first → second
+# first → second
+RELATIONS = {"left of": (1.0, 0.0), "right of": (-1.0, 0.0), "above": (0.0, 1.0), "below": (0.0, -1.0)}
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ def parse(prompt: str) -> Scene:
     except KeyError:
         pass
     raise UserError(
-        f"prompt {prompt!r} is not a sentence about shapes: write 'a COLOUR SHAPE PLACE' or 'a COLOUR SHAPE RELATION a COLOUR SHAPE' "
-        f"with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; places {', '.join(PLACES)}; relations {', '.join(RELATIONS)}"
+        f"prompt {prompt!r} is not a sentence about shapes: write 'a COLOUR SHAPE PLACE' or 'a COLOUR SHAPE RELATION a "
+        "COLOUR SHAPE' "
+        f"with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; places {', '.join(PLACES)}; "
+        f"relations {', '.join(RELATIONS)}"
     )
 
 
@@ -96,10 +101,16 @@ def pair_scenes() -> list[Scene]:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a scene is kept for evaluation: one colour–shape–place combination in five, no pretraining and no training prompt ever shows it."""
+    """Whether a scene is kept for evaluation: one colour–shape–place combination in five, no pretraining and no
+    training prompt ever shows it.
+    """
     if scene.place is None:
         return any((list(COLOURS).index(t.colour) + SHAPES.index(t.shape)) % 5 == 4 for t in scene.things)
-    index = list(COLOURS).index(scene.things[0].colour) + 2 * SHAPES.index(scene.things[0].shape) + list(PLACES).index(scene.place)
+    index = (
+        list(COLOURS).index(scene.things[0].colour)
+        + 2 * SHAPES.index(scene.things[0].shape)
+        + list(PLACES).index(scene.place)
+    )
     return index % 5 == 4
 
 
@@ -120,7 +131,9 @@ def confuse(scene: Scene, generator: random.Random) -> Scene:
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, area: Tensor | float) -> Tensor:
-    """Distance in pixels to the outline of `shape` of `area` square pixels around (0, 0): negative inside. Shapes of equal area are equally large."""
+    """Distance in pixels to the outline of `shape` of `area` square pixels around (0, 0): negative inside. Shapes of
+    equal area are equally large.
+    """
     unit = torch.as_tensor(area, dtype=x.dtype).sqrt()
     if shape == "circle":
         return (x * x + y * y).sqrt() - unit / math.sqrt(math.pi)
@@ -161,5 +174,7 @@ def _layout(scene: Scene, generator: random.Random) -> list[tuple[float, float, 
     spots = []
     for side in (-1.0, 1.0):
         along = side * generator.uniform(7.2, 8.5)
-        spots.append((16 + along * dx + across * abs(dy), 16 + along * dy + across * abs(dx), generator.uniform(65, 95)))
+        spots.append(
+            (16 + along * dx + across * abs(dy), 16 + along * dy + across * abs(dx), generator.uniform(65, 95))
+        )
     return spots

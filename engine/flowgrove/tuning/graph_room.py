@@ -1,4 +1,6 @@
-"""How many passes of the rollout may retain their graph for the first update: what the device's memory has room for beside all that a run needs."""
+"""How many passes of the rollout may retain their graph for the first update:
+what the device's memory has room for beside all that a run needs.
+"""
 
 import sys
 from typing import NamedTuple
@@ -26,8 +28,10 @@ class GraphRoom(NamedTuple):
 
     @classmethod
     def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
-        """By engine.reuse_rollout_graph. `auto`: as many as by prediction fit into the device's memory, and passes of at least a quarter of the budget; none
-        where the rewards decide which edges train, since most graphs would then be made for nothing."""
+        """The room that engine.reuse_rollout_graph gives. `auto`: as many as by prediction fit into the device's
+        memory, and passes of at least a quarter of the budget; none where the rewards decide which edges train, since
+        most graphs would then be made for nothing.
+        """
         engine, prune = recipe.engine, recipe.credit.prune
         if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
             return cls(0, 0.0)
@@ -39,7 +43,7 @@ class GraphRoom(NamedTuple):
         return cls(max(0, room // graph), _LEAST_SHARE)
 
     def retained_graphs(self, policy: Policy) -> "RetainedGraphs | None":
-        """For one iteration of `policy`."""
+        """What retains the graphs of one iteration of `policy`; None where none is retained."""
         full = policy.budget.rows // (2 if policy.doubles else 1)
         return RetainedGraphs(self.states, max(1, int(self.share * full))) if self.states else None
 

@@ -1,6 +1,8 @@
-"""How much memory a run needs, before it runs: the model's own code on tensors without storage, with every allocation counted.
+"""How much memory a run needs, before it runs: the model's own code on tensors without storage, with every allocation
+counted.
 
-Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode runs forward and backward, and a dispatch mode adds up what is alive.
+Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode runs forward and backward, and a
+dispatch mode adds up what is alive.
 """
 
 import json
@@ -40,8 +42,9 @@ _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per tr
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a state of the rollout holds until the first
-    update if its graph is retained; `rows`: rows of the largest training pass."""
+    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a state of
+    the rollout holds until the first update if its graph is retained; `rows`: rows of the largest training pass.
+    """
 
     resident: dict[str, int]
     stages: dict[str, int]
@@ -59,7 +62,9 @@ class Memory:
 
 
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
-    """Peak memory of an iteration on one device. Text encoders are taken to be freed. Raises UserError without configuration files."""
+    """Peak memory of an iteration on one device. Text encoders are taken to be freed.
+    Raises UserError without configuration files.
+    """
     folder = configuration_folder(recipe.model)
     geometry = max((read_geometry(folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens)
     compute = COMPUTE_DTYPES[recipe.model.dtype]
@@ -77,8 +82,14 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     latent = geometry.latent_shape
     with _errors_of(folder), FakeTensorMode():
         _materialise(transformer, compute, master)
-        masters = sum(p.numel() * p.element_size() for p in Masters(transformer, compute).of.values()) if compute == torch.bfloat16 else 0
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in (*transformer.parameters(), *transformer.buffers()))
+        masters = (
+            sum(p.numel() * p.element_size() for p in Masters(transformer, compute).of.values())
+            if compute == torch.bfloat16
+            else 0
+        )
+        weights = sum(
+            tensor.numel() * tensor.element_size() for tensor in (*transformer.parameters(), *transformer.buffers())
+        )
         decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or compute, master)
         adapter = family(geometry, transformer, SimpleNamespace(vae=vae))
         doubled = 2 if adapter.needs_uncond(recipe.model.guidance_scale) else 1
@@ -87,7 +98,13 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
         counted = {
             "training": _peak(lambda: _train(adapter, trained_states * doubled, latent, master, compute), like_cuda),
             "rollout": _peak(lambda: _roll(adapter, rolled * doubled, latent, master, compute), like_cuda),
-            "decoding": _peak(lambda: adapter.decode(torch.empty(min(adapter.samples_per_decode(device_type), prompts * plan.leaves), *latent, dtype=master))),
+            "decoding": _peak(
+                lambda: adapter.decode(
+                    torch.empty(
+                        min(adapter.samples_per_decode(device_type), prompts * plan.leaves), *latent, dtype=master
+                    )
+                )
+            ),
         }
         graph = graph_bytes(lambda states: _velocity(adapter, states * doubled, latent, master, compute), like_cuda)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -96,7 +113,8 @@ def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memor
     levels = {end for step in plan.trained_steps for end in (step.index, step.index + 1)}
     kept = sum(plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels)
     pictures = min(prompts * plan.leaves, max(1, PIXELS_AT_ONCE // geometry.pixels)) * geometry.pixels * 3
-    counted["decoding"] += 2 * pictures * torch.float32.itemsize  # what is scored together, and what scoring it takes beside it
+    # what is scored together, and what scoring it takes beside it
+    counted["decoding"] += 2 * pictures * torch.float32.itemsize
     resident = {
         "transformer": weights,
         "master weights": masters,
@@ -139,9 +157,13 @@ def _roll(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dt
     return _velocity(adapter, rows, latent, master, compute)
 
 
-def _velocity(adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype) -> Tensor:
+def _velocity(
+    adapter: Adapter, rows: int, latent: tuple[int, ...], master: torch.dtype, compute: torch.dtype
+) -> Tensor:
     cond = adapter.blank(1, compute)
-    expanded = Conditioning({name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()})
+    expanded = Conditioning(
+        {name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()}
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
         return adapter.velocity(torch.empty(rows, *latent, dtype=master), torch.empty(rows), expanded, 1.0)
 
@@ -203,7 +225,9 @@ def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 dtype = trained if parameter.requires_grad else frozen
-                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+                part._parameters[name] = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
+                )
                 total += parameter.numel() * dtype.itemsize
         for name, buffer in part._buffers.items():
             if buffer is not None:
@@ -216,14 +240,18 @@ def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -
 
 
 def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
-    """Most bytes alive at once while `run` runs, of storages that it makes itself and that are gone when it has ended."""
+    """Most bytes alive at once while `run` runs,
+    of storages that it makes itself and that are gone when it has ended.
+    """
     with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
         run()
     return alive.most - alive.bytes
 
 
 def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> int:
-    """What a row more holds as long as the differentiable velocity of a pass lives; `velocity` takes the pass's rows."""
+    """What a row more holds as long as the differentiable velocity of a pass lives;
+    `velocity` takes the pass's rows.
+    """
     held = []
     for rows in (1, 2):
         with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():

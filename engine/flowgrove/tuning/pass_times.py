@@ -28,7 +28,9 @@ class Timed(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Rows that iteration 0 of a recipe runs through the transformer, all prompts: in the rollout, in training, and the most that stand beside each other."""
+    """Rows that iteration 0 of a recipe runs through the transformer, all prompts: in the rollout, in training, and the
+    most that stand beside each other.
+    """
 
     forwards: int
     passes: int
@@ -55,8 +57,9 @@ def first_near_best(seconds: Mapping[Key, float]) -> Key:
 
 
 class Passes:
-    """Passes of a policy's transformer on rows of the longest prompt, states and embeddings drawn at random. `tokens`: what a row costs, with guidance both
-    of its rows."""
+    """Passes of a policy's transformer on rows of the longest prompt, states and embeddings drawn at random. `tokens`:
+    what a row costs, with guidance both of its rows.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.device = policy, policy.device
@@ -67,13 +70,15 @@ class Passes:
         self.prompts = Prompts([""], cond, uncond, np.array([size.prompt_tokens]), np.array([self.tokens]))
 
     def states(self, rows: int) -> Tensor:
-        """[rows, ...]."""
+        """States [rows, ...] drawn at random."""
         return self._normal((rows, *self.policy.adapter.latent_shape), self.policy.state_dtype)
 
     def velocity(self, x: Tensor) -> Tensor:
-        """Of states [B, ...]."""
+        """The velocity of states [B, ...]."""
         sigma = torch.full((len(x),), 0.5, device=self.device)
-        return self.policy.velocity(x, sigma, self.prompts, torch.zeros(len(x), dtype=torch.int64, device=self.device)).v
+        return self.policy.velocity(
+            x, sigma, self.prompts, torch.zeros(len(x), dtype=torch.int64, device=self.device)
+        ).v
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> None:
@@ -109,7 +114,12 @@ class Passes:
 
     def _longest(self) -> Conditioning:
         blank = self.policy.adapter.blank(1, self.policy.compute_dtype).tensors
-        return Conditioning({name: self._normal(t.shape, t.dtype) if t.is_floating_point() else t.to(self.device) for name, t in blank.items()})
+        return Conditioning(
+            {
+                name: self._normal(t.shape, t.dtype) if t.is_floating_point() else t.to(self.device)
+                for name, t in blank.items()
+            }
+        )
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self._draw)

@@ -1,5 +1,6 @@
-"""engine.token_budget: auto. On a GPU it is settled once per run by timing passes of the run's own model; on a CPU it is a fixed number of tokens, so that
-runs repeat to the last bit."""
+"""engine.token_budget: auto. On a GPU it is settled once per run by timing passes of the run's own model; on a CPU it
+is a fixed number of tokens, so that runs repeat to the last bit.
+"""
 
 import hashlib
 import json
@@ -27,9 +28,11 @@ _log = logging.getLogger("flowgrove")
 
 
 def fastest_rows(measure: Callable[[int], float], most: int) -> int:
-    """Rows per pass: of 1, 2, 4, … up to `most` the fewest that are as fast as the fastest. `measure(rows)`: seconds per row.
+    """Rows per pass: of 1, 2, 4, … up to `most` the fewest that are as fast as the fastest. `measure(rows)`: seconds
+    per row.
 
-    Ends where memory is exhausted in `measure`, or a doubling gains less than NEAR. Raises UserError if one row does not fit.
+    Ends where memory is exhausted in `measure`, or a doubling gains less than NEAR. Raises UserError if one row does
+    not fit.
     """
     found: dict[int, float] = {}
     rows = 1
@@ -51,12 +54,14 @@ def fastest_rows(measure: Callable[[int], float], most: int) -> int:
 def no_room() -> UserError:
     """What to say where not even a pass of one row fits."""
     return UserError(
-        "the GPU's memory does not hold a training pass of one row: set model.gradient_checkpointing: true, give a model.lora, or lower model.height and width"
+        "the GPU's memory does not hold a training pass of one row: set model.gradient_checkpointing: true, "
+        "give a model.lora, or lower model.height and width"
     )
 
 
 def settle_token_budget(recipe: Recipe, policy: Policy, stored: int | None) -> None:
-    """engine.token_budget: auto: `stored` by the run's checkpoint; else, on a GPU, what was found for this recipe on such a device before, or is found now.
+    """engine.token_budget: auto: `stored` by the run's checkpoint; else, on a GPU, what was found for this recipe on
+    such a device before, or is found now.
 
     Raises UserError if a training pass of one row does not fit.
     """
@@ -77,7 +82,9 @@ def with_budget(recipe: Recipe, tokens: int) -> Recipe:
 
 
 def measured_budget(recipe: Recipe, policy: Policy) -> int:
-    """Tokens per pass that take the passes of iteration 0 through the policy's model fastest, beside all that a run keeps in memory. Raises UserError."""
+    """Tokens per pass that take the passes of iteration 0 through the policy's model fastest, beside all that a run
+    keeps in memory. Raises UserError.
+    """
     work, passes = Work.of(recipe), Passes(policy)
 
     def measure(rows: int) -> float:
@@ -118,12 +125,16 @@ def cached_budget(key: str) -> int | None:
 
 
 def cache_budget(key: str, tokens: int) -> None:
-    """Writes `tokens` down for later runs; a folder that cannot be written costs them the measurement, and is no error."""
+    """Writes `tokens` down for later runs; a folder that cannot be written costs them the measurement,
+    and is no error.
+    """
     try:
         _cache_file().parent.mkdir(parents=True, exist_ok=True)
         write_text(_cache_file(), json.dumps({**_read_cache(), key: tokens}, indent=1) + "\n")
     except OSError as error:
-        _log.warning("cannot write %s (%s): the next run measures engine.token_budget again", _cache_file(), error.strerror)
+        _log.warning(
+            "cannot write %s (%s): the next run measures engine.token_budget again", _cache_file(), error.strerror
+        )
 
 
 def _cache_file() -> Path:

@@ -1,4 +1,5 @@
-"""`flowgrove tune`: which engine settings take a recipe's passes fastest on this machine, written as a recipe that extends it.
+"""`flowgrove tune`: which engine settings take a recipe's passes fastest on this machine, written as a recipe that
+extends it.
 
 Key after key: the candidates of one are measured in turn, A, B, A, B, …, with the choice for the keys before it.
 """
@@ -30,7 +31,9 @@ from flowgrove.tuning.token_budget import no_room, room_beside
 from flowgrove_kernels import step_coefficients
 
 _ROUNDS = 3
-_DIFFERENCE = 0.05  # of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or cannot train by more
+# of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or
+# cannot train by more
+_DIFFERENCE = 0.05
 _NO_ROOM = "does not fit into the memory"
 
 Value = int | str | bool
@@ -54,8 +57,10 @@ class Choice(NamedTuple):
 
 
 def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say) -> Path:
-    """Measures and writes `out` (None: NAME_tuned.yaml beside the recipe NAME.yaml), a recipe that extends `path` with `overrides` and the engine settings
-    found; keys of `engine` among the overrides stay as given. Returns the file. Raises UserError if it exists, or if nothing runs here."""
+    """Measures and writes `out` (None: NAME_tuned.yaml beside the recipe NAME.yaml), a recipe that extends `path` with
+    `overrides` and the engine settings found; keys of `engine` among the overrides stay as given. Returns the file.
+    Raises UserError if it exists, or if nothing runs here.
+    """
     target = out or path.with_name(f"{path.stem}_tuned.yaml")
     if target.exists():
         raise UserError(f"{target} exists: give another file with --out, or remove it")
@@ -89,13 +94,24 @@ def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, 
                 failed[label] = _NO_ROOM if is_out_of_memory(error) else _reason(error)
             else:
                 times[label] += [timed] if turn else []
-    medians = {label: Timed(*map(statistics.median, zip(*rounds, strict=True))) for label, rounds in times.items() if label not in failed}
+    medians = {
+        label: Timed(*map(statistics.median, zip(*rounds, strict=True)))
+        for label, rounds in times.items()
+        if label not in failed
+    }
     if not medians:
         reason = next(iter(failed.values()))
-        raise no_room() if reason == _NO_ROOM else UserError(f"engine.{key}: nothing that was tried runs here ({reason}): set another engine.device")
+        raise (
+            no_room()
+            if reason == _NO_ROOM
+            else UserError(f"engine.{key}: nothing that was tried runs here ({reason}): set another engine.device")
+        )
     seconds = {label: work.seconds(row) for label, row in medians.items()}
     chosen = first_near_best(seconds)
-    told = {label: f"{1e3 * row.forward:.3g} + {1e3 * row.train:.3g} ms, {seconds[label]:.3g} s" for label, row in medians.items()}
+    told = {
+        label: f"{1e3 * row.forward:.3g} + {1e3 * row.train:.3g} ms, {seconds[label]:.3g} s"
+        for label, row in medians.items()
+    }
     told[chosen] += ", chosen"
     lines = [f"{label}: {failed.get(label) or told[label]}" for label in times]
     return Choice(key, next(candidate.value for candidate in candidates if candidate.label == chosen), [*lines, *notes])
@@ -107,17 +123,20 @@ class _Tuner:
     def __init__(self, recipe: Recipe, fixed: dict[str, Any], work: Work, with_compile: bool) -> None:
         self.recipe, self.fixed, self.work, self.device = recipe, fixed, work, pick_device(recipe)
         self.measures_compile = with_compile and "compile" not in fixed
-        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | ({"compile": False} if with_compile else {})
+        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | (
+            {"compile": False} if with_compile else {}
+        )
         engine = recipe.engine.model_copy(update={key: value for key, value in plain.items() if key not in fixed})
         self.policy = Policy(recipe.model_copy(update={"engine": engine}), self.device)
         self.passes = Passes(self.policy)
-        self._beside = room_beside(recipe, self.policy) if self.device.type == "cuda" else None  # taken while passes are measured
+        # taken while passes are measured
+        self._beside = room_beside(recipe, self.policy) if self.device.type == "cuda" else None
         self._processors = dict(self.policy.transformer.attn_processors)
         self._stance = "default"  # of torch.compile, once the blocks are compiled
 
     @property
     def rows(self) -> int:
-        """Of a full pass."""
+        """Rows of a full pass."""
         return max(1, self.policy.budget.tokens // self.passes.tokens)
 
     def token_budget(self) -> Choice:
@@ -137,10 +156,18 @@ class _Tuner:
         x, notes, usable = self.passes.states(1), [], ["sdpa"]
         self._use("sdpa")
         expected = self._differentiated(x)
-        for name in (name for name in attention_names() if name != "sdpa" and "hub" not in name and missing(name, self.device) is None):  # a hub's downloads
+        # a hub's downloads
+        for name in (
+            name
+            for name in attention_names()
+            if name != "sdpa" and "hub" not in name and missing(name, self.device) is None
+        ):
             try:
                 self._use(name)
-                close = all(float((a - b).norm()) <= _DIFFERENCE * float(b.norm()) for a, b in zip(self._differentiated(x), expected, strict=True))
+                close = all(
+                    float((a - b).norm()) <= _DIFFERENCE * float(b.norm())
+                    for a, b in zip(self._differentiated(x), expected, strict=True)
+                )
             except UserError:  # not for this model
                 continue
             except Exception as error:  # whatever a kernel raises that does not take these tensors
@@ -150,7 +177,12 @@ class _Tuner:
                 usable.append(name)
             else:
                 notes.append(f"{name}: left out, its velocity or gradient is not that of sdpa")
-        choice = choose("attention", [Candidate(name, name, self._timed(self.rows, name)) for name in usable], self.work, tuple(notes))
+        choice = choose(
+            "attention",
+            [Candidate(name, name, self._timed(self.rows, name)) for name in usable],
+            self.work,
+            tuple(notes),
+        )
         self._use(str(choice.value))
         return choice
 
@@ -174,7 +206,10 @@ class _Tuner:
         if self.device.type != "cuda" or "cuda_graphs" in self.fixed:
             return Choice("cuda_graphs", False, ["not measured: needs a GPU"])
         recordings = Recordings(self.device)
-        candidates = [Candidate(False, "launched", lambda: self._rolled(None)), Candidate(True, "recorded", lambda: self._rolled(recordings))]
+        candidates = [
+            Candidate(False, "launched", lambda: self._rolled(None)),
+            Candidate(True, "recorded", lambda: self._rolled(recordings)),
+        ]
         with torch.compiler.set_stance(self._stance):
             return choose("cuda_graphs", candidates, self.work)
 
@@ -188,10 +223,11 @@ class _Tuner:
         return measure
 
     def _rolled(self, recordings: Recordings | None) -> Timed:
-        """With the rollout's own pass, replayed where there are `recordings`."""
+        """Seconds of the rollout's own pass and of a training pass, the first replayed where there are `recordings`."""
         rows, passes = self.rows, self.passes
         half, less = (torch.full((rows,), sigma, dtype=torch.float64) for sigma in (0.5, 0.4))
-        coef, prompt = step_coefficients("ode", half, less).to(self.device, non_blocking=True), torch.zeros(rows, dtype=torch.int64, device=self.device)
+        coef = step_coefficients("ode", half, less).to(self.device, non_blocking=True)
+        prompt = torch.zeros(rows, dtype=torch.int64, device=self.device)
 
         def forward(x: Tensor) -> None:
             states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
@@ -236,9 +272,11 @@ def _given(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def _header(device: torch.device, work: Work) -> list[str]:
     machine = describe(device)
+    place = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
+    passes = f"{work.forwards} forwards and {work.passes} training passes"
     return [
-        f"`flowgrove tune` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}: ms per row of a rollout's",
-        f"pass + of a training pass (forward and backward), and the seconds that the {work.forwards} forwards and {work.passes} training passes of iteration 0",
+        f"`flowgrove tune` on {place}: ms per row of a rollout's",
+        f"pass + of a training pass (forward and backward), and the seconds that the {passes} of iteration 0",
         f"should take. Of settings within {NEAR:.0%} of the fastest the first is taken.",
     ]
 
@@ -246,6 +284,8 @@ def _header(device: torch.device, work: Work) -> list[str]:
 def _text(content: dict[str, Any], fixed: dict[str, Any], choices: list[Choice], header: list[str]) -> str:
     """YAML with the measurements as comments."""
     engine = [f"{write_yaml(fixed)}"] if fixed else []
-    engine += ["".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}) for choice in choices]
+    engine += [
+        "".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}) for choice in choices
+    ]
     top = "".join(f"# {line}\n" for line in header)
     return top + write_yaml(content, allow_unicode=True) + "engine:\n" + textwrap.indent("".join(engine), "  ")

@@ -1,4 +1,6 @@
-"""Which edges an optimiser update trains, as rows: every distinct (state, step) once, with all its children that the update trains. Host arrays."""
+"""Which edges an optimiser update trains, as rows: every distinct (state, step) once,
+with all its children that the update trains. Host arrays.
+"""
 
 from dataclasses import dataclass
 
@@ -13,8 +15,10 @@ from flowgrove.rollout.forest import Forest, edges_in_update
 
 @dataclass(frozen=True)
 class Edges:
-    """Rows: state (row of the forest), step, prompt, children; edges, in the order of their rows: child (row of the forest), node and its parent (in
-    their levels), advantage, weight ω of the step. `selected`: edges that plan and pruning give the update, N_u, whether they have an advantage or not."""
+    """Rows: state (row of the forest), step, prompt, children; edges, in the order of their rows: child (row of the
+    forest), node and its parent (in their levels), advantage, weight ω of the step. `selected`: edges that plan and
+    pruning give the update, N_u, whether they have an advantage or not.
+    """
 
     state: Ints
     step: Ints
@@ -37,28 +41,48 @@ class Edges:
         edges = np.repeat(first[rows] - (np.cumsum(children) - children), children) + np.arange(children.sum())
         return Edges(
             self.state[rows], self.step[rows], self.prompt[rows], children,
-            self.child[edges], self.node[edges], self.parent[edges], self.advantage[edges], self.weight[edges], self.selected,
+            self.child[edges], self.node[edges], self.parent[edges], self.advantage[edges], self.weight[edges],
+            self.selected,
         )  # fmt: skip
 
 
 def edges_of_update(
-    forest: Forest, credit: dict[int, EdgeCredit], update: int, step_weight: dict[int, float], keep_zero_advantage: bool, granularity: str = "states"
+    forest: Forest,
+    credit: dict[int, EdgeCredit],
+    update: int,
+    step_weight: dict[int, float],
+    keep_zero_advantage: bool,
+    granularity: str = "states",
 ) -> Edges:
     """The edges that `update` trains. Those without advantage are left out unless a KL term needs them.
 
-    granularity: "states": a row for each state that has such an edge; "levels": for each state of a trained level; "edges": for each edge.
+    granularity: "states": a row for each state that has such an edge; "levels": for each state of a trained level;
+    "edges": for each edge.
     """
     plan, parts, selected = forest.plan, [], 0
     for step in plan.trained_steps:
         mine = credit[step.index].trains & edges_in_update(plan, step, update)
         selected += int(mine.sum())
         advantage = credit[step.index].advantage
-        parts.append(_rows_of_step(forest, step, mine if keep_zero_advantage else mine & (advantage != 0), advantage, step_weight[step.index], granularity))
-    state, index, prompt, children, child, node, parent, advantages, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+        parts.append(
+            _rows_of_step(
+                forest,
+                step,
+                mine if keep_zero_advantage else mine & (advantage != 0),
+                advantage,
+                step_weight[step.index],
+                granularity,
+            )
+        )
+    state, index, prompt, children, child, node, parent, advantages, weights = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
     return Edges(state, index, prompt, children, child, node, parent, advantages, weights, selected)
 
 
-def _rows_of_step(forest: Forest, step: Step, mask: NDArray[np.bool_], advantage: NDArray[np.float64], weight: float, granularity: str) -> tuple[NDArray, ...]:
+def _rows_of_step(
+    forest: Forest, step: Step, mask: NDArray[np.bool_], advantage: NDArray[np.float64], weight: float, granularity: str
+) -> tuple[NDArray, ...]:
     prompt, node = np.nonzero(mask)  # edges in (prompt, node) order: siblings contiguous
     parent = prompt * step.nodes_in + node // step.fanout  # row in the level
     if granularity == "edges":

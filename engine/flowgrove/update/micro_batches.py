@@ -17,7 +17,9 @@ from flowgrove_kernels import StepCoefficients
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One pass: B rows with E children between them. `velocity`: the rollout's own, with its graph, where it was retained."""
+    """One pass: B rows with E children between them. `velocity`:
+    the rollout's own, with its graph, where it was retained.
+    """
 
     state: Tensor
     prompt: Tensor
@@ -36,7 +38,13 @@ class MicroBatch:
 
 
 def micro_batches(
-    edges: Edges, plan: RolloutPlan, coefficients: StepCoefficients, passes: list[Ints], retained: list[Velocity], weight_scale: float, dtype: torch.dtype
+    edges: Edges,
+    plan: RolloutPlan,
+    coefficients: StepCoefficients,
+    passes: list[Ints],
+    retained: list[Velocity],
+    weight_scale: float,
+    dtype: torch.dtype,
 ) -> list[MicroBatch]:
     """The rows of each pass (positions in `edges`); one copy to the device serves them all.
 
@@ -52,8 +60,12 @@ def micro_batches(
     def put(values: NDArray, kind: torch.dtype) -> Tensor:
         return to_device(torch.from_numpy(np.ascontiguousarray(values)).to(kind), device)
 
-    whole = {name: put(getattr(edges, name), torch.int64) for name in ("state", "step", "prompt", "child", "node", "parent")}
-    child_prompt, child_step = (put(np.repeat(column, edges.children), torch.int64) for column in (edges.prompt, edges.step))
+    whole = {
+        name: put(getattr(edges, name), torch.int64) for name in ("state", "step", "prompt", "child", "node", "parent")
+    }
+    child_prompt, child_step = (
+        put(np.repeat(column, edges.children), torch.int64) for column in (edges.prompt, edges.step)
+    )
     advantage, weight = put(edges.advantage, dtype), put(edges.weight * weight_scale, dtype)
     sigma, starts = put(sigmas[edges.step], torch.float32), put(offsets, torch.int64)
     ends = np.cumsum([len(part) for part in passes])

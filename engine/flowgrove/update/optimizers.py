@@ -1,8 +1,10 @@
-"""The optimisers of update.optimizer. All follow the protocol of torch's fused ones: a tensor `found_inf` (1.0: a gradient is not finite) that is set
-before `step()` makes it leave weights and state as they are, decided on the device, without a read by the host.
+"""The optimisers of update.optimizer. All follow the protocol of torch's fused ones: a tensor `found_inf` (1.0: a
+gradient is not finite) that is set before `step()` makes it leave weights and state as they are, decided on the device,
+without a read by the host.
 
     adamw             torch.optim.AdamW(fused=True)
-    adamw_8bit        torchao's AdamW8bit: both moments as 8-bit codes with a scale per 256 values (2110.02861), 2 instead of 8 bytes per weight
+    adamw_8bit        torchao's AdamW8bit: both moments as 8-bit codes with a scale per 256 values
+                      (2110.02861), 2 instead of 8 bytes per weight
     apex_fused_adam   apex.optimizers.FusedAdam(adam_w_mode=True): one launch for many tensors
 """
 
@@ -21,44 +23,58 @@ from flowgrove.errors import UserError
 from flowgrove.recipe.schema import Update
 
 _BUILD_APEX = (
-    "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . "
-    '(older versions: pip install --no-build-isolation --config-settings "--build-option=--cpp_ext" --config-settings "--build-option=--cuda_ext" .)'
+    "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install "
+    "--no-build-isolation . "
+    '(older versions: pip install --no-build-isolation --config-settings "--build-option=--cpp_ext" --config-settings '
+    '"--build-option=--cuda_ext" .)'
 )
 
 
 def make_optimizer(update: Update, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
-    """The optimiser of `update` over `parameters`, which lie on `device`. Raises UserError for a package or a device that is missing."""
+    """The optimiser of `update` over `parameters`, which lie on `device`.
+    Raises UserError for a package or a device that is missing.
+    """
     weights = list(parameters)
     if update.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=update.lr, weight_decay=update.weight_decay, fused=True)
     if any(weight.dtype == torch.float64 for weight in weights):
-        raise UserError(f"update.optimizer is {update.optimizer}, which computes in fp32: with model.dtype: fp64 write update.optimizer: adamw")
+        raise UserError(
+            f"update.optimizer is {update.optimizer}, which computes in fp32: with model.dtype: "
+            "fp64 write update.optimizer: adamw"
+        )
     if update.optimizer == "adamw_8bit":
         return AdamW8bit(weights, update.lr, update.weight_decay)
     if device.type != "cuda":
-        raise UserError(f"update.optimizer is apex_fused_adam, which runs on CUDA devices only, not on {device.type}{_unrelated()}: write adamw")
+        raise UserError(
+            "update.optimizer is apex_fused_adam, which runs on CUDA devices only, "
+            f"not on {device.type}{_unrelated()}: write adamw"
+        )
     return ApexFusedAdam(weights, update.lr, update.weight_decay)
 
 
 class AdamW8bit(Optimizer):
-    """torchao's AdamW8bit with `found_inf`. Tensors of fewer than 4096 values, or of no multiple of 256, keep float32 moments.
+    """torchao's AdamW8bit with `found_inf`. Tensors of fewer than 4096 values, or of no multiple of 256, keep float32
+    moments.
 
-    torchao writes its result in place and knows no skipping: each tensor is kept while it is updated and put back where the gradient was bad, one
-    tensor at a time, so that no more than the largest of them is held twice. On a GPU torchao compiles its step once per shape; on the CPU it runs
-    uncompiled.
+    torchao writes its result in place and knows no skipping: each tensor is kept while it is updated and put back where
+    the gradient was bad, one tensor at a time, so that no more than the largest of them is held twice. On a GPU torchao
+    compiles its step once per shape; on the CPU it runs uncompiled.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         try:
             torchao = import_module("torchao.optim")
         except ImportError:
-            raise UserError("update.optimizer is adamw_8bit, which needs torchao: pip install torchao, or write adamw") from None
+            raise UserError(
+                "update.optimizer is adamw_8bit, which needs torchao: pip install torchao, or write adamw"
+            ) from None
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.found_inf = torch.zeros((), device=parameters[0].device)
         # one optimiser per tensor, so that they can be stepped one at a time
         self.parts = [torchao.AdamW8bit([p], lr=lr, weight_decay=weight_decay) for p in parameters]
         for part, p in zip(self.parts, parameters, strict=True):
-            # made here, with the count on the device: torchao would count on the host, where a skipped step cannot be seen
+            # made here, with the count on the device: torchao would count on the host, where a skipped step cannot be
+            # seen
             self.state[p] = {
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": part._new_buffer(p, True),
@@ -84,7 +100,9 @@ class AdamW8bit(Optimizer):
 
 
 class ApexFusedAdam(Optimizer):
-    """apex's FusedAdam with `found_inf`: its capturable mode takes the flag from a gradient scaler and leaves weights and moments alone on the device."""
+    """apex's FusedAdam with `found_inf`: its capturable mode takes the flag from a gradient scaler and leaves weights
+    and moments alone on the device.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         try:
@@ -94,12 +112,18 @@ class ApexFusedAdam(Optimizer):
             self.inner = fused(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=True, capturable=True)
         except (ImportError, RuntimeError):  # RuntimeError: apex without its CUDA extensions
             needs = f"NVIDIA's apex, built from its source with the extensions{_unrelated()}"
-            raise UserError(f"update.optimizer is apex_fused_adam, which needs {needs}: {_BUILD_APEX}, or write adamw") from None
+            raise UserError(
+                f"update.optimizer is apex_fused_adam, which needs {needs}: {_BUILD_APEX}, or write adamw"
+            ) from None
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.found_inf = torch.zeros((), device=parameters[0].device)
         self.steps = torch.zeros((), device=parameters[0].device)  # one count for all
         for p in parameters:
-            self.state[p] = {"step": self.steps, "exp_avg": torch.zeros_like(p, dtype=torch.float32), "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
+            self.state[p] = {
+                "step": self.steps,
+                "exp_avg": torch.zeros_like(p, dtype=torch.float32),
+                "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
+            }
             self.inner.state[p] = self.state[p]
 
     @torch.no_grad()
@@ -107,7 +131,8 @@ class ApexFusedAdam(Optimizer):
         """One update of every weight with a gradient, or none if `found_inf`."""
         group = self.inner.param_groups[0]
         group["lr"].fill_(self.param_groups[0]["lr"])
-        group["step"] = self.steps.to(torch.int32)[None]  # apex adds 1, unless its flag tells that the step before was skipped
+        # apex adds 1, unless its flag tells that the step before was skipped
+        group["step"] = self.steps.to(torch.int32)[None]
         self.inner._dummy_overflow_buf.zero_()
         self.inner.step(grad_scaler=_Scaler(self.found_inf))
         self.steps += self.found_inf == 0
@@ -127,9 +152,13 @@ class _Scaler:
 
 
 def state_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state as plain tensors: NAME/step, NAME/exp_avg, NAME/exp_avg_sq; of quantised moments their parts, like NAME/exp_avg/codes."""
+    """The state as plain tensors: NAME/step, NAME/exp_avg, NAME/exp_avg_sq;
+    of quantised moments their parts, like NAME/exp_avg/codes.
+    """
     return {
-        f"{name}/{key}": tensor.clone() if tensor.ndim == 0 else tensor.contiguous()  # a count may be shared, files hold no shared memory
+        f"{name}/{key}": tensor.clone()
+        if tensor.ndim == 0
+        else tensor.contiguous()  # a count may be shared, files hold no shared memory
         for name, p in parameters.items()
         if p in optimizer.state
         for key, tensor in _named_tensors(optimizer.state[p])
@@ -138,7 +167,9 @@ def state_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> 
 
 @torch.no_grad()
 def load_state_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Puts back what `state_tensors` gave, bit for bit. Raises ValueError if the names or shapes are not those of this optimiser's state."""
+    """Puts back what `state_tensors` gave, bit for bit.
+    Raises ValueError if the names or shapes are not those of this optimiser's state.
+    """
     left = dict(tensors)
 
     def take(key: str, shape: torch.Size) -> Tensor:
@@ -159,9 +190,13 @@ def load_state_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter]
 
 
 def is_unrelated_apex() -> bool:
-    """Whether the installed `apex` is the web toolkit of that name on PyPI: NVIDIA's has apex.optimizers. Imports neither."""
+    """Whether the installed `apex` is the web toolkit of that name on PyPI: NVIDIA's has apex.optimizers.
+    Imports neither.
+    """
     spec = find_spec("apex")
-    return spec is not None and not any((Path(place) / "optimizers").is_dir() for place in spec.submodule_search_locations or ())
+    return spec is not None and not any(
+        (Path(place) / "optimizers").is_dir() for place in spec.submodule_search_locations or ()
+    )
 
 
 def _unrelated() -> str:

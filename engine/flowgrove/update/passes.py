@@ -1,4 +1,6 @@
-"""The passes of an iteration's updates: which rows train together, and again in smaller passes where the device's memory is too small."""
+"""The passes of an iteration's updates: which rows train together,
+and again in smaller passes where the device's memory is too small.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ from flowgrove_kernels import StepCoefficients, flow_logprob
 
 @dataclass
 class Rolled:
-    """What an update trains on: prompts of one size after their rollout. `coefficients`: the plan's on the device; `first_prompt`: the first one's number in the
-    iteration."""
+    """What an update trains on: prompts of one size after their rollout. `coefficients`: the plan's on the device;
+    `first_prompt`: the first one's number in the iteration.
+    """
 
     policy: Policy
     forest: Forest
@@ -38,14 +41,20 @@ class Rolled:
             return self._velocity(batch)
 
     def velocity(self, batch: MicroBatch) -> Velocity:
-        """Of a pass; the rollout's own where its graph was retained."""
+        """The velocity of a pass; the rollout's own where its graph was retained."""
         if batch.velocity is not None:
             return batch.velocity
         with span("transformer"):
             return self._velocity(batch)
 
     def _velocity(self, batch: MicroBatch) -> Velocity:
-        return self.policy.velocity(self.forest.states[batch.state], batch.sigma, self.prompts, batch.prompt, self.prompts.longest(batch.prompts))
+        return self.policy.velocity(
+            self.forest.states[batch.state],
+            batch.sigma,
+            self.prompts,
+            batch.prompt,
+            self.prompts.longest(batch.prompts),
+        )
 
 
 class UpdatePasses:
@@ -57,14 +66,23 @@ class UpdatePasses:
         self.updates = update.updates_per_iteration
         self.replays = engine.exact_replay and engine.share
         noisy = parts[0].policy.compute_dtype == torch.bfloat16
-        self.refreshes_logp = noisy and engine.share and not self.replays and update.step_weight != "guard"  # guard needs no logp, replay has it
+        # guard needs no logp, replay has it
+        self.refreshes_logp = noisy and engine.share and not self.replays and update.step_weight != "guard"
         weights = [step_weights(part.forest.plan, update.step_weight) for part in parts]
         self.edges: list[list[Edges]] = []  # of every update and part
         for number in range(self.updates):
             self.edges.append([])
             for part, weight in zip(parts, weights, strict=True):
-                granularity = "edges" if not engine.share else "levels" if self.replays or (number == 0 and part.forest.retained) else "states"
-                self.edges[number].append(edges_of_update(part.forest, part.credit, number, weight, update.kl_weight > 0, granularity))
+                granularity = (
+                    "edges"
+                    if not engine.share
+                    else "levels"
+                    if self.replays or (number == 0 and part.forest.retained)
+                    else "states"
+                )
+                self.edges[number].append(
+                    edges_of_update(part.forest, part.credit, number, weight, update.kl_weight > 0, granularity)
+                )
         self.batches: list[list[tuple[Rolled, MicroBatch]]] = []
         self.cut(0)
 
@@ -92,17 +110,25 @@ class UpdatePasses:
     def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
         scale = 1 / max(sum(edges.selected for edges in self.edges[number]), 1)
         parts = zip(self.parts, self.edges[number], strict=True)
-        return [(part, batch) for part, edges in parts for batch in self._batches_of_part(part, edges, number == 0, scale)]
+        return [
+            (part, batch) for part, edges in parts for batch in self._batches_of_part(part, edges, number == 0, scale)
+        ]
 
     def _batches_of_part(self, part: Rolled, edges: Edges, first: bool, scale: float) -> list[MicroBatch]:
-        retained = [(_rows_of(each, part.forest, edges), each.velocity) for each in part.forest.retained if first and each.velocity is not None]
+        retained = [
+            (_rows_of(each, part.forest, edges), each.velocity)
+            for each in part.forest.retained
+            if first and each.velocity is not None
+        ]
         taken = np.zeros(len(edges), dtype=bool)
         for rows, _ in retained:
             taken[rows] = True
         retained = [(rows, velocity) for rows, velocity in retained if edges.children[rows].any()]
         passes = [rows for rows, _ in retained] + list(self._passes(part, edges, np.flatnonzero(~taken)))
         velocities = [velocity for _, velocity in retained]
-        return micro_batches(edges, part.forest.plan, part.coefficients, passes, velocities, scale, part.policy.state_dtype)
+        return micro_batches(
+            edges, part.forest.plan, part.coefficients, passes, velocities, scale, part.policy.state_dtype
+        )
 
     def _passes(self, part: Rolled, edges: Edges, rows: Ints) -> Iterator[Ints]:
         """`rows` in as few passes as can be; to replay the rollout, its own passes, those without an edge left out."""
@@ -117,14 +143,22 @@ class UpdatePasses:
 
     @torch.no_grad()
     def refresh_old_logp(self) -> None:
-        """bf16 passes depend on their batch: later updates compare with the old policy's logp in the very batches that they train in."""
+        """bf16 passes depend on their batch: later updates compare with the old policy's logp in the
+        very batches that they train in.
+        """
         if not self.refreshes_logp:
             return
         for part, batch in (batch for passes in self.batches[1:] for batch in passes):
             v, v_uncond, scale = part.velocity(batch)
             states, logp = part.forest.states, part.forest.logp
             logp[batch.child] = flow_logprob(
-                states[batch.state], v, states[batch.child], batch.coef, child_offsets=batch.offsets, v_uncond=v_uncond, guidance_scale=scale
+                states[batch.state],
+                v,
+                states[batch.child],
+                batch.coef,
+                child_offsets=batch.offsets,
+                v_uncond=v_uncond,
+                guidance_scale=scale,
             )
 
 

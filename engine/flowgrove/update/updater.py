@@ -1,4 +1,6 @@
-"""The optimiser updates of one iteration: packed passes, one fused loss and gradient each, one optimiser step per update."""
+"""The optimiser updates of one iteration: packed passes, one fused loss and gradient each,
+one optimiser step per update.
+"""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -20,7 +22,9 @@ from flowgrove_kernels.affine import guided
 
 @dataclass
 class UpdateStats:
-    """What an iteration's updates leave for the metrics: per pass, tensors on the device that are read once at its end."""
+    """What an iteration's updates leave for the metrics:
+    per pass, tensors on the device that are read once at its end.
+    """
 
     ratio: list[Tensor] = field(default_factory=list)
     clipped: list[Tensor] = field(default_factory=list)
@@ -31,7 +35,7 @@ class UpdateStats:
     train_passes: int = 0
 
     def add(self, more: "UpdateStats") -> None:
-        """What another update left."""
+        """Takes in what another update left."""
         for part in fields(self):
             setattr(self, part.name, getattr(self, part.name) + getattr(more, part.name))
 
@@ -47,15 +51,17 @@ class Updater:
         self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay, policy.refresh)
 
     def run(self, parts: list[Rolled]) -> UpdateStats:
-        """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then passes halved, and the update's
-        work is repeated."""
+        """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then
+        passes halved, and the update's work is repeated.
+        """
         stats, plan = UpdateStats(), parts[0].forest.plan
         if not plan.trained_steps:  # pruning may leave an iteration without any
             return stats
         passes = UpdatePasses(self.recipe, parts)
         for number in range(passes.updates):
             with span(f"update {number}"):
-                stats.add(retry_smaller(lambda: self._accumulate(passes, number), lambda: passes.shrink(number)))  # noqa: B023 (called before the next number)
+                # both are called before the next number
+                stats.add(retry_smaller(lambda: self._accumulate(passes, number), lambda: passes.shrink(number)))  # noqa: B023
                 if number == 0:  # the old policy is still in place, and the rollout's graphs are gone
                     retry_smaller(passes.refresh_old_logp, lambda: passes.shrink(1))
                 with span("optimizer"):
@@ -78,7 +84,14 @@ class Updater:
         guard = update.step_weight == "guard"
         key = None
         if guard:
-            key = NoiseKey(self.recipe.run.seed, plan.iteration, batch.child_step, part.first_prompt + batch.child_prompt, batch.node, batch.parent)
+            key = NoiseKey(
+                self.recipe.run.seed,
+                plan.iteration,
+                batch.child_step,
+                part.first_prompt + batch.child_prompt,
+                batch.node,
+                batch.parent,
+            )
         reference = None
         if update.kl_weight > 0:
             v_ref, uncond_ref, scale = part.reference_velocity(batch)
@@ -86,10 +99,11 @@ class Updater:
         v, v_uncond, scale = part.velocity(batch)
         with span("grpo_loss"):
             result, grad_v, grad_uncond = grpo_loss_and_grad(
-                x, v, states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage, batch.weight,
-                clip_range=update.clip_range, child_offsets=batch.offsets, ratio="guard" if guard else "density", key=key,
-                sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference, kl_weight=update.kl_weight,
-                v_uncond=v_uncond, guidance_scale=scale,
+                x, v, states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage,
+                batch.weight, clip_range=update.clip_range, child_offsets=batch.offsets,
+                ratio="guard" if guard else "density", key=key,
+                sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference,
+                kl_weight=update.kl_weight, v_uncond=v_uncond, guidance_scale=scale,
             )  # fmt: skip
         with span("backward"):
             if v_uncond is None:
@@ -105,13 +119,16 @@ class Updater:
             stats.drift.append(result.logp - rolled_logp)
 
     def _step(self, stats: UpdateStats, trained: bool, number: int) -> None:
-        """The optimiser step of update `number` of the run; a gradient that is not finite skips it on the device. Without edges there is nothing to step."""
+        """The optimiser step of update `number` of the run; a gradient that is not finite skips it on the device.
+        Without edges there is nothing to step.
+        """
         if not trained:
             return
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.update.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, number)
-        setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010 (read by every optimiser's step, in no annotation)
+        # an attribute that every optimiser's step reads and no annotation knows
+        setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.refresh()
@@ -121,7 +138,9 @@ class Updater:
 
 
 def learning_rate(recipe: Recipe, number: int) -> float:
-    """The rate of update `number` (0-based, counted over the run): linear warm-up over `warmup` updates, then constant or a cosine to 0 at the end."""
+    """The rate of update `number` (0-based, counted over the run):
+    linear warm-up over `warmup` updates, then constant or a cosine to 0 at the end.
+    """
     update = recipe.update
     share = number / (recipe.run.iterations * update.updates_per_iteration)
     decay = 0.5 * (1 + math.cos(math.pi * share)) if update.lr_schedule == "cosine" else 1.0
