@@ -46,9 +46,13 @@ FLOWGROVE_INLINE float fma(float a, float b, float c) {
 #endif
 }
 
+// Correctly rounded, of 2⁻¹⁰⁰ < a < 2¹²⁰: the steps that __fsqrt_rn takes there, without its branch for all other numbers.
 FLOWGROVE_INLINE float square_root(float a) {
 #if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(a);
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a));
+  const float root = __fmul_rn(a, inverse);
+  return __fmaf_rn(__fmaf_rn(-root, root, a), __fmul_rn(0.5f, inverse), root);
 #else
   return __builtin_sqrtf(a);
 #endif
@@ -81,8 +85,19 @@ struct NoiseWords {
   uint32_t seed, iteration, step, prompt, node;
 };
 
-FLOWGROVE_INLINE uint32_t high_product(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+struct Product {
+  uint32_t low, high;
+};
+
+// Both halves of a·b. One GPU instruction gives both; from C++ the compiler makes two.
+FLOWGROVE_INLINE Product product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  Product halves;
+  asm("{\n\t.reg .u64 wide;\n\tmul.wide.u32 wide, %2, %3;\n\tmov.b64 {%0, %1}, wide;\n\t}" : "=r"(halves.low), "=r"(halves.high) : "r"(a), "r"(b));
+  return halves;
+#else
+  return {a * b, static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32)};
+#endif
 }
 
 constexpr uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u, PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;
@@ -92,9 +107,8 @@ FLOWGROVE_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    counter = {
-        high_product(counter.w2, PHILOX_M1) ^ counter.w1 ^ key0, counter.w2 * PHILOX_M1,
-        high_product(counter.w0, PHILOX_M0) ^ counter.w3 ^ key1, counter.w0 * PHILOX_M0};
+    const Product first = product(counter.w0, PHILOX_M0), second = product(counter.w2, PHILOX_M1);
+    counter = {second.high ^ counter.w1 ^ key0, second.low, first.high ^ counter.w3 ^ key1, first.low};
     key0 += PHILOX_W0;
     key1 += PHILOX_W1;
   }

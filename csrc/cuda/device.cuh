@@ -92,6 +92,19 @@ DEVICE double* of_block(double* own, unsigned rank) {
 #endif
 }
 
+// A launch that may begin early begins as soon as all blocks of the launch before have said so, and waits for its end before it reads what that wrote.
+DEVICE void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+DEVICE void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Writes 16 bytes by one instruction; a plain assignment the compiler may take apart.
 DEVICE void store(uint4* to, uint4 value) {
 #if defined(__CUDACC__)
@@ -140,18 +153,24 @@ struct Launch {
   int threads;
   int cluster = 1;  // blocks that read each other's shared memory
   size_t shared_bytes = 0;
+  bool early = false;  // see wait_for_launch_before; for GPUs that have clusters
 
   cudaLaunchConfig_t config(cudaLaunchAttribute& attribute, cudaStream_t stream) const {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    if (early) {
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = cluster > 1;
+    config.numAttrs = early || cluster > 1;
     return config;
   }
 };

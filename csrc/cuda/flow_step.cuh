@@ -1,4 +1,4 @@
-// x' = μ + s·z of every child of every row, and its log-probability. One block computes one part of a row, for all its children.
+// x' = μ + s·z of every child of every row, and its log-probability. One block computes its parts of a row, for all its children.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -20,36 +20,44 @@ DEVICE Octet step_chunk(const Octet& mean, float std, const Octet& z) {
   return x_next;
 }
 
-// DRAWN: noise comes from a key; else it is given, or there is none.
-template <typename L, bool DRAWN>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
+// What becomes of a noise key: nothing is drawn, an edge's own normals, or these mixed with its siblings'.
+enum class Draw { nothing, own, mixed };
+
+// DRAW: from the noise key; else noise is given, or there is none. Mixed normals take more registers than four blocks leave each other.
+template <typename L, Draw DRAW>
+__global__ void __launch_bounds__(THREADS, L::WHOLE && DRAW == Draw::mixed ? 3 : BLOCKS_PER_SM<L>)
 flow_step_kernel(const __grid_constant__ FlowStep op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
   begin_cluster(partials == nullptr);
-  const Part part = part_of(partition);
-  const MeanCoefficients coef = mean_coefficients(op.states, part.row);
-  const float std = op.std[part.row];
-  const int64_t first_edge = part.row * op.fanout, end = first_edge + op.fanout;
+  const Share share = share_of(partition);
+  const MeanCoefficients coef = mean_coefficients(op.states, share.row);
+  const float std = op.std[share.row];
+  const int64_t first_edge = share.row * op.fanout, end = first_edge + op.fanout;
   const bool given = op.noise.given.data != nullptr;
   int pass = 0;
   for (int64_t first = first_edge; first < end; first += edges_a_pass, ++pass) {
     const int count = static_cast<int>(end - first < edges_a_pass ? end - first : edges_a_pass);
-    if constexpr (DRAWN) name_edges(op.noise, first, count);
-    begin_pass(count);
+    if constexpr (DRAW != Draw::nothing) name_edges(op.noise, first, count);
     Octet mean;
-    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) { mean = mean_chunk(op.states, coef, part.row, chunk, loaded); };
+    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) { mean = mean_chunk(op.states, coef, share.row, chunk, loaded); };
     const auto on_edge = [&](auto chunk, int, int c, const Octet& z) {
-      if constexpr (DRAWN) {
-        finish_child(op, step_chunk(mean, std, drawn_chunk(op.noise, gathered().noise[c], chunk)), mean, first + c, c, chunk);
+      if constexpr (DRAW != Draw::nothing) {
+        finish_child(op, step_chunk(mean, std, drawn_chunk(op.noise, gathered().noise[c], chunk, DRAW == Draw::mixed)), mean, first + c, c, chunk);
       } else {
         finish_child(op, given ? step_chunk(mean, std, z) : mean, mean, first + c, c, chunk);
       }
     };
-    if (!DRAWN && given) {
-      walk<L, true>(op.states, part, op.noise.given, first, count, on_chunk, on_edge, Nothing{});
-    } else {
-      walk<L, false>(op.states, part, op.noise.given, first, count, on_chunk, on_edge, Nothing{});
+#pragma unroll 1
+    for (int index = share.first; index < share.end; ++index) {
+      const Part part = part_of(partition, share, index);
+      begin_pass(count);
+      if (DRAW == Draw::nothing && given) {
+        walk<L, true>(op.states, part, op.noise.given, first, count, on_chunk, on_edge, Nothing{});
+      } else {
+        walk<L, false>(op.states, part, op.noise.given, first, count, on_chunk, on_edge, Nothing{});
+      }
+      note_squares(partition, part, first, count, pass, partials);
     }
-    finish_squares(partition, part, first, count, pass, partials, op.log_norm, op.precision, op.logp);
+    finish_squares(partition, share, first, count, pass, partials, op.log_norm, op.precision, op.logp);
   }
   end_cluster(partials == nullptr, pass);
 }
@@ -57,7 +65,9 @@ flow_step_kernel(const __grid_constant__ FlowStep op, const __grid_constant__ Pa
 inline auto plan_flow_step(const FlowStep& op) {
   const bool drawn = op.noise.given.data == nullptr && op.noise.key.data != nullptr;
   const auto kernel = with_layout(whole(op.states, op.noise.given, op.x_next), op.states.v.kind, [&](auto layout) {
-    return drawn ? flow_step_kernel<decltype(layout), true> : flow_step_kernel<decltype(layout), false>;
+    using L = decltype(layout);
+    if (!drawn) return flow_step_kernel<L, Draw::nothing>;
+    return op.noise.root_rho == 0.0f ? flow_step_kernel<L, Draw::own> : flow_step_kernel<L, Draw::mixed>;
   });
   return plan_squares(kernel, op.states.rows, op.states.elements, op.states.rows * op.fanout, op.fanout);
 }

@@ -17,7 +17,7 @@ constexpr int MOST_SLOPES = 64;  // of a row in shared memory; a row with more c
 struct GRPOPasses {
   int edges_a_pass, sums_an_edge;  // Σ r²; under guard Σ z² and Σ z·r too
   int with_kl;                     // 1: sum 0 and the first kept chunk are those of v − v_ref
-  int part_chunks;
+  int part_chunks, block_chunks;   // of one part and of all that a block computes
   int kept;                        // chunks that fit in shared memory, of v − v_ref and of each edge in turn, per 8 elements of a part
 };
 
@@ -35,19 +35,20 @@ DEVICE Slope* shared_slopes(const GRPOPasses& passes) {
 }
 
 // The halves of a chunk lie apart, so that a warp's accesses meet every bank once.
-DEVICE float4* kept_chunk(const GRPOPasses& passes, int slot, int start) {
-  return reinterpret_cast<float4*>(shared_slopes(passes) + MOST_SLOPES) + 2 * slot * passes.part_chunks + start / WIDTH;
+DEVICE float4* kept_chunk(const GRPOPasses& passes, int slot, const Part& part, int start) {
+  const int number = part.turn * passes.part_chunks + start / WIDTH;
+  return reinterpret_cast<float4*>(shared_slopes(passes) + MOST_SLOPES) + 2 * slot * passes.block_chunks + number;
 }
 
-DEVICE void keep(const Octet& octet, const GRPOPasses& passes, int slot, int start) {
-  float4* to = kept_chunk(passes, slot, start);
+DEVICE void keep(const Octet& octet, const GRPOPasses& passes, int slot, const Part& part, int start) {
+  float4* to = kept_chunk(passes, slot, part, start);
   to[0] = make_float4(octet.at[0], octet.at[1], octet.at[2], octet.at[3]);
-  to[passes.part_chunks] = make_float4(octet.at[4], octet.at[5], octet.at[6], octet.at[7]);
+  to[passes.block_chunks] = make_float4(octet.at[4], octet.at[5], octet.at[6], octet.at[7]);
 }
 
-DEVICE Octet kept(const GRPOPasses& passes, int slot, int start) {
-  const float4* from = kept_chunk(passes, slot, start);
-  const float4 low = from[0], high = from[passes.part_chunks];
+DEVICE Octet kept(const GRPOPasses& passes, int slot, const Part& part, int start) {
+  const float4* from = kept_chunk(passes, slot, part, start);
+  const float4 low = from[0], high = from[passes.block_chunks];
   return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
@@ -69,7 +70,7 @@ DEVICE void add_up(
     if (!passes.with_kl || child > 0) return;
     const Octet drift = drift_chunk(op, loaded.velocity, part.row, chunk);
     add_to_sum(0, drift, drift);
-    if (passes.kept > 0) keep(drift, passes, 0, start);
+    if (passes.kept > 0) keep(drift, passes, 0, part, start);
   };
   const auto on_edge = [&](auto chunk, int start, int c, const Octet& x_next) {
     const int sum = passes.with_kl + c * passes.sums_an_edge;
@@ -77,10 +78,10 @@ DEVICE void add_up(
     const Octet r = residual(x_next, mean);
     add_to_sum(sum, r, r);
     if constexpr (!GUARD) {
-      if (room) keep(r, passes, first_slot + c, start);
+      if (room) keep(r, passes, first_slot + c, part, start);
     } else {
       const Octet z = noise_chunk(op.noise, gathered().noise[c], first_edge + child + c, chunk);
-      if (room) keep(z, passes, first_slot + c, start);
+      if (room) keep(z, passes, first_slot + c, part, start);
       if (passes.sums_an_edge == 1) return;
       add_to_sum(sum + 1, z, z);
       add_to_sum(sum + 2, z, r);
@@ -113,9 +114,9 @@ DEVICE void write_score(const GRPOLoss& op, int64_t edge, const EdgeScore& score
 // ---- gradient ----
 
 // Of the first `children` of a row, which were all kept.
-DEVICE void accumulate_kept(Octet& gradient, const GRPOPasses& passes, const Slope* slopes, int64_t children, int start) {
+DEVICE void accumulate_kept(Octet& gradient, const GRPOPasses& passes, const Slope* slopes, int64_t children, const Part& part, int start) {
 #pragma unroll 1
-  for (int child = 0; child < children; ++child) accumulate(gradient, slopes[child].push, kept(passes, passes.with_kl + child, start));
+  for (int child = 0; child < children; ++child) accumulate(gradient, slopes[child].push, kept(passes, passes.with_kl + child, part, start));
 }
 
 template <typename L, bool GUARD>
@@ -131,8 +132,8 @@ DEVICE void write_gradients(
 #pragma unroll 1
     for (int start = first_start(); start < part.count; start += stride()) {
       Octet gradient = {};
-      if (with_kl) accumulate(gradient, pull, kept(passes, 0, start));
-      accumulate_kept(gradient, passes, slopes, there, start);
+      if (with_kl) accumulate(gradient, pull, kept(passes, 0, part, start));
+      accumulate_kept(gradient, passes, slopes, there, part, start);
       write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk_of<L::WHOLE>(part, start));
     }
     return;
@@ -140,8 +141,8 @@ DEVICE void write_gradients(
   Octet mean, gradient;
   const auto on_chunk = [&](auto chunk, int start, const Loaded& loaded) {
     gradient = {};
-    if (with_kl) accumulate(gradient, pull, drift_again ? drift_chunk(op, loaded.velocity, part.row, chunk) : kept(passes, 0, start));
-    accumulate_kept(gradient, passes, slopes, there, start);
+    if (with_kl) accumulate(gradient, pull, drift_again ? drift_chunk(op, loaded.velocity, part.row, chunk) : kept(passes, 0, part, start));
+    accumulate_kept(gradient, passes, slopes, there, part, start);
     if constexpr (!GUARD) mean = mean_chunk(op.states, coef, part.row, chunk, loaded);
   };
   const auto on_edge = [&](auto chunk, int, int c, const Octet& x_next) {
@@ -160,14 +161,15 @@ DEVICE void write_gradients(
 // ---- kernels ----
 
 template <typename L, bool GUARD>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>) grpo_loss_kernel(
+__global__ void __launch_bounds__(THREADS, GUARD ? 2 : BLOCKS_PER_SM<L>) grpo_loss_kernel(
     const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
     const __grid_constant__ GRPOScratch scratch) {
   const bool clustered = scratch.partials == nullptr;
   begin_cluster(clustered);
-  const Part part = part_of(partition);
-  const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
-  const MeanCoefficients coef = mean_coefficients(op.states, part.row);
+  let_next_launch_begin();
+  const Share share = share_of(partition);
+  const Family family = family_of(op.children, op.states.rows, op.edges, share.row);
+  const MeanCoefficients coef = mean_coefficients(op.states, share.row);
   Slope* slopes = family.count <= MOST_SLOPES ? shared_slopes(passes) : scratch.slopes + family.first;  // then every block of a row writes the same there
   const int with_kl = passes.with_kl;
   int pass = 0;
@@ -176,38 +178,45 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>) grpo_loss_kernel(
     const int64_t first = family.first + child;
     const int first_sum = with_kl && child > 0, sums = with_kl + count * passes.sums_an_edge;
     if constexpr (GUARD) name_edges(op.noise, first, count);
-    begin_pass(sums);
-    add_up<L, GUARD>(op, passes, part, coef, family.first, child, count);
-    if (!clustered) {
-      fold_sums(first_sum, sums, [&](int k, double total) {
-        double* to = k < with_kl ? scratch.drifts + part.row * partition.parts
-                                 : scratch.partials + (first * passes.sums_an_edge + k - with_kl) * partition.parts;
-        if (lane() == 0) to[part.index] = total;
-      });
-      continue;
-    }
     auto& parts = gathered().parts[pass % 2];
-    if (pass == 0) cluster_wait();
-    fold_sums(first_sum, sums, [&](int k, double total) {
-      double* to = k < with_kl ? gathered().drifts : parts[k - with_kl];
-      if (lane() < partition.parts) *of_block(to + part.index, lane()) = total;
-    });
+#pragma unroll 1
+    for (int index = share.first; index < share.end; ++index) {
+      const Part part = part_of(partition, share, index);
+      begin_pass(sums);
+      add_up<L, GUARD>(op, passes, part, coef, family.first, child, count);
+      if (clustered && pass == 0 && part.turn == 0) cluster_wait();
+      fold_sums(first_sum, sums, [&](int k, double total) {
+        if (clustered) {
+          double* to = k < with_kl ? gathered().drifts : parts[k - with_kl];
+          if (lane() < partition.blocks) *of_block(to + part.index, lane()) = total;
+        } else if (lane() == 0) {
+          double* to = k < with_kl ? scratch.drifts + share.row * partition.parts
+                                   : scratch.partials + (first * passes.sums_an_edge + k - with_kl) * partition.parts;
+          to[part.index] = total;
+        }
+      });
+    }
+    if (!clustered) continue;
     cluster_arrive();
     cluster_wait();
 #pragma unroll 1
     for (int c = warp(); c < count; c += warps()) {
       const double drift = with_kl ? shared_total(gathered().drifts, partition.parts) : 0.0;
       const auto total = [&](int k) { return shared_total(parts[c * passes.sums_an_edge + k], partition.parts); };
-      const EdgeScore score = score_sums(op, part.row, first + c, passes, drift, total);
+      const EdgeScore score = score_sums(op, share.row, first + c, passes, drift, total);
       if (lane() != 0) continue;
       slopes[child + c] = {score.push, score.pull};
-      if (part.index == 0) write_score(op, first + c, score, scratch.losses);
+      if (share.rank == 0) write_score(op, first + c, score, scratch.losses);
     }
   }
   if (!clustered) return;
   end_cluster(clustered, pass);
   __syncthreads();
-  if (op.grad_loss != nullptr) write_gradients<L, GUARD>(op, passes, part, coef, family, slopes);
+  if (op.grad_loss == nullptr) return;
+#pragma unroll 1
+  for (int index = share.first; index < share.end; ++index) {
+    write_gradients<L, GUARD>(op, passes, part_of(partition, share, index), coef, family, slopes);
+  }
 }
 
 // One block a row, one warp an edge.
@@ -238,6 +247,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>) grpo_gradient_kerne
 // The sum over all edges, in one block.
 static __global__ void __launch_bounds__(THREADS) grpo_total_kernel(const float* losses, int64_t edges, float* loss) {
   double* sums = reinterpret_cast<double*>(shared_memory());  // [warps]
+  wait_for_launch_before();
   double sum = 0.0;
   for (int64_t edge = threadIdx.x; edge < edges; edge += threads()) sum += losses[edge];
   sum = warp_sum(sum);
@@ -282,7 +292,7 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
     plan.gradient = op.guard ? grpo_gradient_kernel<L, true> : grpo_gradient_kernel<L, false>;
   });
   plan.partition = partition_of(op.states.elements);
-  plan.passes.part_chunks = static_cast<int>(plan.partition.part_elements / WIDTH);
+  plan.passes.part_chunks = plan.passes.block_chunks = static_cast<int>(plan.partition.part_elements / WIDTH);
   plan.passes.with_kl = with_kl;
   plan.passes.sums_an_edge = op.guard && op.old_logp != nullptr ? 3 : 1;
   const int64_t most = MOST_SUMS / plan.passes.sums_an_edge, children = by_offsets ? op.edges : op.children.fanout;
@@ -296,11 +306,16 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
   const size_t room = most_shared_bytes() / LEAST_BLOCKS;
   const int64_t fitting = room > head && slot > 0 ? static_cast<int64_t>((room - head) / slot) : 0;
   for (const int64_t kept : {wanted < fitting ? wanted : fitting, int64_t{0}}) {
+    const int turns = wanted == 0 ? MOST_PARTS : static_cast<int>(kept < wanted ? 1 : fitting / wanted);  // more only where all parts' chunks fit
+    const Partition shared = in_turns(plan.partition, op.states.rows, turns);
     Launch clustered = plan.launch;
-    clustered.cluster = static_cast<int>(plan.partition.parts);
-    clustered.shared_bytes = head + kept * slot;
-    if (plan.partition.parts > MOST_PARTS || !fits(plan.loss, clustered)) continue;
+    clustered.blocks = op.states.rows * shared.blocks;
+    clustered.cluster = static_cast<int>(shared.blocks);
+    clustered.shared_bytes = head + kept * slot * shared.turns;
+    if (shared.parts > MOST_PARTS || !fits(plan.loss, clustered)) continue;
     plan.launch = clustered;
+    plan.partition = shared;
+    plan.passes.block_chunks = plan.passes.part_chunks * shared.turns;
     plan.passes.kept = static_cast<int>(kept);
     plan.clustered = true;
     break;
@@ -310,7 +325,9 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
 
 inline cudaError_t launch_grpo_loss(const GRPOLoss& op, const GRPOPlan& plan, void* memory, cudaStream_t stream) {
   const GRPOScratch scratch = plan.scratch(op, memory);
-  const Launch a_row_each = {op.states.rows, FINISHING_THREADS}, once = {1, THREADS, 1, THREADS / WARP * sizeof(double)};
+  const Launch a_row_each = {op.states.rows, FINISHING_THREADS};
+  Launch once = {1, THREADS, 1, THREADS / WARP * sizeof(double)};
+  once.early = plan.clustered;
   cudaError_t error = launch(plan.loss, plan.launch, stream, op, plan.partition, plan.passes, scratch);
   if (error == cudaSuccess && !plan.clustered) {
     error = launch(grpo_score_kernel, a_row_each, stream, op, plan.partition.parts, plan.passes, scratch);

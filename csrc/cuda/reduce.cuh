@@ -103,28 +103,32 @@ DEVICE void end_cluster(bool clustered, int passes) {
   if (clustered && passes == 0) cluster_wait();
 }
 
-// Ends a pass of flow_step or flow_logprob: edges first … first + count − 1 have added their squares to sums 0 … count − 1.
-DEVICE void finish_squares(
-    const Partition& partition, const Part& part, int64_t first, int count, int pass, double* partials, const float* log_norm, const float* precision,
-    float* logp) {
+// Ends a part of a pass of flow_step or flow_logprob: its elements of edges first … first + count − 1 have been added to sums 0 … count − 1.
+DEVICE void note_squares(const Partition& partition, const Part& part, int64_t first, int count, int pass, double* partials) {
   if (partials != nullptr) {
     fold_sums(0, count, [&](int k, double total) {
       if (lane() == 0) partials[(first + k) * partition.parts + part.index] = total;
     });
     return;
   }
-  auto& parts = gathered().parts[pass % 2];
-  if (pass == 0) cluster_wait();
+  if (pass == 0 && part.turn == 0) cluster_wait();
   fold_sums(0, count, [&](int k, double total) {
-    if (lane() == 0) *of_block(&parts[k][part.index], 0) = total;
+    if (lane() == 0) *of_block(&gathered().parts[pass % 2][k][part.index], 0) = total;
   });
+}
+
+// Ends a pass, all of whose parts have been noted.
+DEVICE void finish_squares(
+    const Partition& partition, const Share& share, int64_t first, int count, int pass, double* partials, const float* log_norm, const float* precision,
+    float* logp) {
+  if (partials != nullptr) return;
   cluster_arrive();
   cluster_wait();
-  if (part.index != 0) return;
+  if (share.rank != 0) return;
 #pragma unroll 1
   for (int k = warp(); k < count; k += warps()) {
-    const double total = shared_total(parts[k], partition.parts);
-    if (lane() == 0) logp[first + k] = log_probability(log_norm[part.row], precision[part.row], mean_of(total, partition.elements));
+    const double total = shared_total(gathered().parts[pass % 2][k], partition.parts);
+    if (lane() == 0) logp[first + k] = log_probability(log_norm[share.row], precision[share.row], mean_of(total, partition.elements));
   }
 }
 
@@ -159,12 +163,12 @@ struct Plan {
 
 template <typename Kernel>
 Plan<Kernel> plan_squares(Kernel* kernel, int64_t rows, int64_t elements, int64_t edges, int64_t children_of_a_row) {
-  const Partition partition = partition_of(elements);
   const int64_t few = children_of_a_row < MOST_SUMS ? children_of_a_row : MOST_SUMS, edges_a_pass = few > 1 ? few : 1;
-  Plan<Kernel> plan = {kernel, partition, static_cast<int>(edges_a_pass), {rows * partition.parts, partition.threads}};
+  const Partition partition = in_turns(partition_of(elements), rows, MOST_PARTS);
+  Plan<Kernel> plan = {kernel, partition, static_cast<int>(edges_a_pass), {rows * partition.blocks, partition.threads}};
   plan.launch.shared_bytes = gathered_bytes(edges_a_pass, partition.threads);
   Launch clustered = plan.launch;
-  clustered.cluster = static_cast<int>(partition.parts);
+  clustered.cluster = static_cast<int>(partition.blocks);
   if (partition.parts <= MOST_PARTS && fits(kernel, clustered)) {
     plan.launch = clustered;
   } else {

@@ -1,7 +1,8 @@
 // How threads share the elements of a row, and how they read and write them.
 //
-// A row falls into parts, a part into chunks of 8 neighbouring elements. One block of threads computes one part, its thread t the chunks t, t + threads, …
-// Which thread adds which elements, and in which order, follows from D alone: sums do not depend on batch, order, fanout, strides or alignment.
+// A row falls into parts, a part into chunks of 8 neighbouring elements. A block of threads computes one part or, of many rows, several one after another:
+// its thread t the chunks t, t + threads, … of each. Which thread adds which elements of a part, and in which order, follows from D alone: sums do not
+// depend on batch, order, fanout, strides or alignment.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -24,9 +25,12 @@ struct Layout {
 template <typename L>
 constexpr int BLOCKS_PER_SM = L::WHOLE ? 4 : 2;
 
+// `blocks` of a row share its parts: `turns` each, the last block perhaps fewer.
 struct Partition {
   int64_t elements, part_elements, parts;
   int threads;
+  int64_t blocks;
+  int turns = 1;
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) {
@@ -37,20 +41,50 @@ inline Partition partition_of(int64_t elements) {
   const int64_t chunks = divide_up(elements, WIDTH), one_each = divide_up(chunks, THREADS), least = divide_up(chunks, MOST_CHUNKS);
   const int64_t few = one_each < MOST_PARTS ? one_each : MOST_PARTS, parts = least > few ? least : few > 1 ? few : 1;
   const int64_t part_chunks = divide_up(chunks, parts), busy = divide_up(part_chunks, WARP) * WARP;
-  return {elements, part_chunks * WIDTH, parts, static_cast<int>(busy > THREADS ? THREADS : busy > WARP ? busy : WARP)};
+  return {elements, part_chunks * WIDTH, parts, static_cast<int>(busy > THREADS ? THREADS : busy > WARP ? busy : WARP), parts};
 }
 
-// The part of a row that this block computes: elements first … first + count − 1.
-struct Part {
-  int64_t row, first;
-  int index, count;
+// The same parts for fewer blocks of several turns each, at most `most`, as long as the `rows` keep all multiprocessors busy: a block that starts, and a
+// cluster that meets, costs as much as reading a part. Parts of more than one cluster stay one a block.
+inline Partition in_turns(Partition partition, int64_t rows, int most) {
+  const int64_t busy = 3 * 4 * device_attribute(cudaDevAttrMultiProcessorCount);  // blocks: three times what they hold at once
+  for (int turns = 2; turns <= most && partition.parts <= MOST_PARTS && busy > 0; turns *= 2) {
+    const int64_t blocks = divide_up(partition.parts, turns);
+    if (blocks == partition.blocks || rows * blocks < busy) break;
+    partition.blocks = blocks;
+    partition.turns = turns;
+  }
+  return partition;
+}
+
+// What a block computes: parts first … end − 1 of a row.
+struct Share {
+  int64_t row;
+  int rank, first, end;
 };
 
-DEVICE Part part_of(const Partition& partition) {
-  const unsigned parts = static_cast<unsigned>(partition.parts), row = blockIdx.x / parts, index = blockIdx.x - row * parts;
+DEVICE Share share_of(const Partition& partition) {
+  const unsigned blocks = static_cast<unsigned>(partition.blocks), row = blockIdx.x / blocks, rank = blockIdx.x - row * blocks;
+  const int first = static_cast<int>(rank) * partition.turns, end = first + partition.turns, parts = static_cast<int>(partition.parts);
+  return {row, static_cast<int>(rank), first, end < parts ? end : parts};
+}
+
+// A part of a row: elements first … first + count − 1. `turn`: how many parts of the block come before it.
+struct Part {
+  int64_t row, first;
+  int index, count, turn;
+};
+
+DEVICE Part part_of(const Partition& partition, const Share& share, int index) {
   const int64_t first = index * partition.part_elements, left = partition.elements - first;
   const int64_t count = left < partition.part_elements ? left : partition.part_elements;
-  return {row, first, static_cast<int>(index), static_cast<int>(count > 0 ? count : 0)};
+  return {share.row, first, index, static_cast<int>(count > 0 ? count : 0), index - share.first};
+}
+
+// Where a block computes one part.
+DEVICE Part part_of(const Partition& partition) {
+  const Share share = share_of(partition);
+  return part_of(partition, share, share.first);
 }
 
 // A thread's chunks begin at these elements of a part: for (int start = first_start(); start < part.count; start += stride()).

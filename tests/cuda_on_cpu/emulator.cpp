@@ -65,13 +65,13 @@ struct Fiber {
 };
 
 struct Device {
-  int major, shared_bytes, most_cluster;
-  bool operator==(const Device& other) const { return major == other.major && shared_bytes == other.shared_bytes && most_cluster == other.most_cluster; }
+  int major, shared_bytes, most_cluster, multiprocessors;
+  bool operator==(const Device&) const = default;
 };
 
 enum Order { FAIR, GREEDY, SHUFFLED };  // in turn; block after block at random, each warp as far as it can; all at random
 
-static std::vector<Device> devices = {{9, 232448, 16}};
+static std::vector<Device> devices = {{9, 232448, 16, 132}};
 static int current_device = 0;
 static Order order = FAIR;
 static int64_t launches = 0;
@@ -255,7 +255,8 @@ static int allowed(cudaFuncAttribute attribute, const void* kernel, int otherwis
 }
 
 static unsigned cluster_size(const cudaLaunchConfig_t& config) {
-  return config.numAttrs == 0 ? 1 : config.attrs[0].val.clusterDim.x;
+  const bool clusters = config.numAttrs > 0 && config.attrs[0].id == cudaLaunchAttributeClusterDimension;
+  return clusters ? config.attrs[0].val.clusterDim.x : 1;
 }
 
 static bool can_launch(const cudaLaunchConfig_t& config, const void* kernel) {
@@ -305,7 +306,7 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (unanswered()) return cudaErrorNotReady;
   const emulated::Device& found = emulated::devices[device];
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? found.major : found.shared_bytes;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? found.major : attribute == cudaDevAttrMultiProcessorCount ? found.multiprocessors : found.shared_bytes;
   return cudaSuccess;
 }
 
@@ -335,8 +336,8 @@ cudaError_t cudaGetLastError() {
 
 // ---- what the tests steer: see test_cuda_emulated.py ----
 
-extern "C" void emulated_use_device(int major, int shared_bytes, int most_cluster) {
-  const emulated::Device wanted = {major, shared_bytes, most_cluster};
+extern "C" void emulated_use_device(int major, int shared_bytes, int most_cluster, int multiprocessors) {
+  const emulated::Device wanted = {major, shared_bytes, most_cluster, multiprocessors};
   const auto found = std::find(emulated::devices.begin(), emulated::devices.end(), wanted);
   emulated::current_device = static_cast<int>(found - emulated::devices.begin());
   if (found == emulated::devices.end()) emulated::devices.push_back(wanted);

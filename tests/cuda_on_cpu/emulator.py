@@ -27,10 +27,12 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 
-# (major compute capability, most shared memory of a block in bytes, most blocks of a cluster)
+# (major compute capability, most shared memory of a block in bytes, most blocks of a cluster, and how many
+# multiprocessors if not MULTIPROCESSORS)
 SM_80, SM_90 = (8, 166_912, 16), (9, 232_448, 16)
 # the order in which threads run: in turn; block after block, each warp as far as it can; all at random
 FAIR, GREEDY, SHUFFLED = range(3)
+MULTIPROCESSORS = 132
 
 
 def compiled(folder: Path) -> Path:
@@ -71,12 +73,12 @@ class Emulator:
         torch.ops.load_library(str(library))
 
     @contextmanager
-    def __call__(self, device: tuple[int, int, int] = SM_90, order: int = FAIR) -> Iterator[None]:
+    def __call__(self, device: tuple[int, ...] = SM_90, order: int = FAIR) -> Iterator[None]:
         """Kernels run as such a device would run them, threads in such an order."""
-        self.library.emulated_use_device(*device)
+        self.library.emulated_use_device(*(*device, MULTIPROCESSORS)[:4])
         self.library.emulated_use_order(order)
         yield
-        self.library.emulated_use_device(*SM_90)
+        self.library.emulated_use_device(*SM_90, MULTIPROCESSORS)
         self.library.emulated_use_order(FAIR)
 
     def launches(self, function: Callable[[], object]) -> int:

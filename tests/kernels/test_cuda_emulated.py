@@ -35,7 +35,14 @@ SMALL_CLUSTERS = (9, 232_448, 8)  # the capability, shared memory and cluster si
 # shared memory for some of what grpo_loss keeps, and for little or nothing
 SOME_ROOM = (9, 48_000, 16)
 LITTLE_ROOM = (9, 20_000, 16)
-DEVICES = {"sm_80": SM_80, "small clusters": SMALL_CLUSTERS, "some room": SOME_ROOM, "little room": LITTLE_ROOM}
+FEW = (9, 232_448, 16, 1)  # multiprocessors, so that a block takes several parts of a row
+DEVICES = {
+    "sm_80": SM_80,
+    "small clusters": SMALL_CLUSTERS,
+    "some room": SOME_ROOM,
+    "little room": LITTLE_ROOM,
+    "few multiprocessors": FEW,
+}
 pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.usefixtures("backend")]
 
 
@@ -138,6 +145,16 @@ def test_every_device_gives_the_same_bits(size, name, emulator):
     batch = batch_of(2, size, fanout=3, dtype=torch.bfloat16)
     expected = every_op(batch)
     with emulator(DEVICES[name]):
+        assert different(every_op(batch), expected) == []
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 1])
+@pytest.mark.parametrize("capability", [8, 9])
+def test_a_block_that_takes_several_parts_of_a_row_gives_the_same_bits(capability, multiprocessors, emulator):
+    """24 and 12 blocks keep them busy: of 13 rows with 9 parts one block takes 8 and the other 1, or one takes all."""
+    batch = batch_of(13, 17_264, fanout=2, dtype=torch.bfloat16)
+    expected = every_op(batch)
+    with emulator((capability, 232_448, 16, multiprocessors)):
         assert different(every_op(batch), expected) == []
 
 

@@ -26,7 +26,10 @@ TORCH = (
 )
 # A thread's registers where blocks of 256 threads fill the 65,536 of a multiprocessor: four blocks, two without 16-byte
 # accesses.
-REGISTERS, REGISTERS_UNALIGNED = 64, 128
+REGISTERS, REGISTERS_TWO_BLOCKS = 64, 128
+# Three blocks where flow_step draws two normals for each element; two for the loss under guard, which draws beside its
+# residuals.
+REGISTERS_MIXED = 80
 # Kernels that stream rows through registers, and which of their accesses are 16 bytes wide.
 READ, WRITE = "ld.global.nc.v4.u32", "st.global.v4.u32"
 STREAMING = {
@@ -121,7 +124,11 @@ def test_kernels_compile_without_spills_for_several_blocks_a_multiprocessor(sour
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
     for kernel in kernels:
         assert kernel.stack == kernel.spills == 0, kernel
-        assert kernel.registers <= (REGISTERS_UNALIGNED if "LayoutILb0E" in kernel.kernel else REGISTERS), kernel
+        two_blocks = re.search("LayoutILb0E|grpo_loss_kernel.*Lb1EEEv", kernel.kernel)
+        mixed = "DrawE2E" in kernel.kernel
+        assert kernel.registers <= (REGISTERS_TWO_BLOCKS if two_blocks else REGISTERS_MIXED if mixed else REGISTERS), (
+            kernel
+        )
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)
