@@ -32,6 +32,14 @@ def policy_with(model, wanted):
     return Policy(small_recipe(model=model, engine={"device": "cpu", "attention": wanted}), CPU)
 
 
+@pytest.mark.parametrize("wanted", ["auto", "sdpa"])
+def test_pytorchs_own_attention_does_without_cudnns_kernels(folders, wanted, monkeypatch):
+    """Their backward ended a run on an H200 with an illegal memory access."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    policy_with({**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32"}, wanted)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 @torch.no_grad()
 def test_another_backend_gives_the_same_velocity(folders, name):

@@ -12,6 +12,8 @@ from flowgrove.recipe.schema import Model
 
 # ours for diffusers'; all others are diffusers' own
 _NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}
+# Whose backward has ended a run with an illegal memory access, after which a process can do nothing more on its GPU.
+UNSAFE = ("cudnn",)
 _INSTALL = {
     "flash": "pip install flash-attn --no-build-isolation",
     "flash_varlen": "pip install flash-attn --no-build-isolation",
@@ -24,7 +26,12 @@ _INSTALL = {
 def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.device) -> None:
     """Sets engine.attention on an adapter's transformer; auto leaves PyTorch's own. Raises UserError for a backend that
     cannot run here or on this model.
+
+    PyTorch's own attention does without cuDNN's kernels from here on, in the whole process: on an H200 with torch 2.11
+    their backward read outside its memory for one row of FLUX (PyTorch issues 122695 and 190321 tell of others).
+    engine.attention: cudnn still asks for them by name.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if wanted == "auto":
         return
     name = _NAMES.get(wanted, wanted)

@@ -18,7 +18,7 @@ from flowgrove.device import is_out_of_memory, pick_device, to_device
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.machine import describe
-from flowgrove.models.attention import attention_names, missing, use_attention
+from flowgrove.models.attention import UNSAFE, attention_names, missing, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.passes.recordings import Recordings
@@ -153,14 +153,19 @@ class _Tuner:
         """What can be selected here for this model, trains, and computes what PyTorch's own attention does."""
         if "attention" in self.fixed:
             return Choice("attention", self.recipe.engine.attention, [])
-        x, notes, usable = self.passes.states(1), [], ["sdpa"]
+        x, usable = self.passes.states(1), ["sdpa"]
+        notes = [
+            f"{name}: left out, its backward has ended runs with an illegal memory access"
+            for name in UNSAFE
+            if missing(name, self.device) is None
+        ]
         self._use("sdpa")
         expected = self._differentiated(x)
         # a hub's downloads
         for name in (
             name
             for name in attention_names()
-            if name != "sdpa" and "hub" not in name and missing(name, self.device) is None
+            if name not in ("sdpa", *UNSAFE) and "hub" not in name and missing(name, self.device) is None
         ):
             try:
                 self._use(name)
