@@ -354,7 +354,9 @@ def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
     recipe = small_recipe(
         model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, engine={"device": "cpu", "token_budget": 70}
     )
-    monkeypatch.setattr(tune, "attention_names", lambda: ["exact", "quantised", "broken", "sdpa", "far_hub", "gone"])
+    monkeypatch.setattr(
+        tune, "attention_names", lambda: ["exact", "quantised", "broken", "sdpa", "far_hub", "gone", "cudnn"]
+    )
     monkeypatch.setattr(tune, "missing", lambda name, device: "not installed" if name == "gone" else None)
     used = ["sdpa"]
     monkeypatch.setattr(tune, "use_attention", lambda adapter, name, model, device: used.append(name))
@@ -373,6 +375,7 @@ def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
     assert choice.lines[2:] == [
         "quantised: left out, its velocity or gradient is not that of sdpa",
         "broken: fails: takes no float32",
+        "cudnn: left out, its backward has ended runs with an illegal memory access",
     ]
     assert set(used) == {"sdpa", "exact", "quantised", "broken"}
     assert used[-1] == choice.value

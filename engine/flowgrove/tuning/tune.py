@@ -153,20 +153,15 @@ class _Tuner:
         """What can be selected here for this model, trains, and computes what PyTorch's own attention does."""
         if "attention" in self.fixed:
             return Choice("attention", self.recipe.engine.attention, [])
-        x, usable = self.passes.states(1), ["sdpa"]
-        notes = [
-            f"{name}: left out, its backward has ended runs with an illegal memory access"
-            for name in UNSAFE
-            if missing(name, self.device) is None
-        ]
+        x, notes, usable = self.passes.states(1), [], ["sdpa"]
         self._use("sdpa")
         expected = self._differentiated(x)
-        # a hub's downloads
-        for name in (
-            name
-            for name in attention_names()
-            if name not in ("sdpa", *UNSAFE) and "hub" not in name and missing(name, self.device) is None
-        ):
+        for name in attention_names():
+            if name == "sdpa" or "hub" in name or missing(name, self.device) is not None:  # a hub's are downloads
+                continue
+            if name in UNSAFE:
+                notes.append(f"{name}: left out, its backward has ended runs with an illegal memory access")
+                continue
             try:
                 self._use(name)
                 close = all(
