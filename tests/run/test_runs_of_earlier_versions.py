@@ -51,7 +51,7 @@ def test_it_resumes_where_it_stopped(folder):
         assert list(found) == list(wanted)
         moved = sum(float((wanted[key] - start[key]).square().sum()) for key in wanted)
         off = sum(float((wanted[key] - found[key]).square().sum()) for key in wanted)
-        assert 0 < moved
+        assert moved > 0
         assert off < 1e-6 * moved, name
 
 
