@@ -180,3 +180,6 @@ def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float
 
 _Builder = Callable[[Tensor, Tensor, float, float | None], _Columns]
 _DYNAMICS: dict[str, _Builder] = {"ode": _ode, "flow_sde": _flow_sde, "dance_sde": _dance_sde, "wan_sde": _wan_sde, "cps": _cps}
+MULTISTEP: dict[str, Callable[[float | Tensor, float | Tensor, float | Tensor], StepCoefficients]] = {
+    "dpmpp_2m": dpmpp_2m_coefficients,
+}  # coefficients of (σ_prev, σ, σ') that use the previous clean estimate, by the name of the solver

@@ -1,7 +1,8 @@
 """The coefficients of a plan's steps, one row per step."""
 
 from flowgrove.plan.planner import RolloutPlan, Step
-from flowgrove_kernels import StepCoefficients, dpmpp_2m_coefficients, step_coefficients
+from flowgrove_kernels import StepCoefficients, step_coefficients
+from flowgrove_kernels.coefficients import MULTISTEP
 
 
 def plan_coefficients(plan: RolloutPlan) -> StepCoefficients:
@@ -12,13 +13,12 @@ def plan_coefficients(plan: RolloutPlan) -> StepCoefficients:
 
 
 def _row(plan: RolloutPlan, step: Step) -> StepCoefficients:
-    if step.stochastic:
-        row = step_coefficients(
-            plan.dynamics, step.sigma, step.sigma_next, noise_level=plan.noise_level, sigma_max=plan.sigma_max
-        )
-        scale = plan.split_noise_scale if step.fanout > 1 else 1.0
-        return StepCoefficients(row.x_coef, row.v_coef, row.prev_coef, row.std * scale, row.precision, row.log_norm)
-    before = plan.steps[step.index - 1] if step.index else None
-    if before is not None and step.solver == before.solver == "dpmpp_2m":
-        return dpmpp_2m_coefficients(before.sigma, step.sigma, step.sigma_next)
-    return step_coefficients("ode", step.sigma, step.sigma_next)
+    if step.takes_estimate:
+        return MULTISTEP[step.coefficients](plan.steps[step.index - 1].sigma, step.sigma, step.sigma_next)
+    if not step.stochastic:
+        return step_coefficients(step.coefficients, step.sigma, step.sigma_next)
+    row = step_coefficients(
+        step.coefficients, step.sigma, step.sigma_next, noise_level=plan.noise_level, sigma_max=plan.sigma_max
+    )
+    scale = plan.split_noise_scale if step.fanout > 1 else 1.0
+    return StepCoefficients(row.x_coef, row.v_coef, row.prev_coef, row.std * scale, row.precision, row.log_norm)

@@ -2,8 +2,8 @@
 iteration: no tensors, no model.
 
 A rollout is a forest. Level t holds the distinct states before step t; node i of a level with fanout K has the children
-K·i … K·i + K−1, so the leaves below a node are contiguous. All algorithms differ only in σ, solver, fanout and
-`trained` of their steps.
+K·i … K·i + K−1, so the leaves below a node are contiguous. All algorithms differ only in σ, solver (`solvers.py`),
+fanout and `trained` of their steps.
 """
 
 import math
@@ -14,19 +14,28 @@ from functools import cached_property, lru_cache
 
 from flowgrove.errors import UserError
 from flowgrove.plan.sigmas import SigmaTable, shifted_sigmas
+from flowgrove.plan.solvers import PLAIN, SOLVERS, history
 from flowgrove.recipe.schema import Cache, Prune, Recipe, Rollout, Tree
 from flowgrove.recipe.windows import pruned_depths, window_steps
 
 
 @dataclass(frozen=True)
 class Step:
-    """One level of the forest, per prompt: nodes_in states become nodes_out = nodes_in · fanout."""
+    """One level of the forest, per prompt: nodes_in states become nodes_out = nodes_in · fanout.
+
+    `coefficients` names its row in flowgrove_kernels.coefficients, which is its solver's, or of the first steps of a
+    solver with history the one that starts it. `takes_estimate`: that row uses the clean estimate of the step before;
+    `leaves_estimate`: the step after takes this one's.
+    """
 
     index: int
     sigma: float
     sigma_next: float
     solver: str
+    coefficients: str
     stochastic: bool
+    takes_estimate: bool
+    leaves_estimate: bool
     fanout: int
     trained: bool
     nodes_in: int
@@ -52,7 +61,6 @@ class RolloutPlan:
     window: tuple[int, ...]
     steps: tuple[Step, ...]
     sigma_max: float  # second entry of the table
-    dynamics: str
     noise_level: float
     split_noise_scale: float
     sibling_correlation: float
@@ -195,12 +203,25 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
     roots = _roots(rollout, fanouts, stochastic)
     pruned = pruned_depths(prune, iteration)
     levels = _levels(rollout, table, stochastic)
+    takes = history([solver for _, _, solver in levels])
     steps, nodes = [], roots
-    for index, (sigma, sigma_next, solver) in enumerate(levels):
-        fanout = fanouts.get(index, 1)
-        noisy = index in stochastic
+    for index, (sigma, sigma_next, name) in enumerate(levels):
+        solver, fanout = SOLVERS[name], fanouts.get(index, 1)
         steps.append(
-            Step(index, sigma, sigma_next, solver, noisy, fanout, noisy and index not in pruned, nodes, nodes * fanout)
+            Step(
+                index=index,
+                sigma=sigma,
+                sigma_next=sigma_next,
+                solver=name,
+                coefficients=name if solver.start is None or takes[index] else solver.start,
+                stochastic=solver.stochastic,
+                takes_estimate=takes[index],
+                leaves_estimate=takes[index + 1],
+                fanout=fanout,
+                trained=solver.stochastic and index not in pruned,
+                nodes_in=nodes,
+                nodes_out=nodes * fanout,
+            )
         )
         nodes *= fanout
     if recipe.update.updates_per_iteration > nodes:
@@ -214,7 +235,6 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
         window=tuple(window),
         steps=tuple(steps),
         sigma_max=table(1),
-        dynamics=rollout.dynamics,
         noise_level=rollout.noise_level,
         split_noise_scale=tree.split_noise_scale,
         sibling_correlation=tree.sibling_correlation,
@@ -287,7 +307,7 @@ def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[t
         positions += [head + j * (total - head) / count for j in range(1, count)] + [float(total)]
     sigmas = [table(position) for position in positions]
     solvers = [
-        rollout.dynamics if i in stochastic else "ode" if i < head else rollout.tail.solver if rollout.tail else "ode"
+        rollout.dynamics if i in stochastic else rollout.tail.solver if rollout.tail and i >= head else PLAIN
         for i in range(len(sigmas) - 1)
     ]
     return list(zip(sigmas, sigmas[1:], solvers, strict=False))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
     from flowgrove.tuning.memory import Memory
 
 _DRAWN_LEAVES = 32
+_STEP = ("index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out")
 
 
 def plan_json(plan: RolloutPlan) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def plan_json(plan: RolloutPlan) -> dict[str, Any]:
     return {
         "iteration": plan.iteration,
         "window": list(plan.window),
-        "steps": [asdict(step) for step in plan.steps],
+        "steps": [{key: getattr(step, key) for key in _STEP} for step in plan.steps],
         "counts": asdict(plan.counts),
     }
 

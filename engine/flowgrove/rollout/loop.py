@@ -89,13 +89,7 @@ class _Level:
 
     def advance(self, step: Step, x: Tensor, estimate: Tensor | None, fanout: int) -> _Advanced:
         """All passes of the step."""
-        steps = self.plan.steps
-        after = steps[step.index + 1] if step.index + 1 < len(steps) else None
-        kind = StepKind(
-            fanout,
-            self.plan.sibling_correlation if step.stochastic else 0.0,
-            after is not None and after.solver == step.solver == "dpmpp_2m",
-        )
+        kind = StepKind(fanout, self.plan.sibling_correlation if step.stochastic else 0.0, step.leaves_estimate)
         lanes = len(x) // len(self.prompts)
         prompt, node = self._prompts_and_nodes(lanes, step.nodes_in)
         child_prompt, child = (
