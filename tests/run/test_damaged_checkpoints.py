@@ -148,6 +148,23 @@ def test_of_those_too_what_can_be_seen_is_refused(trained, tmp_path, damage):
         load_checkpoint(folder, trained.policy, trained.updater)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.int64, "numbers of another kind"),
+        (torch.bfloat16, "numbers of another kind"),
+        (torch.float64, "no state of this update.optimizer"),
+    ],
+)
+def test_moments_of_another_dtype_are_refused_before_the_first_step_too(trained, tmp_path, dtype, said):
+    trained.advance(5)
+    folder, fresh = trained.save_as_before(tmp_path, 3), Trained.small()
+    cast(folder, dtype, "optimizer")
+    assert not fresh.updater.optimizer.state
+    with pytest.raises(UserError, match=f"step_000003.*{said}"):
+        load_checkpoint(folder, fresh.policy, fresh.updater)
+
+
 # Permissions
 
 

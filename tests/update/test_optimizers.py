@@ -239,6 +239,20 @@ def test_state_that_does_not_fit_is_refused(build, kind, change):
         load_state_tensors(build(kind)[0], weights, change(tensors))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_of_another_dtype_is_refused_by_an_optimizer_that_has_not_stepped(build, kind):
+    optimizer, weights = build(kind)
+    train(optimizer, weights, range(1))
+    tensors = state_tensors(optimizer, weights)
+    for key, tensor in tensors.items():
+        fresh, own = build(kind)
+        with pytest.raises(ValueError, match=key):
+            load_state_tensors(fresh, own, {**tensors, key: tensor.long()})
+    fresh, own = build(kind)
+    load_state_tensors(fresh, own, tensors)
+    assert_equal(state_tensors(fresh, own), tensors)
+
+
 @needs_torchao
 def test_a_resumed_8_bit_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     recipe = tiny_recipe(

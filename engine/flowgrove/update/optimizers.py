@@ -168,23 +168,24 @@ def state_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> 
 @torch.no_grad()
 def load_state_tensors(optimizer: Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Puts back what `state_tensors` gave, bit for bit.
-    Raises ValueError if the names or shapes are not those of this optimiser's state.
+    Raises ValueError if the names, shapes or dtypes are not those of this optimiser's state.
     """
     left = dict(tensors)
 
-    def take(key: str, shape: torch.Size) -> Tensor:
+    def take(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         tensor = left.pop(key, None)
-        if tensor is None or tensor.shape != shape:
+        if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(key)
         return tensor
 
     for name, p in parameters.items():
         if p in optimizer.state:
             for key, place in _named_tensors(optimizer.state[p]):
-                place.copy_(take(f"{name}/{key}", place.shape))
+                place.copy_(take(f"{name}/{key}", place.shape, place.dtype))
         elif f"{name}/step" in left:  # torch's AdamW has no state before its first step
-            shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            optimizer.state[p] = {key: take(f"{name}/{key}", shape).to(p.device) for key, shape in shapes.items()}
+            moment = (p.shape, p.dtype)
+            kinds = {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+            optimizer.state[p] = {key: take(f"{name}/{key}", *kind).to(p.device) for key, kind in kinds.items()}
     if left:
         raise ValueError(next(iter(left)))
 
