@@ -120,6 +120,18 @@ def test_a_gradient_that_finds_no_room_does_not_count_twice(monkeypatch):
     assert torch.equal(masters.of["weight"].grad, torch.ones(2, 3))
 
 
+def test_a_policy_in_fp32_computes_without_tf32():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        Policy(small_recipe(model={**FULL, "dtype": "fp32"}), CPU)
+        assert not matmul.allow_tf32
+        assert not cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def test_small_updates_are_not_lost_to_rounding():
     """A weight of 1 that moves by 1e-4 a step stays 1 in bf16 for good, but not in its master."""
     linear = torch.nn.Linear(1, 1, bias=False)

@@ -211,6 +211,13 @@ def test_first_update_has_ratio_exactly_one_and_later_ones_do_not():
     assert float(torch.cat(stats.drift).abs().max()) > 1e-4, "the planted offset of the stored logp must show as drift"
 
 
+def test_later_updates_in_bf16_compare_with_the_old_policy_in_the_passes_that_they_train_in():
+    recipe, policy = small_recipe(), policy_of(dtype="bf16")
+    stats = Recorder(recipe, policy).run([Rolled(policy, *rolled_out(recipe, policy))])  # no weight moves
+    assert float(torch.cat(stats.drift).abs().max()) > 1e-4, "the planted offset of the stored logp"
+    assert all(torch.equal(ratio, torch.ones_like(ratio)) for ratio in stats.ratio)
+
+
 def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
     recipe = small_recipe(rollout={"steps": 8, "group_size": 16, "window": {"strategy": "frozen", "size": 3}})
     policy = policy_of(dtype="fp32", tokens=100)
