@@ -1,6 +1,7 @@
 // The arguments of every op as plain pointers and numbers: what cpu/ and cuda/ kernels take. Nothing here knows torch.
 //
-// B rows (states), E edges (steps from a state to a child), D elements. States, coefficients and scores are fp32; velocities come in three kinds.
+// B rows (states), E edges (steps from a state to a child), D elements. States, coefficients and scores are
+// fp32; velocities come in three kinds.
 #pragma once
 
 #include "element.h"
@@ -9,7 +10,8 @@ namespace flowgrove {
 
 enum class Kind : int32_t { fp32, bf16, fp16 };
 
-// [rows, elements] whose elements lie side by side; rows lie `stride` elements apart (0 for an expanded tensor). No data: an argument left out.
+// [rows, elements] whose elements lie side by side; rows lie `stride` elements apart (0 for an expanded
+// tensor). No data: an argument left out.
 struct Rows {
   const void* data = nullptr;
   int64_t stride = 0;
@@ -39,7 +41,8 @@ struct Noise {
   float root_rho = 0.0f, root_rest = 1.0f;  // √ρ and √(1−ρ) of correlated siblings
 };
 
-// The children of row b are edges first_child(b) … first_child(b + 1) − 1: `fanout` each, or as CSR offsets [B + 1] say.
+// The children of row b are edges first_child(b) … first_child(b + 1) − 1: `fanout` each, or as CSR offsets [B + 1]
+// say.
 struct Children {
   const int64_t* offsets = nullptr;
   int64_t fanout = 1;
@@ -137,7 +140,8 @@ FLOWGROVE_INLINE EdgeScore score_edge(const GRPOLoss& op, int64_t b, int64_t e, 
   const float logp = log_probability(op.log_norm[b], precision, mean_of(sums.squares, elements));
   double log_ratio = 0.0;
   if (op.old_logp != nullptr && op.guard) {
-    log_ratio = static_cast<double>(op.std[b]) * mean_of(sums.noise_squares, elements) - mean_of(sums.noise_residual, elements);
+    const double noise_energy = static_cast<double>(op.std[b]) * mean_of(sums.noise_squares, elements);
+    log_ratio = noise_energy - mean_of(sums.noise_residual, elements);
   } else if (op.old_logp != nullptr) {
     log_ratio = static_cast<double>(logp) - op.old_logp[e];
   }
@@ -145,7 +149,8 @@ FLOWGROVE_INLINE EdgeScore score_edge(const GRPOLoss& op, int64_t b, int64_t e, 
   const Surrogate surrogate = flowgrove::surrogate(ratio, op.advantage[e], op.floor, op.ceiling);
   const float scale = kl_scale(v_coef, op.std[b]);
   const float kl = op.v_ref.data == nullptr ? 0.0f : mul(scale, mean_of(sums.drift, elements));
-  const double per_element = (op.grad_loss == nullptr ? 0.0 : *op.grad_loss) * weight / static_cast<double>(elements > 0 ? elements : 1);
+  const double upstream = op.grad_loss == nullptr ? 0.0 : *op.grad_loss;
+  const double per_element = upstream * weight / static_cast<double>(elements > 0 ? elements : 1);
   const double slope = per_element * surrogate.slope * v_coef;
   return {
       logp,

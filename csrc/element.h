@@ -1,11 +1,13 @@
 // What happens to one element: the arithmetic of every compiled op, the same source for g++ and nvcc.
 //
-// Noise:   Philox4x32-10, counter (block, node, step, prompt), key (seed, iteration); u = ((r >> 9) + ½)·2⁻²³; Box–Muller
+// Noise: Philox4x32-10, counter (block, node, step, prompt), key (seed, iteration); u = ((r >> 9) + ½)·2⁻²³; Box–Muller
 // Step:    μ = a·x + b·v + c·p        x' = μ + s·z        r = x' − μ        logp = log_norm − κ·mean r²
 // Loss:    L = max(−A·ρ, −A·clip(ρ, 1−ε_lo, 1+ε_hi))
 //
-// Every operation is one correctly rounded fp32 instruction, with fma written out: CPU and GPU give the same bits, and so do all ops.
-// Sources: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box and Muller (1958); GRPO (2402.03300); Flow-GRPO (2505.05470).
+// Every operation is one correctly rounded fp32 instruction, with fma written out: CPU and GPU
+// give the same bits, and so do all ops.
+// Sources: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box and Muller (1958); GRPO
+// (2402.03300); Flow-GRPO (2505.05470).
 #pragma once
 
 #include <cmath>
@@ -46,7 +48,8 @@ FLOWGROVE_INLINE float fma(float a, float b, float c) {
 #endif
 }
 
-// Correctly rounded, of 2⁻¹⁰⁰ < a < 2¹²⁰: the steps that __fsqrt_rn takes there, without its branch for all other numbers.
+// Correctly rounded, of 2⁻¹⁰⁰ < a < 2¹²⁰: the steps that __fsqrt_rn takes there,
+// without its branch for all other numbers.
 FLOWGROVE_INLINE float square_root(float a) {
 #if defined(__CUDA_ARCH__)
   float inverse;
@@ -93,7 +96,10 @@ struct Product {
 FLOWGROVE_INLINE Product product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   Product halves;
-  asm("{\n\t.reg .u64 wide;\n\tmul.wide.u32 wide, %2, %3;\n\tmov.b64 {%0, %1}, wide;\n\t}" : "=r"(halves.low), "=r"(halves.high) : "r"(a), "r"(b));
+  asm(
+      "{\n\t.reg .u64 wide;\n\tmul.wide.u32 wide, %2, %3;\n\tmov.b64 {%0, %1}, wide;\n\t}"
+      : "=r"(halves.low), "=r"(halves.high)
+      : "r"(a), "r"(b));
   return halves;
 #else
   return {a * b, static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32)};
@@ -115,8 +121,8 @@ FLOWGROVE_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
-// (r >> 9 + ½)·2⁻²³ in (0, 1), exact in fp32: 2⁻²⁴ ≤ u ≤ 1 − 2⁻²⁴. The 23 bits are the fraction of a number in [1, 2), from which 1 − 2⁻²⁴ is taken:
-// integers are converted at an eighth of the rate of an addition.
+// (r >> 9 + ½)·2⁻²³ in (0, 1), exact in fp32: 2⁻²⁴ ≤ u ≤ 1 − 2⁻²⁴. The 23 bits are the fraction of a number in [1, 2),
+// from which 1 − 2⁻²⁴ is taken: integers are converted at an eighth of the rate of an addition.
 FLOWGROVE_INLINE float uniform(uint32_t word) {
   return add(float_of(0x3F800000u | word >> 9), -0x1.fffffep-1f);
 }
@@ -126,7 +132,8 @@ FLOWGROVE_INLINE float logarithm(float u) {
   const uint32_t bits = bits_of(u);
   const uint32_t exponent = (bits - 0x3F2AAAABu) & 0xFF800000u;  // e·2²³
   constexpr float TO_INTEGER = 12582912.0f;  // 1.5·2²³: added to its bits, an integer is added to its value
-  const float e = add(float_of(bits_of(TO_INTEGER) + static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 23)), -TO_INTEGER);
+  const float e = add(
+      float_of(bits_of(TO_INTEGER) + static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 23)), -TO_INTEGER);
   const float f = add(float_of(bits - exponent), -1.0f);  // exact
   float p = -0.12948945f;
   p = fma(p, f, 0.14004785f);
@@ -154,7 +161,8 @@ FLOWGROVE_INLINE Pair cosine_and_sine(float angle) {
   const float r = fma(q, 4.3711388e-8f, fma(q, -1.5707964f, angle));
   const float t = mul(r, r);
   const float sine = fma(mul(r, t), fma(fma(-1.9515216e-4f, t, 8.3321603e-3f), t, -0.16666655f), r);
-  const float cosine = fma(mul(t, t), fma(fma(2.4433080e-5f, t, -1.3887315e-3f), t, 4.1666646e-2f), fma(t, -0.5f, 1.0f));
+  const float cosine = fma(
+      mul(t, t), fma(fma(2.4433080e-5f, t, -1.3887315e-3f), t, 4.1666646e-2f), fma(t, -0.5f, 1.0f));
   const bool swapped = (quadrant & 1u) != 0;
   const uint32_t c = bits_of(swapped ? sine : cosine), s = bits_of(swapped ? cosine : sine);
   return {float_of(c ^ (((quadrant + 1u) & 2u) << 30)), float_of(s ^ ((quadrant & 2u) << 30))};

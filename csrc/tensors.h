@@ -1,4 +1,5 @@
-// Tensors → arguments.h. Every tensor is checked; what a user sees of a mistake is said earlier, by the Python wrappers.
+// Tensors → arguments.h. Every tensor is checked; what a user sees of a mistake is
+// said earlier, by the Python wrappers.
 #pragma once
 
 #include <optional>
@@ -17,13 +18,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline Kind kind_of(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "flowgrove_native: pass fp32, bf16 or fp16");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "flowgrove_native: pass fp32, bf16 or fp16");
   return type == ScalarType::Float ? Kind::fp32 : type == ScalarType::BFloat16 ? Kind::bf16 : Kind::fp16;
 }
 
 inline void check_rows(const Tensor& tensor, int64_t rows, int64_t elements) {
   STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == elements && (elements <= 1 || tensor.stride(1) == 1),
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == elements &&
+          (elements <= 1 || tensor.stride(1) == 1),
       "flowgrove_native: pass [", rows, ", ", elements, "] with elements side by side");
 }
 
@@ -62,7 +66,9 @@ inline OutputRows output_rows(const OptionalTensor& tensor, int64_t rows, int64_
 }
 
 inline void check_values(const Tensor& tensor, int64_t count, ScalarType type) {
-  STD_TORCH_CHECK(tensor.numel() == count && tensor.is_contiguous() && tensor.scalar_type() == type, "flowgrove_native: pass ", count, " contiguous values");
+  STD_TORCH_CHECK(
+      tensor.numel() == count && tensor.is_contiguous() && tensor.scalar_type() == type,
+      "flowgrove_native: pass ", count, " contiguous values");
 }
 
 // One fp32 value per row or edge.
@@ -96,11 +102,13 @@ inline Children children_of(const OptionalTensor& offsets, int64_t fanout, int64
 
 inline Key key_of(const Tensor& key, int64_t edges) {
   STD_TORCH_CHECK(
-      key.dim() == 2 && key.size(0) == KEY_WORDS && key.size(1) == edges && key.scalar_type() == ScalarType::Long, "flowgrove_native: pass int64 [6, edges]");
+      key.dim() == 2 && key.size(0) == KEY_WORDS && key.size(1) == edges && key.scalar_type() == ScalarType::Long,
+      "flowgrove_native: pass int64 [6, edges]");
   return {static_cast<const int64_t*>(key.const_data_ptr()), key.stride(0), key.stride(1)};
 }
 
-inline Noise noise_of(const OptionalTensor& given, const OptionalTensor& key, double correlation, int64_t edges, int64_t elements) {
+inline Noise noise_of(
+    const OptionalTensor& given, const OptionalTensor& key, double correlation, int64_t edges, int64_t elements) {
   return {
       state_rows(given, edges, elements),
       key ? key_of(*key, edges) : Key{},

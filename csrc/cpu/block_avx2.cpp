@@ -14,7 +14,9 @@ struct Lanes {
   __m256i bits;
 
   static Lanes all(uint32_t value) { return {_mm256_set1_epi64x(value)}; }
-  static Lanes from(uint32_t first) { return {_mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 1, 2, 3))}; }
+  static Lanes from(uint32_t first) {
+    return {_mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 1, 2, 3))};
+  }
 };
 
 static inline Lanes product(Lanes a, Lanes b) {

@@ -14,7 +14,9 @@ struct Lanes {
   __m512i bits;
 
   static Lanes all(uint32_t value) { return {_mm512_set1_epi64(value)}; }
-  static Lanes from(uint32_t first) { return {_mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))}; }
+  static Lanes from(uint32_t first) {
+    return {_mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
+  }
 };
 
 static inline Lanes product(Lanes a, Lanes b) {

@@ -1,4 +1,5 @@
-// The functions of block.h. No include guard: block_<instruction set>.cpp compiles them in a namespace of its own (FLOWGROVE_SET) under its target.
+// The functions of block.h. No include guard: block_<instruction set>.cpp compiles them in a namespace of its
+// own (FLOWGROVE_SET) under its target.
 
 namespace flowgrove::cpu::FLOWGROVE_SET {
 
@@ -13,7 +14,8 @@ FLOWGROVE_INLINE uint16_t to_bf16(float value) {
   return static_cast<uint16_t>(((bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x400000u : rounded) >> 16);
 }
 
-// An fp16's exponent and mantissa read as fp32 are 2¹¹² times too small, subnormals included; infinities and NaN have a wrong exponent.
+// An fp16's exponent and mantissa read as fp32 are 2¹¹² times too small, subnormals included;
+// infinities and NaN have a wrong exponent.
 FLOWGROVE_INLINE float from_fp16(uint16_t half) {
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFFu) << 13;
   const uint32_t finite = bits_of(mul(float_of(magnitude), 0x1p112f));
@@ -24,9 +26,11 @@ FLOWGROVE_INLINE float from_fp16(uint16_t half) {
 // Round to nearest even by adding a power of two whose last bit is the fp16's; beyond 65519 infinity, NaN stays NaN.
 FLOWGROVE_INLINE uint16_t to_fp16(float value) {
   const uint32_t bits = bits_of(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
-  const uint32_t exponent = magnitude & 0x7F800000u, normal = exponent < 0x38800000u ? 0x38800000u : exponent;  // at least 2⁻¹⁴
+  // At least 2⁻¹⁴.
+  const uint32_t exponent = magnitude & 0x7F800000u, normal = exponent < 0x38800000u ? 0x38800000u : exponent;
   const float anchor = float_of(normal + (13u << 23));
-  const uint32_t mantissa = bits_of(add(float_of(magnitude < 0x7F800000u ? magnitude : 0u), anchor)) - bits_of(anchor);  // in units of the fp16's last bit
+  const float anchored = add(float_of(magnitude < 0x7F800000u ? magnitude : 0u), anchor);
+  const uint32_t mantissa = bits_of(anchored) - bits_of(anchor);  // in units of the fp16's last bit
   const uint32_t finite = ((normal - 0x38800000u) >> 13) + mantissa;
   const uint32_t half = magnitude > 0x7F800000u ? 0x7E00u : magnitude >= 0x477FF000u ? 0x7C00u : finite;
   return static_cast<uint16_t>(half | sign >> 16);
@@ -88,7 +92,8 @@ struct alignas(64) BlockWords {
 #else
 static void draw_words(NoiseWords row, uint32_t first_block, int64_t blocks, BlockWords& words) {
   for (int64_t i = 0; i < blocks; ++i) {
-    const Words w = philox({first_block + static_cast<uint32_t>(i), row.node, row.step, row.prompt}, row.seed, row.iteration);
+    const Words w = philox(
+        {first_block + static_cast<uint32_t>(i), row.node, row.step, row.prompt}, row.seed, row.iteration);
     words.w0[i] = w.w0;
     words.w1[i] = w.w1;
     words.w2[i] = w.w2;
@@ -110,7 +115,8 @@ static void draw(NoiseWords row, uint32_t first_block, int64_t n, float* __restr
   }
 }
 
-static void correlate(float root_rho, const float* __restrict shared, float root_rest, int64_t n, float* __restrict own) {
+static void correlate(
+    float root_rho, const float* __restrict shared, float root_rest, int64_t n, float* __restrict own) {
   for (int64_t i = 0; i < n; ++i) own[i] = correlated(root_rho, shared[i], root_rest, own[i]);
 }
 
@@ -143,11 +149,13 @@ FLOWGROVE_INLINE double sum_in_lanes(int64_t n, const Product& add_product) {
 }
 
 static double dot(const float* left, const float* right, int64_t n) {
-  return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) { return fma(left[i], right[i], sum); });
+  return sum_in_lanes(
+      n, [=](int64_t i, float sum) __attribute__((always_inline)) { return fma(left[i], right[i], sum); });
 }
 
 static double step_and_square(
-    const float* x, const float* v, const float* z, float x_coef, float v_coef, float std, int64_t n, float* __restrict x_next) {
+    const float* x, const float* v, const float* z, float x_coef, float v_coef, float std, int64_t n,
+    float* __restrict x_next) {
   return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) {
     const float mean = flowgrove::mean(x_coef, v_coef, x[i], v[i]);
     x_next[i] = flowgrove::step(mean, std, z[i]);
@@ -156,7 +164,8 @@ static double step_and_square(
   });
 }
 
-static double squared_residual(const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n) {
+static double squared_residual(
+    const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n) {
   return sum_in_lanes(n, [=](int64_t i, float sum) __attribute__((always_inline)) {
     const float r = flowgrove::residual(x_next[i], flowgrove::mean(x_coef, v_coef, x[i], v[i]));
     return fma(r, r, sum);
@@ -164,13 +173,16 @@ static double squared_residual(const float* x, const float* v, const float* x_ne
 }
 
 static void accumulate_residual(
-    float factor, const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n, float* __restrict gradient) {
+    float factor, const float* x, const float* v, const float* x_next, float x_coef, float v_coef, int64_t n,
+    float* __restrict gradient) {
   for (int64_t i = 0; i < n; ++i) {
     gradient[i] = fma(factor, flowgrove::residual(x_next[i], flowgrove::mean(x_coef, v_coef, x[i], v[i])), gradient[i]);
   }
 }
 
 extern const Block functions;
-const Block functions = {widen, narrow, stream, guide, clean, mean, with_history, draw, correlate, step, step_and_square, residual, accumulate, dot, squared_residual, accumulate_residual};
+const Block functions = {
+    widen, narrow, stream, guide, clean, mean, with_history, draw, correlate, step, step_and_square, residual,
+    accumulate, dot, squared_residual, accumulate_residual};
 
 }  // namespace flowgrove::cpu::FLOWGROVE_SET

@@ -18,7 +18,8 @@ static void flow_logprob(const FlowLogprob& op, const Tensor&) {
         const float *x = load(states.x, b, start, n, nullptr), *v = load_velocity(states, b, start, n, velocity);
         for (int64_t child = 0; child < count; ++child) {
           const float* x_next = load(op.x_next, first + child, start, n, nullptr);
-          squares[chunk * count + child] += block().squared_residual(x, v, x_next, states.x_coef[b], states.v_coef[b], n);
+          squares[chunk * count + child] += block().squared_residual(
+              x, v, x_next, states.x_coef[b], states.v_coef[b], n);
         }
       });
     });
@@ -44,7 +45,8 @@ static void flow_logprob_backward(const FlowLogprobBackward& op, const Tensor&) 
         std::fill_n(gradient.values, n, 0.0f);
         for (int64_t edge = first; edge < end; ++edge) {
           const float* x_next = load(op.x_next, edge, start, n, nullptr);
-          block().accumulate_residual(static_cast<float>(op.grad[edge] * slope), x, v, x_next, states.x_coef[b], states.v_coef[b], n, gradient);
+          block().accumulate_residual(
+              static_cast<float>(op.grad[edge] * slope), x, v, x_next, states.x_coef[b], states.v_coef[b], n, gradient);
         }
         const bool guided = states.v_uncond.data != nullptr, large = states.rows * states.elements > LARGE;
         store(op.grad_v, b, start, n, gradient, guided ? states.guidance_scale : 1.0f, large);

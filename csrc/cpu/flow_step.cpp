@@ -17,7 +17,8 @@ static void draw_chunk(const FlowStep& op, int64_t b, int64_t chunk, double* squ
     for (int64_t child = 0; child < op.fanout; ++child) {
       const int64_t edge = b * op.fanout + child;
       float* x_next = large ? stepped.values : place(op.x_next, edge, start);
-      squares[child] += block().step_and_square(x, v, noise.load(edge, start, n), states.x_coef[b], states.v_coef[b], op.std[b], n, x_next);
+      squares[child] += block().step_and_square(
+          x, v, noise.load(edge, start, n), states.x_coef[b], states.v_coef[b], op.std[b], n, x_next);
       if (large) store(op.x_next, edge, start, n, x_next, 1.0f, true);
     }
   });
@@ -48,8 +49,11 @@ static void flow_step(const FlowStep& op, const Tensor&) {
   const States& states = op.states;
   const int64_t chunks = chunks_of(states.elements);
   check_key(op.noise.key, states.rows * op.fanout, op.noise.root_rho > 0.0f);
-  const bool one_step = std::all_of(states.prev_coef, states.prev_coef + states.rows, [](float c) { return c == 0.0f; });
-  STD_TORCH_CHECK(one_step || states.history.data != nullptr, "these coefficients need history=, the previous clean estimate: prev_coef is not 0");
+  const bool one_step = std::all_of(
+      states.prev_coef, states.prev_coef + states.rows, [](float c) { return c == 0.0f; });
+  STD_TORCH_CHECK(
+      one_step || states.history.data != nullptr,
+      "these coefficients need history=, the previous clean estimate: prev_coef is not 0");
   const bool noisy = op.noise.given.data != nullptr || op.noise.key.data != nullptr;
   const auto step_chunk = noisy && states.history.data == nullptr ? draw_chunk : mean_chunk;
   for_each_row(states.rows, states.elements, [&](int64_t b, const auto& for_each_chunk) {

@@ -34,7 +34,8 @@ static void sum_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t coun
 }
 
 // Second pass: the gradient of one chunk of row b.
-static void gradient_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t count, int64_t chunk, const EdgeScore* scores) {
+static void gradient_chunk(
+    const GRPOLoss& op, int64_t b, int64_t first, int64_t count, int64_t chunk, const EdgeScore* scores) {
   Buffer velocity, difference, gradient, reference;
   NoiseReader noise(op.noise);
   float pull = 0.0f;
@@ -52,7 +53,8 @@ static void gradient_chunk(const GRPOLoss& op, int64_t b, int64_t first, int64_t
         block().accumulate(scores[child].push, noise.load(first + child, start, n), n, gradient);
       } else {
         const float* x_next = load(op.x_next, first + child, start, n, nullptr);
-        block().accumulate_residual(scores[child].push, x, v, x_next, op.states.x_coef[b], op.states.v_coef[b], n, gradient);
+        block().accumulate_residual(
+            scores[child].push, x, v, x_next, op.states.x_coef[b], op.states.v_coef[b], n, gradient);
       }
     }
     const bool guided = op.states.v_uncond.data != nullptr, large = op.states.rows * op.states.elements > LARGE;
@@ -65,7 +67,9 @@ static EdgeSums added_up(const EdgeSums* sums, int64_t chunks, int64_t count) {
   EdgeSums total;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const EdgeSums& part = sums[chunk * count];
-    total = {total.squares + part.squares, total.noise_squares + part.noise_squares, total.noise_residual + part.noise_residual, total.drift + part.drift};
+    total = {
+        total.squares + part.squares, total.noise_squares + part.noise_squares,
+        total.noise_residual + part.noise_residual, total.drift + part.drift};
   }
   return total;
 }
@@ -92,7 +96,8 @@ static void grpo_loss(const GRPOLoss& op, const Tensor&) {
       scores[child] = score;
     }
     if (op.grad_loss == nullptr) return;
-    for_each_chunk([&](int64_t c) { gradient_chunk(op, b, first, count, chunks - 1 - c, scores.data()); });  // backwards: what was read last is in the cache
+    // Backwards: what was read last is in the cache.
+    for_each_chunk([&](int64_t c) { gradient_chunk(op, b, first, count, chunks - 1 - c, scores.data()); });
   });
   double loss = 0.0;
   for (const float edge_loss : losses) loss += edge_loss;

@@ -12,8 +12,8 @@ enum class InstructionSet { baseline, avx2, avx512 };
 inline InstructionSet instruction_set() {
 #if defined(FLOWGROVE_X86_SETS)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) return avx512 ? InstructionSet::avx512 : InstructionSet::avx2;
 #endif
   return InstructionSet::baseline;

@@ -1,5 +1,6 @@
-// Philox for many blocks at once where the compiler does not find the instruction for it: 32×32 → 64 bit products in 64-bit lanes, whose upper halves
-// nothing reads. Included by block_functions.h in the namespace of its instruction set; Lanes is that set's vector. The words are those of element.h.
+// Philox for many blocks at once where the compiler does not find the instruction for it: 32×32 → 64 bit products in
+// 64-bit lanes, whose upper halves nothing reads. Included by block_functions.h in the namespace of its instruction
+// set; Lanes is that set's vector. The words are those of element.h.
 
 // 32 blocks of four vectors: one multiplication waits for another one only every fourth time.
 static void draw_words(NoiseWords row, uint32_t first_block, int64_t blocks, BlockWords& words) {

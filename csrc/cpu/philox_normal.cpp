@@ -11,7 +11,9 @@ static void philox_normal(const PhiloxNormal& op, const Tensor&) {
   for_each_row(op.rows, op.elements, [&](int64_t b, const auto& chunks) {
     chunks([&](int64_t chunk) {
       NoiseReader reader(noise);
-      for_each_block(chunk, op.elements, [&](int64_t start, int64_t n) { store(op.out, b, start, n, reader.load(b, start, n), 1.0f); });
+      for_each_block(
+          chunk, op.elements,
+          [&](int64_t start, int64_t n) { store(op.out, b, start, n, reader.load(b, start, n), 1.0f); });
     });
   });
 }

@@ -1,6 +1,8 @@
-// How the CPU ops walk over rows: in chunks that a thread takes whole, and in blocks that stay in the first-level cache.
+// How the CPU ops walk over rows: in chunks that a thread takes whole, and in blocks that stay in the first-level
+// cache.
 //
-// Chunks depend on the number of elements alone, and their sums are added in order: so no result depends on batch size, order or number of threads.
+// Chunks depend on the number of elements alone, and their sums are added in order: so no result depends on
+// batch size, order or number of threads.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +21,9 @@ inline int64_t chunks_of(int64_t elements) {
   return (elements + CHUNK - 1) / CHUNK;
 }
 
-// Calls row(b, chunks) for every row. chunks(body) calls body(c) for every chunk of the row: on this thread where there are enough rows for all
-// threads (a row then stays in this core's cache from one pass over it to the next), else on all threads.
+// Calls row(b, chunks) for every row. chunks(body) calls body(c) for every chunk of the row: on this
+// thread where there are enough rows for all threads (a row then stays in this core's cache from one pass
+// over it to the next), else on all threads.
 template <class Row>
 void for_each_row(int64_t rows, int64_t elements, const Row& row) {
   const int64_t chunks = chunks_of(elements);
@@ -63,10 +66,14 @@ inline float* place(const OutputRows& rows, int64_t row, int64_t start) {
 
 constexpr int64_t LARGE = 1 << 20;  // elements of an output that will not be found in a cache again
 
-// scale·values into a row of any kind; nothing where the output is left out. A large output (rows·elements) goes past the caches.
-inline void store(const OutputRows& rows, int64_t row, int64_t start, int64_t n, const float* values, float scale, bool large = false) {
+// scale·values into a row of any kind; nothing where the output is left out. A large output
+// (rows·elements) goes past the caches.
+inline void store(
+    const OutputRows& rows, int64_t row, int64_t start, int64_t n, const float* values, float scale,
+    bool large = false) {
   if (rows.data == nullptr) return;
-  if (large && rows.kind == Kind::fp32 && n % 16 == 0 && reinterpret_cast<uintptr_t>(place(rows, row, start)) % 64 == 0) {
+  const bool whole_lines = large && rows.kind == Kind::fp32 && n % 16 == 0;
+  if (whole_lines && reinterpret_cast<uintptr_t>(place(rows, row, start)) % 64 == 0) {
     block().stream(values, scale, n, place(rows, row, start));
     return;
   }
@@ -78,14 +85,17 @@ inline void store(const OutputRows& rows, int64_t row, int64_t start, int64_t n,
 inline const float* load_velocity(const States& states, int64_t b, int64_t start, int64_t n, float* buffer) {
   if (states.v_uncond.data == nullptr) return load(states.v, b, start, n, buffer);
   Buffer v, v_uncond;
-  block().guide(load(states.v, b, start, n, v), load(states.v_uncond, b, start, n, v_uncond), states.guidance_scale, n, buffer);
+  block().guide(
+      load(states.v, b, start, n, v), load(states.v_uncond, b, start, n, v_uncond), states.guidance_scale, n, buffer);
   return buffer;
 }
 
 // μ of a block from its velocity.
 inline void load_mean(const States& states, int64_t b, int64_t start, int64_t n, const float* velocity, float* mean) {
   block().mean(load(states.x, b, start, n, nullptr), velocity, states.x_coef[b], states.v_coef[b], n, mean);
-  if (states.history.data != nullptr) block().with_history(load(states.history, b, start, n, nullptr), states.prev_coef[b], n, mean);
+  if (states.history.data != nullptr) {
+    block().with_history(load(states.history, b, start, n, nullptr), states.prev_coef[b], n, mean);
+  }
 }
 
 // z of edges, block by block. Siblings that come one after the other share the component that their parent names.
@@ -100,7 +110,9 @@ class NoiseReader {
     block().draw(own, first_block, n, z_);
     if (noise_.root_rho > 0.0f) {
       const NoiseWords shared = words(edge, true);
-      if (start != start_ || memcmp(&shared, &drawn_, sizeof shared) != 0) block().draw(shared, first_block, n, shared_);
+      if (start != start_ || memcmp(&shared, &drawn_, sizeof shared) != 0) {
+        block().draw(shared, first_block, n, shared_);
+      }
       start_ = start;
       drawn_ = shared;
       block().correlate(noise_.root_rho, shared_, noise_.root_rest, n, z_);
@@ -110,8 +122,11 @@ class NoiseReader {
 
  private:
   NoiseWords words(int64_t edge, bool shared) const {
-    const auto word = [&](KeyWord w) { return static_cast<uint32_t>(noise_.key.data[w * noise_.key.word_stride + edge * noise_.key.edge_stride]); };
-    return {word(SEED), word(ITERATION), word(STEP) + (shared ? SHARED_STEP : 0u), word(PROMPT), word(shared ? PARENT : NODE)};
+    const auto word = [&](KeyWord w) {
+      return static_cast<uint32_t>(noise_.key.data[w * noise_.key.word_stride + edge * noise_.key.edge_stride]);
+    };
+    const uint32_t step = word(STEP) + (shared ? SHARED_STEP : 0u);
+    return {word(SEED), word(ITERATION), step, word(PROMPT), word(shared ? PARENT : NODE)};
   }
 
   const Noise& noise_;
@@ -128,7 +143,9 @@ inline void check_key(const Key& key, int64_t edges, bool correlated) {
     for (int64_t e = 0; e < edges; ++e) {
       const int64_t value = key.data[word * key.word_stride + e * key.edge_stride];
       STD_TORCH_CHECK((value >> 32) == 0, "NoiseKey.", NAMES[word], " holds ", value, ": write values in [0, 2**32)");
-      STD_TORCH_CHECK(!correlated || word != STEP || value < SHARED_STEP - 1, "NoiseKey.step must be below 2**31 - 1 for correlated siblings");
+      STD_TORCH_CHECK(
+          !correlated || word != STEP || value < SHARED_STEP - 1,
+          "NoiseKey.step must be below 2**31 - 1 for correlated siblings");
       if (key.edge_stride == 0) break;
     }
   }

@@ -1,4 +1,5 @@
-// What the kernels use of the machine: shared memory, sums over a warp, clusters of thread blocks, launches, and how a kernel ends on a user's mistake.
+// What the kernels use of the machine: shared memory, sums over a warp, clusters of thread blocks, launches, and
+// how a kernel ends on a user's mistake.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -58,8 +59,9 @@ DEVICE char* shared_memory() {
 #endif
 }
 
-// Thread block clusters came with sm_90; before, a cluster is one block. The intrinsics are those that cooperative_groups is made of: its header would
-// cost every file four seconds. arrive publishes what the block wrote; after wait, all that the blocks of the cluster published can be read.
+// Thread block clusters came with sm_90; before, a cluster is one block. The intrinsics are those that
+// cooperative_groups is made of: its header would cost every file four seconds. arrive publishes what the block wrote;
+// after wait, all that the blocks of the cluster published can be read.
 DEVICE void cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   __syncthreads();
@@ -83,7 +85,8 @@ DEVICE void cluster_wait() {
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster. That block has begun once a barrier of the cluster lies behind.
+// The same place in the shared memory of another block of the cluster. That block has begun once
+// a barrier of the cluster lies behind.
 DEVICE double* of_block(double* own, unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return own;
@@ -92,7 +95,8 @@ DEVICE double* of_block(double* own, unsigned rank) {
 #endif
 }
 
-// A launch that may begin early begins as soon as all blocks of the launch before have said so, and waits for its end before it reads what that wrote.
+// A launch that may begin early begins as soon as all blocks of the launch before have said so, and waits for
+// its end before it reads what that wrote.
 DEVICE void let_next_launch_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -108,13 +112,17 @@ DEVICE void wait_for_launch_before() {
 // Writes 16 bytes by one instruction; a plain assignment the compiler may take apart.
 DEVICE void store(uint4* to, uint4 value) {
 #if defined(__CUDACC__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+  asm volatile(
+      "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
 #else
   *to = value;
 #endif
 }
 
-// The same pointer, which the compiler no longer takes apart: it would carry one pointer an element through a loop and run out of registers.
+// The same pointer, which the compiler no longer takes apart: it would carry one pointer an element
+// through a loop and run out of registers.
 template <typename T>
 DEVICE T* opaque(T* pointer) {
 #if defined(__CUDACC__)
@@ -176,7 +184,9 @@ struct Launch {
 };
 
 template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream, const std::type_identity_t<Parameters>&... arguments) {
+cudaError_t launch(
+    void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
+    const std::type_identity_t<Parameters>&... arguments) {
   if (how.blocks == 0) return cudaSuccess;
   if (how.blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute attribute = {};
@@ -200,17 +210,21 @@ inline size_t most_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Of one cluster, however many are launched: of an empty grid none would fit. No value where the device does not answer.
+// Of one cluster, however many are launched: of an empty grid none would fit. No
+// value where the device does not answer.
 inline std::optional<bool> ask_whether_it_fits(const void* kernel, Launch how) {
   const size_t most = most_shared_bytes();
   if (most == 0) return std::nullopt;
   if (how.shared_bytes > most) return false;
-  if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)))) return std::nullopt;
+  if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)))) {
+    return std::nullopt;
+  }
   if (how.cluster == 1) return true;
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   cudaFuncAttributes compiled = {};
   if (major == 0 || !answered(cudaFuncGetAttributes(&compiled, kernel))) return std::nullopt;
-  if (major < 9 || compiled.ptxVersion < 90) return false;  // code for older devices, which newer ones run too, has no cluster barrier in it
+  // Code for older devices, which newer ones run too, has no cluster barrier in it.
+  if (major < 9 || compiled.ptxVersion < 90) return false;
   // More than 8 blocks.
   if (!answered(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))) return std::nullopt;
   how.blocks = how.cluster;
@@ -222,7 +236,8 @@ inline std::optional<bool> ask_whether_it_fits(const void* kernel, Launch how) {
   return error == cudaSuccess && clusters > 0;
 }
 
-// Whether the current device can run such blocks and clusters. Its answer is kept, for asking takes longer than a launch; without one they do not fit this time.
+// Whether the current device can run such blocks and clusters. Its answer is kept, for asking takes longer than a
+// launch; without one they do not fit this time.
 template <typename Kernel>
 bool fits(Kernel* kernel, const Launch& how) {
   static std::mutex mutex;

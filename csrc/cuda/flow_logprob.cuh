@@ -7,7 +7,9 @@ namespace flowgrove::cuda {
 
 template <typename L>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
-flow_logprob_kernel(const __grid_constant__ FlowLogprob op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
+flow_logprob_kernel(
+    const __grid_constant__ FlowLogprob op, const __grid_constant__ Partition partition, int edges_a_pass,
+    double* partials) {
   begin_cluster(partials == nullptr);
   const Share share = share_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, share.row);
@@ -17,7 +19,9 @@ flow_logprob_kernel(const __grid_constant__ FlowLogprob op, const __grid_constan
   for (int64_t first = family.first; first < end; first += edges_a_pass, ++pass) {
     const int count = static_cast<int>(end - first < edges_a_pass ? end - first : edges_a_pass);
     Octet mean;
-    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) { mean = mean_chunk(op.states, coef, share.row, chunk, loaded); };
+    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) {
+      mean = mean_chunk(op.states, coef, share.row, chunk, loaded);
+    };
     const auto on_edge = [&](auto, int, int c, const Octet& x_next) {
       const Octet found = residual(x_next, mean);
       add_to_sum(c, found, found);
@@ -35,13 +39,15 @@ flow_logprob_kernel(const __grid_constant__ FlowLogprob op, const __grid_constan
 }
 
 inline auto plan_flow_logprob(const FlowLogprob& op) {
-  const auto kernel = with_layout(whole(op.states, op.x_next), op.states.v.kind, [](auto layout) { return flow_logprob_kernel<decltype(layout)>; });
+  const auto kernel = with_layout(
+      whole(op.states, op.x_next), op.states.v.kind, [](auto layout) { return flow_logprob_kernel<decltype(layout)>; });
   const int64_t children_of_a_row = op.children.offsets == nullptr ? op.children.fanout : op.edges;
   return plan_squares(kernel, op.states.rows, op.states.elements, op.edges, children_of_a_row);
 }
 
 template <typename Kernel>
-cudaError_t launch_flow_logprob(const FlowLogprob& op, const Plan<Kernel>& plan, double* partials, cudaStream_t stream) {
+cudaError_t launch_flow_logprob(
+    const FlowLogprob& op, const Plan<Kernel>& plan, double* partials, cudaStream_t stream) {
   const cudaError_t error = launch(plan.kernel, plan.launch, stream, op, plan.partition, plan.edges_a_pass, partials);
   if (error != cudaSuccess || partials == nullptr) return error;
   return launch_logp(op.children, op.states.rows, plan.partition, partials, op.log_norm, op.precision, op.logp, stream);
@@ -49,11 +55,13 @@ cudaError_t launch_flow_logprob(const FlowLogprob& op, const Plan<Kernel>& plan,
 
 template <typename L>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>)
-flow_logprob_backward_kernel(const __grid_constant__ FlowLogprobBackward op, const __grid_constant__ Partition partition) {
+flow_logprob_backward_kernel(
+    const __grid_constant__ FlowLogprobBackward op, const __grid_constant__ Partition partition) {
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
   const MeanCoefficients coef = mean_coefficients(op.states, part.row);
-  const float slope = static_cast<float>(2.0 * op.precision[part.row] * coef.v / partition.elements);  // no chunk, no division by 0
+  // No chunk, no division by 0.
+  const float slope = static_cast<float>(2.0 * op.precision[part.row] * coef.v / partition.elements);
   Octet mean, gradient;
   walk<L, true>(
       op.states, part, op.x_next, family.first, static_cast<int>(family.count),
@@ -70,7 +78,8 @@ flow_logprob_backward_kernel(const __grid_constant__ FlowLogprobBackward op, con
 inline cudaError_t launch_flow_logprob_backward(const FlowLogprobBackward& op, cudaStream_t stream) {
   const Partition partition = partition_of(op.states.elements);
   const bool all_whole = whole(op.states, op.x_next, op.grad_v, op.grad_v_uncond);
-  const auto kernel = with_layout(all_whole, op.states.v.kind, [](auto layout) { return flow_logprob_backward_kernel<decltype(layout)>; });
+  const auto kernel = with_layout(
+      all_whole, op.states.v.kind, [](auto layout) { return flow_logprob_backward_kernel<decltype(layout)>; });
   return launch(kernel, {op.states.rows * partition.parts, partition.threads}, stream, op, partition);
 }
 

@@ -1,4 +1,5 @@
-// x' = μ + s·z of every child of every row, and its log-probability. One block computes its parts of a row, for all its children.
+// x' = μ + s·z of every child of every row, and its log-probability. One block computes its
+// parts of a row, for all its children.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -7,7 +8,8 @@ namespace flowgrove::cuda {
 
 // What becomes of a child, its squares added to sum c.
 template <bool WHOLE>
-DEVICE void finish_child(const FlowStep& op, const Octet& x_next, const Octet& mean, int64_t edge, int c, Chunk<WHOLE> chunk) {
+DEVICE void finish_child(
+    const FlowStep& op, const Octet& x_next, const Octet& mean, int64_t edge, int c, Chunk<WHOLE> chunk) {
   write_state(x_next, op.x_next, edge, chunk);
   const Octet stored = residual(x_next, mean);
   add_to_sum(c, stored, stored);
@@ -23,10 +25,13 @@ DEVICE Octet step_chunk(const Octet& mean, float std, const Octet& z) {
 // What becomes of a noise key: nothing is drawn, an edge's own normals, or these mixed with its siblings'.
 enum class Draw { nothing, own, mixed };
 
-// DRAW: from the noise key; else noise is given, or there is none. Mixed normals take more registers than four blocks leave each other.
+// DRAW: from the noise key; else noise is given, or there is none. Mixed normals take more
+// registers than four blocks leave each other.
 template <typename L, Draw DRAW>
 __global__ void __launch_bounds__(THREADS, L::WHOLE && DRAW == Draw::mixed ? 3 : BLOCKS_PER_SM<L>)
-flow_step_kernel(const __grid_constant__ FlowStep op, const __grid_constant__ Partition partition, int edges_a_pass, double* partials) {
+flow_step_kernel(
+    const __grid_constant__ FlowStep op, const __grid_constant__ Partition partition, int edges_a_pass,
+    double* partials) {
   begin_cluster(partials == nullptr);
   const Share share = share_of(partition);
   const MeanCoefficients coef = mean_coefficients(op.states, share.row);
@@ -38,10 +43,14 @@ flow_step_kernel(const __grid_constant__ FlowStep op, const __grid_constant__ Pa
     const int count = static_cast<int>(end - first < edges_a_pass ? end - first : edges_a_pass);
     if constexpr (DRAW != Draw::nothing) name_edges(op.noise, first, count);
     Octet mean;
-    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) { mean = mean_chunk(op.states, coef, share.row, chunk, loaded); };
+    const auto on_chunk = [&](auto chunk, int, const Loaded& loaded) {
+      mean = mean_chunk(op.states, coef, share.row, chunk, loaded);
+    };
     const auto on_edge = [&](auto chunk, int, int c, const Octet& z) {
       if constexpr (DRAW != Draw::nothing) {
-        finish_child(op, step_chunk(mean, std, drawn_chunk(op.noise, gathered().noise[c], chunk, DRAW == Draw::mixed)), mean, first + c, c, chunk);
+        finish_child(
+            op, step_chunk(mean, std, drawn_chunk(op.noise, gathered().noise[c], chunk, DRAW == Draw::mixed)), mean,
+            first + c, c, chunk);
       } else {
         finish_child(op, given ? step_chunk(mean, std, z) : mean, mean, first + c, c, chunk);
       }

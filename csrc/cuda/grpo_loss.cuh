@@ -1,5 +1,6 @@
-// The clipped GRPO loss of every edge and its gradient, each input read once: the blocks of a cluster compute the parts of a row and keep what the gradient
-// needs in shared memory while the sums meet. Rows of too many parts, and GPUs without clusters, read twice: sums, then scores, then gradients.
+// The clipped GRPO loss of every edge and its gradient, each input read once: the blocks of a cluster compute the parts
+// of a row and keep what the gradient needs in shared memory while the sums meet. Rows of too many parts, and GPUs
+// without clusters, read twice: sums, then scores, then gradients.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -11,14 +12,16 @@ struct Slope {
   float push, pull;
 };
 
-constexpr int LEAST_BLOCKS = 2;  // that share a multiprocessor's memory: one alone has nothing to do while its threads meet
+// That share a multiprocessor's memory: one alone has nothing to do while its threads meet.
+constexpr int LEAST_BLOCKS = 2;
 constexpr int MOST_SLOPES = 64;  // of a row in shared memory; a row with more children uses device memory
 
 struct GRPOPasses {
   int edges_a_pass, sums_an_edge;  // Σ r²; under guard Σ z² and Σ z·r too
   int with_kl;                     // 1: sum 0 and the first kept chunk are those of v − v_ref
   int part_chunks, block_chunks;   // of one part and of all that a block computes
-  int kept;                        // chunks that fit in shared memory, of v − v_ref and of each edge in turn, per 8 elements of a part
+  // Chunks that fit in shared memory, of v − v_ref and of each edge in turn, per 8 elements of a part.
+  int kept;
 };
 
 // Device memory, for the parts and edges that do not meet in shared memory.
@@ -31,7 +34,8 @@ struct GRPOScratch {
 // ---- what is kept between sums and gradient: each thread reads back only what it wrote ----
 
 DEVICE Slope* shared_slopes(const GRPOPasses& passes) {
-  return reinterpret_cast<Slope*>(thread_sums() + (passes.with_kl + passes.edges_a_pass * passes.sums_an_edge) * threads());
+  return reinterpret_cast<Slope*>(
+      thread_sums() + (passes.with_kl + passes.edges_a_pass * passes.sums_an_edge) * threads());
 }
 
 // The halves of a chunk lie apart, so that a warp's accesses meet every bank once.
@@ -62,7 +66,8 @@ DEVICE Octet drift_chunk(const GRPOLoss& op, const Octet& velocity, int64_t row,
 // Adds up the elements of `count` children of a row, the first of which is its child number `child`.
 template <typename L, bool GUARD>
 DEVICE void add_up(
-    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, int64_t first_edge, int child, int count) {
+    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, int64_t first_edge,
+    int child, int count) {
   const int first_slot = child < passes.kept ? passes.with_kl + child : passes.kept;
   Octet mean;
   const auto on_chunk = [&](auto chunk, int start, const Loaded& loaded) {
@@ -92,7 +97,8 @@ DEVICE void add_up(
 
 // total(k) is sum k of the edge over all parts, in every lane of the warp that calls this.
 template <typename Total>
-DEVICE EdgeScore score_sums(const GRPOLoss& op, int64_t row, int64_t edge, const GRPOPasses& passes, double drift, Total total) {
+DEVICE EdgeScore score_sums(
+    const GRPOLoss& op, int64_t row, int64_t edge, const GRPOPasses& passes, double drift, Total total) {
   EdgeSums sums;
   sums.drift = drift;
   sums.squares = total(0);
@@ -114,18 +120,23 @@ DEVICE void write_score(const GRPOLoss& op, int64_t edge, const EdgeScore& score
 // ---- gradient ----
 
 // Of the first `children` of a row, which were all kept.
-DEVICE void accumulate_kept(Octet& gradient, const GRPOPasses& passes, const Slope* slopes, int64_t children, const Part& part, int start) {
+DEVICE void accumulate_kept(
+    Octet& gradient, const GRPOPasses& passes, const Slope* slopes, int64_t children, const Part& part, int start) {
 #pragma unroll 1
-  for (int child = 0; child < children; ++child) accumulate(gradient, slopes[child].push, kept(passes, passes.with_kl + child, part, start));
+  for (int child = 0; child < children; ++child) {
+    accumulate(gradient, slopes[child].push, kept(passes, passes.with_kl + child, part, start));
+  }
 }
 
 template <typename L, bool GUARD>
 DEVICE void write_gradients(
-    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, const Family& family, const Slope* slopes) {
+    const GRPOLoss& op, const GRPOPasses& passes, const Part& part, const MeanCoefficients& coef, const Family& family,
+    const Slope* slopes) {
   float pull = 0.0f;
 #pragma unroll 1
   for (int64_t child = 0; child < family.count; ++child) pull = add(pull, slopes[child].pull);
-  const int64_t room = passes.kept > passes.with_kl ? passes.kept - passes.with_kl : 0, there = room < family.count ? room : family.count;
+  const int64_t room = passes.kept > passes.with_kl ? passes.kept - passes.with_kl : 0;
+  const int64_t there = room < family.count ? room : family.count;
   const bool with_kl = passes.with_kl && family.count > 0;  // without children nothing was kept
   const bool drift_again = with_kl && passes.kept == 0;
   if (there == family.count && !drift_again) {
@@ -141,40 +152,52 @@ DEVICE void write_gradients(
   Octet mean, gradient;
   const auto on_chunk = [&](auto chunk, int start, const Loaded& loaded) {
     gradient = {};
-    if (with_kl) accumulate(gradient, pull, drift_again ? drift_chunk(op, loaded.velocity, part.row, chunk) : kept(passes, 0, part, start));
+    if (with_kl) {
+      const Octet& velocity = loaded.velocity;
+      accumulate(
+          gradient, pull,
+          drift_again ? drift_chunk(op, velocity, part.row, chunk) : kept(passes, 0, part, start));
+    }
     accumulate_kept(gradient, passes, slopes, there, part, start);
     if constexpr (!GUARD) mean = mean_chunk(op.states, coef, part.row, chunk, loaded);
   };
   const auto on_edge = [&](auto chunk, int, int c, const Octet& x_next) {
     const int64_t child = there + c;
     if constexpr (GUARD) {
-      const EdgeNoise name = op.noise.key.data == nullptr ? EdgeNoise{} : edge_noise(op.noise.key, family.first + child);
+      const bool named = op.noise.key.data != nullptr;
+      const EdgeNoise name = named ? edge_noise(op.noise.key, family.first + child) : EdgeNoise{};
       accumulate(gradient, slopes[child].push, noise_chunk(op.noise, name, family.first + child, chunk));
     } else {
       accumulate(gradient, slopes[child].push, residual(x_next, mean));
     }
   };
-  const auto after = [&](auto chunk, int) { write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk); };
-  walk<L, !GUARD>(op.states, part, op.x_next, family.first + there, static_cast<int>(family.count - there), on_chunk, on_edge, after);
+  const auto after = [&](auto chunk, int) {
+    write_gradient(gradient, op.states, op.grad_v, op.grad_v_uncond, part.row, chunk);
+  };
+  walk<L, !GUARD>(
+      op.states, part, op.x_next, family.first + there, static_cast<int>(family.count - there), on_chunk, on_edge,
+      after);
 }
 
 // ---- kernels ----
 
 template <typename L, bool GUARD>
 __global__ void __launch_bounds__(THREADS, GUARD ? 2 : BLOCKS_PER_SM<L>) grpo_loss_kernel(
-    const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
-    const __grid_constant__ GRPOScratch scratch) {
+    const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition,
+    const __grid_constant__ GRPOPasses passes, const __grid_constant__ GRPOScratch scratch) {
   const bool clustered = scratch.partials == nullptr;
   begin_cluster(clustered);
   let_next_launch_begin();
   const Share share = share_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, share.row);
   const MeanCoefficients coef = mean_coefficients(op.states, share.row);
-  Slope* slopes = family.count <= MOST_SLOPES ? shared_slopes(passes) : scratch.slopes + family.first;  // then every block of a row writes the same there
+  // Then every block of a row writes the same there.
+  Slope* slopes = family.count <= MOST_SLOPES ? shared_slopes(passes) : scratch.slopes + family.first;
   const int with_kl = passes.with_kl;
   int pass = 0;
   for (int child = 0; child < family.count; child += passes.edges_a_pass, ++pass) {
-    const int count = static_cast<int>(family.count - child < passes.edges_a_pass ? family.count - child : passes.edges_a_pass);
+    const int count = static_cast<int>(
+        family.count - child < passes.edges_a_pass ? family.count - child : passes.edges_a_pass);
     const int64_t first = family.first + child;
     const int first_sum = with_kl && child > 0, sums = with_kl + count * passes.sums_an_edge;
     if constexpr (GUARD) name_edges(op.noise, first, count);
@@ -221,11 +244,14 @@ __global__ void __launch_bounds__(THREADS, GUARD ? 2 : BLOCKS_PER_SM<L>) grpo_lo
 
 // One block a row, one warp an edge.
 static __global__ void __launch_bounds__(FINISHING_THREADS) grpo_score_kernel(
-    const __grid_constant__ GRPOLoss op, int64_t parts, const __grid_constant__ GRPOPasses passes, const __grid_constant__ GRPOScratch scratch) {
+    const __grid_constant__ GRPOLoss op, int64_t parts, const __grid_constant__ GRPOPasses passes,
+    const __grid_constant__ GRPOScratch scratch) {
   const int64_t row = blockIdx.x, end = first_child(op.children, row + 1);
   for (int64_t edge = first_child(op.children, row) + warp(); edge < end; edge += warps()) {
     const double drift = passes.with_kl ? partials_total(scratch.drifts + row * parts, parts) : 0.0;
-    const auto total = [&](int k) { return partials_total(scratch.partials + (edge * passes.sums_an_edge + k) * parts, parts); };
+    const auto total = [&](int k) {
+      return partials_total(scratch.partials + (edge * passes.sums_an_edge + k) * parts, parts);
+    };
     const EdgeScore score = score_sums(op, row, edge, passes, drift, total);
     if (lane() != 0) continue;
     scratch.slopes[edge] = {score.push, score.pull};
@@ -235,13 +261,14 @@ static __global__ void __launch_bounds__(FINISHING_THREADS) grpo_score_kernel(
 
 template <typename L, bool GUARD>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<L>) grpo_gradient_kernel(
-    const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition, const __grid_constant__ GRPOPasses passes,
-    const __grid_constant__ GRPOScratch scratch) {
+    const __grid_constant__ GRPOLoss op, const __grid_constant__ Partition partition,
+    const __grid_constant__ GRPOPasses passes, const __grid_constant__ GRPOScratch scratch) {
   const Part part = part_of(partition);
   const Family family = family_of(op.children, op.states.rows, op.edges, part.row);
   GRPOPasses nothing_kept = passes;
   nothing_kept.kept = 0;
-  write_gradients<L, GUARD>(op, nothing_kept, part, mean_coefficients(op.states, part.row), family, scratch.slopes + family.first);
+  write_gradients<L, GUARD>(
+      op, nothing_kept, part, mean_coefficients(op.states, part.row), family, scratch.slopes + family.first);
 }
 
 // The sum over all edges, in one block.
@@ -269,7 +296,9 @@ struct GRPOPlan {
   Launch launch;
   bool clustered;
 
-  int64_t partials(const GRPOLoss& op) const { return clustered ? 0 : op.edges * passes.sums_an_edge * partition.parts; }
+  int64_t partials(const GRPOLoss& op) const {
+    return clustered ? 0 : op.edges * passes.sums_an_edge * partition.parts;
+  }
   int64_t drifts(const GRPOLoss& op) const { return clustered ? 0 : op.states.rows * passes.with_kl * partition.parts; }
   size_t scratch_bytes(const GRPOLoss& op) const {
     return (partials(op) + drifts(op)) * sizeof(double) + op.edges * (sizeof(Slope) + sizeof(float));
@@ -286,7 +315,8 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
   const bool by_offsets = op.children.offsets != nullptr, with_kl = op.v_ref.data != nullptr;
   const int64_t rows = op.states.rows > 0 ? op.states.rows : 1;
   GRPOPlan plan = {};
-  with_layout(whole(op.states, op.x_next, op.noise.given, op.v_ref, op.grad_v, op.grad_v_uncond), op.states.v.kind, [&](auto layout) {
+  const bool all_whole = whole(op.states, op.x_next, op.noise.given, op.v_ref, op.grad_v, op.grad_v_uncond);
+  with_layout(all_whole, op.states.v.kind, [&](auto layout) {
     using L = decltype(layout);
     plan.loss = op.guard ? grpo_loss_kernel<L, true> : grpo_loss_kernel<L, false>;
     plan.gradient = op.guard ? grpo_gradient_kernel<L, true> : grpo_gradient_kernel<L, false>;
@@ -298,15 +328,18 @@ inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
   const int64_t most = MOST_SUMS / plan.passes.sums_an_edge, children = by_offsets ? op.edges : op.children.fanout;
   plan.passes.edges_a_pass = static_cast<int>(children < 1 ? 1 : children < most ? children : most);
   plan.launch = {op.states.rows * plan.partition.parts, plan.partition.threads};
-  const size_t sums = gathered_bytes(with_kl + plan.passes.edges_a_pass * plan.passes.sums_an_edge, plan.partition.threads);
+  const size_t sums = gathered_bytes(
+      with_kl + plan.passes.edges_a_pass * plan.passes.sums_an_edge, plan.partition.threads);
   plan.launch.shared_bytes = sums;
   // Rows have different numbers of children under offsets: room for the average, and what does not fit is read again.
-  const int64_t wanted = op.grad_loss == nullptr ? 0 : with_kl + (by_offsets ? divide_up(op.edges, rows) : op.children.fanout);
+  const int64_t of_a_row = by_offsets ? divide_up(op.edges, rows) : op.children.fanout;
+  const int64_t wanted = op.grad_loss == nullptr ? 0 : with_kl + of_a_row;
   const size_t slot = plan.partition.part_elements * sizeof(float), head = sums + MOST_SLOPES * sizeof(Slope);
   const size_t room = most_shared_bytes() / LEAST_BLOCKS;
   const int64_t fitting = room > head && slot > 0 ? static_cast<int64_t>((room - head) / slot) : 0;
   for (const int64_t kept : {wanted < fitting ? wanted : fitting, int64_t{0}}) {
-    const int turns = wanted == 0 ? MOST_PARTS : static_cast<int>(kept < wanted ? 1 : fitting / wanted);  // more only where all parts' chunks fit
+    // More than one only where the chunks of all parts fit.
+    const int turns = wanted == 0 ? MOST_PARTS : static_cast<int>(kept < wanted ? 1 : fitting / wanted);
     const Partition shared = in_turns(plan.partition, op.states.rows, turns);
     Launch clustered = plan.launch;
     clustered.blocks = op.states.rows * shared.blocks;

@@ -30,7 +30,9 @@ DEVICE void require_words(const Key& key, int64_t edge, bool shared) {
   REQUIRE(fits(PROMPT), "NoiseKey.prompt holds a value outside [0, 2**32)\n");
   REQUIRE(fits(NODE), "NoiseKey.node holds a value outside [0, 2**32)\n");
   REQUIRE(fits(PARENT), "NoiseKey.parent holds a value outside [0, 2**32)\n");
-  REQUIRE(!shared || key_word(key, edge, STEP) < SHARED_STEP - 1, "NoiseKey.step must be below 2**31 - 1 for correlated siblings\n");
+  REQUIRE(
+      !shared || key_word(key, edge, STEP) < SHARED_STEP - 1,
+      "NoiseKey.step must be below 2**31 - 1 for correlated siblings\n");
 }
 
 DEVICE Octet octet_of(const Normals& low, const Normals& high) {
@@ -42,14 +44,17 @@ DEVICE Normals draw(const Noise& noise, const EdgeNoise& name, uint32_t block, b
   const NoiseWords& words = name.words;
   const Normals own = normals(words, block);
   if (!mixed) return own;
-  const Normals shared = normals({words.seed, words.iteration, words.step + SHARED_STEP, words.prompt, name.parent}, block);
+  const Normals shared = normals(
+      {words.seed, words.iteration, words.step + SHARED_STEP, words.prompt, name.parent}, block);
   return {
-      correlated(noise.root_rho, shared.z0, noise.root_rest, own.z0), correlated(noise.root_rho, shared.z1, noise.root_rest, own.z1),
-      correlated(noise.root_rho, shared.z2, noise.root_rest, own.z2), correlated(noise.root_rho, shared.z3, noise.root_rest, own.z3)};
+      correlated(noise.root_rho, shared.z0, noise.root_rest, own.z0),
+      correlated(noise.root_rho, shared.z1, noise.root_rest, own.z1),
+      correlated(noise.root_rho, shared.z2, noise.root_rest, own.z2),
+      correlated(noise.root_rho, shared.z3, noise.root_rest, own.z3)};
 }
 
-// z of a chunk that a key names; 0 beyond the row, as everything there. Where `mixed` is known to the compiler the two draws take turns, which is faster
-// and takes more registers.
+// z of a chunk that a key names; 0 beyond the row, as everything there. Where `mixed` is known to the compiler the two
+// draws take turns, which is faster and takes more registers.
 template <bool WHOLE>
 DEVICE Octet drawn_chunk(const Noise& noise, const EdgeNoise& name, Chunk<WHOLE> chunk, bool mixed) {
   const uint32_t block = static_cast<uint32_t>(chunk.first / 4);

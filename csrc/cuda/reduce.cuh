@@ -1,8 +1,9 @@
-// Sums over the elements of an edge: fp32 in a thread (at most 32 elements), double across threads and parts, in an order that D alone fixes.
+// Sums over the elements of an edge: fp32 in a thread (at most 32 elements), double across threads and
+// parts, in an order that D alone fixes.
 //
-// A block adds up its part. The parts of a row are added by the blocks of a cluster, each of which writes its own into the shared memory of those that need
-// it; or, where a row has too many parts or the GPU no clusters, by a second kernel that finds them in device memory ("partials"). The additions are the
-// same, so the bits are.
+// A block adds up its part. The parts of a row are added by the blocks of a cluster, each of which writes its own into
+// the shared memory of those that need it; or, where a row has too many parts or the GPU no clusters, by a second
+// kernel that finds them in device memory ("partials"). The additions are the same, so the bits are.
 #pragma once
 
 #include "cuda/noise.cuh"
@@ -14,7 +15,8 @@ constexpr int MOST_SUMS = 12;  // that a block gathers in one pass over its elem
 
 // The head of a block's shared memory. What its threads have added up follows: float [sums][threads].
 struct alignas(16) Gathered {
-  double parts[2][MOST_SUMS][MOST_PARTS];          // what each part added up; two, because a pass may be written while one is still read
+  // What each part added up; two, because a pass may be written while one is still read.
+  double parts[2][MOST_SUMS][MOST_PARTS];
   double drifts[MOST_PARTS];                       // grpo_loss: Σ (v − v_ref)² of each part
   double of_warps[MOST_SUMS + 1][THREADS / WARP];  // what each warp added up
   EdgeNoise noise[MOST_SUMS];
@@ -34,7 +36,8 @@ inline size_t gathered_bytes(int64_t sums, int threads) {
 
 // ---- in a thread ----
 
-// Before begin_pass: checks what names the noise of edges first … first + count − 1 and puts it where all threads find it.
+// Before begin_pass: checks what names the noise of edges first … first + count − 1
+// and puts it where all threads find it.
 DEVICE void name_edges(const Noise& noise, int64_t first, int count) {
   if (noise.key.data == nullptr) return;
   for (int c = threadIdx.x; c < count; c += threads()) {
@@ -70,7 +73,9 @@ DEVICE void fold_sums(int first, int end, To to) {
   }
   __syncthreads();
 #pragma unroll 1
-  for (int k = first + warp(); k < end; k += warps()) to(k, warp_sum(lane() < warps() ? gathered().of_warps[k][lane()] : 0.0));
+  for (int k = first + warp(); k < end; k += warps()) {
+    to(k, warp_sum(lane() < warps() ? gathered().of_warps[k][lane()] : 0.0));
+  }
 }
 
 // ---- across parts: one warp a sum; get(part) finds what a part added up ----
@@ -93,8 +98,8 @@ DEVICE double partials_total(const double* partials, int64_t parts) {
 
 // ---- logp of the edges of a row ----
 
-// A cluster meets once per pass, and once before the first: no block may write into another that has not begun. Between begin_cluster and the wait in
-// the first pass a block works on its own.
+// A cluster meets once per pass, and once before the first: no block may write into another that has not begun. Between
+// begin_cluster and the wait in the first pass a block works on its own.
 DEVICE void begin_cluster(bool clustered) {
   if (clustered) cluster_arrive_first();
 }
@@ -103,8 +108,10 @@ DEVICE void end_cluster(bool clustered, int passes) {
   if (clustered && passes == 0) cluster_wait();
 }
 
-// Ends a part of a pass of flow_step or flow_logprob: its elements of edges first … first + count − 1 have been added to sums 0 … count − 1.
-DEVICE void note_squares(const Partition& partition, const Part& part, int64_t first, int count, int pass, double* partials) {
+// Ends a part of a pass of flow_step or flow_logprob: its elements of edges first … first + count − 1
+// have been added to sums 0 … count − 1.
+DEVICE void note_squares(
+    const Partition& partition, const Part& part, int64_t first, int count, int pass, double* partials) {
   if (partials != nullptr) {
     fold_sums(0, count, [&](int k, double total) {
       if (lane() == 0) partials[(first + k) * partition.parts + part.index] = total;
@@ -119,8 +126,8 @@ DEVICE void note_squares(const Partition& partition, const Part& part, int64_t f
 
 // Ends a pass, all of whose parts have been noted.
 DEVICE void finish_squares(
-    const Partition& partition, const Share& share, int64_t first, int count, int pass, double* partials, const float* log_norm, const float* precision,
-    float* logp) {
+    const Partition& partition, const Share& share, int64_t first, int count, int pass, double* partials,
+    const float* log_norm, const float* precision, float* logp) {
   if (partials != nullptr) return;
   cluster_arrive();
   cluster_wait();
@@ -128,7 +135,9 @@ DEVICE void finish_squares(
 #pragma unroll 1
   for (int k = warp(); k < count; k += warps()) {
     const double total = shared_total(gathered().parts[pass % 2][k], partition.parts);
-    if (lane() == 0) logp[first + k] = log_probability(log_norm[share.row], precision[share.row], mean_of(total, partition.elements));
+    if (lane() == 0) {
+      logp[first + k] = log_probability(log_norm[share.row], precision[share.row], mean_of(total, partition.elements));
+    }
   }
 }
 
@@ -136,7 +145,9 @@ constexpr int FINISHING_THREADS = 128;
 
 // logp from partials: one block a row, one warp an edge.
 static __global__ void __launch_bounds__(FINISHING_THREADS)
-logp_kernel(Children children, int64_t parts, int64_t elements, const double* partials, const float* log_norm, const float* precision, float* logp) {
+logp_kernel(
+    Children children, int64_t parts, int64_t elements, const double* partials, const float* log_norm,
+    const float* precision, float* logp) {
   const int64_t row = blockIdx.x, end = first_child(children, row + 1);
   for (int64_t edge = first_child(children, row) + warp(); edge < end; edge += warps()) {
     const double total = partials_total(partials + edge * parts, parts);
@@ -145,9 +156,11 @@ logp_kernel(Children children, int64_t parts, int64_t elements, const double* pa
 }
 
 inline cudaError_t launch_logp(
-    const Children& children, int64_t rows, const Partition& partition, const double* partials, const float* log_norm, const float* precision, float* logp,
-    cudaStream_t stream) {
-  return launch(logp_kernel, {rows, FINISHING_THREADS}, stream, children, partition.parts, partition.elements, partials, log_norm, precision, logp);
+    const Children& children, int64_t rows, const Partition& partition, const double* partials, const float* log_norm,
+    const float* precision, float* logp, cudaStream_t stream) {
+  return launch(
+      logp_kernel, {rows, FINISHING_THREADS}, stream, children, partition.parts, partition.elements, partials, log_norm,
+      precision, logp);
 }
 
 // ---- how a kernel that adds up squares is launched ----

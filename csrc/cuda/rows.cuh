@@ -1,8 +1,9 @@
 // How threads share the elements of a row, and how they read and write them.
 //
-// A row falls into parts, a part into chunks of 8 neighbouring elements. A block of threads computes one part or, of many rows, several one after another:
-// its thread t the chunks t, t + threads, … of each. Which thread adds which elements of a part, and in which order, follows from D alone: sums do not
-// depend on batch, order, fanout, strides or alignment.
+// A row falls into parts, a part into chunks of 8 neighbouring elements. A block of threads computes one part
+// or, of many rows, several one after another: its thread t the chunks t, t + threads, … of each. Which
+// thread adds which elements of a part, and in which order, follows from D alone: sums do not depend on
+// batch, order, fanout, strides or alignment.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -10,11 +11,13 @@
 namespace flowgrove::cuda {
 
 constexpr int WIDTH = 8;               // elements of a chunk: 16 bytes of bf16 or fp16, two Philox blocks
-constexpr int THREADS = 256;           // at most, of a block: while some blocks of a multiprocessor add up and meet, others read
+// At most, of a block: while some blocks of a multiprocessor add up and meet, others read.
+constexpr int THREADS = 256;
 constexpr int MOST_PARTS = 16;         // of a row whose parts can form a cluster
 constexpr int64_t MOST_CHUNKS = 1024;  // of a part; rows beyond 16 such parts get more parts
 
-// How the rows of a call lie, as far as it is compiled into a kernel: whether all allow 16-byte accesses, and then the kind of v.
+// How the rows of a call lie, as far as it is compiled into a kernel: whether all allow
+// 16-byte accesses, and then the kind of v.
 template <bool WHOLE_, Kind V_>
 struct Layout {
   static constexpr bool WHOLE = WHOLE_;
@@ -38,16 +41,21 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 }
 
 inline Partition partition_of(int64_t elements) {
-  const int64_t chunks = divide_up(elements, WIDTH), one_each = divide_up(chunks, THREADS), least = divide_up(chunks, MOST_CHUNKS);
+  const int64_t chunks = divide_up(elements, WIDTH);
+  const int64_t one_each = divide_up(chunks, THREADS);
+  const int64_t least = divide_up(chunks, MOST_CHUNKS);
   const int64_t few = one_each < MOST_PARTS ? one_each : MOST_PARTS, parts = least > few ? least : few > 1 ? few : 1;
   const int64_t part_chunks = divide_up(chunks, parts), busy = divide_up(part_chunks, WARP) * WARP;
-  return {elements, part_chunks * WIDTH, parts, static_cast<int>(busy > THREADS ? THREADS : busy > WARP ? busy : WARP), parts};
+  const int threads = static_cast<int>(busy > THREADS ? THREADS : busy > WARP ? busy : WARP);
+  return {elements, part_chunks * WIDTH, parts, threads, parts};
 }
 
-// The same parts for fewer blocks of several turns each, at most `most`, as long as the `rows` keep all multiprocessors busy: a block that starts, and a
-// cluster that meets, costs as much as reading a part. Parts of more than one cluster stay one a block.
+// The same parts for fewer blocks of several turns each, at most `most`, as long as the `rows` keep all
+// multiprocessors busy: a block that starts, and a cluster that meets, costs as much as reading a part. Parts of
+// more than one cluster stay one a block.
 inline Partition in_turns(Partition partition, int64_t rows, int most) {
-  const int64_t busy = 3 * 4 * device_attribute(cudaDevAttrMultiProcessorCount);  // blocks: three times what they hold at once
+  // Blocks: three times what they hold at once.
+  const int64_t busy = 3 * 4 * device_attribute(cudaDevAttrMultiProcessorCount);
   for (int turns = 2; turns <= most && partition.parts <= MOST_PARTS && busy > 0; turns *= 2) {
     const int64_t blocks = divide_up(partition.parts, turns);
     if (blocks == partition.blocks || rows * blocks < busy) break;
@@ -64,8 +72,12 @@ struct Share {
 };
 
 DEVICE Share share_of(const Partition& partition) {
-  const unsigned blocks = static_cast<unsigned>(partition.blocks), row = blockIdx.x / blocks, rank = blockIdx.x - row * blocks;
-  const int first = static_cast<int>(rank) * partition.turns, end = first + partition.turns, parts = static_cast<int>(partition.parts);
+  const unsigned blocks = static_cast<unsigned>(partition.blocks);
+  const unsigned row = blockIdx.x / blocks;
+  const unsigned rank = blockIdx.x - row * blocks;
+  const int first = static_cast<int>(rank) * partition.turns;
+  const int end = first + partition.turns;
+  const int parts = static_cast<int>(partition.parts);
   return {row, static_cast<int>(rank), first, end < parts ? end : parts};
 }
 
@@ -87,7 +99,8 @@ DEVICE Part part_of(const Partition& partition) {
   return part_of(partition, share, share.first);
 }
 
-// A thread's chunks begin at these elements of a part: for (int start = first_start(); start < part.count; start += stride()).
+// A thread's chunks begin at these elements of a part: for (int start = first_start();
+// start < part.count; start += stride()).
 DEVICE int first_start() {
   return threadIdx.x * WIDTH;
 }
@@ -96,7 +109,8 @@ DEVICE int stride() {
   return threads() * WIDTH;
 }
 
-// Elements first … first + count − 1 of a row. WHOLE: 8 of them at a 16-byte address in every tensor; else 1 … 8, read and written one by one.
+// Elements first … first + count − 1 of a row. WHOLE: 8 of them at a 16-byte address in every tensor;
+// else 1 … 8, read and written one by one.
 template <bool WHOLE>
 struct Chunk {
   int64_t first;
@@ -136,7 +150,8 @@ struct Octet {
   float at[WIDTH];
 };
 
-// 8 elements as they lie in memory; bf16 and fp16 fill the lower half. Reading and widening are apart, so that all loads of a chunk are in flight at once.
+// 8 elements as they lie in memory; bf16 and fp16 fill the lower half. Reading and widening are apart, so that all
+// loads of a chunk are in flight at once.
 struct Raw {
   uint4 low, high;
 };
@@ -163,7 +178,8 @@ DEVICE Raw read_halves(const uint16_t* from, Chunk<WHOLE> chunk) {
     uint32_t w[WIDTH / 2];
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; ++i) {
-      const uint32_t even = 2 * i < chunk.count ? __ldg(from + 2 * i) : 0u, odd = 2 * i + 1 < chunk.count ? __ldg(from + 2 * i + 1) : 0u;
+      const uint32_t even = 2 * i < chunk.count ? __ldg(from + 2 * i) : 0u;
+      const uint32_t odd = 2 * i + 1 < chunk.count ? __ldg(from + 2 * i + 1) : 0u;
       w[i] = even | odd << 16;
     }
     return {make_uint4(w[0], w[1], w[2], w[3]), uint4{}};
@@ -212,7 +228,8 @@ DEVICE void expect(const Rows& rows, int64_t row, Chunk<WHOLE> chunk, Kind kind)
 #if defined(__CUDACC__)
   if constexpr (WHOLE) {
     const int64_t bytes = (row * rows.stride + chunk.first) * (kind == Kind::fp32 ? 4 : 2);
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(static_cast<const char*>(rows.data) + bytes)));
+    asm volatile(
+        "prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(static_cast<const char*>(rows.data) + bytes)));
   }
 #endif
 }
@@ -226,7 +243,9 @@ DEVICE Kind kind_of(const Rows& rows) {
 template <typename L>
 DEVICE Raw read_velocity(const Rows& rows, int64_t row, Chunk<L::WHOLE> chunk) {
   const int64_t offset = row * rows.stride + chunk.first;
-  if (kind_of<L>(rows) == Kind::fp32) return read_words(opaque(static_cast<const uint32_t*>(rows.data) + offset), chunk);
+  if (kind_of<L>(rows) == Kind::fp32) {
+    return read_words(opaque(static_cast<const uint32_t*>(rows.data) + offset), chunk);
+  }
   return read_halves(opaque(static_cast<const uint16_t*>(rows.data) + offset), chunk);
 }
 
@@ -248,7 +267,8 @@ DEVICE void write_words(const Octet& octet, uint32_t* to, Chunk<WHOLE> chunk) {
 }
 
 DEVICE uint32_t narrow(float value, Kind kind) {
-  return kind == Kind::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
+  if (kind == Kind::bf16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  return __half_as_ushort(__float2half_rn(value));
 }
 
 template <bool WHOLE>

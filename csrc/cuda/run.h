@@ -1,6 +1,7 @@
 // What the ops use of torch: the device and stream of their tensors, and scratch memory.
 //
-// A .cu file includes this on the host's pass only (no __CUDA_ARCH__): torch's headers would be read again for every architecture.
+// A .cu file includes this on the host's pass only (no __CUDA_ARCH__): torch's headers would
+// be read again for every architecture.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,8 @@
 namespace flowgrove::cuda {
 namespace {
 
-// Makes the device of a tensor current. What is launched on `stream`, torch's current one there, may use `scratch` memory after this has gone.
+// Makes the device of a tensor current. What is launched on `stream`, torch's current one there, may use
+// `scratch` memory after this has gone.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()), tensor_(tensor) {
@@ -41,7 +43,8 @@ class OnDevice {
 
 // Kernels check the offsets of the rows they compute; without rows none runs, and only no edges are right.
 inline void check_edges(const States& states, int64_t edges) {
-  STD_TORCH_CHECK(states.rows > 0 || edges == 0, "child_offsets must rise from 0 to the number of rows of x_next (", edges, ")");
+  STD_TORCH_CHECK(
+      states.rows > 0 || edges == 0, "child_offsets must rise from 0 to the number of rows of x_next (", edges, ")");
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ struct Family {
 // No block reads an edge before its row's offsets were found to lie in [0, edges].
 DEVICE Family family_of(const Children& children, int64_t rows, int64_t edges, int64_t row) {
   const int64_t first = first_child(children, row), end = first_child(children, row + 1);
-  const bool rise = 0 <= first && first <= end && end <= edges, ends = (row > 0 || first == 0) && (row + 1 < rows || end == edges);
+  const bool rise = 0 <= first && first <= end && end <= edges;
+  const bool ends = (row > 0 || first == 0) && (row + 1 < rows || end == edges);
   require_of_block(rise && ends, "child_offsets must rise from 0 to the number of rows of x_next\n");
   return {first, end - first};
 }
@@ -57,13 +58,16 @@ DEVICE Loaded loaded(const States& states, int64_t row, Chunk<L::WHOLE> chunk, c
   if (states.v_uncond.data == nullptr) return found;
   const Octet uncond = widen(read_velocity<L>(states.v_uncond, row, chunk), kind_of<L>(states.v_uncond));
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) found.velocity.at[i] = guided(found.velocity.at[i], uncond.at[i], states.guidance_scale);
+  for (int i = 0; i < WIDTH; ++i) {
+    found.velocity.at[i] = guided(found.velocity.at[i], uncond.at[i], states.guidance_scale);
+  }
   return found;
 }
 
 // μ of a chunk of a row.
 template <bool WHOLE>
-DEVICE Octet mean_chunk(const States& states, const MeanCoefficients& coef, int64_t row, Chunk<WHOLE> chunk, const Loaded& loaded) {
+DEVICE Octet mean_chunk(
+    const States& states, const MeanCoefficients& coef, int64_t row, Chunk<WHOLE> chunk, const Loaded& loaded) {
   Octet mean;
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) mean.at[i] = flowgrove::mean(coef.x, coef.v, loaded.x.at[i], loaded.velocity.at[i]);
@@ -74,12 +78,14 @@ DEVICE Octet mean_chunk(const States& states, const MeanCoefficients& coef, int6
   return mean;
 }
 
-// Takes a part of a row through its chunks, and each of them through `count` edges from `first` on. What is read of x, v and, with EDGES, of the first edge's
-// row is on its way before any of it is needed, and that of the next chunk is asked for.
+// Takes a part of a row through its chunks, and each of them through `count` edges from `first` on.
+// What is read of x, v and, with EDGES, of the first edge's row is on its way before any of it is
+// needed, and that of the next chunk is asked for.
 //   on_chunk(chunk, start, loaded)    on_edge(chunk, start, c, values of edge first + c)    after(chunk, start)
 template <typename L, bool EDGES, typename OnChunk, typename OnEdge, typename After>
 DEVICE void walk(
-    const States& states, const Part& part, const Rows& edges, int64_t first, int count, OnChunk on_chunk, OnEdge on_edge, After after) {
+    const States& states, const Part& part, const Rows& edges, int64_t first, int count, OnChunk on_chunk,
+    OnEdge on_edge, After after) {
 #pragma unroll 1
   for (int start = first_start(); start < part.count; start += stride()) {
     const auto chunk = chunk_of<L::WHOLE>(part, start);
@@ -130,7 +136,9 @@ DEVICE void write_scaled(const Octet& gradient, float factor, const OutputRows& 
 
 // The gradient of the guided velocity, split between v and v_uncond.
 template <bool WHOLE>
-DEVICE void write_gradient(const Octet& gradient, const States& states, const OutputRows& of_v, const OutputRows& of_v_uncond, int64_t row, Chunk<WHOLE> chunk) {
+DEVICE void write_gradient(
+    const Octet& gradient, const States& states, const OutputRows& of_v, const OutputRows& of_v_uncond, int64_t row,
+    Chunk<WHOLE> chunk) {
   const bool guided = states.v_uncond.data != nullptr;
   write_scaled(gradient, guided ? states.guidance_scale : 1.0f, of_v, row, chunk);
   if (guided) write_scaled(gradient, add(1.0f, -states.guidance_scale), of_v_uncond, row, chunk);

@@ -69,7 +69,8 @@ struct Device {
   bool operator==(const Device&) const = default;
 };
 
-enum Order { FAIR, GREEDY, SHUFFLED };  // in turn; block after block at random, each warp as far as it can; all at random
+// In turn; block after block at random, each warp as far as it can; all at random.
+enum Order { FAIR, GREEDY, SHUFFLED };
 
 static std::vector<Device> devices = {{9, 232448, 16, 132}};
 static int current_device = 0;
@@ -168,7 +169,8 @@ static char* stacks(size_t count) {
   static size_t room = 0;
   if (count > room) {
     if (memory != nullptr) munmap(memory, room * STACK);
-    memory = static_cast<char*>(mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    memory = static_cast<char*>(
+        mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     room = count;
   }
   return memory;
@@ -265,8 +267,8 @@ static bool can_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const bool clusters_fit = size == 1 || (device.major >= 9 && size <= static_cast<unsigned>(device.most_cluster));
   const bool allowed_size = size <= 8 || allowed(cudaFuncAttributeNonPortableClusterSizeAllowed, kernel, 0) != 0;
   const size_t most = static_cast<size_t>(allowed(cudaFuncAttributeMaxDynamicSharedMemorySize, kernel, 48 * 1024));
-  return clusters_fit && allowed_size && config.gridDim.x > 0 && config.gridDim.x % size == 0 && threads > 0 && threads <= 1024 && threads % WARP == 0 &&
-      config.dynamicSmemBytes <= most;
+  return clusters_fit && allowed_size && config.gridDim.x > 0 && config.gridDim.x % size == 0 && threads > 0 &&
+         threads <= 1024 && threads % WARP == 0 && config.dynamicSmemBytes <= most;
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
@@ -283,7 +285,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   broken = false;
   last_line.clear();
   const unsigned size = cluster_size(config);
-  for (unsigned block = 0; block < config.gridDim.x && failure.empty(); block += size) run_cluster(block, size, config.blockDim.x);
+  for (unsigned block = 0; block < config.gridDim.x && failure.empty(); block += size) {
+    run_cluster(block, size, config.blockDim.x);
+  }
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -306,14 +310,18 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (unanswered()) return cudaErrorNotReady;
   const emulated::Device& found = emulated::devices[device];
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? found.major : attribute == cudaDevAttrMultiProcessorCount ? found.multiprocessors : found.shared_bytes;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? found.major
+           : attribute == cudaDevAttrMultiProcessorCount  ? found.multiprocessors
+                                                          : found.shared_bytes;
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (unanswered()) return cudaErrorNotReady;
   const emulated::Device& device = emulated::devices[emulated::current_device];
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > device.shared_bytes) return cudaErrorInvalidValue;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > device.shared_bytes) {
+    return cudaErrorInvalidValue;
+  }
   emulated::attributes[attribute][{kernel, emulated::current_device}] = value;
   return cudaSuccess;
 }

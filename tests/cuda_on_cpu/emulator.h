@@ -127,7 +127,11 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
   cudaErrorInvalidClusterSize = 912
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 
@@ -163,6 +167,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 }
 
 template <typename... Parameters>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Parameters&... arguments) {
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Parameters&... arguments) {
   return emulated::launch(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
 }
