@@ -1,5 +1,5 @@
-"""An iteration of the published loop, at its own batch and sharing, and of Flowgrove with each lever added; `flowgrove bench engine` that writes
-profiling/figures/engine_MODEL_DEVICE.csv and .png.
+"""An iteration of the published loop, at its own batch and sharing, and of Flowgrove with each lever added; `flowgrove
+bench engine` that writes profiling/figures/engine_MODEL_DEVICE.csv and .png.
 
 `python profiling/bench_engine.py` takes the options of the command. Run it on an idle machine.
 """

@@ -1,4 +1,5 @@
-"""The ops against the published loops' PyTorch and its compiled form; `flowgrove bench ops` that writes profiling/figures/ops_DEVICE.csv and .png.
+"""The ops against the published loops' PyTorch and its compiled form; `flowgrove bench ops` that writes
+profiling/figures/ops_DEVICE.csv and .png.
 
 `python profiling/bench_ops.py` takes the options of the command. Run it on an idle machine.
 """

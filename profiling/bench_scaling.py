@@ -1,4 +1,5 @@
-"""The cost of an iteration over leaves and over prompts; `flowgrove bench scaling` that writes profiling/figures/scaling_MODEL_DEVICE.csv and .png.
+"""The cost of an iteration over leaves and over prompts; `flowgrove bench scaling` that writes
+profiling/figures/scaling_MODEL_DEVICE.csv and .png.
 
 `python profiling/bench_scaling.py` takes the options of the command. Run it on an idle machine.
 """

@@ -1,4 +1,5 @@
-"""Quickstart iterations beside programs that keep the processor busy, for several ways of OpenMP's threads to wait; writes figures/busy_machine.csv.
+"""Quickstart iterations beside programs that keep the processor busy, for several ways of OpenMP's threads
+to wait; writes figures/busy_machine.csv.
 
     python profiling/busy_machine.py --busy 0,1,2,4
 
@@ -18,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WAYS = {  # "GNU's default" spins; an empty KMP_BLOCKTIME says nothing to GNU's library and keeps flowgrove from choosing
+# "GNU's default" spins; an empty KMP_BLOCKTIME says nothing to GNU's library and keeps flowgrove from choosing.
+WAYS = {
     "GNU's default": {"KMP_BLOCKTIME": ""},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "GOMP_SPINCOUNT=0": {"GOMP_SPINCOUNT": "0"},
@@ -45,7 +47,12 @@ def main() -> None:
                 for way in ways:
                     spent[way] += iterations(WAYS[way], options.iterations)
         for way, seconds in spent.items():
-            row = {"busy_programs": count, "waiting": way, "median_s": round(statistics.median(seconds), 3), "iterations": len(seconds)}
+            row = {
+                "busy_programs": count,
+                "waiting": way,
+                "median_s": round(statistics.median(seconds), 3),
+                "iterations": len(seconds),
+            }
             rows.append({**row, "threads": os.cpu_count()})
             print(*rows[-1].values(), flush=True)
         with options.out.open("w", newline="", encoding="utf-8") as file:
@@ -70,7 +77,16 @@ def iterations(way: dict[str, str], count: int) -> list[float]:
     """Seconds of every iteration but the first."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [word for key in [f"run.iterations={count}", *_PLAIN] for word in ("--set", key)]
-        command = [sys.executable, "-m", "flowgrove", "train", str(ROOT / "recipes" / "quickstart.yaml"), *settings, "--out", f"{folder}/run"]
+        command = [
+            sys.executable,
+            "-m",
+            "flowgrove",
+            "train",
+            str(ROOT / "recipes" / "quickstart.yaml"),
+            *settings,
+            "--out",
+            f"{folder}/run",
+        ]
         paths = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
         subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, **way}, check=True, capture_output=True)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

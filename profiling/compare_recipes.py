@@ -1,6 +1,7 @@
 """The shapes_* recipes side by side: what each reaches, and what it costs against its own published loop.
 
-`python profiling/compare_recipes.py rewards` trains every recipe on several seeds and writes the held-out reward before and after.
+`python profiling/compare_recipes.py rewards` trains every recipe on several seeds and
+writes the held-out reward before and after.
 `python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove
 bench engine` has it: the authors' own batch and sharing, ops in eager PyTorch), in turn, and writes forwards, passes
 and seconds per iteration. Run it on an idle machine.
@@ -39,7 +40,9 @@ def train(name: str, *overrides: str) -> list[dict[str, Any]]:
 
 def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
     """Median over seeds of the held-out reward of the base model and of the trained one."""
-    runs = [train(name, f"run.seed={seed}", "run.eval_every=1000") for seed in seeds]  # before the first and after the last iteration
+    runs = [
+        train(name, f"run.seed={seed}", "run.eval_every=1000") for seed in seeds
+    ]  # before the first and after the last iteration
     before, after = ([evaluations(lines)[place][1] for lines in runs] for place in (0, -1))
     return {
         "recipe": f"shapes_{name}",

@@ -1,4 +1,6 @@
-"""The card, its driver, and the two ceilings that other figures are held against: a large copy, and a large bf16 matrix product. One JSON object on stdout."""
+"""The card, its driver, and the two ceilings that other figures are held against: a large copy, and a large bf16
+matrix product. One JSON object on stdout.
+"""
 
 import json
 import platform
@@ -51,12 +53,21 @@ def _memory(device: torch.device) -> dict[str, float]:
     if device.type == "cpu":
         return {}
     properties = torch.cuda.get_device_properties(device)
-    return {"gib": round(properties.total_memory / 2**30, 1), "l2_mib": properties.L2_cache_size / 2**20, "multiprocessors": properties.multi_processor_count}
+    return {
+        "gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": properties.L2_cache_size / 2**20,
+        "multiprocessors": properties.multi_processor_count,
+    }
 
 
 def _driver() -> str:
     try:
-        told = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except FileNotFoundError:
         return ""
     return told.stdout.strip()

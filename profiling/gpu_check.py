@@ -1,12 +1,14 @@
-"""One command that says whether this repository works on the GPU at hand, and how fast, within minutes and without network.
+"""One command that says whether this repository works on the GPU at hand, and how
+fast, within minutes and without network.
 
     make gpu-kit                       # before, where there is a network: what the GPU machine lacks, in .gpu-kit/
     python3 profiling/gpu_check.py 1   # there: are the kernels right, how fast are they (at most 6 minutes)
     python3 profiling/gpu_check.py 2   # whatever was mended, then the engine on a slim FLUX (at most 5.5 minutes)
     python3 profiling/gpu_check.py 1 --dry-run   # the same rows on a CPU, with tiny shapes
 
-Every step is a row: a name, the seconds it may take and a command, in a process group of its own; one that fails or hangs stops none of the others. What they
-print goes to gpu_check_N.log in $OUT (default: runs/gpu_check), figures beside it. The last lines printed are a table.
+Every step is a row: a name, the seconds it may take and a command, in a process group of its own; one that fails or
+hangs stops none of the others. What they print goes to gpu_check_N.log in $OUT (default: runs/gpu_check), figures
+beside it. The last lines printed are a table.
 """
 
 import argparse
@@ -65,7 +67,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes: shows that every row runs")
     parser.add_argument("--only", help="steps by name, with commas between")
     parser.add_argument("--pytest", default="-m gpu tests", help="what call 2 tests again")
-    parser.add_argument("--dtypes", default="bf16,fp32", help="of the velocity, where ops are measured beside compiled ones")
+    parser.add_argument(
+        "--dtypes", default="bf16,fp32", help="of the velocity, where ops are measured beside compiled ones"
+    )
     parser.add_argument("--seconds", type=float, help="what all steps may take together; default: 360 and 330")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check"))
     options = parser.parse_args()
@@ -90,16 +94,40 @@ def main() -> None:
 
 
 def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
-    """(the interpreter, the environment of every step): the kit's wheels on the path, the op libraries in their place."""
-    roots = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "profiling"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    """(the interpreter, the environment of every step): the kit's wheels on the path, op libraries in place."""
+    roots = [
+        str(ROOT / "engine"),
+        str(ROOT / "kernels"),
+        str(ROOT / "profiling"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+    quiet = {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
     quiet["FIRST_FAILURES"] = str(out / FAILURES)
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(roots), "TERM": "dumb", "COLUMNS": "200"}
     if dry:
         return sys.executable, {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     site = Path("/tmp/flowgrove-site")
     wheels = sorted(map(str, (KIT / "wheels").glob("*.whl")))
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--no-cache-dir",
+        "--upgrade",
+        "--target",
+        str(site),
+    ]
     began = time.monotonic()
     if wheels and subprocess.run([*install, *wheels], check=False).returncode:
         print("the kit's wheels cannot be installed: the steps run with what this Python has")
@@ -109,7 +137,7 @@ def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
 
 
 def _libraries(environment: dict[str, str], out: Path) -> str:
-    """Puts the prebuilt op libraries where the package looks for them, or builds them for the visible card; says which."""
+    """Puts the prebuilt op libraries where the package looks, or builds them for the visible card; says which."""
     if _suits(environment):
         for name in LIBRARIES:
             shutil.copy2(KIT / "lib" / name, PACKAGE)
@@ -118,11 +146,19 @@ def _libraries(environment: dict[str, str], out: Path) -> str:
     began = time.monotonic()
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     with (out / "build.log").open("w", encoding="utf-8") as log:
-        subprocess.run(build, cwd=ROOT, env={**environment, "FLOWGROVE_CUDA": "1", "MAX_JOBS": "16"}, stdout=log, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(
+            build,
+            cwd=ROOT,
+            env={**environment, "FLOWGROVE_CUDA": "1", "MAX_JOBS": "16"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     loaded = _loads(environment)
     if loaded:
         (out / "build.log").unlink()
-    return f"libraries built here in {time.monotonic() - began:.0f} s: they {'load' if loaded else 'do not load, see build.log'}"
+    told = "load" if loaded else "do not load, see build.log"
+    return f"libraries built here in {time.monotonic() - began:.0f} s: they {told}"
 
 
 def _suits(environment: dict[str, str]) -> bool:
@@ -132,13 +168,19 @@ def _suits(environment: dict[str, str]) -> bool:
     except FileNotFoundError:
         return False
     asked = "import torch; print(torch.__version__.split('+')[0], *torch.cuda.get_device_capability(), sep='.')"
-    told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=False).stdout.strip()
+    told = subprocess.run(
+        [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=False
+    ).stdout.strip()
     return kit["sources"] == sources_digest() and told == f"{kit['torch']}.{kit['architecture'].rstrip('a')}"
 
 
 def _loads(environment: dict[str, str]) -> bool:
     told = subprocess.run(
-        [sys.executable, "-c", "import flowgrove_kernels as fk; print(fk.available_backends())"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import flowgrove_kernels as fk; print(fk.available_backends())"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return "'cuda'" in told.stdout
 
@@ -155,16 +197,48 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     dry = options.dry_run
     command, script = [python, "-m", "flowgrove"], lambda name: [python, str(ROOT / "profiling" / name)]
     ops = [*command, "bench", "ops", "--out", str(out)]
-    recipe = [*command, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--out", tempfile.mkdtemp(prefix="flowgrove-")]
-    short = ["run.iterations=1", "run.eval_every=0", "data.prompts_per_iteration=1", "rollout.group_size=2", "rollout.steps=3", "rollout.window.size=1"]
+    recipe = [
+        *command,
+        "train",
+        str(ROOT / "recipes" / "quickstart.yaml"),
+        "--out",
+        tempfile.mkdtemp(prefix="flowgrove-"),
+    ]
+    short = [
+        "run.iterations=1",
+        "run.eval_every=0",
+        "data.prompts_per_iteration=1",
+        "rollout.group_size=2",
+        "rollout.steps=3",
+        "rollout.window.size=1",
+    ]
     short += ["update.updates_per_iteration=1", "run.checkpoint_every=0"]
     long = ["engine.device=cuda", "engine.cuda_graphs=true", "run.iterations=30"]
     engine = [*command, "bench", "engine", "--out", str(out), "--rounds", "1"]
     smoke = [*script("gpu_smoke.py"), "--plain"]
     families = [*smoke, "--families", "--rows", "2", "--sizes"]
-    counters = ["gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "dram__bytes.sum", "launch__registers_per_thread"]
-    counters += ["sm__warps_active.avg.pct_of_peak_sustained_active", "sm__throughput.avg.pct_of_peak_sustained_elapsed", "launch__cluster_size"]
-    ncu = ["ncu", "--clock-control", "none", "--metrics", ",".join(counters), "--kernel-name", "regex:^(flow_step|grpo_loss)", "--launch-count", "3"]
+    counters = [
+        "gpu__time_duration.sum",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        "dram__bytes.sum",
+        "launch__registers_per_thread",
+    ]
+    counters += [
+        "sm__warps_active.avg.pct_of_peak_sustained_active",
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+        "launch__cluster_size",
+    ]
+    ncu = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--metrics",
+        ",".join(counters),
+        "--kernel-name",
+        "regex:^(flow_step|grpo_loss)",
+        "--launch-count",
+        "3",
+    ]
     sanitizer = ["compute-sanitizer", "--print-limit", "3", "--error-exitcode", "9"]
     return [
         Step("ceilings", 40, script("gpu_ceilings.py")),
@@ -179,13 +253,23 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
                 *engine,
                 "--prompts",
                 "1",
-                *(["--recipes", "branch_mix_flash:ours"] if dry else ["--model", "sd3_mid", "--recipes", "mix,branch_mix", "--levers", "ends"]),
+                *(
+                    ["--recipes", "branch_mix_flash:ours"]
+                    if dry
+                    else ["--model", "sd3_mid", "--recipes", "mix,branch_mix", "--levers", "ends"]
+                ),
             ],
         ),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
         Step("sanitizer", 60, [*([] if dry else sanitizer), *families, "63" if dry else "63,1032,66000,140000"]),
-        Step("races", 60, [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *families, "63" if dry else "1032,66000"]),
-        Step("barriers", 40, [*([] if dry else [*sanitizer, "--tool", "synccheck"]), *families, "63" if dry else "66000"]),
+        Step(
+            "races",
+            60,
+            [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *families, "63" if dry else "1032,66000"],
+        ),
+        Step(
+            "barriers", 40, [*([] if dry else [*sanitizer, "--tool", "synccheck"]), *families, "63" if dry else "66000"]
+        ),
     ]
 
 
@@ -198,16 +282,53 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     recipes = ["branch_mix_flash", *([] if dry else ["branch_mix", "mix"]), "dance:published"]
     engine = ["--model", "tiny" if dry else model, "--recipes", ",".join(recipes), "--levers", "ends"]
     every = ["--prompts", "1", "--rounds", "1", "--out", str(out)]
-    profile = [*([python, str(ROOT / "profiling" / "gpu_idle.py")]), "--model", "tiny" if dry else model, "--prompts", "1"]
-    scaling = ["--leaves", "1,2,4", "--prompts", "1,2,3"] if dry else ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
+    profile = [
+        *([python, str(ROOT / "profiling" / "gpu_idle.py")]),
+        "--model",
+        "tiny" if dry else model,
+        "--prompts",
+        "1",
+    ]
+    scaling = (
+        ["--leaves", "1,2,4", "--prompts", "1,2,3"] if dry else ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
+    )
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
         *_op_steps([*bench, "ops", "--out", str(out)], dry, "sd35_512,wan_480p81,wide,row_64m", options.dtypes),
         Step("engine", 170, [*bench, "engine", *engine, *every]),
         Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
-        Step("rows", 60, [*bench, "rows", "--model", model, "--rows", "1" if dry else "1,2,4,8", "--repeats", "1" if dry else "5", "--out", str(out)]),
+        Step(
+            "rows",
+            60,
+            [
+                *bench,
+                "rows",
+                "--model",
+                model,
+                "--rows",
+                "1" if dry else "1,2,4,8",
+                "--repeats",
+                "1" if dry else "5",
+                "--out",
+                str(out),
+            ],
+        ),
         Step("idle", 60, profile),
-        Step("rows compiled", 90, [*bench, "rows", "--model", model, "--modes", "eager" if dry else "compiled", "--rows", "1" if dry else "1,4", "--json"]),
+        Step(
+            "rows compiled",
+            90,
+            [
+                *bench,
+                "rows",
+                "--model",
+                model,
+                "--modes",
+                "eager" if dry else "compiled",
+                "--rows",
+                "1" if dry else "1,4",
+                "--json",
+            ],
+        ),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
 
@@ -247,9 +368,14 @@ def run(step: Step, environment: dict[str, str], log, deadline: float) -> Outcom
     with output.open("w", encoding="utf-8") as file:
         try:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env={**environment, **step.environment}, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                step.command,
+                cwd=ROOT,
+                env={**environment, **step.environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except OSError as error:
             return Outcome(step, f"not found: {error.filename}", 0, "")
         try:
@@ -261,7 +387,8 @@ def run(step: Step, environment: dict[str, str], log, deadline: float) -> Outcom
     spent, told = time.monotonic() - began, output.read_text(encoding="utf-8", errors="replace")
     output.unlink()
     if log.tell() < MOST_LOG:
-        log.write(f"\n===== {step.name}: {' '.join(step.command)}\n{told[-(2**21) :]}\n===== {step.name}: {code} after {spent:.1f} s\n")
+        log.write(f"\n===== {step.name}: {' '.join(step.command)}\n{told[-(2**21) :]}\n")
+        log.write(f"===== {step.name}: {code} after {spent:.1f} s\n")
         log.flush()
     return Outcome(step, code, spent, told)
 
@@ -332,13 +459,17 @@ def _ops(out: Path, began: float) -> Iterator[str]:
     """By graph replay all but the first figure, where there is one."""
     rows = list(_tables(out, "ops_*.csv", began))
     if rows:
-        yield f"{'op':13} {'case':17} {'shape':11} v    {'contender':14}       us graph us    GB/s % copy x eager x compiled"
+        figures = "      us graph us    GB/s % copy x eager x compiled"
+        yield f"{'op':13} {'case':17} {'shape':11} v    {'contender':14} {figures}"
     for row in rows:
         prefix = "graph_" if row["graph_us"] else ""
-        figures = [row[f"{prefix}{name}"] for name in ("gb_per_s", "percent_of_copy", "speedup_vs_eager", "speedup_vs_compiled")]
+        figures = [
+            row[f"{prefix}{name}"]
+            for name in ("gb_per_s", "percent_of_copy", "speedup_vs_eager", "speedup_vs_compiled")
+        ]
         yield (
-            f"{row['op']:13} {row['case']:17} {row['shape']:11} {row['dtype']} {row['contender']:14} {row['median_us']:>8} {row['graph_us']:>8} "
-            + " ".join(f"{figure:>7}" for figure in figures)
+            f"{row['op']:13} {row['case']:17} {row['shape']:11} {row['dtype']} {row['contender']:14} "
+            f"{row['median_us']:>8} {row['graph_us']:>8} " + " ".join(f"{figure:>7}" for figure in figures)
         )
 
 
@@ -363,8 +494,12 @@ def _rows(out: Path, began: float) -> Iterator[str]:
     if rows:
         yield "blocks  rows mode      forward ms  train ms  TFLOP/s"
     for row in rows:
-        figures = [f"{float(row[key]):9.3f}" if row[key] else " " * 9 for key in ("forward_ms", "train_ms", "forward_tflop_per_s")]
-        yield f"{row['blocks']:7} {row['rows']:>4} {row['mode']:9} {' '.join(figures)} {'derived' if row['derived'] == 'True' else ''}"
+        figures = [
+            f"{float(row[key]):9.3f}" if row[key] else " " * 9
+            for key in ("forward_ms", "train_ms", "forward_tflop_per_s")
+        ]
+        derived = "derived" if row["derived"] == "True" else ""
+        yield f"{row['blocks']:7} {row['rows']:>4} {row['mode']:9} {' '.join(figures)} {derived}"
 
 
 def _counters(output: str) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Where a GPU's time goes in one iteration of branch_mix_flash: busy and idle, the share of the transformer, the longest gaps and the largest kernels.
+"""Where a GPU's time goes in one iteration of branch_mix_flash: busy and idle, the share of the transformer,
+the longest gaps and the largest kernels.
 
     python profiling/gpu_idle.py --model flux_slim --prompts 1
 
@@ -59,7 +60,9 @@ def main() -> None:
     _summary(sorted(ranges), names, line, totals.seconds, describe(device)["device"], options)
 
 
-def _summary(ranges: list[tuple[float, float]], names: Counter, line: dict, totals: dict[str, float], card: str | int, options) -> None:
+def _summary(
+    ranges: list[tuple[float, float]], names: Counter, line: dict, totals: dict[str, float], card: str | int, options
+) -> None:
     """Prints; times of ranges in microseconds."""
     busy, gaps, reached = 0.0, [], ranges[0][0]
     for start, end in ranges:
@@ -69,11 +72,23 @@ def _summary(ranges: list[tuple[float, float]], names: Counter, line: dict, tota
         reached = max(reached, end)
     span, seconds = reached - ranges[0][0], sum(line["seconds"].values())
     transformer = totals.get("transformer", 0.0) + totals.get("backward", 0.0)
-    print(f"{options.recipe} on {options.model}, {options.prompts} prompts, {card}, cuda_graphs {options.cuda_graphs}: {seconds:.3f} s unprofiled")
-    print(f"transformer {100 * transformer / seconds:.1f} % of it; stages " + ", ".join(f"{name} {spent:.3f}" for name, spent in line["seconds"].items()))
-    print(f"profiled: busy {100 * busy / span:.1f} % of {span / 1e6:.3f} s, {len(ranges):,} kernels and copies, idle {(span - busy) / 1e3:.1f} ms")
+    print(
+        f"{options.recipe} on {options.model}, {options.prompts} prompts, {card}, "
+        f"cuda_graphs {options.cuda_graphs}: {seconds:.3f} s unprofiled"
+    )
+    print(
+        f"transformer {100 * transformer / seconds:.1f} % of it; stages "
+        + ", ".join(f"{name} {spent:.3f}" for name, spent in line["seconds"].items())
+    )
+    print(
+        f"profiled: busy {100 * busy / span:.1f} % of {span / 1e6:.3f} s, {len(ranges):,} kernels and copies, "
+        f"idle {(span - busy) / 1e3:.1f} ms"
+    )
     longest = sorted(gaps, reverse=True)[:5]
-    print(f"gaps: {len(gaps):,}, of more than 20 us {sum(gap > 20 for gap in gaps)}, longest " + ", ".join(f"{gap / 1e3:.2f} ms" for gap in longest))
+    print(
+        f"gaps: {len(gaps):,}, of more than 20 us {sum(gap > 20 for gap in gaps)}, longest "
+        + ", ".join(f"{gap / 1e3:.2f} ms" for gap in longest)
+    )
     for name, spent in names.most_common(6):
         print(f"  {100 * spent / max(busy, 1):5.1f} %  {name[:100]}")
 

@@ -1,8 +1,10 @@
-"""Packs what a GPU machine without network lacks: wheels for its Python, and the op libraries built for its torch and its GPU.
+"""Packs what a GPU machine without network lacks: wheels for its Python, and the op
+libraries built for its torch and its GPU.
 
-`make gpu-kit` writes .gpu-kit/ (ignored by git): wheels/, lib/ and kit.json. Copy the repository with that folder to the machine and run
-`python3 profiling/gpu_check.py 1` there. The builder needs a Python 3.12 (`make gpu-kit PYTHON312=...`), g++, nvcc 13 and three gigabytes of downloads:
-torch's CUDA wheel does not import without NVIDIA's libraries.
+`make gpu-kit` writes .gpu-kit/ (ignored by git): wheels/, lib/ and kit.json. Copy the repository with
+that folder to the machine and run `python3 profiling/gpu_check.py 1` there. The builder needs a Python
+3.12 (`make gpu-kit PYTHON312=...`), g++, nvcc 13 and three gigabytes of downloads: torch's CUDA wheel
+does not import without NVIDIA's libraries.
 """
 
 import argparse
@@ -20,8 +22,8 @@ WORK = ROOT / "build" / "gpu-kit"
 LIBRARIES = ("_cpu.so", "_build_info.so", "_cuda.so")
 TORCH, TRITON, ARCHITECTURE = "2.11.0", "3.6.0", "9.0a"
 PACKAGES = (  # what the machine's image has not
-    "annotated-types", "diffusers", "importlib_metadata", "lazy-importer", "nvtx", "pydantic", "pydantic_core", "torchao", "typing-inspection",
-    "typing_extensions", "zipp",
+    "annotated-types", "diffusers", "importlib_metadata", "lazy-importer", "nvtx", "pydantic", "pydantic_core",
+    "torchao", "typing-inspection", "typing_extensions", "zipp",
 )  # fmt: skip
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 
@@ -43,7 +45,11 @@ def main() -> None:
 def pinned() -> dict[str, str]:
     """Package → version, from constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines) if version}
+    return {
+        name.lower().replace("_", "-"): version
+        for name, _, version in (line.partition("==") for line in lines)
+        if version
+    }
 
 
 def sources_digest() -> str:
@@ -60,7 +66,8 @@ def fetch_wheels(python: str) -> None:
     wanted = [f"{name}=={versions[name.lower().replace('_', '-')]}" for name in PACKAGES]
     platforms = [word for name in _PLATFORMS for word in ("--platform", f"{name}_x86_64")]
     _run([
-        python, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp",
+        python, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--python-version", "3.12", "--implementation", "cp",
         *platforms, "--dest", str(KIT / "wheels"), *wanted,
     ])  # fmt: skip
 
@@ -71,14 +78,38 @@ def build_libraries(python: str) -> None:
     if not (environment / "bin" / "python").exists():
         _run([python, "-m", "venv", str(environment)])
     builder = str(environment / "bin" / "python")
-    _run([builder, "-m", "pip", "install", "--quiet", f"torch=={TORCH}", f"triton=={TRITON}", "setuptools<82", "ninja", "numpy"])
+    _run(
+        [
+            builder,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            f"torch=={TORCH}",
+            f"triton=={TRITON}",
+            "setuptools<82",
+            "ninja",
+            "numpy",
+        ]
+    )
     cuda = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     if not Path(cuda, "bin", "nvcc").exists():
         sys.exit(f"there is no nvcc in {cuda}/bin: set CUDA_HOME to the CUDA 13 toolkit")
     settings = {"CUDA_HOME": cuda, "FLOWGROVE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURE}
-    command = [builder, "setup.py", "-q", "build_ext", "--build-lib", str(WORK / "lib"), "--build-temp", str(WORK / "objects")]
+    command = [
+        builder,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(WORK / "lib"),
+        "--build-temp",
+        str(WORK / "objects"),
+    ]
     with (WORK / "build.log").open("w") as log:
-        if subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+        if subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode:
             sys.exit(f"the ops do not compile: see {WORK / 'build.log'}")
     (KIT / "lib").mkdir(parents=True)
     for name in LIBRARIES:

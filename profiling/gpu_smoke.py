@@ -1,9 +1,11 @@
-"""Whether the fused ops work at all on this device: every case of the op benchmark on each backend against the formulas in float64, launches counted.
+"""Whether the fused ops work at all on this device: every case of the op benchmark on each backend against
+the formulas in float64, launches counted.
 
     python profiling/gpu_smoke.py                  # D = 63, 1032, 129,600 and 540,672 on the GPU
     python profiling/gpu_smoke.py --sizes 63,1032  # what compute-sanitizer has patience for
 
-On a GPU each call is also recorded as a CUDA graph, whose replay must return the same bits. Exit code 1 if anything is wrong.
+On a GPU each call is also recorded as a CUDA graph, whose replay must return the
+same bits. Exit code 1 if anything is wrong.
 """
 
 import argparse
@@ -20,7 +22,12 @@ from flowgrove.bench.timing import record
 from flowgrove.machine import pick_device
 from flowgrove_kernels import NoiseKey, flow_step, grpo_loss_and_grad, step_coefficients, use_backend
 
-CHILDREN = (14, 0, 70, 3)  # of each row: more than a pass of the loss takes, and more than its shared memory has slopes for
+CHILDREN = (
+    14,
+    0,
+    70,
+    3,
+)  # of each row: more than a pass of the loss takes, and more than its shared memory has slopes for
 MODES = ("density", "guard", "kl")
 
 
@@ -30,8 +37,12 @@ def main() -> None:
     parser.add_argument("--sizes", default="63,1032,129600,540672", help="elements of a row")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--dtypes", default="bf16", help=f"out of {','.join(DTYPES)}")
-    parser.add_argument("--families", action="store_true", help="also the loss of rows with 14, 0, 70 and 3 children, in every mode")
-    parser.add_argument("--plain", action="store_true", help="no profiler and no graph: under a tool that counts or checks for itself")
+    parser.add_argument(
+        "--families", action="store_true", help="also the loss of rows with 14, 0, 70 and 3 children, in every mode"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="no profiler and no graph: under a tool that counts or checks for itself"
+    )
     options = parser.parse_args()
     device = pick_device("auto")
     backends = tuple(name for name in available_contenders(device) if name not in ("eager", "compiled", "reference"))
@@ -45,21 +56,26 @@ def main() -> None:
                 for contender in contenders(case, inputs, backends):
                     told, fine = _try(case, inputs, contender, options.plain)
                     wrong += not fine
-                    print(f"{'ok   ' if fine else 'WRONG'} {contender.name:14} {case.op:12} {case.name:17} D {int(size):>7,} {dtype}  {told}", flush=True)
+                    what = f"{contender.name:14} {case.op:12} {case.name:17} D {int(size):>7,} {dtype}"
+                    print(f"{'ok   ' if fine else 'WRONG'} {what}  {told}", flush=True)
         for mode in MODES if options.families else ():
             for backend in backends:
                 told = _try_family(mode, int(size), backend, device)
                 wrong += bool(told)
-                print(f"{'WRONG' if told else 'ok   '} {backend:14} grpo_loss    {CHILDREN} {mode:10} D {int(size):>7,} fp32  {told}", flush=True)
+                what = f"{backend:14} grpo_loss    {CHILDREN} {mode:10} D {int(size):>7,} fp32"
+                print(f"{'WRONG' if told else 'ok   '} {what}  {told}", flush=True)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        print(f"compute capability {major}.{minor}: rows {'may take clusters of blocks' if major >= 9 else 'have no clusters'}; one launch is one pass")
+        clusters = "may take clusters of blocks" if major >= 9 else "have no clusters"
+        print(f"compute capability {major}.{minor}: rows {clusters}; one launch is one pass")
     print(f"smoke: {wrong} wrong")
     sys.exit(bool(wrong))
 
 
 def _try_family(mode: str, size: int, backend: str, device: torch.device) -> str:
-    """What is wrong with the loss of rows whose children take several passes, against the reference; nothing if it is right."""
+    """What is wrong with the loss of rows whose children take several passes,
+    against the reference; nothing if it is right.
+    """
     try:
         found, expected = (_family(mode, size, name, device) for name in (backend, "reference"))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -77,14 +93,19 @@ def _family(mode: str, size: int, backend: str, device: torch.device) -> list[to
     levels = torch.linspace(0.9, 0.5, rows + 1, dtype=torch.float64)
     coef = step_coefficients("dance_sde", levels[:-1], levels[1:], noise_level=0.3).to(device)
     key = NoiseKey(1, 2, 3, 4, torch.arange(edges), parent).packed(edges, device)
-    advantage, weight = torch.randn(edges, device=device, generator=draw), torch.full((edges,), 1 / edges, device=device)
+    advantage, weight = (
+        torch.randn(edges, device=device, generator=draw),
+        torch.full((edges,), 1 / edges, device=device),
+    )
     options = {"guard": {"ratio": "guard", "key": key}, "kl": {"v_ref": v_ref, "kl_weight": 0.1}}.get(mode, {})
     with use_backend("reference"):
         apart = parent.to(device)
         x_next, old_logp = flow_step(x[apart], v[apart] + 0.01, coef[apart], key=key)
     offsets = torch.tensor([0, *itertools.accumulate(CHILDREN)], device=device)
     with use_backend(backend):
-        result, gradient, _ = grpo_loss_and_grad(x, v, x_next, coef, old_logp, advantage, weight, clip_range=0.2, child_offsets=offsets, **options)
+        result, gradient, _ = grpo_loss_and_grad(
+            x, v, x_next, coef, old_logp, advantage, weight, clip_range=0.2, child_offsets=offsets, **options
+        )
     return [result.loss, result.logp, result.ratio, result.kl, gradient * size]
 
 
@@ -93,7 +114,11 @@ def _try(case: Case, inputs: Inputs, contender: Contender, plain: bool) -> tuple
     try:
         with use_backend(contender.backend or "auto"):
             outputs = contender.run()
-        off = [f"{d.output} is off by {d.error:.3g} of {d.tolerance:.3g}" for d in case.check(inputs, outputs, contender) if d.wrong]
+        off = [
+            f"{d.output} is off by {d.error:.3g} of {d.tolerance:.3g}"
+            for d in case.check(inputs, outputs, contender)
+            if d.wrong
+        ]
         if off or plain:
             return "; ".join(off), not off
         launches = f"{footprint(contender, inputs.device).launches} launches"

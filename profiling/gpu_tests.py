@@ -1,4 +1,6 @@
-"""A pytest plugin for `gpu_check.py`: a file that the environment's FIRST_FAILURES names gets a line per failed test, as it fails."""
+"""A pytest plugin for `gpu_check.py`: a file that the environment's FIRST_FAILURES names
+gets a line per failed test, as it fails.
+"""
 
 import os
 

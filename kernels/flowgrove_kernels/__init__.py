@@ -1,4 +1,6 @@
-"""Fused ops for reinforcement learning of flow-matching models: SDE step, log-probability and clipped GRPO loss. Needs torch only."""
+"""Fused ops for reinforcement learning of flow-matching models: SDE step, log-probability and clipped GRPO loss.
+Needs torch only.
+"""
 
 from flowgrove_kernels.backends import available_backends, use_backend
 from flowgrove_kernels.clean_estimate import clean_estimate

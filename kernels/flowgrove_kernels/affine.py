@@ -1,6 +1,8 @@
-"""The arithmetic that the ops share: one mean, one residual, one sum, so that all of them return the same log-probability to the last bit.
+"""The arithmetic that the ops share: one mean, one residual, one sum, so that all of them return
+the same log-probability to the last bit.
 
-Only single multiplications and additions touch the elements, each correctly rounded, and sums fold in an order fixed by their length alone.
+Only single multiplications and additions touch the elements, each correctly rounded, and sums fold
+in an order fixed by their length alone.
 So a result does not depend on batch size, order, fanout, strides or device.
 """
 
@@ -24,7 +26,9 @@ def guided(v: Tensor, v_uncond: Tensor | None, guidance_scale: float, dtype: tor
     return v_uncond + guidance_scale * (v - v_uncond)
 
 
-def step_mean(x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, history: Tensor | None) -> Tensor:
+def step_mean(
+    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, history: Tensor | None
+) -> Tensor:
     """μ = a·x + b·v + c·p, [B, D]."""
     mean = column(x_coef, x) * x + column(v_coef, x) * v
     return mean if history is None else mean + column(prev_coef, x) * history
@@ -54,7 +58,9 @@ def column(rows: Tensor, like: Tensor) -> Tensor:
     return rows.to(like.dtype).unsqueeze(1)
 
 
-def children_of(child_offsets: Tensor | None, parents: int, fanout: int, edges: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def children_of(
+    child_offsets: Tensor | None, parents: int, fanout: int, edges: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(parent of every edge int64 [E], CSR offsets int64 [B + 1])."""
     require_offsets(child_offsets, edges)
     if child_offsets is None:

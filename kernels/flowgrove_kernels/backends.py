@@ -1,7 +1,8 @@
-"""Which implementation an op runs on: chosen inside the op at run time, by `use_backend`, by FLOWGROVE_BACKEND, or by device.
+"""Which implementation an op runs on: chosen inside the op at run time, by
+`use_backend`, by FLOWGROVE_BACKEND, or by device.
 
-A backend is a set of functions on tensors, one per op, registered with `implements`. The reference is registered by the op files themselves; the
-module of another backend is imported when that backend first runs.
+A backend is a set of functions on tensors, one per op, registered with `implements`. The reference is registered by the
+op files themselves; the module of another backend is imported when that backend first runs.
 """
 
 import os
@@ -53,7 +54,9 @@ def missing(backend: str) -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op inside the block, in all threads, on backend `name`; "auto" chooses by device. Raises ValueError for a name that is not available."""
+    """Runs every op inside the block, in all threads, on backend `name`; "auto" chooses by device.
+    Raises ValueError for a name that is not available.
+    """
     global _forced
     before, _forced = _forced, _checked(name, "use_backend")
     try:
@@ -72,16 +75,24 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
         name = "reference"
     elif name == "auto":
         name = automatic(tensor.device.type)
-    elif not takes(name, tensor.device.type):
-        raise ValueError(f"backend {name!r} takes no {tensor.device.type} tensors: move them, or write {automatic(tensor.device.type)!r} or 'auto'")
+    elif not takes(name, device := tensor.device.type):
+        raise ValueError(
+            f"backend {name!r} takes no {device} tensors: move them, or write {automatic(device)!r} or 'auto'"
+        )
     if (op, name) not in _implementations:
         import_module(_MODULES[name])
     return _implementations[op, name]
 
 
 def automatic(device_type: str) -> str:
-    """The fastest available backend for tensors of a device type: cuda, then triton, on a GPU; cpu on a CPU; else the reference."""
-    return next(name for name in ("cuda", "triton", "cpu", "reference") if takes(name, device_type) and (name == "reference" or _by_default(name)))
+    """The fastest available backend for tensors of a device type: cuda, then triton, on
+    a GPU; cpu on a CPU; else the reference.
+    """
+    return next(
+        name
+        for name in ("cuda", "triton", "cpu", "reference")
+        if takes(name, device_type) and (name == "reference" or _by_default(name))
+    )
 
 
 def takes(backend: str, device_type: str) -> bool:
@@ -107,5 +118,6 @@ def _interpreting() -> bool:
 def _checked(name: str, source: str) -> str:
     if name != "auto" and (name not in BACKENDS or missing(name) is not None):
         reason = f" ({missing(name)})" if name in BACKENDS else ""
-        raise ValueError(f"{source}: backend {name!r} is not available here{reason}: write one of auto, {', '.join(available_backends())}")
+        available = ", ".join(available_backends())
+        raise ValueError(f"{source}: backend {name!r} is not available here{reason}: write one of auto, {available}")
     return name

@@ -47,15 +47,21 @@ def _backward(ctx, grad: Tensor):
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def clean_estimate(x: Tensor, v: Tensor, sigma: float | Tensor, *, v_uncond: Tensor | None = None, guidance_scale: float | None = None) -> Tensor:
-    """x̂0 [B, ...] in the dtype of x. x: fp32 or float64 [B, ...]; v: fp32, bf16, fp16 or float64, same shape; sigma: float or [B].
+def clean_estimate(
+    x: Tensor, v: Tensor, sigma: float | Tensor, *, v_uncond: Tensor | None = None, guidance_scale: float | None = None
+) -> Tensor:
+    """x̂0 [B, ...] in the dtype of x. x: fp32 or float64 [B, ...]; v: fp32, bf16, fp16 or
+    float64, same shape; sigma: float or [B].
 
-    With v_uncond and guidance_scale γ the velocity is v_uncond + γ·(v − v_uncond). Differentiable in x, v, v_uncond. Raises ValueError for other shapes.
+    With v_uncond and guidance_scale γ the velocity is v_uncond + γ·(v − v_uncond). Differentiable in x, v,
+    v_uncond. Raises ValueError for other shapes.
     """
     check_state(x)
     scale = check_velocity(x, v, v_uncond, guidance_scale)
     if not isinstance(sigma, Tensor):
         sigma = torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)
     if sigma.shape not in ((), (x.shape[0],)) or sigma.device != x.device:
-        raise ValueError(f"sigma is {list(sigma.shape)} on {sigma.device}: pass a float or a tensor [{x.shape[0]}] on {x.device}")
+        raise ValueError(
+            f"sigma is {list(sigma.shape)} on {sigma.device}: pass a float or a tensor [{x.shape[0]}] on {x.device}"
+        )
     return torch.ops.flowgrove.clean_estimate(x, v, sigma.expand(x.shape[0]), v_uncond, scale)

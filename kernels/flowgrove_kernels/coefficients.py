@@ -20,7 +20,8 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """One row per sample, six fp32 tensors [B] on one device: a, b, c, s, κ and log_norm of the step above. Rows of one batch may differ.
+    """One row per sample, six fp32 tensors [B] on one device: a, b, c, s, κ and log_norm of the
+    step above. Rows of one batch may differ.
 
     (float64 fields are accepted for analysis; the ops promote fp32 rows to the dtype of the states.)
     """
@@ -36,7 +37,10 @@ class StepCoefficients:
         for field in fields(self):
             value = getattr(self, field.name)
             if value.ndim != 1 or value.shape != self.x_coef.shape or value.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"StepCoefficients.{field.name} is {value.dtype} {list(value.shape)}: pass fp32 [B] with the same B in all six fields")
+                raise ValueError(
+                    f"StepCoefficients.{field.name} is {value.dtype} {list(value.shape)}: "
+                    "pass fp32 [B] with the same B in all six fields"
+                )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The six fields in order."""
@@ -74,9 +78,11 @@ def step_coefficients(
 ) -> StepCoefficients:
     """Rows of one-step dynamics from noise level σ to σ' < σ.
 
-    dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO, BranchGRPO), "wan_sde" (Flow-GRPO for Wan) or "cps".
-    sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1]. noise_level: η. sigma_max: the second entry of the σ table; flow_sde needs it
-    where σ = 1, wan_sde always. Returns rows [B] on the CPU: fp32, as the ops take them, or float64 for analysis (`dtype`).
+    dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO,
+    BranchGRPO), "wan_sde" (Flow-GRPO for Wan) or "cps".
+    sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1]. noise_level: η. sigma_max: the second entry of
+    the σ table; flow_sde needs it where σ = 1, wan_sde always. Returns rows [B] on the CPU: fp32, as the ops take
+    them, or float64 for analysis (`dtype`).
     Raises ValueError for an unknown name, σ' ≥ σ or a missing sigma_max.
     """
     here, there = _levels(sigma, "sigma"), _levels(sigma_next, "sigma_next")
@@ -97,12 +103,16 @@ def step_coefficients(
 def dpmpp_2m_coefficients(
     sigma_prev: float | Tensor, sigma: float | Tensor, sigma_next: float | Tensor, *, dtype: torch.dtype = torch.float32
 ) -> StepCoefficients:
-    """Rows of DPM-Solver++ 2M (midpoint) for rectified flow: x' = x + dt·v + c·(p − x̂0), with p the clean estimate of the previous step.
+    """Rows of DPM-Solver++ 2M (midpoint) for rectified flow: x' = x + dt·v + c·(p − x̂0), with p
+    the clean estimate of the previous step.
 
-    Floats or 1-D float64 tensors [B], σ_prev > σ > σ'. Euler rows (c = 0) where σ_prev = 1 or σ' = 0. Raises ValueError otherwise.
+    Floats or 1-D float64 tensors [B], σ_prev > σ > σ'. Euler rows (c = 0) where σ_prev =
+    1 or σ' = 0. Raises ValueError otherwise.
     The first step of a tail, and a step after a stochastic one, are Euler: take `step_coefficients("ode", …)` there.
     """
-    before, here, there = torch.broadcast_tensors(_levels(sigma_prev, "sigma_prev"), _levels(sigma, "sigma"), _levels(sigma_next, "sigma_next"))
+    before, here, there = torch.broadcast_tensors(
+        _levels(sigma_prev, "sigma_prev"), _levels(sigma, "sigma"), _levels(sigma_next, "sigma_next")
+    )
     if not bool(((there >= 0) & (there < here) & (here < before) & (before <= 1)).all()):
         raise ValueError("dpmpp_2m_coefficients needs 0 <= sigma_next < sigma < sigma_prev <= 1 in every row")
     dt = there - here
@@ -119,7 +129,10 @@ def dpmpp_2m_coefficients(
 def _levels(value: float | Tensor, name: str) -> Tensor:
     if isinstance(value, Tensor):
         if value.ndim > 1 or value.dtype != torch.float64 or value.device.type != "cpu":
-            raise ValueError(f"{name} is {value.dtype} {list(value.shape)} on {value.device}: pass a float or a float64 [B] tensor on the CPU")
+            raise ValueError(
+                f"{name} is {value.dtype} {list(value.shape)} on {value.device}: "
+                "pass a float or a float64 [B] tensor on the CPU"
+            )
         return value.reshape(-1)
     return torch.tensor([value], dtype=torch.float64)
 
@@ -170,7 +183,9 @@ def _wan_sde(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: f
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float | None) -> _Columns:
-    """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q² + s² = σ'². Its logp is −mean (x' − μ)², not a density."""
+    """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q² + s² = σ'².
+    Its logp is −mean (x' − μ)², not a density.
+    """
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     q = sigma_next * math.cos(noise_level * math.pi / 2)
     zero = torch.zeros_like(sigma)
@@ -179,7 +194,14 @@ def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float
 
 
 _Builder = Callable[[Tensor, Tensor, float, float | None], _Columns]
-_DYNAMICS: dict[str, _Builder] = {"ode": _ode, "flow_sde": _flow_sde, "dance_sde": _dance_sde, "wan_sde": _wan_sde, "cps": _cps}
+_DYNAMICS: dict[str, _Builder] = {
+    "ode": _ode,
+    "flow_sde": _flow_sde,
+    "dance_sde": _dance_sde,
+    "wan_sde": _wan_sde,
+    "cps": _cps,
+}
+# Coefficients of (σ_prev, σ, σ') that use the previous clean estimate, by the name of the solver.
 MULTISTEP: dict[str, Callable[[float | Tensor, float | Tensor, float | Tensor], StepCoefficients]] = {
     "dpmpp_2m": dpmpp_2m_coefficients,
-}  # coefficients of (σ_prev, σ, σ') that use the previous clean estimate, by the name of the solver
+}

@@ -3,6 +3,8 @@
 r = x' − μ        logp = log_norm − κ·mean_D r²        ∂logp/∂v = (2κb/D)·r, summed over the children of a state
 """
 
+from inspect import signature
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,16 @@ from flowgrove_kernels.checks import check_coefficients, check_edges, check_stat
 from flowgrove_kernels.coefficients import StepCoefficients
 
 
-def residual_of(x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, v_uncond: Tensor | None, guidance_scale: float, parent: Tensor) -> Tensor:
+def residual_of(
+    x: Tensor,
+    v: Tensor,
+    x_next: Tensor,
+    x_coef: Tensor,
+    v_coef: Tensor,
+    v_uncond: Tensor | None,
+    guidance_scale: float,
+    parent: Tensor,
+) -> Tensor:
     """x' − μ of every edge, [E, D]; trained rows have no history term."""
     flat = x.flatten(1)
     uncond = None if v_uncond is None else v_uncond.reshape(flat.shape)
@@ -29,7 +40,9 @@ def sum_children(values: Tensor, child_offsets: Tensor) -> Tensor:
 
 
 def split_guidance(grad: Tensor, v: Tensor, v_uncond: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor]:
-    """Gradient of the guided velocity [B, D] → those of v and v_uncond (empty without guidance), in their shape and dtype."""
+    """Gradient of the guided velocity [B, D] → those of v and v_uncond (empty
+    without guidance), in their shape and dtype.
+    """
     grad = grad.view(v.shape)
     if v_uncond is None:
         return grad.to(v.dtype), v.new_empty(0)
@@ -86,14 +99,21 @@ def _(grad, x, v, x_next, x_coef, v_coef, precision, child_offsets, v_uncond, fa
     return v.new_empty(v.shape), v.new_empty((0,) if v_uncond is None else v.shape)
 
 
+_INPUTS = tuple(signature(_reference).parameters)  # of flowgrove::flow_logprob, by name
+
+
 def _setup(ctx, inputs, output) -> None:
     x, v, x_next, x_coef, v_coef, precision, _, child_offsets, v_uncond, ctx.fanout, ctx.guidance_scale = inputs
     ctx.save_for_backward(x, v, x_next, x_coef, v_coef, precision, child_offsets, v_uncond)
 
 
 def _backward(ctx, grad: Tensor):
-    grad_v, grad_uncond = torch.ops.flowgrove.flow_logprob_backward(grad, *ctx.saved_tensors, ctx.fanout, ctx.guidance_scale)
-    return None, grad_v, None, None, None, None, None, None, None if ctx.saved_tensors[-1] is None else grad_uncond, None, None
+    *_, v_uncond = ctx.saved_tensors
+    grad_v, grad_uncond = torch.ops.flowgrove.flow_logprob_backward(
+        grad, *ctx.saved_tensors, ctx.fanout, ctx.guidance_scale
+    )
+    gradients = {"v": grad_v, "v_uncond": None if v_uncond is None else grad_uncond}
+    return tuple(gradients.get(name) for name in _INPUTS)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -112,13 +132,24 @@ def flow_logprob(
 ) -> Tensor:
     """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond.
 
-    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; x_next [E, ...] in the dtype of x, children of a row contiguous: `fanout`
-    each, or as many as `child_offsets` (int64 [B + 1], CSR) says. coef: B one-step rows. Raises ValueError for other shapes, dtypes or devices.
+    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; x_next [E, ...] in the dtype of x,
+    children of a row contiguous: `fanout` each, or as many as `child_offsets` (int64 [B + 1], CSR) says. coef: B
+    one-step rows. Raises ValueError for other shapes, dtypes or devices.
     """
     check_state(x)
     scale = check_velocity(x, v, v_uncond, guidance_scale)
     check_coefficients(coef, x)
     check_edges(x, x_next, fanout, child_offsets)
     return torch.ops.flowgrove.flow_logprob(
-        x.detach(), v, x_next.detach(), coef.x_coef, coef.v_coef, coef.precision, coef.log_norm, child_offsets, v_uncond, fanout, scale
+        x.detach(),
+        v,
+        x_next.detach(),
+        coef.x_coef,
+        coef.v_coef,
+        coef.precision,
+        coef.log_norm,
+        child_offsets,
+        v_uncond,
+        fanout,
+        scale,
     )

@@ -2,7 +2,8 @@
 
     μ = a·x + b·v + c·p        x' = μ + s·z        logp = log_norm − κ·mean_D (x' − μ)²
 
-logp is computed from the rounded x', never from s·z, so that `flow_logprob` and `grpo_loss` find the same value to the last bit.
+logp is computed from the rounded x', never from s·z, so that `flow_logprob` and
+`grpo_loss` find the same value to the last bit.
 """
 
 import torch
@@ -10,15 +11,23 @@ from torch import Tensor
 
 from flowgrove_kernels.affine import column, guided, log_probability, step_mean, working_dtype
 from flowgrove_kernels.backends import implementation, implements
-from flowgrove_kernels.checks import check_coefficients, check_correlation, check_like, check_state, check_velocity, detached, require_no_history
+from flowgrove_kernels.checks import (
+    check_coefficients,
+    check_correlation,
+    check_like,
+    check_state,
+    check_velocity,
+    detached,
+    require_no_history,
+)
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.noise import NoiseKey, given_or_drawn
 
 
 @implements("flow_step", "reference")
 def _reference(
-    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, std: Tensor, precision: Tensor, log_norm: Tensor,
-    key: Tensor | None, noise: Tensor | None, history: Tensor | None, v_uncond: Tensor | None,
+    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, std: Tensor, precision: Tensor,
+    log_norm: Tensor, key: Tensor | None, noise: Tensor | None, history: Tensor | None, v_uncond: Tensor | None,
     fanout: int, sibling_correlation: float, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, dtype = x.shape[0], working_dtype(x)
@@ -42,16 +51,48 @@ def _reference(
 
 @torch.library.custom_op("flowgrove::flow_step", mutates_args=())
 def _op(
-    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, std: Tensor, precision: Tensor, log_norm: Tensor,
-    key: Tensor | None, noise: Tensor | None, history: Tensor | None, v_uncond: Tensor | None,
+    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, std: Tensor, precision: Tensor,
+    log_norm: Tensor, key: Tensor | None, noise: Tensor | None, history: Tensor | None, v_uncond: Tensor | None,
     fanout: int, sibling_correlation: float, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     run = implementation("flow_step", x)
-    return run(x, v, x_coef, v_coef, prev_coef, std, precision, log_norm, key, noise, history, v_uncond, fanout, sibling_correlation, guidance_scale)
+    return run(
+        x,
+        v,
+        x_coef,
+        v_coef,
+        prev_coef,
+        std,
+        precision,
+        log_norm,
+        key,
+        noise,
+        history,
+        v_uncond,
+        fanout,
+        sibling_correlation,
+        guidance_scale,
+    )
 
 
 @_op.register_fake
-def _(x, v, x_coef, v_coef, prev_coef, std, precision, log_norm, key, noise, history, v_uncond, fanout, sibling_correlation, guidance_scale):
+def _(
+    x,
+    v,
+    x_coef,
+    v_coef,
+    prev_coef,
+    std,
+    precision,
+    log_norm,
+    key,
+    noise,
+    history,
+    v_uncond,
+    fanout,
+    sibling_correlation,
+    guidance_scale,
+):
     edges = x.shape[0] * fanout
     return x.new_empty((edges, *x.shape[1:])), x.new_empty((edges,))
 
@@ -69,11 +110,13 @@ def flow_step(
     v_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x_next [B·fanout, ...], logp [B·fanout]), both in the dtype of x; child c of row p is row p·fanout + c. Not differentiable.
+    """(x_next [B·fanout, ...], logp [B·fanout]), both in the dtype of x; child c of row p
+    is row p·fanout + c. Not differentiable.
 
-    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; coef: B rows. Noise: `key` names it (drawn inside), or `noise`
-    [B·fanout, ...] in the dtype of x is it; with neither, x_next = μ. history: the previous clean estimate p [B, ...], for multistep rows.
-    sibling_correlation ρ: children of one row share √ρ of their noise (needs key.parent). v_uncond, guidance_scale: classifier-free guidance.
+    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; coef: B rows. Noise: `key` names it
+    (drawn inside), or `noise` [B·fanout, ...] in the dtype of x is it; with neither, x_next = μ. history: the previous
+    clean estimate p [B, ...], for multistep rows. sibling_correlation ρ: children of one row share √ρ of their noise
+    (needs key.parent). v_uncond, guidance_scale: classifier-free guidance.
     Raises ValueError for shapes, dtypes, devices or combinations other than these.
     """
     check_state(x)
@@ -89,5 +132,14 @@ def flow_step(
     correlation = check_correlation(sibling_correlation, key)
     packed = None if key is None else key.pack(edges, x.device)
     return torch.ops.flowgrove.flow_step(
-        x.detach(), v.detach(), *coef.tensors(), packed, detached(noise), detached(history), detached(v_uncond), fanout, correlation, scale
+        x.detach(),
+        v.detach(),
+        *coef.tensors(),
+        packed,
+        detached(noise),
+        detached(history),
+        detached(v_uncond),
+        fanout,
+        correlation,
+        scale,
     )

@@ -9,7 +9,9 @@ _V = TypeVar("_V", Tensor, Tensor | None)
 
 
 def rows_of(value: Tensor) -> Tensor:
-    """[B, ...] → [B, D] with element stride 1: a view wherever the layout allows one (any row stride, 0 included), else a copy."""
+    """[B, ...] → [B, D] with element stride 1: a view wherever the layout allows one
+    (any row stride, 0 included), else a copy.
+    """
     flat = value if value.ndim == 2 else value.flatten(1) if value.ndim > 1 else value.unsqueeze(1)
     return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()
 

@@ -1,4 +1,5 @@
-"""Noise as a function: Philox4x32-10 counters turned into normals, the same on every device, for every batch, order and rank.
+"""Noise as a function: Philox4x32-10 counters turned into normals, the same on every
+device, for every batch, order and rank.
 
     counter = (block, node, step, prompt), key = (seed, iteration), block = ⌊i/4⌋ for element i of a contiguous sample
     u = ((r >> 9) + ½)·2⁻²³;   (z0, z1) = √(−2 ln u0)·(cos, sin)(2π·u1), (z2, z3) the same of (u2, u3)
@@ -26,10 +27,12 @@ _TWO_PI = torch.tensor(2 * math.pi, dtype=torch.float32).item()
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Names the noise of each row. Fields are ints (the same for all rows) or int64 tensors [rows], every value in [0, 2³²).
+    """Names the noise of each row. Fields are ints (the same for all rows) or int64
+    tensors [rows], every value in [0, 2³²).
 
-    prompt: global index in the iteration; step: step of the schedule, `INITIAL_STEP` for x_T; node: index of the child in the full forest of its prompt,
-    at the level after the step; parent: index of the child's parent in the level before, needed only for correlated siblings.
+    prompt: global index in the iteration; step: step of the schedule, `INITIAL_STEP` for x_T; node: index of the child
+    in the full forest of its prompt, at the level after the step; parent: index of the child's parent in the level
+    before, needed only for correlated siblings.
     """
 
     seed: int | Tensor
@@ -41,23 +44,43 @@ class NoiseKey:
     _tensor: Tensor | None = field(default=None, repr=False, compare=False)  # what `packed` made
 
     def pack(self, rows: int, device: torch.device | str | None = None) -> Tensor:
-        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if none); stride 0 where every row has the same.
+        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if
+        none); stride 0 where every row has the same.
 
-        Raises ValueError for an int out of range or a tensor of another length; the ops check the values of tensors where they lie.
+        Raises ValueError for an int out of range or a tensor of another length; the ops
+        check the values of tensors where they lie.
         """
-        if self._tensor is not None and self._tensor.shape[1] == rows and (device is None or self._tensor.device == torch.device(device)):
+        if (
+            self._tensor is not None
+            and self._tensor.shape[1] == rows
+            and (device is None or self._tensor.device == torch.device(device))
+        ):
             return self._tensor
-        values = (self.seed, self.iteration, self.step, self.prompt, self.node, 0 if self.parent is None else self.parent)
+        values = (
+            self.seed,
+            self.iteration,
+            self.step,
+            self.prompt,
+            self.node,
+            0 if self.parent is None else self.parent,
+        )
         for name, value in zip(WORD_NAMES, values, strict=True):
             _check_word(name, value, rows)
         numbers = torch.tensor([0 if isinstance(value, Tensor) else value for value in values], dtype=torch.int64)
         column = numbers.to(device, non_blocking=True).unsqueeze(1).expand(6, rows)
         if not any(isinstance(value, Tensor) for value in values):
             return column
-        return torch.stack([value.to(device).expand(rows) if isinstance(value, Tensor) else column[i] for i, value in enumerate(values)])
+        return torch.stack(
+            [
+                value.to(device).expand(rows) if isinstance(value, Tensor) else column[i]
+                for i, value in enumerate(values)
+            ]
+        )
 
     def packed(self, rows: int, device: torch.device | str | None = None) -> "NoiseKey":
-        """The same key as device tensors that lie as the ops want them: they launch nothing to read it, and a captured graph may change it in place."""
+        """The same key as device tensors that lie as the ops want them: they launch nothing to read it, and
+        a captured graph may change it in place.
+        """
         tensor = self.pack(rows, device).contiguous()
         seed, iteration, step, prompt, node, parent = tensor
         return NoiseKey(seed, iteration, step, prompt, node, None if self.parent is None else parent, tensor)
@@ -68,30 +91,47 @@ def _check_word(name: str, value: int | Tensor, rows: int) -> None:
         if not 0 <= value <= _WORD:
             raise ValueError(f"NoiseKey.{name} is {value}: write an integer in [0, 2**32)")
     elif value.dtype != torch.int64 or value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, rows)):
-        raise ValueError(f"NoiseKey.{name} is {value.dtype} {list(value.shape)}: pass an int or an int64 tensor [{rows}]")
+        raise ValueError(
+            f"NoiseKey.{name} is {value.dtype} {list(value.shape)}: pass an int or an int64 tensor [{rows}]"
+        )
 
 
 def require_words(packed: Tensor, *, shared: bool = False) -> None:
     """Fails, on the device, if a word of `NoiseKey.pack` is out of range; `shared`: for correlated siblings."""
     for name, column in zip(WORD_NAMES, packed, strict=True):
-        torch._assert_async(((column >= 0) & (column <= _WORD)).all(), f"NoiseKey.{name} holds a value outside [0, 2**32)")
+        torch._assert_async(
+            ((column >= 0) & (column <= _WORD)).all(), f"NoiseKey.{name} holds a value outside [0, 2**32)"
+        )
     if shared:
-        torch._assert_async((packed[2] < SHARED_STEP - 1).all(), "NoiseKey.step must be below 2**31 - 1 for correlated siblings")
+        torch._assert_async(
+            (packed[2] < SHARED_STEP - 1).all(), "NoiseKey.step must be below 2**31 - 1 for correlated siblings"
+        )
 
 
-def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four counter words and two key words, int64 tensors with values in [0, 2³²) that broadcast → four words, likewise."""
+def philox_words(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four counter words and two key words, int64 tensors with values in [0,
+    2³²) that broadcast → four words, likewise.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 64-bit products; int64 wraps to the right bits
-        c0, c1, c2, c3 = ((second >> 32) & _WORD) ^ c1 ^ k0, second & _WORD, ((first >> 32) & _WORD) ^ c3 ^ k1, first & _WORD
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _WORD) ^ c1 ^ k0,
+            second & _WORD,
+            ((first >> 32) & _WORD) ^ c3 ^ k1,
+            first & _WORD,
+        )
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
 
 
 def normals(packed: Tensor, elements: int, *, shared: bool = False) -> Tensor:
-    """fp32 [rows, elements] of standard normals for `NoiseKey.pack`'s int64 [6, rows]; `shared`: the component that siblings have in common."""
+    """fp32 [rows, elements] of standard normals for `NoiseKey.pack`'s int64 [6, rows]; `shared`:
+    the component that siblings have in common.
+    """
     seed, iteration, step, prompt, node, parent = packed.unsqueeze(-1)  # each [rows, 1]
     blocks = torch.arange((elements + 3) // 4, device=packed.device)  # [blocks]
     if shared:
@@ -106,7 +146,9 @@ def normals(packed: Tensor, elements: int, *, shared: bool = False) -> Tensor:
 
 
 def sibling_normals(packed: Tensor, elements: int, correlation: float) -> Tensor:
-    """fp32 [rows, elements]: √ρ·ξ_shared + √(1−ρ)·ξ_own, standard normal in every row, correlated ρ between rows of one parent (BranchGRPO 2509.06040)."""
+    """fp32 [rows, elements]: √ρ·ξ_shared + √(1−ρ)·ξ_own, standard normal in every row, correlated ρ between
+    rows of one parent (BranchGRPO 2509.06040).
+    """
     require_words(packed, shared=correlation > 0)
     own = normals(packed, elements)
     if correlation == 0.0:
@@ -139,10 +181,13 @@ def _(key: Tensor, elements: int) -> Tensor:
     return key.new_empty((key.shape[1], elements), dtype=torch.float32)
 
 
-def philox_normal(shape: tuple[int, ...] | torch.Size, key: NoiseKey, *, device: torch.device | str | None = None) -> Tensor:
+def philox_normal(
+    shape: tuple[int, ...] | torch.Size, key: NoiseKey, *, device: torch.device | str | None = None
+) -> Tensor:
     """fp32 `shape` of standard normals; shape[0] is the number of rows, `key` names each (scalars or [rows]).
 
-    `device`: default the key's tensors' device, else the CPU. Raises ValueError for a key out of range or with another number of rows.
+    `device`: default the key's tensors' device, else the CPU. Raises ValueError for a key out
+    of range or with another number of rows.
     """
     if len(shape) == 0:
         raise ValueError("philox_normal needs a shape with at least one dimension: (rows, ...)")

@@ -26,6 +26,7 @@ def clean_estimate(x: Tensor, v: Tensor, sigma: Tensor, v_uncond: Tensor | None,
     cut, out = blocks_of(elements), x.new_empty(x.shape)
     launch(
         estimate_kernel, batch * cut.number, cut.warps, x, rows, velocity, uncond, fp32(sigma), out,
-        row_stride(rows), row_stride(velocity), row_stride(uncond), guidance_scale, cut.number, elements, BLOCK=cut.size,
+        row_stride(rows), row_stride(velocity), row_stride(uncond), guidance_scale, cut.number, elements,
+        BLOCK=cut.size,
     )  # fmt: skip
     return out

@@ -1,4 +1,6 @@
-"""The second stage of a sum: from one number per block to one per row, added in float64 in an order fixed by the number of blocks."""
+"""The second stage of a sum: from one number per block to one per row, added in float64
+in an order fixed by the number of blocks.
+"""
 
 from typing import NamedTuple
 
@@ -31,7 +33,9 @@ def pairwise(b_total):
 
 @inner
 def row_totals(p_partial, o_row, m_row, blocks):
-    """Float64 sums of rows o_row [R] of partial sums [..., blocks], in an order that depends on `blocks` alone; of a single one, exactly that one."""
+    """Float64 sums of rows o_row [R] of partial sums [..., blocks], in an order that depends on `blocks`
+    alone; of a single one, exactly that one.
+    """
     b_total = tl.zeros((o_row.shape[0], WIDTH), tl.float64)
     for i_first in range(0, blocks, WIDTH):
         o_block = i_first + tl.arange(0, WIDTH)
@@ -52,7 +56,9 @@ def logp_kernel(p_partial, p_parent, p_precision, p_log_norm, p_logp, edges, blo
 
 
 class LogProbability(NamedTuple):
-    """logp [E] on its way. A row of one block is finished by the first stage; longer ones leave `partial` [E, blocks] and the `parent` int64 of each edge."""
+    """logp [E] on its way. A row of one block is finished by the first stage; longer ones leave `partial` [E,
+    blocks] and the `parent` int64 of each edge.
+    """
 
     logp: Tensor
     partial: Tensor | None
@@ -71,13 +77,28 @@ class LogProbability(NamedTuple):
         if self.partial is not None:
             edges, blocks = self.partial.shape
             programs = -(-edges // ROWS.value)
-            launch(logp_kernel, programs, 4, self.logp, self.partial, self.parent, precision, log_norm, self.logp, edges, blocks, elements)
+            launch(
+                logp_kernel,
+                programs,
+                4,
+                self.logp,
+                self.partial,
+                self.parent,
+                precision,
+                log_norm,
+                self.logp,
+                edges,
+                blocks,
+                elements,
+            )
         return self.logp
 
 
 @inner
 def note_squares(p_logp, p_partial, p_parent, b_residual, precision, log_norm, i_edge, i_parent, i_block, blocks, D):
-    """Stores what a block of r [BLOCK] gives: the log-probability where the row has no other block, else its partial sum."""
+    """Stores what a block of r [BLOCK] gives: the log-probability where the row has no other block, else its partial
+    sum.
+    """
     squares = fold(b_residual * b_residual)
     if p_partial is None:
         tl.store(p_logp + i_edge, log_probability(squares.to(tl.float64), precision, log_norm, D))

@@ -1,9 +1,11 @@
-"""What one block of a row goes through in every kernel: the arithmetic that makes log-probabilities the same bits in all ops.
+"""What one block of a row goes through in every kernel: the arithmetic that makes
+log-probabilities the same bits in all ops.
 
     v = fma(γ, v − u, u)        μ = fma(c, p, fma(b, v, a·x))        r = x' − μ        logp = log_norm − κ·(Σ r²/D)
 
-Everything is fp32 and rounded as written. The order of a sum is written out too: tl.sum over more than two values leaves it to the layout, which the
-compiler chooses from the loads around it and which therefore differs between kernels.
+Everything is fp32 and rounded as written. The order of a sum is written out too: tl.sum over more
+than two values leaves it to the layout, which the compiler chooses from the loads around it and
+which therefore differs between kernels.
 """
 
 import os
@@ -16,15 +18,19 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def inner(function: Any) -> Any:
-    """Decorator of functions that kernels call. The interpreter runs them as plain Python: it would prepare each call of a jit function for a millisecond."""
+    """Decorator of functions that kernels call.
+    The interpreter runs them as plain Python: it would prepare each call of a jit function for a millisecond.
+    """
     return function if INTERPRETED else triton.jit(function)
 
 
 @inner
 def place(blocks, D, BLOCK: tl.constexpr):
-    """This program's row int64, its block int32, the block's first element int64, its lanes [BLOCK] and which of them lie in the row.
+    """This program's row int64, its block int32, the block's first element int64, its lanes
+    [BLOCK] and which of them lie in the row.
 
-    Lanes claim to be contiguous by fours only: with eight bf16 per thread, what meets fp32 and noise would have to move between threads.
+    Lanes claim to be contiguous by fours only: with eight bf16 per thread, what meets fp32 and
+    noise would have to move between threads.
     """
     i_row = (tl.program_id(0) // blocks).to(tl.int64)
     i_block = tl.program_id(0) % blocks
@@ -35,7 +41,7 @@ def place(blocks, D, BLOCK: tl.constexpr):
 
 @inner
 def require(right, message: tl.constexpr, BLOCK: tl.constexpr):
-    """Ends the kernel, and the process's use of the GPU, with a line from one thread unless the scalar `right` is true."""
+    """Unless the scalar `right` is true, one thread prints a line and the process can use its GPU no more."""
     if right == 0:
         if INTERPRETED:
             raise RuntimeError(message)
@@ -44,7 +50,9 @@ def require(right, message: tl.constexpr, BLOCK: tl.constexpr):
 
 @inner
 def children(p_offsets, fanout, i_parent, i_block, blocks, edges, BLOCK: tl.constexpr):
-    """The edges [first, last) of a parent, int64: `fanout` each, or from CSR offsets, which must rise from 0 to `edges`. Wrong ones are never followed."""
+    """The edges [first, last) of a parent, int64: `fanout` each, or from CSR offsets, which must rise from 0
+    to `edges`. Wrong ones are never followed.
+    """
     if p_offsets is None:
         first = i_parent * fanout
         last = first + fanout
@@ -90,12 +98,16 @@ def _add(left, right):
     return left + right
 
 
-ADD = tl.standard._sum_combine if INTERPRETED else _add  # the interpreter adds whole axes with its own, and single numbers with any other
+ADD = (
+    tl.standard._sum_combine if INTERPRETED else _add
+)  # the interpreter adds whole axes with its own, and single numbers with any other
 
 
 @inner
 def fold(values):
-    """Sum of [N], N a power of two from 4 to 2¹⁷: the four quarters first, which lie in one thread, then neighbours. Each reduction adds two numbers."""
+    """Sum of [N], N a power of two from 4 to 2¹⁷: the four quarters first, which lie in one thread, then neighbours.
+    Each reduction adds two numbers.
+    """
     for _ in tl.static_range(2):
         values = tl.reduce(tl.reshape(values, (2, values.shape[0] // 2)), 0, ADD)
     for _ in tl.static_range(14):

@@ -40,8 +40,9 @@ def flow_logprob(
     offsets, cut = offsets_of(child_offsets, batch, edges), blocks_of(elements)
     scores, precision, log_norm = LogProbability.empty(edges, cut, x), fp32(precision), fp32(log_norm)
     launch(
-        logprob_kernel, batch * cut.number, cut.warps, x, rows, velocity, uncond, reached, fp32(x_coef), fp32(v_coef), precision, log_norm,
-        offsets, *scores, *(row_stride(t) for t in (rows, velocity, uncond, reached)), guidance_scale, fanout, edges, cut.number, elements,
+        logprob_kernel, batch * cut.number, cut.warps, x, rows, velocity, uncond, reached, fp32(x_coef), fp32(v_coef),
+        precision, log_norm, offsets, *scores, *(row_stride(t) for t in (rows, velocity, uncond, reached)),
+        guidance_scale, fanout, edges, cut.number, elements,
         BLOCK=cut.size,
     )  # fmt: skip
     return scores.finish(precision, log_norm, elements)
@@ -55,7 +56,7 @@ def flow_logprob_backward(
     """Gradients of v and v_uncond (empty without guidance) for grad [E]."""
     offsets = offsets_of(child_offsets, x.shape[0], x_next.shape[0])
     return velocity_gradient(
-        rows_of(x), rows_of(v), optional_rows(v_uncond), rows_of(x_next), None, None, None, fp32(x_coef), fp32(v_coef), None, fp32(precision),
-        fp32(grad), None, None, offsets, tuple(v.shape),
+        rows_of(x), rows_of(v), optional_rows(v_uncond), rows_of(x_next), None, None, None,
+        fp32(x_coef), fp32(v_coef), None, fp32(precision), fp32(grad), None, None, offsets, tuple(v.shape),
         guard=False, fanout=fanout, sibling_correlation=0.0, kl_weight=0.0, guidance_scale=guidance_scale,
     )  # fmt: skip

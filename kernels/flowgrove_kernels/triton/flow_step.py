@@ -1,4 +1,6 @@
-"""flow_step: one launch reads x, v and history once for all children of a row, draws their noise and writes x' and the sums of logp."""
+"""flow_step: one launch reads x, v and history once for all children of a row, draws their
+noise and writes x' and the sums of logp.
+"""
 
 import math
 
@@ -28,7 +30,11 @@ def step_kernel(
     if p_history is not None:
         b_history = tl.load(p_history + i_parent * s_history + start + o_lane, mask=m_lane, other=0.0)
         b_mean = tl.fma(prev_coef, b_history, b_mean)
-    std, precision, log_norm = tl.load(p_std + i_parent), tl.load(p_precision + i_parent), tl.load(p_log_norm + i_parent)
+    std, precision, log_norm = (
+        tl.load(p_std + i_parent),
+        tl.load(p_precision + i_parent),
+        tl.load(p_log_norm + i_parent),
+    )
     for i_child in range(fanout):
         i_edge = i_parent * fanout + i_child
         b_next = b_mean
@@ -48,12 +54,18 @@ def step_kernel(
 
 @implements("flow_step", "triton")
 def flow_step(
-    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, std: Tensor, precision: Tensor, log_norm: Tensor,
-    key: Tensor | None, noise: Tensor | None, history: Tensor | None, v_uncond: Tensor | None,
+    x: Tensor, v: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, std: Tensor, precision: Tensor,
+    log_norm: Tensor, key: Tensor | None, noise: Tensor | None, history: Tensor | None, v_uncond: Tensor | None,
     fanout: int, sibling_correlation: float, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x_next [B·fanout, ...], logp [B·fanout]), fp32."""
-    rows, velocity, uncond, previous, given = rows_of(x), rows_of(v), optional_rows(v_uncond), optional_rows(history), optional_rows(noise)
+    rows, velocity, uncond, previous, given = (
+        rows_of(x),
+        rows_of(v),
+        optional_rows(v_uncond),
+        optional_rows(history),
+        optional_rows(noise),
+    )
     batch, elements = rows.shape
     cut, edges = blocks_of(elements), batch * fanout
     x_next, scores = x.new_empty((edges, *x.shape[1:])), LogProbability.empty(edges, cut, x)
@@ -62,7 +74,8 @@ def flow_step(
         step_kernel, batch * cut.number, cut.warps, x, rows, velocity, uncond, previous, given, key,
         fp32(x_coef), fp32(v_coef), fp32(prev_coef), fp32(std), precision, log_norm, x_next, *scores,
         *(row_stride(t) for t in (rows, velocity, uncond, previous, given)), *((0, 0) if key is None else key.stride()),
-        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), fanout, cut.number, elements,
+        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), fanout,
+        cut.number, elements,
         CORRELATED=sibling_correlation > 0, BLOCK=cut.size,
     )  # fmt: skip
     return x_next, scores.finish(precision, log_norm, elements)

@@ -4,6 +4,7 @@ The launch of the scalars adds up the loss too where it is a single program.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flowgrove_kernels.backends import implements
 from flowgrove_kernels.layout import fp32, optional_rows, rows_of
+from flowgrove_kernels.loss_arguments import LossArguments
 from flowgrove_kernels.triton.combine import ROWS, edges_of, pairwise, row_totals
 from flowgrove_kernels.triton.element import children, fold, guided, log_probability, place, step_mean
 from flowgrove_kernels.triton.gradient import pull_strength, velocity_gradient
@@ -21,11 +23,15 @@ from flowgrove_kernels.triton.normal import edge_normals, key_words, require_wor
 
 @triton.jit
 def sums_kernel(
-    p_x, p_v, p_uncond, p_next, p_ref, p_noise, p_key, p_x_coef, p_v_coef, p_std, p_offsets, p_squares, p_products, p_drifts, p_parent,
+    p_x, p_v, p_uncond, p_next, p_ref, p_noise, p_key, p_x_coef, p_v_coef, p_std, p_offsets,
+    p_squares, p_products, p_drifts, p_parent,
     s_x, s_v, s_uncond, s_next, s_ref, s_noise, s_word, s_key, guidance, shared, own, fanout, edges, blocks, D,
     CORRELATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of a parent: Σ r² → squares [E, blocks]; guard: Σ z⊙(s·z − r) → products [E, blocks]; KL: Σ (v − v_ref)² → drifts [B, blocks]."""
+    """One program per block of a parent.
+
+    Σ r² → squares [E, blocks]; guard: Σ z⊙(s·z − r) → products [E, blocks]; KL: Σ (v − v_ref)² → drifts [B, blocks].
+    """
     i_parent, i_block, start, o_lane, m_lane = place(blocks, D, BLOCK)
     b_v = guided(p_v, s_v, p_uncond, s_uncond, guidance, i_parent, start, o_lane, m_lane)
     if p_ref is not None:
@@ -56,7 +62,9 @@ def scores_kernel(
     p_squares, p_products, p_drifts, p_parent, p_v_coef, p_std, p_precision, p_log_norm, p_old, p_advantage, p_weight,
     p_logp, p_ratio, p_clipped, p_kl, p_term, p_loss, p_score, low, high, kl_weight, edges, blocks, D,
 ):  # fmt: skip
-    """What depends on the sums of ROWS edges. term: their parts of the loss, unless p_loss takes it; score: ∂loss/∂log ρ, 0 where the clip removes it."""
+    """What depends on the sums of ROWS edges.
+    term: their parts of the loss, unless p_loss takes it; score: ∂loss/∂log ρ, 0 where the clip removes it.
+    """
     o_edge, m_edge = edges_of(edges)
     o_parent = tl.load(p_parent + o_edge, mask=m_edge, other=0)
     precision = tl.load(p_precision + o_parent, mask=m_edge, other=0.0)
@@ -104,42 +112,45 @@ def loss_kernel(p_term, p_loss, edges):
 
 
 @implements("grpo_loss", "triton")
-def grpo_loss(
-    grad_loss: Tensor | None, x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, std: Tensor, precision: Tensor, log_norm: Tensor,
-    old_logp: Tensor | None, advantage: Tensor, weight: Tensor, child_offsets: Tensor | None, key: Tensor | None, noise: Tensor | None,
-    v_ref: Tensor | None, v_uncond: Tensor | None, guard: bool, clip_low: float, clip_high: float, fanout: int,
-    sibling_correlation: float, kl_weight: float, guidance_scale: float,
-) -> list[Tensor]:  # fmt: skip
-    """loss, logp, ratio, clipped, kl; and, with grad_loss (a scalar that scales them), the gradients of v and v_uncond."""
-    edges, shape = x_next.shape[0], tuple(v.shape)
-    x, v, x_next, v_ref, v_uncond, noise = rows_of(x), rows_of(v), rows_of(x_next), optional_rows(v_ref), optional_rows(v_uncond), optional_rows(noise)
-    x_coef, v_coef, std, precision, log_norm, advantage, weight = (fp32(t) for t in (x_coef, v_coef, std, precision, log_norm, advantage, weight))
-    old_logp = None if old_logp is None else fp32(old_logp)
+def grpo_loss(grad_loss: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """Outputs and, with grad_loss (a scalar that scales them), gradients, as the reference returns them."""
+    given = LossArguments(*arguments)
+    edges, shape = given.x_next.shape[0], tuple(given.v.shape)
+    guidance_scale, correlation, key = given.guidance_scale, given.sibling_correlation, given.key
+    x, v, x_next = rows_of(given.x), rows_of(given.v), rows_of(given.x_next)
+    v_ref, v_uncond, noise = optional_rows(given.v_ref), optional_rows(given.v_uncond), optional_rows(given.noise)
+    x_coef, v_coef, std = fp32(given.x_coef), fp32(given.v_coef), fp32(given.std)
+    precision, log_norm = fp32(given.precision), fp32(given.log_norm)
+    advantage, weight = fp32(given.advantage), fp32(given.weight)
+    old_logp = None if given.old_logp is None else fp32(given.old_logp)
     batch, elements = x.shape
-    offsets, cut = offsets_of(child_offsets, batch, edges), blocks_of(elements)
+    offsets, cut = offsets_of(given.child_offsets, batch, edges), blocks_of(elements)
     squares, parent = x.new_empty((edges, cut.number)), x.new_empty(edges, dtype=torch.int64)
-    products = x.new_empty((edges, cut.number)) if guard and old_logp is not None else None
+    products = x.new_empty((edges, cut.number)) if given.guard and old_logp is not None else None
     drifts = None if v_ref is None else x.new_empty((batch, cut.number))
     launch(
-        sums_kernel, batch * cut.number, cut.warps, x, x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std, offsets,
-        squares, products, drifts, parent, *(row_stride(t) for t in (x, v, v_uncond, x_next, v_ref, noise)), *((0, 0) if key is None else key.stride()),
-        guidance_scale, math.sqrt(sibling_correlation), math.sqrt(1 - sibling_correlation), fanout, edges, cut.number, elements,
-        CORRELATED=sibling_correlation > 0, BLOCK=cut.size,
+        sums_kernel, batch * cut.number, cut.warps, x, x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std,
+        offsets, squares, products, drifts, parent,
+        *(row_stride(t) for t in (x, v, v_uncond, x_next, v_ref, noise)), *((0, 0) if key is None else key.stride()),
+        guidance_scale, math.sqrt(correlation), math.sqrt(1 - correlation), given.fanout, edges, cut.number, elements,
+        CORRELATED=correlation > 0, BLOCK=cut.size,
     )  # fmt: skip
 
     loss, logp, ratio, kl, score = x.new_empty(()), *(x.new_empty(edges) for _ in range(4))
     clipped, programs = x.new_empty(edges, dtype=torch.int8), -(-edges // ROWS.value)
     term = None if programs == 1 else x.new_empty(edges, dtype=torch.float64)
     launch(
-        scores_kernel, programs, 4, x, squares, products, drifts, parent, v_coef, std, precision, log_norm, old_logp, advantage, weight,
-        logp, ratio, clipped, kl, term, loss if term is None else None, score, 1 - clip_low, 1 + clip_high, kl_weight, edges, cut.number, elements,
+        scores_kernel, programs, 4, x, squares, products, drifts, parent, v_coef, std, precision, log_norm, old_logp,
+        advantage, weight, logp, ratio, clipped, kl, term, loss if term is None else None, score,
+        1 - given.clip_low, 1 + given.clip_high, given.kl_weight, edges, cut.number, elements,
     )  # fmt: skip
     if term is not None:
         launch(loss_kernel, 1, 1, x, term, loss, edges)
     if grad_loss is None:
         return [loss, logp, ratio, clipped, kl]
     gradients = velocity_gradient(
-        x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std, precision, score, weight, fp32(grad_loss), offsets, shape,
-        guard=guard, fanout=fanout, sibling_correlation=sibling_correlation, kl_weight=kl_weight, guidance_scale=guidance_scale,
+        x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std, precision, score, weight, fp32(grad_loss),
+        offsets, shape, guard=given.guard, fanout=given.fanout, sibling_correlation=correlation,
+        kl_weight=given.kl_weight, guidance_scale=guidance_scale,
     )  # fmt: skip
     return [loss, logp, ratio, clipped, kl, *gradients]

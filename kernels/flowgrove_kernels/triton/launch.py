@@ -13,7 +13,8 @@ from flowgrove_kernels.checks import require_offsets
 
 _HERE = nullcontext()
 _ONE_AT_A_TIME = Lock()  # the interpreter, which is what takes CPU tensors, holds the place of one program
-REGISTERS = 128  # of a thread at most, or two programs of eight warps do not fit a multiprocessor: Triton 3.6 would take up to 155
+# Of a thread at most, or two programs of eight warps do not fit a multiprocessor: Triton 3.6 would take up to 155.
+REGISTERS = 128
 OPTIONS = {
     "num_stages": 1,
     "enable_fp_fusion": False,
@@ -31,7 +32,8 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(elements: int) -> Blocks:
-    """The blocks of a row. They depend on D alone, and so does the order in which a row is summed: bit-equal in any batch.
+    """The blocks of a row. They depend on D alone, and so does the order in which a row is summed: bit-equal in any
+    batch.
 
     A thread handles four times four neighbours: each a 128-bit access of fp32 and one Philox counter.
     """
@@ -41,7 +43,9 @@ def blocks_of(elements: int) -> Blocks:
 
 
 def launch(kernel: Any, programs: int, warps: int, on: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Runs `programs` programs of `kernel` on the device of `on`. No product is contracted into a sum but where a kernel writes tl.fma."""
+    """Runs `programs` programs of `kernel` on the device of `on`.
+    No product is contracted into a sum but where a kernel writes tl.fma.
+    """
     if programs == 0:
         return
     with _place(on):

@@ -1,7 +1,8 @@
 """Standard normals drawn in registers: Philox4x32-10 and Box–Muller, as `flowgrove_kernels.noise` defines them.
 
-tl.log, tl.cos and tl.sin become approximate instructions on a GPU, so the three are polynomials here, about one unit in the last place each. Their
-coefficients are weighted minimax fits of the relative error, each rounded to fp32 before the next was fitted.
+tl.log, tl.cos and tl.sin become approximate instructions on a GPU, so the three are polynomials here, about
+one unit in the last place each. Their coefficients are weighted minimax fits of the relative error, each
+rounded to fp32 before the next was fitted.
 """
 
 import triton.language as tl
@@ -28,7 +29,9 @@ def natural_log(u):
 
 @inner
 def cosine_sine(angle):
-    """(cos, sin) of fp32 angles in [0, 2π]: the nearest multiple of π/2 is taken off in two parts, the first of 21 bits so that it goes off exactly."""
+    """(cos, sin) of fp32 angles in [0, 2π]: the nearest multiple of π/2 is taken off in two parts, the
+    first of 21 bits so that it goes off exactly.
+    """
     magic = tl.fma(angle, 0.6366197723675814, 12582912.0)  # 1.5·2²³: the last bits of the sum are the multiple
     quarter = magic.to(tl.int32, bitcast=True)
     turns = magic - 12582912.0
@@ -51,7 +54,9 @@ def uniform(word):
 
 @inner
 def block_normals(seed, node, step, prompt, i_block, BLOCK: tl.constexpr):
-    """[BLOCK] normals of block i_block of a row: each counter gives four neighbours, which stay in one thread. seed: 64 bits, iteration in the high half."""
+    """[BLOCK] normals of block i_block of a row: each counter gives four neighbours, which stay in one thread.
+    seed: 64 bits, iteration in the high half.
+    """
     o_counter = i_block.to(tl.uint32) * (BLOCK // 4) + tl.arange(0, BLOCK // 4).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, o_counter, node, step, prompt)
     radius = tl.sqrt_rn(-2.0 * natural_log(uniform(tl.join(w0, w2))))  # [BLOCK/4, 2]
@@ -79,12 +84,26 @@ def require_words(seed, iteration, step, prompt, node, parent, i_block, CORRELAT
         require((node >> 32) == 0, "NoiseKey.node holds a value outside [0, 2**32)", BLOCK)
         require((parent >> 32) == 0, "NoiseKey.parent holds a value outside [0, 2**32)", BLOCK)
     if CORRELATED:  # below SHARED_STEP - 1
-        require((step < 0x7FFFFFFF) | (i_block > 0), "NoiseKey.step must be below 2**31 - 1 for correlated siblings", BLOCK)
+        require(
+            (step < 0x7FFFFFFF) | (i_block > 0), "NoiseKey.step must be below 2**31 - 1 for correlated siblings", BLOCK
+        )
 
 
 @inner
-def edge_normals(p_key, s_word, s_key, i_edge, i_block, shared, own, CORRELATED: tl.constexpr, CHECKED: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] of the noise that column i_edge of a packed key names; correlated: shared·ξ_parent + own·ξ, with shared = √ρ and own = √(1−ρ).
+def edge_normals(
+    p_key,
+    s_word,
+    s_key,
+    i_edge,
+    i_block,
+    shared,
+    own,
+    CORRELATED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[BLOCK] of the noise that column i_edge of a packed key names; correlated: shared·ξ_parent +
+    own·ξ, with shared = √ρ and own = √(1−ρ).
 
     CHECKED: an earlier kernel has called `require_words`.
     """

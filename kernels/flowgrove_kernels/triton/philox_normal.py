@@ -23,5 +23,7 @@ def philox_normal(key: Tensor, elements: int) -> Tensor:
     """fp32 [rows, elements] for a packed key int64 [6, rows]."""
     rows, cut = key.shape[1], blocks_of(elements)
     out = key.new_empty((rows, elements), dtype=torch.float32)
-    launch(normal_kernel, rows * cut.number, cut.warps, key, key, out, *key.stride(), cut.number, elements, BLOCK=cut.size)
+    launch(
+        normal_kernel, rows * cut.number, cut.warps, key, key, out, *key.stride(), cut.number, elements, BLOCK=cut.size
+    )
     return out
