@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
 INTERPRETED := tests/kernels/test_op_flow_step.py tests/kernels/test_op_flow_logprob.py tests/kernels/test_op_grpo_loss.py tests/kernels/test_op_clean_estimate.py tests/kernels/test_noise.py
 
-.PHONY: install quickstart test test-long test-gpu gpu-kit bench lint format clean
+.PHONY: install quickstart test test-long test-gpu gpu-kit bench lint format docs clean
 
 install: $(STAMP)
 
@@ -54,6 +54,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages that are written from the code.
+docs: $(STAMP)
+	$(BIN)/flowgrove recipe --markdown > docs/recipe.md
+	$(BIN)/flowgrove metrics --markdown > docs/metrics.md
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info kernels/flowgrove_kernels/*.so

@@ -44,6 +44,7 @@ AllowPython = Annotated[
     bool, typer.Option("--allow-python", help="let a reward named python run the file that the recipe names")
 ]
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="all of them, as the page of the documentation")]
 Which = Annotated[
     str | None,
     typer.Option("--checkpoint", metavar="N|best|PATH", help="after N iterations, best, or a folder; default: newest"),
@@ -190,6 +191,36 @@ def plan(
         draw_plan(made, settings, Console(highlight=False), table.source)
     if predicted is not None:
         draw_memory(predicted, device_type, Console(highlight=False, stderr=as_json))
+
+
+@_command
+def recipe_(
+    key: Annotated[
+        str | None, typer.Argument(help="a section or a key, like rollout.window", show_default=False)
+    ] = None,
+    markdown: AsMarkdown = False,
+) -> None:
+    """Explain recipe keys: all on a line each, the keys of a section, or one in full."""
+    from flowgrove.report.reference import draw_recipe, recipe_page
+
+    if markdown:
+        sys.stdout.write(recipe_page())
+    else:
+        draw_recipe(key, Console(highlight=False))
+
+
+@_command
+def metrics(
+    key: Annotated[str | None, typer.Argument(help="like ratio_mean; default: all", show_default=False)] = None,
+    markdown: AsMarkdown = False,
+) -> None:
+    """Explain what a run writes of every iteration: meaning, what is healthy, what to do where it is not."""
+    from flowgrove.report.reference import draw_metrics, metrics_page
+
+    if markdown:
+        sys.stdout.write(metrics_page())
+    else:
+        draw_metrics(key, Console(highlight=False))
 
 
 @_command

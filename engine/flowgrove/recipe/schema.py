@@ -1,14 +1,18 @@
-"""What a recipe may say: its sections, their keys and defaults."""
+"""What a recipe may say: its sections, their keys and defaults.
+
+The text below a key is its documentation: `flowgrove recipe` prints it and `make docs` writes it to docs/recipe.md. Its
+first line says what the key does, its last one where that comes from; a section needs no source of its own.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-_LARGEST = 2**31 - 1  # numbers beyond it are mistakes that would cost memory or time before anything else noticed
+LARGEST = 2**31 - 1  # numbers beyond it are mistakes that would cost memory or time before anything else noticed
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1, le=_LARGEST)]
-Index = Annotated[int, Field(ge=0, le=_LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Index = Annotated[int, Field(ge=0, le=LARGEST)]
 MOST_LEAVES = 4096  # of a prompt: groups that are published have up to 64, and a plan counts every edge
 Steps = Annotated[int, Field(ge=2, le=1000)]  # the schedules that models are trained on have 1000
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -33,57 +37,249 @@ class Section(_Said):
 
 class Lora(Section):
     rank: Annotated[int, Field(ge=1, le=100_000)]
+    """The rank r of the two factors of each adapted layer.
+    Trained weights, their optimiser state and the exported file grow linearly with it. Published runs take 32 (SD3.5
+    Medium, Wan2.1), 64 (Qwen-Image) and 128 (FLUX.1-dev); raise it where the reward saturates early.
+    Source: LoRA (2106.09685), §4.1.
+    """
+
     alpha: Positive
-    targets: Annotated[list[Text], Field(min_length=1)] | None = None  # null: the adapter's published ones
+    """The numerator of the scale alpha/rank that a layer's update is multiplied by.
+    Twice the rank is usual. Changing it has the effect of another learning rate, so leave it and change update.lr.
+    Source: LoRA (2106.09685), §4.1.
+    """
+
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None
+    """The names of the transformer's modules that get LoRA layers, as peft matches them: whole names or their ends.
+    null takes the adapter's: attn.to_q, attn.to_k, attn.to_v, attn.to_out.0, for sd3 and qwen_image also
+    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out; for wan the first four without attn. Add
+    feed-forward layers where attention alone does not learn what the reward asks for.
+    Source: the published configurations of Flow-GRPO (2505.05470) and DanceGRPO (2505.07818).
+    """
 
 
 class Model(Section):
     adapter: Literal["sd3", "flux", "qwen_image", "wan"]
+    """The model family, which must be that of the pipeline in model.path.
+    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; qwen_image: Qwen-Image; wan: Wan2.1
+    text-to-video.
+    Source: diffusers' pipelines of these families.
+    """
+
     path: Text
+    """The diffusers pipeline: a folder, OWNER/NAME in the local Hugging Face cache, or `tiny`.
+    A folder is sought beside the recipe and then in the working folder; `tiny` is the embedded pipeline. Nothing is
+    downloaded: what is missing is an error with the command that fetches it.
+    Source: ours.
+    """
+
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """The number format that the transformer computes in.
+    Trained weights, their optimiser state, states and log-probabilities are fp32 under bf16 and fp32 alike; bf16 reads
+    copies of the weights that are rounded once per update. fp32 switches TF32 off and needs about twice the memory of
+    frozen weights: take it for small models, or to see whether rounding is at fault. fp64 computes everything in
+    float64 on the reference backend, for tests and for sd3 only.
+    Source: ours.
+    """
+
     lora: Lora | None = None
+    """LoRA layers that train beside the frozen transformer; null trains all of its weights.
+    With LoRA the reference model is the same transformer with the layers switched off, and gradients and optimiser
+    state shrink to the layers. Full training takes a lower update.lr (published for FLUX.1-dev: 1e-5 against 3e-4).
+    Source: LoRA (2106.09685).
+    """
+
     guidance_scale: NotNegative = 1.0
+    """The scale γ of classifier-free guidance in rollout, training and evaluation; 1 or less is none.
+    Models without a guidance input run a second, unconditional row per state, which doubles the cost of every pass, and
+    gradients go through both rows. FLUX.1-dev takes γ as an input at no cost. Write what the model will be drawn with.
+    Source: classifier-free guidance (2207.12598).
+    """
+
     height: Pixels | None = None
+    """The height of a picture or frame, in pixels; null: the pipeline's default.
+    It must be a multiple of the pixels per token and side, which is 16 for the published models. The cost of a pass
+    grows with height × width: published runs train at 512 or 720 and draw larger afterwards.
+    Source: the pipeline's configuration.
+    """
+
     width: Pixels | None = None
+    """The width of a picture or frame, in pixels; null: the pipeline's default.
+    What model.height says holds for it too.
+    Source: the pipeline's configuration.
+    """
+
     frames: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)] | None = (
-        None  # heights and widths that the prompts of an iteration take in turn
-    )
-    text_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = (
-        None  # longest prompt that the model reads; null: the pipeline's own
-    )
+    """The frames of a video; null: 81. Only models of videos take it.
+    It must be a multiple of 4 plus one, since the autoencoder joins 4 frames. Cost grows linearly with it, attention
+    faster: Flow-GRPO trains Wan2.1 on 33.
+    Source: Wan2.1's pipeline in diffusers.
+    """
+
+    sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)] | None = None
+    """Several [height, width] that the prompts of an iteration take in turn; null: one size.
+    Prompt i takes size i modulo their number, and all sizes train in the same updates. Evaluation draws at the first
+    size, unless model.height and model.width are given. Take it where the model must keep drawing other aspect ratios.
+    Source: ours.
+    """
+
+    text_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """The longest prompt that the model reads, in tokens of its last text encoder; null: the pipeline's own limit.
+    That is 512, for sd3 256. What is longer is cut, with a warning where prompts become equal by it. Lower it to save
+    tokens of every pass where all prompts are short.
+    Source: the pipelines' max_sequence_length in diffusers.
+    """
+
     gradient_checkpointing: bool = True
+    """Whether a training pass keeps only the inputs of each block and computes the rest again in its backward.
+    It saves most of the memory of activations for one more forward per training pass. Switch it off where memory
+    allows; `flowgrove plan --memory` predicts the peak.
+    Source: Chen et al. (1604.06174).
+    """
+
     vae_tiling: bool = False
+    """Whether the autoencoder decodes in tiles, as diffusers' enable_tiling does.
+    It bounds the memory of decoding large pictures and long videos, is slower, and may change pictures at tile borders:
+    switch it on where decoding runs out of memory.
+    Source: diffusers.
+    """
 
 
 class Data(Section):
     prompts: Text
+    """The prompts that are trained on: a file, a folder of a dataset, or the name of a public set.
+    Formats: text (a prompt per line), jsonl, json, csv, tsv, parquet, a folder of datasets.save_to_disk. Sets: hpdv2,
+    hpdv2_benchmark, pickapic_v1, pickapic_v1_test, pickapic_v2, pickapic_v2_test, drawbench, parti_prompts, from the
+    local Hugging Face cache. Every pass over the prompts takes a new seeded order.
+    Source: ours.
+    """
+
     eval_prompts: Text | None = None
+    """Held-out prompts that evaluations draw, in any format of data.prompts; null: no evaluation.
+    Each evaluation draws all of them, so some dozens to a few hundred are enough. Take prompts that data.prompts does
+    not hold: else the curve does not tell learning from memorising.
+    Source: ours.
+    """
+
     prompts_per_iteration: Annotated[int, Field(ge=1, le=100_000)] = 8
-    prompt_key: str | None = (
-        None  # the column of a jsonl, csv, tsv, parquet or datasets file; null: prompt, caption or text
-    )
-    embedding_cache: Text = "auto"  # auto, none or a folder
+    """The prompts of an iteration, each with a group of rollout.group_size samples.
+    All of them enter every update, so that more of them make the gradient less noisy; cost and stored states grow
+    linearly with it. Published runs take 32 to 48; raise it before update.lr where the reward jumps up and down.
+    Source: GRPO (2402.03300), the batch of questions.
+    """
+
+    prompt_key: str | None = None
+    """The column or field that holds the prompt; null: prompt, caption or text, whichever comes first.
+    Text files and public sets have no use for it. It holds for data.prompts and data.eval_prompts.
+    Source: ours.
+    """
+
+    embedding_cache: Text = "auto"
+    """Where embeddings of prompts are kept on disk: auto, none or a folder.
+    auto: text encoders whose files hold up to 1 GiB stay on the device, as all do with none. Of larger ones every
+    prompt is encoded once, into flowgrove/embeddings in the user's cache folder (XDG_CACHE_HOME or ~/.cache), and they
+    are freed; where that would take more than 20 GiB of disk, they wait in host memory instead. Name a folder to share
+    embeddings between runs of several machines, or to allow more than 20 GiB.
+    Source: ours.
+    """
 
 
 class Window(Section):
     strategy: Literal["all", "progressive", "random", "decay", "exp_decay", "frozen", "none"] = "all"
+    """Where the window stands in an iteration.
+    all: every step but the last (of window.range, if given). progressive: it moves by stride every `every` iterations.
+    decay, exp_decay: the same, but later positions are kept for fewer iterations. random: a new seeded position in
+    every iteration. frozen: it stays at start. none: no window, so that only tree.splits are stochastic. Early steps
+    decide composition and carry most of the reward: progressive is the safe choice, frozen at 0 the cheapest with a
+    tail.
+    Source: MixGRPO (2507.21802), sliding window; all: DanceGRPO and Flow-GRPO; random: Flow-GRPO-Fast.
+    """
+
     size: Count = 4
+    """The number of steps in the window; all and none have no use for it.
+    Training passes grow linearly with it. MixGRPO takes 4 of 25 steps, Flow-GRPO-Fast 3 and Qwen-Image runs 2 of 10.
+    Source: MixGRPO (2507.21802), window size w.
+    """
+
     every: Count = 25
+    """How many iterations a position is kept: by progressive always, by decay and exp_decay at first.
+    Choose it so that the window crosses its range once within run.iterations, or comes round several times; a value
+    above run.iterations never moves it.
+    Source: MixGRPO (2507.21802), shift interval τ.
+    """
+
     stride: Count = 1
+    """The steps that the window moves at a time (progressive, decay, exp_decay).
+    A stride up to window.size trains every step of the range in turn.
+    Source: MixGRPO (2507.21802), window stride s.
+    """
+
     start: Index = 0
+    """The first position of the window, counted from the beginning of its range.
+    random, all and none have no use for it. 0 is the noisiest step, where changes are largest.
+    Source: MixGRPO (2507.21802), sliding window.
+    """
+
     range: tuple[int, int] | None = None
+    """The steps [lo, hi) that the window may cover, with 0 <= lo < hi <= rollout.steps - 1; null: all but the last.
+    The last step is never stochastic, as no noise may be left at its end. [0, 5] of 10 steps keeps training to the
+    first, noisy half.
+    Source: Flow-GRPO-Fast, in the released code of Flow-GRPO (2505.05470).
+    """
+
     wrap: bool = True
+    """Whether a moving window begins anew after its last position; false: it stays there.
+    It matters only in runs that are longer than one crossing of the range.
+    Source: ours.
+    """
+
     min_every: Count = 1
+    """The fewest iterations that decay keeps a position.
+    From `every` at the first position the stay falls linearly to it at the last.
+    Source: MixGRPO (2507.21802), decaying shift interval.
+    """
+
     decay_rate: NotNegative = 0.1
-    decay_after: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] = 13
+    """The rate k of exp_decay, per position: stay = ceil(every · exp(-k · max(0, position - decay_after))).
+    0 makes it progressive; the larger it is, the sooner late, low-noise steps are left again.
+    Source: MixGRPO (2507.21802), exponentially decaying shift interval.
+    """
+
+    decay_after: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] = 13
+    """The position after which exp_decay begins to shorten the stay.
+    13 is about half of the published 25 steps: change it with rollout.steps.
+    Source: MixGRPO (2507.21802), exponentially decaying shift interval.
+    """
 
 
 class Tree(Section):
     splits: list[int] = [0, 3, 6, 9]
+    """The steps at which every trajectory splits into `fanout`, in rising order; they are stochastic and train.
+    Early splits give different compositions, late ones finer credit. No split may be the last step. Below each root a
+    tree has fanout^n leaves, with n splits.
+    Source: BranchGRPO (2509.06040), branching steps.
+    """
+
     fanout: Annotated[int, Field(ge=2, le=MOST_LEAVES)] = 2
+    """The children K of every node at a split.
+    rollout.group_size must be K^n with n splits, or without shared noise a multiple of it. 3 with 4 splits makes 81
+    leaves.
+    Source: BranchGRPO (2509.06040), branch factor K.
+    """
+
     sibling_correlation: Annotated[float, Field(ge=0, le=1)] = 0.0588
+    """The correlation ρ between the noises of siblings; each of them alone stays N(0, I).
+    ρ = 1/(1 + s²) for the paper's mixing strength s = 4. 0: independent siblings, which differ most; 1: equal siblings,
+    which have no advantage.
+    Source: BranchGRPO (2509.06040), branch noise.
+    """
+
     split_noise_scale: Positive = 1.0
+    """What the noise at splits is multiplied by, while its density stays that of scale 1.
+    4 with sibling_correlation 0 repeats BranchGRPO's released code; there log-probabilities are no longer those of the
+    sampled noise, so leave it at 1 unless you compare with that code.
+    Source: BranchGRPO's released code.
+    """
 
     @model_validator(mode="after")
     def _splits_rise(self) -> "Tree":
@@ -94,30 +290,111 @@ class Tree(Section):
 
 class Tail(Section):
     solver: Literal["dpmpp_2m"] = "dpmpp_2m"
+    """The solver of the steps after the last stochastic one: DPM-Solver++ 2M, midpoint.
+    It is of second order from its second step on; the first, and the last to σ = 0, are Euler's.
+    Source: DPM-Solver++ (2211.01095), algorithm 2; MixGRPO-Flash (2507.21802).
+    """
+
     compress: Share = 0.4
+    """The share of the remaining steps that are taken, rounded to the nearest whole number and at least one.
+    The rollout's forwards fall with it: 0.4 in MixGRPO-Flash, 0.2 with its frozen window. Lower values blur training
+    pictures, so that rewards no longer rank what the full schedule would draw. 1 changes the solver alone.
+    Source: MixGRPO-Flash (2507.21802).
+    """
 
 
 class Cache(Section):
     """diffusers' TaylorSeer cache (Liu et al. 2503.06923)."""
 
-    interval: Annotated[int, Field(ge=2, le=_LARGEST)] = (
-        3  # steps from one computation of the attention layers to the next
-    )
-    order: Annotated[int, Field(ge=0, le=3)] = 1  # of the extrapolation between them
+    interval: Annotated[int, Field(ge=2, le=LARGEST)] = 3
+    """The steps from one computation of the attention layers to the next.
+    In between they are extrapolated. Larger saves more of each forward and changes pictures more.
+    Source: TaylorSeer (2503.06923), interval N.
+    """
+
+    order: Annotated[int, Field(ge=0, le=3)] = 1
+    """The order of the Taylor extrapolation between two computations; 0 reuses the last value.
+    The first order + 1 steps of the cached part are computed. Each order holds one more tensor per layer and row.
+    Source: TaylorSeer (2503.06923), order O.
+    """
 
 
 class Rollout(Section):
     steps: Steps = 25
+    """The denoising steps T of a training sample.
+    Forwards of the rollout grow linearly with it. Few steps are enough to rank samples: Flow-GRPO trains SD3.5 with 10
+    and evaluates with 40 (run.eval.steps), MixGRPO trains FLUX.1-dev with 25.
+    Source: Flow-GRPO (2505.05470), denoising reduction.
+    """
+
     shift: Annotated[float, Field(ge=1e-6, le=100)] | None = 3.0  # beyond it steps fall together
+    """The shift of the noise levels, σ = shift·t/((1 - t) + shift·t); null: the table of the pipeline's scheduler.
+    Above 1 more steps are spent at high noise, as large pictures need; 1 is uniform. Take null where the trained model
+    is to be drawn with the pipeline's own schedule.
+    Source: Esser et al. (2403.03206), resolution-dependent shift.
+    """
+
     dynamics: Literal["flow_sde", "dance_sde", "wan_sde", "cps"] = "flow_sde"
+    """The law of the noise in stochastic steps.
+    flow_sde: standard deviation rate g = η·sqrt(σ/(1 - σ)), much noise early; dance_sde: g = η at every step; wan_sde:
+    g = σ·σ_1, with the table's second entry σ_1 and without η; cps: coefficients-preserving sampling, which leaves
+    exactly the noise that the next step expects, where the others leave some too much (visible as grain). Its
+    log-probability is no density, so update.clip_range means something else with it.
+    Source: Flow-GRPO (2505.05470); DanceGRPO (2505.07818); Flow-GRPO's code for Wan; CPS (2509.05952).
+    """
+
     noise_level: Positive = 0.7
+    """The noise level η of stochastic steps; at most 1 with cps, without effect on wan_sde.
+    More explores more and gives noisier samples, which rewards score lower. Published: flow_sde 0.7 (Qwen-Image 1.2),
+    dance_sde 0.3, cps 0.8. Raise it where the samples of a group score alike.
+    Source: Flow-GRPO (2505.05470), noise level a; DanceGRPO (2505.07818), ε_t; CPS (2509.05952), η.
+    """
+
     group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12
+    """The samples G (leaves) of a prompt, which are compared with each other.
+    More give advantages of less noise at linear cost; below 8 they are mostly noise. Published: 12 to 24. With a tree
+    it is the number of leaves: fanout^n with n splits, or a multiple of it without shared noise.
+    Source: GRPO (2402.03300), group size G.
+    """
+
     shared_initial_noise: bool = True
+    """Whether the samples of a prompt begin with the same noise.
+    Then they are one state up to the first stochastic step, which saves its forwards, and differences in reward come
+    from the trained steps alone. false (Flow-GRPO) gives more varied groups; a tree then has several roots.
+    Source: DanceGRPO (2505.07818), shared initialization noise.
+    """
+
     window: Window = Window()
+    """Which steps are stochastic and train; the others are steps of the ODE.
+    Source: MixGRPO (2507.21802), sliding window.
+    """
+
     tree: Tree | None = None
+    """A tree of trajectories that split at chosen steps; null: a flat group.
+    Trajectories share their states up to a split, and every edge gets an advantage from the leaves below it. The
+    window's steps are stochastic besides the splits.
+    Source: BranchGRPO (2509.06040).
+    """
+
     tail: Tail | None = None
-    guidance_range: tuple[Index, Count] | None = None  # [lo, hi): other steps without noise run unguided
-    cache: Cache | None = None  # attention of the steps after the last stochastic one
+    """Fewer steps of a higher-order solver after the last stochastic step; null: the schedule's own ODE steps.
+    It saves the larger part of the rollout's forwards where the window is early. Evaluation does without it.
+    Source: MixGRPO-Flash (2507.21802).
+    """
+
+    guidance_range: tuple[Index, Count] | None = None
+    """The steps [lo, hi) with guidance; other steps of the ODE run unguided. null: all are guided.
+    Stochastic steps are always guided. It halves the cost of a step without guidance, changes training pictures, and is
+    for models whose guidance takes a second row. Evaluation is guided throughout. Not together with rollout.cache.
+    Source: Kynkäänniemi et al. (2404.07724).
+    """
+
+    cache: Cache | None = None
+    """Extrapolated attention in the steps after the last stochastic one; null: every step is computed.
+    It changes training pictures, not gradients or ratios. CUDA graphs leave these steps alone. Evaluation does without
+    it.
+    Source: TaylorSeer (2503.06923), as diffusers has it.
+    """
 
     @model_validator(mode="after")
     def _cps_noise(self) -> "Rollout":
@@ -139,19 +416,70 @@ class Reward(_Said):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str
+    """The reward, each at most once; what else it takes stands beside name and weight.
+    aesthetic (path, clip, batch_size, dtype): LAION's aesthetic predictor. clip_score (path, batch_size, dtype): 100 ·
+    cosine of CLIP ViT-L/14. hpsv2 (path, processor, batch_size, dtype): HPSv2.1. http (url, video, batch_size, timeout,
+    retries, concurrency, max_answer_mb, key_variable): a server of yours. image_reward (path, tokenizer, batch_size,
+    dtype): ImageReward-v1.0. jpeg_size (quality, bigger): kilobytes. pickscore (path, processor, batch_size, dtype):
+    PickScore. python (file, function, video): a function of yours, with --allow-python. shapes: the embedded pipeline's
+    checker. unified_reward (url, model, instruction, max_tokens, timeout, retries, concurrency, key_variable): a judge
+    behind an OpenAI-compatible server.
+    Source: HPSv2 (2306.09341), PickScore (2305.01569), ImageReward (2304.05977), CLIPScore (2104.08718), UnifiedReward
+    (2503.05236), LAION-5B (2210.08402); http, python, jpeg_size, shapes: ours.
+    """
+
     weight: float = 1.0
+    """The weight of the reward in the sum of several; negative: less of it is better.
+    With credit.normalise per_reward it weighs advantages, whose scale is the same for all rewards; with weighted_sum it
+    weighs raw scores, whose scales differ. eval_reward is the weighted sum of raw scores under both.
+    Source: DanceGRPO (2505.07818) and MixGRPO (2507.21802), several rewards.
+    """
 
 
 class Prune(Section):
     """`depth` takes depths, first, stop, every, direction; `extreme` takes keep; `parent_top1` nothing."""
 
     kind: Literal["depth", "parent_top1", "extreme"]
+    """Which edges do not train; all of them are rolled out.
+    depth: those of a window of steps. parent_top1: at the last split, of each parent's children all but the best and
+    what follows from them. extreme: all that lead to none of the best and worst `keep` leaves of a prompt.
+    Source: BranchGRPO (2509.06040), depth pruning and width pruning.
+    """
+
     depths: Count = 4
+    """The number of steps that depth pruning leaves out at a time.
+    Training passes fall by about the edges of these steps.
+    Source: BranchGRPO (2509.06040), depth pruning.
+    """
+
     first: Index = 10
+    """The first step that depth pruning leaves out at the beginning.
+    10 is the first step after the splits of the published tree.
+    Source: BranchGRPO (2509.06040), depth pruning.
+    """
+
     stop: Index = 19
+    """The step at which the pruned window stops moving.
+    It stops when its last step has reached it, with direction earlier when its first step has; there it must be less
+    than `first`, or the window does not move.
+    Source: BranchGRPO (2509.06040), depth pruning.
+    """
+
     every: Count = 30
+    """How many iterations the pruned window stays before it moves by one step.
+    Source: BranchGRPO (2509.06040), depth pruning.
+    """
+
     direction: Literal["later", "earlier"] = "later"
+    """Whether the pruned window moves to later steps (less noise) or to earlier ones.
+    Source: BranchGRPO (2509.06040), depth pruning; earlier: ours.
+    """
+
     keep: Count = 4
+    """How many of the best and of the worst leaves of a prompt `extreme` trains on, each.
+    Twice as many leaves train; where that is the whole group, nothing is pruned.
+    Source: BranchGRPO (2509.06040), width pruning.
+    """
 
     @model_validator(mode="after")
     def _own_keys(self) -> "Prune":
@@ -167,78 +495,310 @@ class Prune(Section):
 
 class Credit(Section):
     normalise: Literal["per_reward", "weighted_sum"] = "per_reward"
+    """Whether each reward is normalised for itself and the advantages are summed, or the weighted sum is normalised.
+    per_reward lets rewards of different scales count by their weights alone. weighted_sum lets the one with the larger
+    spread rule, and keeps agreement between rewards. With one reward of weight 1 both are the same.
+    Source: MixGRPO's released code, aggregation of advantages or of rewards.
+    """
+
     std: Literal["group", "global"] = "group"
+    """Whose standard deviation divides the differences from the group's mean: the group's or that of all prompts.
+    group gives every prompt the same weight, also where its samples hardly differ; global lets prompts whose samples
+    differ more train more. At each depth of a tree the nodes of that depth are the group.
+    Source: GRPO (2402.03300); global: Flow-GRPO's released code.
+    """
+
     fusion_beta: float = 0.0
+    """The β of the softmax over path log-probabilities that weighs the leaves below a node; 0: their plain mean.
+    Log-probabilities are means over D latent elements, so that β must be of the order of sqrt(D) to matter; it then
+    prefers leaves of small noise. Without a tree it has no effect.
+    Source: BranchGRPO (2509.06040), path-probability reward fusion.
+    """
+
     adv_clip: Positive = 5.0
+    """The largest magnitude of an advantage, in standard deviations; what is beyond is clamped.
+    It bounds what one outlier of a reward can do. In groups of 12 no advantage of one reward exceeds 3.2.
+    Source: DanceGRPO's released code.
+    """
+
     prune: Prune | None = None
+    """Which edges are left out of training to save passes; null: none.
+    Source: BranchGRPO (2509.06040), pruning.
+    """
 
 
 class Update(Section):
     optimizer: Literal["adamw", "adamw_8bit", "apex_fused_adam"] = "adamw"
+    """The optimiser: PyTorch's fused AdamW, torchao's 8-bit AdamW, or NVIDIA apex's FusedAdam (on a GPU).
+    State per trained weight: 8 bytes, 2 bytes, 8 bytes. Take adamw_8bit where all weights train and memory is short;
+    with LoRA it saves nothing that counts.
+    Source: AdamW (1711.05101); 8-bit optimisers (2110.02861).
+    """
+
     lr: Positive = 1.0e-5
+    """The learning rate, per optimiser update.
+    Published: 1e-5 for all weights, 1e-4 to 3e-4 for LoRA. Lower it where the reward collapses, pictures break or
+    clipped fractions exceed a third; raise it where ratios stay at 1 and the reward is flat.
+    Source: MixGRPO (2507.21802) and Flow-GRPO (2505.05470), training settings.
+    """
+
     lr_schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate develops: constant, or a half cosine that falls to 0 at the end of the run.
+    With cosine the weights depend on run.iterations, so that it cannot be changed when a run is resumed.
+    Source: SGDR (1608.03983), without restarts.
+    """
+
     warmup: Index = 0
+    """The optimiser updates over which the learning rate rises linearly to update.lr.
+    An iteration has updates_per_iteration of them. Some tens help where the first iterations are the worst.
+    Source: Goyal et al. (1706.02677), §2.2.
+    """
+
     weight_decay: NotNegative = 1.0e-4
+    """The decoupled weight decay: every update shrinks trained weights by lr · weight_decay.
+    At these learning rates its effect is small; published runs keep 1e-4.
+    Source: AdamW (1711.05101); MixGRPO (2507.21802), training settings.
+    """
+
     clip_range: Share | tuple[Share, Positive] = 1.0e-4
+    """How far the policy ratio may leave 1 before its edge stops training: ε, or [ε_low, ε_high].
+    Log-probabilities are means over latent elements, so that useful values are far below the 0.2 of language models:
+    1e-5 (cps) to 1e-3 (trees, tiny models). An edge of positive advantage is clipped above 1 + ε_high, one of negative
+    below 1 - ε_low. Raise it where clipped_low and clipped_high exceed a third, lower it where updates run away. The
+    first update of an iteration has ratio 1 and is never clipped.
+    Source: PPO (1707.06347), §3; a pair: DAPO (2503.14476), clip-higher.
+    """
+
     kl_weight: NotNegative = 0.0
+    """The weight β of the divergence from the reference model, in velocity space; 0: none is computed.
+    It is the KL of the two Gaussian steps per latent element. Each training pass then runs the reference model's
+    forward too, and edges without advantage train as well; without LoRA a frozen copy of the transformer is held. Raise
+    it (0.001 to 0.01) against reward hacking: pictures that score higher and look worse.
+    Source: Flow-GRPO (2505.05470), KL in closed form.
+    """
+
     max_grad_norm: Positive = 1.0
+    """The L2 norm over all trained weights that a gradient is scaled down to where it is larger.
+    A gradient that is not finite skips its update. AdamW is almost blind to a constant scale, so that this only tames
+    outliers; grad_norm is the norm before scaling.
+    Source: Pascanu et al. (1211.5063); 1.0: DanceGRPO and MixGRPO.
+    """
+
     updates_per_iteration: Count = 4
+    """The optimiser updates of an iteration, each on its share of every prompt's samples.
+    At most the samples of a group. More make better use of a rollout, and all but the first are off-policy, which
+    clip_range bounds; each holds fewer samples, and states that they share are run again. 1 is on-policy throughout:
+    ratios are 1 and nothing is clipped.
+    Source: MixGRPO (2507.21802), training settings: 4 updates of 3 of 12 trajectories.
+    """
+
     partition: Literal["trajectories", "parents"] = "trajectories"
+    """How edges are divided over the updates: with their trajectory, or with their siblings.
+    trajectories is what the published loops do, and runs a state once for each update that has one of its children.
+    parents runs every state once: fewer training passes, at updates of less equal size.
+    Source: trajectories: the published loops; parents: ours.
+    """
+
     step_fraction: Share = 1.0
+    """The share of the stochastic steps that each sample trains on, drawn anew by seed for every sample.
+    Training passes fall with it, but less where samples share states, since each draws for itself.
+    Source: DanceGRPO (2505.07818), timestep selection: 0.6.
+    """
+
     step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
+    """How much each step counts in the loss.
+    uniform: 1. tempflow: its noise's standard deviation, with mean 1 over the trained steps, so that noisy early steps
+    count more. guard: 1/Δσ, with a ratio whose mean does not drift below 1 and whose spread is more equal over steps;
+    its ratios have another scale, so that clip_range has to be set anew.
+    Source: tempflow: TempFlow-GRPO (2508.04324); guard: GRPO-Guard (2510.22319).
+    """
+
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The decay of an average of the trained weights, per update; null: none.
+    Evaluation, sampling and export then use the average, training does not. It holds one more fp32 copy of the trained
+    weights. 0.9 to 0.99 smooths a jumpy curve; 0.999 needs thousands of updates to follow.
+    Source: Polyak averaging; Flow-GRPO's released code.
+    """
 
 
 class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the run computes; auto takes a CUDA GPU where torch sees one.
+    Source: ours.
+    """
+
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    token_budget: Literal["auto"] | Count = (
-        "auto"  # of a pass; auto: on a GPU measured when a run begins, on a CPU 4096
-    )
+    """The implementation of the fused step, log-probability and loss.
+    auto leaves it to the variable FLOWGROVE_BACKEND, else to the device. reference is PyTorch and the specification of
+    the others; all agree up to rounding. Name one to rule the others out when a run misbehaves; `flowgrove doctor` says
+    which are available.
+    Source: ours.
+    """
+
+    token_budget: Literal["auto"] | Count = "auto"
+    """The most tokens of a pass: rows × (picture + text tokens of the longest), both rows of guidance counted.
+    Rollout, training and evaluation fill passes up to it. auto: on a CPU 4096; on a GPU the fastest that fits, measured
+    when a run begins and remembered in the user's cache folder. Where memory runs out passes are halved and the run
+    goes on. Change it after `flowgrove tune`, or to leave room for others.
+    Source: ours.
+    """
+
     share: bool = True
+    """Whether a state that several trajectories share is computed once.
+    false runs every trajectory and edge for itself, as the published loops do: the same samples, losses and gradients
+    up to rounding, at their cost. It is for comparisons.
+    Source: ours; sharing in the rollout: BranchGRPO (2509.06040).
+    """
+
     exact_replay: bool = False
-    attention: str = "auto"  # sdpa, flash, flash3, xformers, or another name of diffusers' attention dispatch
-    compile: bool = False  # torch.compile of each transformer block
-    cuda_graphs: bool = False  # of the rollout's passes
-    reuse_rollout_graph: Literal["auto"] | bool = (
-        "auto"  # the rollout's forward of trained steps serves the first update, where memory allows
-    )
+    """Whether training repeats the rollout's passes row by row, so that logp_drift is exactly 0.
+    Rows that do not train run along, and the first update does not reuse the rollout's graphs. Switch it on to see
+    whether rounding in other batches is what hurts; it needs share.
+    Source: ours.
+    """
+
+    attention: str = "auto"
+    """The attention kernel: auto, sdpa, flash, flash3, xformers, cudnn, or another name of diffusers' dispatch.
+    auto leaves PyTorch's own. `flowgrove doctor` says which can run here, `flowgrove tune` measures them and refuses
+    those whose results differ.
+    Source: diffusers' attention dispatch.
+    """
+
+    compile: bool = False
+    """Whether torch.compile compiles each transformer block.
+    It costs minutes at the beginning of a run and pays in long ones; `flowgrove tune --compile` measures it.
+    Source: PyTorch's regional compilation.
+    """
+
+    cuda_graphs: bool = False
+    """Whether the rollout's passes are recorded as CUDA graphs and replayed, one per shape; on a GPU only.
+    It helps where launching kernels takes longer than running them: small models, few rows. Recordings hold memory.
+    Source: PyTorch's CUDA graphs.
+    """
+
+    reuse_rollout_graph: Literal["auto"] | bool = "auto"
+    """Whether the rollout's forward of trained steps serves the backward of the first update, whose policy it shares.
+    It saves those forwards and makes their logp_drift 0, and holds their activations through the rollout. auto: as many
+    as by prediction fit into the GPU's memory, or a quarter of the machine's, and only of passes that fill a quarter of
+    the token budget; none with pruning by reward. true: all of them, until memory runs out. false: none.
+    Source: ours.
+    """
+
     # another value is refused until there is code behind it
     distributed: Literal["none"] = "none"
+    """How a run is spread over devices: not yet.
+    Source: ours.
+    """
 
 
 class Evaluation(Section):
-    steps: Steps | None = None  # null: rollout.steps
-    guidance_scale: NotNegative | None = None  # null: model.guidance_scale
-    samples: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 1  # pictures per held-out prompt
-    tuned_share: Annotated[float, Field(ge=0, le=1)] = (
-        1.0  # of the steps: the tuned model runs these, the reference model the rest
-    )
+    steps: Steps | None = None
+    """The denoising steps of evaluations and `flowgrove sample`; null: rollout.steps.
+    Write what the model will be drawn with: 40 to 50 for models that train with 10 to 25.
+    Source: Flow-GRPO (2505.05470), denoising reduction.
+    """
+
+    guidance_scale: NotNegative | None = None
+    """The guidance scale of evaluations and `flowgrove sample`; null: model.guidance_scale.
+    A model that was trained without guidance may draw better with some, and the other way round.
+    Source: classifier-free guidance (2207.12598).
+    """
+
+    samples: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 1
+    """The pictures of every held-out prompt, each from a fixed noise of its own.
+    More make eval_reward less noisy at linear cost; with few prompts take 4.
+    Source: ours.
+    """
+
+    tuned_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The share of the steps, from the first, that the trained model runs; the reference model runs the rest.
+    0.8 leaves fine detail to the reference model, which takes back some of what a hacked reward has done to it. Without
+    LoRA a frozen copy of the transformer is held.
+    Source: MixGRPO (2507.21802), hybrid inference.
+    """
 
 
 class Run(Section):
     iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
+    """The iterations of the run: each a rollout, its rewards and updates_per_iteration updates.
+    A finished run goes on where a larger number is given with the same run.out, unless update.lr_schedule is cosine.
+    Source: MixGRPO (2507.21802), training settings.
+    """
+
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """What decides all random choices: noise, order of prompts, random windows and steps, LoRA's first weights.
+    On a CPU the same seed and recipe give the same weights to the last bit. Evaluation noise depends on it too, so
+    compare recipes at equal seeds, and over several.
+    Source: ours.
+    """
+
     out: Text = "runs/NAME"
+    """The folder of the run, relative to the working folder; NAME stands for the recipe's file name without suffix.
+    A folder holds one run: the same command goes on with it.
+    Source: ours.
+    """
+
     checkpoint_every: Index = 50
+    """The iterations between two checkpoints; 0: only the last.
+    A run that is stopped by a signal saves besides. A crash loses what came after the last one.
+    Source: ours.
+    """
+
     keep_last: Count = 3
-    keep_best: bool = False  # also the checkpoint of the best held-out reward, made when it is found
+    """How many of the newest checkpoints are kept.
+    One holds the trained weights in fp32 and the optimiser's state: 12 bytes per trained weight with adamw, so 0.2 to 2
+    GB for the shipped LoRA recipes, and 143 GB for all weights of FLUX.1-dev.
+    Source: ours.
+    """
+
+    keep_best: bool = False
+    """Whether the checkpoint of the best held-out reward is kept too; it is written when it is found.
+    It needs evaluations. `--checkpoint best` of sample, eval and export takes it.
+    Source: ours.
+    """
+
     eval_every: Index = 25
+    """The iterations between two evaluations on data.eval_prompts; 0: none.
+    The base model and the final one are evaluated too. An evaluation draws prompts × run.eval.samples pictures; see
+    that it takes a small share of the run's time.
+    Source: ours.
+    """
+
     eval: Evaluation = Evaluation()
+    """How evaluations and `flowgrove sample` draw: with the plain ODE, from fixed noise."""
+
     log: list[Literal["jsonl", "tensorboard"]] = ["jsonl", "tensorboard"]
+    """Where metrics go besides the screen; metrics.jsonl is always written, as resuming and the report read it.
+    Source: ours.
+    """
 
 
 class Recipe(Section):
     """One run."""
 
     model: Model
+    """The pipeline, what of it trains, in which precision, and the size of its samples."""
+
     data: Data
+    """The prompts, and how many an iteration takes."""
+
     rollout: Rollout = Rollout()
+    """How training samples are drawn: schedule, noise, groups, and which steps are stochastic and train."""
+
     reward: Annotated[list[Reward], Field(min_length=1)]
+    """The rewards, a list of {name, weight, options}; --set reads reward.0.weight and the like."""
+
     credit: Credit = Credit()
+    """How rewards become advantages of edges."""
+
     update: Update = Update()
+    """The loss, the optimiser, and how an iteration's edges are divided into updates."""
+
     engine: Engine = Engine()
+    """How it is computed: speed and memory, not what is learnt."""
+
     run: Run = Run()
+    """Length, seed, folder, checkpoints and evaluation."""
 
     def at_sizes(self) -> list["Recipe"]:
         """This recipe once for each of model.sizes, with that height and width; without sizes, itself."""

@@ -16,8 +16,16 @@ from flowgrove.recipe.schema import Recipe
 from flowgrove.report.figures import literal, pyplot, save_figure
 from flowgrove.report.grids import Grid, grid_files, in_common, load_grid
 from flowgrove.report.side_by_side import draw_side_by_side
+from flowgrove.run.metric_keys import find_metric
 from flowgrove.run.metrics import read_metrics
 
+# the metric whose healthy values stand below a plot
+_CAPTIONS = {
+    "reward.png": "eval_reward",
+    "ratio.png": "ratio_mean",
+    "clipped.png": "clipped_low",
+    "advantage.png": "advantage_by_step",
+}
 _TRAIN, _HELD_OUT, _MUTED = "#8fa8c8", "#1f4e8c", "#666666"
 
 
@@ -50,6 +58,7 @@ def write_report(recipe: Recipe, out: Path) -> Path:
     page = Environment(loader=PackageLoader("flowgrove.report"), autoescape=True).get_template("report.html.j2")
     text = page.render(
         name=out.name, facts=_facts(recipe, lines, _prompts_changed(grids)), plots=plots, before_after=comparison,
+        captions={file: find_metric(key).healthy for file, key in _CAPTIONS.items()},
         recipe=(out / "recipe.yaml").read_text(encoding="utf-8"),
     )  # fmt: skip
     write_text(out / "report.html", text)

@@ -1,0 +1,185 @@
+"""What every key of a metrics line means: `flowgrove metrics` prints it and `make docs` writes it to docs/metrics.md.
+
+The lines are put together in iteration.py from summaries.py, credit.py and spans.py, and trainer.py adds eval_reward.
+"""
+
+import difflib
+from typing import NamedTuple
+
+from flowgrove.errors import UserError
+
+
+class Metric(NamedTuple):
+    """A key of a metrics line: what it is with its unit, what is healthy, and what to do where it is not."""
+
+    key: str
+    meaning: str
+    healthy: str
+    otherwise: str
+
+
+METRICS = (
+    Metric(
+        "iteration",
+        "The number of the iteration, counted from 0.",
+        "It rises by 1 from line to line, also in a run that was resumed.",
+        "A gap: a line was damaged, and whoever reads the file passes over it.",
+    ),
+    Metric(
+        "reward",
+        "Of every reward, mean and standard deviation (of the population) over all samples of the iteration, as "
+        "{name: {mean, std}}: raw scores of pictures that were drawn with exploration noise.",
+        "The mean rises over tens of iterations. It jumps with the prompts of an iteration and where the window moves, "
+        "and need not lie near eval_reward, which has other prompts, no noise and often more steps.",
+        "Flat: look at advantage_by_step and ratio_max, then raise update.lr or data.prompts_per_iteration. Falling: "
+        "lower update.lr. A std that goes to 0: samples of a group no longer differ, raise rollout.noise_level or set "
+        "update.kl_weight.",
+    ),
+    Metric(
+        "eval_reward",
+        "The weighted sum of the rewards on data.eval_prompts, mean over all pictures, which the plain ODE draws from "
+        "fixed noise. In iterations that run.eval_every names, of the model before the iteration; on the last line, "
+        "of the final model. The first is the base model's. With update.ema_decay the averaged weights are evaluated.",
+        "It rises with reward. This is the curve to judge a run by: prompts, noise and sampler stay the same.",
+        "reward rises and eval_reward does not: the policy has learnt the training prompts or the noise; take more "
+        "prompts, or fewer iterations. Both rise and pictures look worse: reward hacking; set update.kl_weight, add a "
+        "second reward, or draw with run.eval.tuned_share 0.8. It jumps: raise run.eval.samples.",
+    ),
+    Metric(
+        "ratio_mean",
+        "The mean over all trained edges and updates of the policy ratio ρ = exp(logp_new - logp_old); logp is a mean "
+        "over latent elements. null where nothing was trained or the number is not finite; the same holds for the "
+        "eight keys below.",
+        "1 within update.clip_range, a little below rather than above. Exactly 1 with one update per iteration, since "
+        "the first update of an iteration has ratio 1 by construction.",
+        "Further away: lower update.lr, or update.updates_per_iteration. null together with train_passes above 0: a "
+        "step was not finite and was skipped; where that repeats, resume from an earlier checkpoint with a lower "
+        "update.lr.",
+    ),
+    Metric(
+        "ratio_min",
+        "The smallest policy ratio of the iteration.",
+        "Below 1 by at most a few times update.clip_range.",
+        "Far below: single edges leave the trust region. Lower update.lr, or train fewer or noisier steps: a step's "
+        "ratio is the more sensitive the less noise it has, 55 times over a schedule of 25 steps of flow_sde.",
+    ),
+    Metric(
+        "ratio_max",
+        "The largest policy ratio of the iteration.",
+        "Above 1 by about update.clip_range, up to a few times that.",
+        "Exactly 1 with several updates per iteration: the weights hardly move, raise update.lr. Far above: as for "
+        "ratio_min.",
+    ),
+    Metric(
+        "clipped_low",
+        "The share of trained edges, over all updates, whose ratio is below 1 - ε_low of update.clip_range. Those "
+        "with a negative advantage have no gradient from it.",
+        "0 to 0.3, somewhat larger than clipped_high: ratios drift below 1, as their squared term is never positive. "
+        "The first update is never clipped, so that of n updates at most about (n - 1)/n can be.",
+        "Above a third: much of the rollout is not used; raise update.clip_range, or lower update.lr or "
+        "update.updates_per_iteration.",
+    ),
+    Metric(
+        "clipped_high",
+        "The share of trained edges, over all updates, whose ratio is above 1 + ε_high of update.clip_range. Those "
+        "with a positive advantage have no gradient from it.",
+        "0 to 0.3, and above 0 in some iterations where there are several updates.",
+        "Always 0 with a flat reward: updates are timid, raise update.lr. Above a third: as for clipped_low.",
+    ),
+    Metric(
+        "approx_kl",
+        "The mean over trained edges of ρ - 1 - ln ρ, with the ratio to the rollout's policy: an estimate of the "
+        "divergence that the iteration's updates have made, per latent element (Schulman's k3).",
+        "About half the square of a typical ratio - 1: 1e-9 at a clip range of 1e-4, 1e-7 at 1e-3. It stays level.",
+        "Growing by orders of magnitude: the policy runs away before the reward shows it; lower update.lr.",
+    ),
+    Metric(
+        "loss",
+        "The sum over the iteration's updates of the clipped loss, with update.kl_weight times the divergence from "
+        "the reference model.",
+        "Around 0 and of either sign, because advantages of a group sum to 0; it need not fall. With update.kl_weight "
+        "its mean rises slowly with the distance from the reference model.",
+        "It says nothing about quality; null means that it was not finite, see ratio_mean.",
+    ),
+    Metric(
+        "grad_norm",
+        "The L2 norm of the gradient over all trained weights before clipping, mean over the updates.",
+        "Level over the run, up to a factor of a few; its size depends on the model, and AdamW does not mind it.",
+        "Single peaks are what update.max_grad_norm is for. A steady rise goes before a collapse: lower update.lr. "
+        "null: an update was not finite and was skipped. 0: no edge has an advantage, see advantage_by_step.",
+    ),
+    Metric(
+        "logp_drift",
+        "The largest |logp_train - logp_rollout| in the first update, where the weights are still the rollout's: the "
+        "error that comes from computing the same state in another batch.",
+        "0 where graphs of the rollout are reused or with engine.exact_replay; at most 5e-7 in fp32; in bf16 around "
+        "1e-5, and later updates compare with log-probabilities of their own batches there.",
+        "Near or above update.clip_range in fp32: rollout and training do not compute the same. Try "
+        "engine.exact_replay: true and engine.backend: reference, engine.compile: false, engine.attention: sdpa in "
+        "turn; what makes it vanish is at fault.",
+    ),
+    Metric(
+        "advantage_by_step",
+        "The mean |advantage| of the edges that train, for every step of the schedule that has some, as {step: value}.",
+        "0.6 to 0.9 for one reward of weight 1 (0.8 for normal scores). With per_reward normalisation several rewards "
+        "of weights that sum to 1 give less, the less they agree.",
+        "Much less: in many groups all samples score alike; raise rollout.noise_level or rollout.group_size, or take "
+        "a reward with finer steps. A step that should be there is missing: it was pruned. Empty: nothing was "
+        "trained.",
+    ),
+    Metric(
+        "rollout_forwards",
+        "The rows that the rollout runs through the transformer, for all prompts of the iteration, as `flowgrove "
+        "plan` counts them: guidance does not double it, and evaluation is not in it.",
+        "What the plan says. It changes with the position of the window.",
+        "Too many: move the window or the splits to earlier steps and add rollout.tail. engine.share false counts "
+        "every trajectory.",
+    ),
+    Metric(
+        "train_passes",
+        "The rows whose backward ran, in all updates, also where the rollout's graph was reused; rows of the "
+        "reference model and recomputation are not counted.",
+        "The plan's train passes times prompts, less those of edges without advantage.",
+        "Far fewer: groups without a difference in reward train nothing, see advantage_by_step. 0: nothing was "
+        "trained in this iteration.",
+    ),
+    Metric(
+        "seconds",
+        "The seconds of every stage, as {plan, rollout, reward, credit, update}, on a GPU between events of its "
+        "stream. plan includes encoding the prompts. Where scoring runs beside the rollout, reward is what was left "
+        "to wait for. Evaluations and checkpoints are not in it.",
+        "rollout and update take nearly all of it; the first iteration is slower.",
+        "reward large: the scorer is the bottleneck; raise its batch_size or concurrency, or its server's. rollout "
+        "large: rollout.tail, an earlier window, engine.cuda_graphs. update large: fewer trained steps, "
+        "model.gradient_checkpointing: false. `flowgrove tune` measures what else helps.",
+    ),
+    Metric(
+        "samples_per_second",
+        "The samples of the iteration over the sum of its stages' seconds.",
+        "Level over the run for a window that stays; it rises where the window moves to earlier steps with a tail.",
+        "Falling: look which of seconds grows; on a CPU other programs, on a GPU halved passes after memory ran out "
+        "(a warning says so).",
+    ),
+    Metric(
+        "peak_memory_bytes",
+        "Bytes: on a GPU the most that PyTorch's allocator has held since the run began, on a CPU the largest "
+        "resident set of the process. It never falls.",
+        "Level after the first iterations and the first evaluation, at or below nine tenths of the GPU's memory.",
+        "Still growing after that: a reward of yours keeps what it computes. Too close to the limit: lower "
+        "engine.token_budget, set engine.reuse_rollout_graph: false, model.gradient_checkpointing: true or "
+        "model.vae_tiling: true.",
+    ),
+)
+
+
+def find_metric(key: str) -> Metric:
+    """The metric of that key; of nested ones (seconds/update, reward.shapes.mean) the whole.
+    Raises UserError naming the nearest.
+    """
+    known = {metric.key: metric for metric in METRICS}
+    whole = key.strip().replace("/", ".").partition(".")[0]
+    if whole not in known:
+        near = difflib.get_close_matches(whole, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise UserError(f"unknown metric {key}: {hint}")
+    return known[whole]
