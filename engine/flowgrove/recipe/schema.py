@@ -99,7 +99,7 @@ class Model(Section):
     height: Pixels | None = None
     """The height of a picture or frame, in pixels; null: the pipeline's default.
     It must be a multiple of the pixels per token and side, which is 16 for the published models. The cost of a pass
-    grows with height × width: published runs train at 512 or 720 and draw larger afterwards.
+    grows with height × width: published runs train at 512 or 720.
     Source: the pipeline's configuration.
     """
 
@@ -352,15 +352,15 @@ class Rollout(Section):
 
     group_size: Annotated[int, Field(ge=1, le=MOST_LEAVES)] = 12
     """The samples G (leaves) of a prompt, which are compared with each other.
-    More give advantages of less noise at linear cost; below 8 they are mostly noise. Published: 12 to 24. With a tree
-    it is the number of leaves: fanout^n with n splits, or a multiple of it without shared noise.
+    More give advantages of less noise at linear cost. Published: 12 to 24. With a tree it is the number of leaves:
+    fanout^n with n splits, or a multiple of it without shared noise.
     Source: GRPO (2402.03300), group size G.
     """
 
     shared_initial_noise: bool = True
     """Whether the samples of a prompt begin with the same noise.
     Then they are one state up to the first stochastic step, which saves its forwards, and differences in reward come
-    from the trained steps alone. false (Flow-GRPO) gives more varied groups; a tree then has several roots.
+    from the trained steps alone. false (Flow-GRPO) gives more varied groups; a tree may then have several roots.
     Source: DanceGRPO (2505.07818), shared initialization noise.
     """
 
@@ -391,8 +391,8 @@ class Rollout(Section):
 
     cache: Cache | None = None
     """Extrapolated attention in the steps after the last stochastic one; null: every step is computed.
-    It changes training pictures, not gradients or ratios. CUDA graphs leave these steps alone. Evaluation does without
-    it.
+    It changes training pictures and so their rewards; no extrapolated step trains. CUDA graphs leave these steps alone.
+    Evaluation does without it.
     Source: TaylorSeer (2503.06923), as diffusers has it.
     """
 
@@ -555,7 +555,7 @@ class Update(Section):
     """
 
     weight_decay: NotNegative = 1.0e-4
-    """The decoupled weight decay: every update shrinks trained weights by lr · weight_decay.
+    """The decoupled weight decay: every update shrinks trained weights by the share lr · weight_decay.
     At these learning rates its effect is small; published runs keep 1e-4.
     Source: AdamW (1711.05101); MixGRPO (2507.21802), training settings.
     """
@@ -573,7 +573,7 @@ class Update(Section):
     """The weight β of the divergence from the reference model, in velocity space; 0: none is computed.
     It is the KL of the two Gaussian steps per latent element. Each training pass then runs the reference model's
     forward too, and edges without advantage train as well; without LoRA a frozen copy of the transformer is held. Raise
-    it (0.001 to 0.01) against reward hacking: pictures that score higher and look worse.
+    it (published runs: 0.004 in this scale) against reward hacking: pictures that score higher and look worse.
     Source: Flow-GRPO (2505.05470), KL in closed form.
     """
 
@@ -659,8 +659,9 @@ class Engine(Section):
 
     attention: str = "auto"
     """The attention kernel: auto, sdpa, flash, flash3, xformers, cudnn, or another name of diffusers' dispatch.
-    auto leaves PyTorch's own. `flowgrove doctor` says which can run here, `flowgrove tune` measures them and refuses
-    those whose results differ.
+    auto and sdpa are PyTorch's own without cuDNN's kernels, whose backward has read outside its memory on an H200;
+    cudnn asks for them all the same. `flowgrove doctor` says which can run here, `flowgrove tune` measures them and
+    refuses those whose results differ.
     Source: diffusers' attention dispatch.
     """
 
@@ -746,8 +747,8 @@ class Run(Section):
 
     keep_last: Count = 3
     """How many of the newest checkpoints are kept.
-    One holds the trained weights in fp32 and the optimiser's state: 12 bytes per trained weight with adamw, so 0.2 to 2
-    GB for the shipped LoRA recipes, and 143 GB for all weights of FLUX.1-dev.
+    One holds the trained weights in fp32 and the optimiser's state: 12 bytes per trained weight with adamw, so 0.2 to
+    2.5 GB for the shipped LoRA recipes, and 143 GB for all weights of FLUX.1-dev.
     Source: ours.
     """
 

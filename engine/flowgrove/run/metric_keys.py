@@ -112,8 +112,8 @@ METRICS = (
         "logp_drift",
         "The largest |logp_train - logp_rollout| in the first update, where the weights are still the rollout's: the "
         "error that comes from computing the same state in another batch.",
-        "0 where graphs of the rollout are reused or with engine.exact_replay; at most 5e-7 in fp32; in bf16 around "
-        "1e-5, and later updates compare with log-probabilities of their own batches there.",
+        "0 where graphs of the rollout are reused or with engine.exact_replay; at most 5e-7 in fp32; in bf16 up to "
+        "4e-5, and later updates compare with log-probabilities of their own batches there.",
         "Near or above update.clip_range in fp32: rollout and training do not compute the same. Try "
         "engine.exact_replay: true and engine.backend: reference, engine.compile: false, engine.attention: sdpa in "
         "turn; what makes it vanish is at fault.",
