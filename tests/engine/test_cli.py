@@ -30,6 +30,7 @@ from engine_cases import (
 from flowgrove.models.folders import TINY
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.grids import load_grid
+from flowgrove.run.metric_keys import METRICS
 from flowgrove_kernels import available_backends
 from subprocesses import FLOWGROVE, environment
 
@@ -180,6 +181,10 @@ def test_the_recipe_in_the_run_folder_is_resolved(run, recipe):
         f"{key}:" in text for key in ("noise_level", "shared_initial_noise", "adv_clip", "weight_decay", "keep_last")
     )
     assert str(recipe.parent / "train.txt") in text
+
+
+def test_every_key_that_a_run_writes_is_explained_and_no_other(run):
+    assert {key for line in metrics_of(run) for key in line} == {metric.key for metric in METRICS}
 
 
 def test_every_metrics_line_has_the_keys_of_the_design(run, recipe):
@@ -579,4 +584,4 @@ def test_a_shell_can_pipe_the_plan(recipe):
 
 def test_help_names_the_commands():
     text = flowgrove("--help").stdout
-    assert all(name in text for name in ("train", "plan", "sample", "export", "tune", "doctor"))
+    assert all(name in text for name in ("train", "plan", "recipe", "metrics", "sample", "export", "tune", "doctor"))
