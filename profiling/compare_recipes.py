@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flowgrove.setup import Setup
 from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
 from flowgrove.data.prompts import prompts_of_iteration
 from flowgrove.device import pick_backend
@@ -34,7 +35,7 @@ def train(name: str, *overrides: str) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", *overrides))
-        Trainer(recipe, Path(folder)).run(lines.append)
+        Trainer(Setup(recipe), Path(folder)).run(lines.append)
     return lines
 
 
@@ -58,14 +59,14 @@ def timings(name: str, iterations: list[int]) -> dict[str, Any]:
     turn on one model."""
     recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0"))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, Path(folder))
+        trainer = Trainer(Setup(recipe), Path(folder))
     policy, published = trainer.policy, PUBLISHED[name]
     own = policy.budget.tokens
     sides = [(lever, lever.stages(recipe, published, policy, trainer.rewards)) for lever in (REUSED, LOOP)]
 
     def iterate(side: int, iteration: int) -> dict[str, Any]:
         lever, stages = sides[side]
-        prompts, count = trainer.train_prompts, recipe.data.prompts_per_iteration
+        prompts, count = trainer.setup.prompts, recipe.data.prompts_per_iteration
         texts = prompts_of_iteration(prompts, iteration, count, recipe.run.seed)
         lever.set_budget(published, policy, texts, own)
         with pick_backend(stages.recipe):

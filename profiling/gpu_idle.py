@@ -13,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from flowgrove.setup import Setup
 from flowgrove.bench.engine import RECIPES, bench_prompts, bench_recipe
 from flowgrove.bench.models import NAMES, bench_model
 from flowgrove.device import pick_backend
@@ -38,7 +39,7 @@ def main() -> None:
         engine = {"device": device.type, "cuda_graphs": options.cuda_graphs}
         recipe = bench_recipe(model, options.prompts, {"group_size": 16, **RECIPES[options.recipe]}, engine)
         policy = Policy(recipe, device)
-        stages = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, device))
+        stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, device))
         texts = bench_prompts(options.prompts)
         with pick_backend(recipe):
             stages.run(texts, 0)

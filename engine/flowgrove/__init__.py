@@ -13,6 +13,7 @@ Imports run one way, from a line of this table to the lines below it or along on
     report
     run
     tuning update evaluation
+    setup
     rollout credit
     plan rewards
     models tiny

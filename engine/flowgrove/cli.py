@@ -138,15 +138,16 @@ def train(
     from flowgrove.run.progress import TrainingDisplay
     from flowgrove.run.resume import finished
     from flowgrove.run.stopping import Stopped, Stopping
+    from flowgrove.setup import Setup
     from flowgrove.trainer import Trainer
 
-    folder = out or Path(settings.run.out)
-    if resume == "auto" and finished(settings, folder):
+    setup, folder = Setup(settings), out or Path(settings.run.out)
+    if resume == "auto" and finished(setup, folder):
         _say(f"{folder} is finished: {settings.run.iterations} iterations; see {folder / 'report.html'}")
         return
     with Stopping() as stopping:
         try:
-            trainer = Trainer(settings, folder, resume, stopping, _say)
+            trainer = Trainer(setup, folder, resume, stopping, _say)
             with TrainingDisplay(_console, settings, trainer.completed) as display:
                 trainer.run(display.update)
         except Stopped:
@@ -171,18 +172,17 @@ def plan(
     ] = False,
 ) -> None:
     """Show steps, tree, counts and cost of an iteration; loads no model."""
-    from flowgrove.plan.planner import make_plan
-    from flowgrove.plan.sigmas import recipe_sigmas
     from flowgrove.recipe.loading import load_recipe
     from flowgrove.report.plan_view import draw_memory, draw_plan, plan_json
+    from flowgrove.setup import Setup
 
     settings = load_recipe(recipe, tuple(set_ or ()))
-    table = recipe_sigmas(settings)
-    made = make_plan(settings, iteration, table)
+    setup = Setup(settings)
+    table, made = setup.table, setup.plan(iteration)
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
     predicted = None
     if memory:
-        from flowgrove.tuning.memory import predict_memory
+        from flowgrove.plan.memory import predict_memory
 
         predicted = predict_memory(settings, made, device_type)
     if as_json:

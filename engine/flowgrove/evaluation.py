@@ -9,13 +9,12 @@ from torch import Tensor
 from flowgrove.device import to_host
 from flowgrove.models.policy import Policy
 from flowgrove.plan.coefficients import plan_coefficients
-from flowgrove.plan.planner import make_plan, round_half_up
-from flowgrove.plan.sigmas import recipe_sigmas
-from flowgrove.recipe.schema import Recipe, Rollout, Window
+from flowgrove.plan.planner import round_half_up
 from flowgrove.rewards.pixels import shrink
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 from flowgrove.rollout.loop import rollout
+from flowgrove.setup import Setup
 
 _PROMPTS_AT_ONCE = 32
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
@@ -36,26 +35,16 @@ class Evaluated:
         return float((self.scores @ torch.tensor(weights, dtype=torch.float64)).mean())
 
 
-def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Iterator[Tensor]:
+def draw(setup: Setup, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Iterator[Tensor]:
     """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] (videos [..., F, 3, H, W]) on the device, prompt after
     prompt, some prompts at a time.
 
     `first_prompt`: the number of the first prompt, which names its noise.
     """
+    recipe, plan = setup.recipe, setup.eval_plan
     settings = recipe.run.eval
-    plain = Rollout(
-        steps=settings.steps or recipe.rollout.steps,
-        shift=recipe.rollout.shift,
-        group_size=settings.samples,
-        shared_initial_noise=False,
-        window=Window(strategy="none"),
-    )
-    update = recipe.update.model_copy(update={"updates_per_iteration": 1, "step_fraction": 1.0})
-    credit = recipe.credit.model_copy(update={"prune": None})
-    recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
-    plan = make_plan(recipe, 0, recipe_sigmas(recipe))
     coefficients = plan_coefficients(plan).to(policy.device, non_blocking=True)
-    tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * plain.steps)
+    tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * len(plan.steps))
     with policy.guided_by(settings.guidance_scale):
         some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
         for start in range(0, len(prompts), some):
@@ -73,26 +62,26 @@ def draw(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int =
             yield policy.decode(forest.leaves)
 
 
-def sample(recipe: Recipe, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
+def sample(setup: Setup, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
     """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W], on the CPU;
     the same call gives the same pictures.
     """
-    return torch.cat([to_host(pictures) for pictures in draw(recipe, policy, prompts, first_prompt)])
+    return torch.cat([to_host(pictures) for pictures in draw(setup, policy, prompts, first_prompt)])
 
 
 def evaluate(
-    recipe: Recipe,
+    setup: Setup,
     policy: Policy,
     rewards: Rewards,
     prompts: list[str],
     between: Callable[[], None] = lambda: None,
 ) -> Evaluated:
     """Samples the held-out prompts and scores them, some at a time; `between` is called after each, and may raise."""
-    repeated = [prompt for prompt in prompts for _ in range(recipe.run.eval.samples)]
+    repeated = [prompt for prompt in prompts for _ in range(setup.recipe.run.eval.samples)]
     small: list[Tensor] = []
     scores: list[Tensor] = []
     done = 0
-    for pictures in draw(recipe, policy, prompts):
+    for pictures in draw(setup, policy, prompts):
         scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
         small.append(to_host(shrink(pictures)))
         done += len(pictures)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,13 @@ from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_
 from flowgrove.device import to_host
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.plan.coefficients import plan_coefficients
-from flowgrove.plan.planner import RolloutPlan, make_plan
-from flowgrove.plan.sigmas import recipe_sigmas
-from flowgrove.recipe.schema import Recipe
+from flowgrove.plan.planner import RolloutPlan
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring
 from flowgrove.rollout.forest import Forest, leaf_path_logp
 from flowgrove.rollout.loop import rollout
 from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
+from flowgrove.setup import Setup
 from flowgrove.spans import Clock
 from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.passes import Rolled
@@ -49,10 +47,14 @@ class Bucket:
 
 
 class Stages:
-    """The stages of an iteration, wired together."""
+    """The stages of an iteration, wired together. `room`: how many graphs of the rollout may be retained; None: as many
+    as fit beside the policy and its token budget, which is predicted here, before an iteration's clock runs.
+    """
 
-    def __init__(self, recipe: Recipe, policy: Policy, updater: Updater, rewards: Rewards) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, setup: Setup, policy: Policy, updater: Updater, rewards: Rewards, room: GraphRoom | None = None
+    ) -> None:
+        self.recipe = setup.recipe
         self.policy = policy
         self.updater = updater
         self.rewards = rewards
@@ -60,13 +62,9 @@ class Stages:
         # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those
         # that passes are recorded in
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
-        self.sizes = [(policy.sized(sized), recipe_sigmas(sized)) for sized in recipe.at_sizes()]
-
-    @cached_property
-    def room(self) -> GraphRoom:
-        """How many graphs of the rollout may be retained."""
-        largest = max((policy for policy, _ in self.sizes), key=lambda policy: policy.adapter.geometry.tokens)
-        return GraphRoom.of(self.recipe, largest)
+        self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
+        largest = max((sized for sized, _ in self.sizes), key=lambda sized: sized.adapter.geometry.tokens)
+        self.room = GraphRoom.of(setup, largest) if room is None else room
 
     def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
         """Trains on `texts` and returns the metrics line."""
@@ -108,10 +106,10 @@ class Stages:
         """Prompt i is drawn at size i modulo their number; prompts are numbered bucket after bucket."""
         buckets: list[Bucket] = []
         first = 0
-        for place, (policy, table) in enumerate(self.sizes):
+        for place, (policy, sized) in enumerate(self.sizes):
             some = texts[place :: len(self.sizes)]
             if some:
-                plan = make_plan(self.recipe, iteration, table)
+                plan = sized.plan(iteration)
                 buckets.append(
                     Bucket(
                         policy,

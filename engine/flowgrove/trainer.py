@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run, read_prompts
+from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
@@ -14,8 +14,6 @@ from flowgrove.files import remove_left_behind, write_text
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.passes.allocator import keep_freed_memory
-from flowgrove.plan.planner import make_plan
-from flowgrove.plan.sigmas import recipe_sigmas
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.grids import grid_files, save_grid
@@ -23,10 +21,11 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
 from flowgrove.run.folder_lock import FolderLock
 from flowgrove.run.metrics import MetricsLog
-from flowgrove.run.resume import choose_checkpoint, fingerprint, stored_budget
+from flowgrove.run.resume import choose_checkpoint, stored_budget
 from flowgrove.run.stopping import Stopped, Stopping
+from flowgrove.setup import Setup
 from flowgrove.spans import span
-from flowgrove.tuning.token_budget import settle_token_budget, with_budget
+from flowgrove.tuning.token_budget import settle_token_budget
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater, UpdateStats
 
@@ -56,25 +55,20 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        setup: Setup,
         out: Path,
         resume: str = "auto",
         stopping: Stopping | None = None,
         say: Say = _log.warning,
     ) -> None:
         keep_freed_memory()
-        self.recipe, self.out, self.stopping = recipe, out, stopping or Stopping()
-        self.train_prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
-        self.eval_prompts = (
-            read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
-            if recipe.data.eval_prompts
-            else []
-        )
+        recipe = setup.recipe
+        self.setup, self.recipe, self.out, self.stopping = setup, recipe, out, stopping or Stopping()
+        prompts = setup.prompts + setup.eval_prompts
         self.rewards = Rewards(recipe, pick_device(recipe))
-        self.rewards.check(self.train_prompts + self.eval_prompts)
+        self.rewards.check(prompts)
         # a plan that cannot be made is an error before a model is loaded
-        plan = make_plan(recipe, 0, recipe_sigmas(recipe))
-        if not any(step.stochastic for step in plan.steps):
+        if not any(step.stochastic for step in setup.first_plan.steps):
             raise UserError(
                 "rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; "
                 "give a window or a tree"
@@ -89,13 +83,12 @@ class Trainer:
 
     def _load(self, resume: str, say: Say) -> None:
         """The model, and the state of the run so far."""
-        recipe = self.recipe
-        checkpoint = choose_checkpoint(recipe, self.out, resume, say)
-        self.fingerprint = fingerprint(recipe)  # of the prompts that this run has read, whatever their file holds later
+        setup, recipe = self.setup, self.recipe
+        checkpoint = choose_checkpoint(setup, self.out, resume, say)
         self.policy = Policy(recipe, pick_device(recipe), self._texts())
-        settle_token_budget(recipe, self.policy, stored_budget(checkpoint, self.fingerprint))
+        settle_token_budget(setup, self.policy, stored_budget(checkpoint, setup.fingerprint))
         self.updater = _HeldUpdater(recipe, self.policy, self.stopping)
-        self.stages = Stages(with_budget(recipe, self.policy.budget.tokens), self.policy, self.updater, self.rewards)
+        self.stages = Stages(setup, self.policy, self.updater, self.rewards)
         self.completed: int = 0
         self.last_line: dict[str, Any] | None = None
         self.saved: Path | None = None  # the checkpoint of `completed`, if there is one in this folder
@@ -110,11 +103,11 @@ class Trainer:
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
         run, count = self.recipe.run, self.recipe.data.prompts_per_iteration
-        return [*self.eval_prompts, *prompts_of_run(self.train_prompts, run.iterations, count, run.seed)]
+        return [*self.setup.eval_prompts, *prompts_of_run(self.setup.prompts, run.iterations, count, run.seed)]
 
     def _prompts(self, iteration: int) -> list[str]:
         return prompts_of_iteration(
-            self.train_prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed
+            self.setup.prompts, iteration, self.recipe.data.prompts_per_iteration, self.recipe.run.seed
         )
 
     def run(self, report: Report = lambda line: None) -> None:
@@ -167,7 +160,7 @@ class Trainer:
         """The checkpoint of all iterations that are completed."""
         if self.saved is None:
             self.lock.check()
-            state = (self.out, self.policy, self.updater, self.completed, self.fingerprint)
+            state = (self.out, self.policy, self.updater, self.completed, self.setup.fingerprint)
             self.saved = save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
         return self.saved
 
@@ -198,10 +191,10 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> Evaluated | None:
         """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts."""
-        if not self.eval_prompts:
+        if not self.setup.eval_prompts:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
-            evaluated = evaluate(self.recipe, self.policy, self.rewards, self.eval_prompts, self.stopping.check)
+            evaluated = evaluate(self.setup, self.policy, self.rewards, self.setup.eval_prompts, self.stopping.check)
         save_grid(
             self.out / "samples" / f"iteration_{iteration:06d}.png",
             evaluated,

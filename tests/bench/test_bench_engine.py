@@ -25,6 +25,7 @@ from flowgrove.bench.models import write_flux
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
+from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
 from policy_cases import CPU
 
@@ -200,7 +201,7 @@ def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     }
     recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES["branch_mix_flash"]}, {"device": "cpu"})
     policy = Policy(recipe, CPU)
-    line = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)
+    line = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)
     assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][2]
     assert line["grad_norm"] > 0
 

@@ -11,6 +11,7 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout.loop import rollout
+from flowgrove.setup import Setup
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
 from flowgrove_kernels import (
@@ -210,7 +211,7 @@ def test_a_whole_iteration_never_waits_for_the_gpu_unasked(no_syncs, tmp_path):
         engine={"device": "cuda"},
     )
     policy = Policy(recipe, torch.device("cuda"), TEXTS)
-    stages = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, policy.device))
+    stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, policy.device))
     for mode in ("default", "error"):  # the first round loads and compiles kernels
         torch.cuda.set_sync_debug_mode(mode)
         line = stages.run(TEXTS, 0)

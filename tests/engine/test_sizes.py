@@ -13,6 +13,7 @@ from flowgrove.recipe.loading import parse_recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout.loop import rollout
 from flowgrove.run.metrics import read_metrics
+from flowgrove.setup import Setup
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
@@ -27,7 +28,7 @@ def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
     policy, seen = Policy(recipe, CPU), []
     updater = Updater(recipe, policy)
     monkeypatch.setattr(updater, "run", lambda parts, inner=updater.run: (seen.extend(parts), inner(parts))[1])
-    line = Stages(recipe, policy, updater, Rewards(recipe, CPU)).run(TEXTS, 0)
+    line = Stages(Setup(recipe), policy, updater, Rewards(recipe, CPU)).run(TEXTS, 0)
     assert [part.prompts.texts for part in seen] == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
     assert line["rollout_forwards"] == seen[0].forest.plan.counts.rollout_forwards * len(TEXTS)
     for part, (height, width), first in zip(seen, SIZES, (0, 2), strict=True):
@@ -49,7 +50,7 @@ def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
     policy = Policy(recipe, CPU)
     plan, rows = plan_and_coefficients(recipe)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
-    room = Stages(recipe, policy, Recorder(recipe, policy), Rewards(recipe, CPU)).room
+    room = Stages(Setup(recipe), policy, Recorder(recipe, policy), Rewards(recipe, CPU)).room
 
     def parts():
         found = []

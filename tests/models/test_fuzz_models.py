@@ -11,9 +11,9 @@ import torch
 from flowgrove.errors import UserError
 from flowgrove.models.folders import TINY
 from flowgrove.models.policy import Policy
+from flowgrove.plan.memory import predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import recipe_sigmas
-from flowgrove.tuning.memory import predict_memory
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 

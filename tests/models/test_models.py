@@ -13,6 +13,7 @@ from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas
 from flowgrove.rollout.loop import rollout
+from flowgrove.setup import Setup
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, small_recipe
 from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
@@ -207,7 +208,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name):
 def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
     recipe = recipe_of(folders, name, rollout={"steps": 3, "shift": 3.0})
     policy = Policy(recipe, CPU)
-    base = sample(recipe, policy, TEXTS)
+    base = sample(Setup(recipe), policy, TEXTS)
     for parameter in policy.trainable().values():
         parameter.mul_(1.1)
     policy.adapter.save_pipeline(tmp_path / "export")
@@ -215,8 +216,8 @@ def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
     loaded = Policy(
         recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "export")})}), CPU
     )
-    tuned = sample(recipe, policy, TEXTS)
-    assert (tuned - sample(recipe, loaded, TEXTS)).abs().max() <= 1e-5
+    tuned = sample(Setup(recipe), policy, TEXTS)
+    assert (tuned - sample(Setup(recipe), loaded, TEXTS)).abs().max() <= 1e-5
     assert (tuned - base).abs().max() > 1e-3
 
 

@@ -12,6 +12,7 @@ from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import recipe_sigmas
 from flowgrove.rollout.loop import rollout
+from flowgrove.setup import Setup
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, policy_of, small_recipe
 
@@ -176,9 +177,11 @@ def _same_velocity(one: Policy, other: Policy) -> None:
 @torch.no_grad()
 def test_evaluation_guides_above_1_only(scale):
     guided = Policy(small_recipe(model={**MODEL, "guidance_scale": 3.0}), CPU)
-    plain = sample(small_recipe(model=MODEL), policy_of(dtype="fp32"), TEXTS)
+    plain = sample(Setup(small_recipe(model=MODEL)), policy_of(dtype="fp32"), TEXTS)
     evaluated = sample(
-        small_recipe(model={**MODEL, "guidance_scale": 3.0}, run={"eval": {"guidance_scale": scale}}), guided, TEXTS
+        Setup(small_recipe(model={**MODEL, "guidance_scale": 3.0}, run={"eval": {"guidance_scale": scale}})),
+        guided,
+        TEXTS,
     )
     assert torch.equal(evaluated, plain)
 
@@ -186,8 +189,8 @@ def test_evaluation_guides_above_1_only(scale):
 @torch.no_grad()
 def test_samples_are_fixed_by_seed_and_prompt_number():
     policy, recipe = policy_of(dtype="fp32"), small_recipe(model=MODEL, run={"eval": {"samples": 2}})
-    all_at_once = sample(recipe, policy, TEXTS)
-    later = sample(recipe, policy, TEXTS[1:], first_prompt=1)
+    all_at_once = sample(Setup(recipe), policy, TEXTS)
+    later = sample(Setup(recipe), policy, TEXTS[1:], first_prompt=1)
     assert len(all_at_once) == 2 * len(TEXTS)
     assert torch.allclose(all_at_once[2:], later, atol=1e-5)
     assert not torch.allclose(all_at_once[0], all_at_once[1], atol=1e-2)

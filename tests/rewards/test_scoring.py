@@ -12,6 +12,7 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring, score_leaves
+from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, TEXTS, policy_of, small_recipe
 
@@ -111,7 +112,7 @@ def test_an_iteration_in_parts_equals_one_in_one():
         rewards = rewards_of(scorer)
         rewards.remote = remote
         policy = Policy(recipe, CPU)
-        lines.append(Stages(recipe, policy, Updater(recipe, policy), rewards).run(TEXTS, 0))
+        lines.append(Stages(Setup(recipe), policy, Updater(recipe, policy), rewards).run(TEXTS, 0))
         assert len(scorer.calls) == (3 if remote else 1)
     whole, parts = lines
     for key in ("reward", "advantage_by_step"):

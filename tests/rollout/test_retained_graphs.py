@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from flowgrove.credit import assign_credit
+from flowgrove.plan.memory import predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.rollout.loop import rollout
 from flowgrove.rollout.retained_graphs import RetainedGraphs
+from flowgrove.setup import Setup
 from flowgrove.tuning import graph_room
 from flowgrove.tuning.graph_room import GraphRoom
-from flowgrove.tuning.memory import predict_memory
 from flowgrove.update.passes import Rolled
 from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
 from update_cases import CASES, Recorder, policy_with_reference
@@ -109,7 +110,7 @@ def test_drift_is_exactly_zero_where_the_rollouts_own_velocity_serves():
 
 def room(engine=None, policy=None, **sections):
     recipe = small_recipe(engine={"device": "cpu", **(engine or {})}, **sections)
-    return GraphRoom.of(recipe, policy or policy_of())
+    return GraphRoom.of(Setup(recipe), policy or policy_of())
 
 
 def test_the_recipe_decides_whether_graphs_are_kept():
@@ -140,11 +141,11 @@ def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
         "total_memory",
         lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room._GPU_SHARE),
     )
-    found, graph = graph_room._room_of_gpu(recipe, policy)
+    found, graph = graph_room._room_of_gpu(Setup(recipe), policy)
     assert graph == memory.graph
     assert found // graph == rows
     monkeypatch.setattr(policy, "bytes_when_loaded", memory.loaded + 3 * graph)  # three states' worth of reward models
-    assert graph_room._room_of_gpu(recipe, policy)[0] // graph == rows - 3
+    assert graph_room._room_of_gpu(Setup(recipe), policy)[0] // graph == rows - 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine_cases import error_line, flowgrove, refuse, tiny_recipe
-from flowgrove.plan import planner
+from flowgrove import setup as derived
 from flowgrove.run import last_resort
 
 
@@ -25,7 +25,7 @@ def breaking(monkeypatch, tmp_path):
         def raise_it(*arguments):
             raise error
 
-        monkeypatch.setattr(planner, "make_plan", raise_it)
+        monkeypatch.setattr(derived, "make_plan", raise_it)
         return flowgrove("plan", tiny_recipe(tmp_path / "recipe"))
 
     return run

@@ -13,7 +13,8 @@ from flowgrove.models.policy import Policy
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.checkpoint import save_checkpoint, valid_checkpoints
 from flowgrove.run.metrics import read_metrics
-from flowgrove.run.resume import choose_checkpoint, fingerprint
+from flowgrove.run.resume import choose_checkpoint
+from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, small_recipe
 
@@ -42,27 +43,29 @@ def test_a_run_is_not_touched_by_a_checkpoint_of_another(trained, tmp_path):
     recipe, run = trained
     settings, elsewhere = load_recipe(recipe), tmp_path / "checkpoints" / "step_000001"
     with pytest.raises(UserError, match="is no checkpoint of it: give another --out"):
-        choose_checkpoint(settings, run, str(elsewhere))
+        choose_checkpoint(Setup(settings), run, str(elsewhere))
 
 
 def test_another_learning_rate_goes_on_in_another_folder_only(trained, tmp_path):
     recipe, run = trained
     changed, checkpoint = load_recipe(recipe, ("update.lr=1e-5",)), run / "checkpoints" / "step_000003"
     with pytest.raises(UserError, match="written by another recipe"):
-        choose_checkpoint(changed, run, str(checkpoint))
-    assert choose_checkpoint(changed, tmp_path / "new", str(checkpoint)) == checkpoint
+        choose_checkpoint(Setup(changed), run, str(checkpoint))
+    assert choose_checkpoint(Setup(changed), tmp_path / "new", str(checkpoint)) == checkpoint
 
 
 def test_the_prompts_text_decides_and_not_their_path_or_the_evaluation(tmp_path):
     first, moved, edited = (tiny_recipe(tmp_path / name) for name in ("first", "moved", "edited"))
     (edited.parent / "train.txt").write_text("a red circle at the centre\n")
     (moved.parent / "eval.txt").write_text("a blue square at the centre\n")
-    prints = [fingerprint(load_recipe(path)) for path in (first, moved, edited)]
+    prints = [Setup(load_recipe(path)).fingerprint for path in (first, moved, edited)]
     assert prints[0] == prints[1]
     assert prints[0] != prints[2]
-    assert fingerprint(load_recipe(first, ("engine.token_budget=70",))) == prints[0]
-    assert fingerprint(load_recipe(first, ("update.clip_range=1e-3",))) == prints[0], "the value that the recipe has"
-    assert fingerprint(load_recipe(first, ("update.clip_range=2e-3",))) != prints[0]
+    assert Setup(load_recipe(first, ("engine.token_budget=70",))).fingerprint == prints[0]
+    assert Setup(load_recipe(first, ("update.clip_range=1e-3",))).fingerprint == prints[0], (
+        "the value that the recipe has"
+    )
+    assert Setup(load_recipe(first, ("update.clip_range=2e-3",))).fingerprint != prints[0]
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path):
@@ -90,7 +93,7 @@ def test_evaluation_may_take_other_steps_than_training(trained):
     recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, run={"eval": {"steps": 20}})
     same = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, rollout={"steps": 20, "shift": 1.5})
     policy = policy_of(dtype="fp32")
-    assert torch.equal(sample(recipe, policy, TEXTS), sample(same, policy, TEXTS))
+    assert torch.equal(sample(Setup(recipe), policy, TEXTS), sample(Setup(same), policy, TEXTS))
 
 
 def test_guidance_keeps_a_pass_within_the_token_budget():
@@ -113,6 +116,6 @@ def test_guidance_keeps_a_pass_within_the_token_budget():
 )  # fmt: skip
 def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path, change):
     path = tiny_recipe(tmp_path, reward=[{"name": "http", "url": "http://one:2"}])
-    assert fingerprint(load_recipe(path)) == fingerprint(load_recipe(path, (change,)))
+    assert Setup(load_recipe(path)).fingerprint == Setup(load_recipe(path, (change,))).fingerprint
     for other in ("model.guidance_scale=2", "reward=[{name: http, url: 'http://one:2', weight: 2}]", "update.lr=1"):
-        assert fingerprint(load_recipe(path)) != fingerprint(load_recipe(path, (other,)))
+        assert Setup(load_recipe(path)).fingerprint != Setup(load_recipe(path, (other,))).fingerprint

@@ -19,6 +19,7 @@ from flowgrove.run import stopping
 from flowgrove.run.folder_lock import NAME, FolderLock
 from flowgrove.run.metrics import read_metrics
 from flowgrove.run.stopping import Stopped, Stopping
+from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from subprocesses import PYTHON, environment
 
@@ -188,7 +189,7 @@ def test_a_run_stopped_while_it_draws_goes_on_to_the_same_bits(tmp_path, error):
     succeed("train", recipe, "--out", tmp_path / "whole")
     run = tmp_path / "run"
     with Stopping() as stop:
-        trainer = Trainer(load_recipe(recipe), run, stopping=stop)
+        trainer = Trainer(Setup(load_recipe(recipe)), run, stopping=stop)
         trainer.stages.rewards = Interrupting(trainer.rewards, 2, error)
         with pytest.raises(Stopped):
             trainer.run()
@@ -204,7 +205,7 @@ def test_a_run_stopped_while_it_draws_goes_on_to_the_same_bits(tmp_path, error):
 def test_a_run_stopped_before_its_first_update_has_nothing_to_save(tmp_path):
     recipe = tiny_recipe(tmp_path, run=RUN)
     with Stopping() as stop:
-        trainer = Trainer(load_recipe(recipe), tmp_path / "run", stopping=stop)
+        trainer = Trainer(Setup(load_recipe(recipe)), tmp_path / "run", stopping=stop)
         trainer.stages.rewards = Interrupting(trainer.rewards, 0)
         with pytest.raises(Stopped):
             trainer.run()
@@ -222,7 +223,9 @@ def test_a_run_stopped_while_it_evaluates_keeps_its_weights_and_not_their_averag
     succeed("train", recipe, "--out", tmp_path / "whole")
     run = tmp_path / "run"
     with Stopping() as stop:
-        trainer = Trainer(load_recipe(recipe, ("run.eval_every=1", "run.checkpoint_every=0")), run, stopping=stop)
+        trainer = Trainer(
+            Setup(load_recipe(recipe, ("run.eval_every=1", "run.checkpoint_every=0"))), run, stopping=stop
+        )
         trainer.rewards = Interrupting(trainer.rewards, 1)  # of evaluations, the second
         with pytest.raises(Stopped):
             trainer.run()

@@ -13,7 +13,8 @@ from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
-from flowgrove.run.resume import fingerprint, stored_budget
+from flowgrove.run.resume import stored_budget
+from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning import token_budget, tune
 from flowgrove.tuning.pass_times import Passes, Timed, Work
@@ -84,8 +85,8 @@ def test_no_room_for_a_row_is_one_line_that_says_what_to_do():
 def test_work_is_that_of_the_first_iteration():
     recipe = small_recipe()
     counts = plan_and_coefficients(recipe)[0].counts
-    assert Work.of(recipe) == (3 * counts.rollout_forwards, 3 * counts.train_passes, 3 * counts.leaves)
-    alone = Work.of(small_recipe(engine={"share": False}))
+    assert Work.of(Setup(recipe)) == (3 * counts.rollout_forwards, 3 * counts.train_passes, 3 * counts.leaves)
+    alone = Work.of(Setup(small_recipe(engine={"share": False})))
     assert alone == (3 * counts.unshared_rollout_forwards, 3 * counts.unshared_train_passes, 3 * counts.leaves)
     assert WORK.seconds(Timed(0.5, 2.0)) == 110
 
@@ -106,10 +107,10 @@ def test_a_budget_holds_the_rows_that_fit_and_leaves_nothing_behind(guidance, mo
 
     monkeypatch.setattr(policy.adapter, "velocity", velocity)
     if guidance == 1:  # predicting takes seconds: once is enough
-        monkeypatch.setattr(token_budget, "room_beside", lambda recipe, policy: torch.empty(0))
+        monkeypatch.setattr(token_budget, "room_beside", lambda setup, policy: torch.empty(0))
     monkeypatch.setattr(token_budget, "NEAR", -10.0)  # every doubling gains enough ...
     monkeypatch.setattr(token_budget, "first_near_best", max)  # ... and the largest is taken: no clock decides
-    tokens = measured_budget(small_recipe(), policy)
+    tokens = measured_budget(Setup(small_recipe()), policy)
     assert tokens == 4 * int(policy.encode(["a red circle"]).tokens[0]) == 4 * policy.budget.row * of_a_row
     assert all(parameter.grad is None for parameter in (*policy.trainable().values(), *policy.transformer.parameters()))
     assert torch.equal(torch.get_rng_state(), before)
@@ -136,7 +137,7 @@ def test_passes_are_what_training_runs(monkeypatch):
 def gpu(monkeypatch):
     """A stand-in for a policy on a GPU, which is measured at 777 tokens; and how often it was."""
     asked = []
-    monkeypatch.setattr(token_budget, "measured_budget", lambda recipe, policy: asked.append(recipe) or 777)
+    monkeypatch.setattr(token_budget, "measured_budget", lambda setup, policy: asked.append(setup) or 777)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device.type + " 1")
     return SimpleNamespace(device=torch.device("cuda"), budget=SimpleNamespace(tokens=5), asked=asked)
 
@@ -144,26 +145,26 @@ def gpu(monkeypatch):
 def test_a_gpu_is_measured_once(gpu):
     for seed in (1, 2):
         gpu.budget.tokens = 5
-        settle_token_budget(small_recipe(run={"seed": seed}), gpu, None)
+        settle_token_budget(Setup(small_recipe(run={"seed": seed})), gpu, None)
         assert gpu.budget.tokens == 777
     assert len(gpu.asked) == 1
-    settle_token_budget(small_recipe(rollout={"steps": 6}), gpu, None)
+    settle_token_budget(Setup(small_recipe(rollout={"steps": 6})), gpu, None)
     assert len(gpu.asked) == 2
 
 
 def test_a_checkpoint_goes_before_cache_and_measurement_and_the_recipe_before_all(gpu):
-    settle_token_budget(small_recipe(), gpu, 60)
+    settle_token_budget(Setup(small_recipe()), gpu, 60)
     assert gpu.budget.tokens == 60
-    settle_token_budget(small_recipe(engine={"token_budget": 5}), gpu, 70)
+    settle_token_budget(Setup(small_recipe(engine={"token_budget": 5})), gpu, 70)
     assert gpu.budget.tokens == 60
     assert gpu.asked == []
 
 
 def test_a_cpu_is_never_measured(gpu):
     gpu.device = CPU
-    settle_token_budget(small_recipe(), gpu, None)
+    settle_token_budget(Setup(small_recipe()), gpu, None)
     assert (gpu.budget.tokens, gpu.asked) == (5, [])
-    settle_token_budget(small_recipe(), gpu, 60)
+    settle_token_budget(Setup(small_recipe()), gpu, 60)
     assert gpu.budget.tokens == 60
 
 
@@ -203,15 +204,15 @@ def test_a_cache_that_cannot_be_written_is_a_warning(cache, caplog):
 
 def test_a_resumed_run_has_the_passes_of_its_first_part(tmp_path):
     recipe = tiny_recipe(tmp_path, run={"iterations": 3, "eval_every": 0})
-    run, own = tmp_path / "run", fingerprint(load_recipe(recipe))
+    run, own = tmp_path / "run", Setup(load_recipe(recipe)).fingerprint
     succeed("train", recipe, "--out", run, "--set", "engine.token_budget=70", "--set", "run.iterations=1")
     first = run / "checkpoints" / "step_000001"
     assert stored_budget(first, own) == 70
     assert stored_budget(first, "of another recipe") is None
     assert stored_budget(None, own) is None
-    trainer = Trainer(load_recipe(recipe), run)
+    trainer = Trainer(Setup(load_recipe(recipe)), run)
     assert trainer.policy.budget.tokens == 70
-    assert Trainer(load_recipe(recipe, ("engine.token_budget=80",)), run).policy.budget.tokens == 80
+    assert Trainer(Setup(load_recipe(recipe, ("engine.token_budget=80",))), run).policy.budget.tokens == 80
     trainer.policy.budget.tokens = 50  # as halving leaves it
     trainer.run()
     assert stored_budget(run / "checkpoints" / "step_000003", own) == 50
@@ -300,7 +301,7 @@ def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
     )
     assert new.engine.token_budget in [35 * rows for rows in (1, 2, 4, 8)]  # 2 prompts of 4 leaves
     assert new.engine.attention == "sdpa"
-    assert fingerprint(new) == fingerprint(old), "it goes on with the runs of the old one"
+    assert Setup(new).fingerprint == Setup(old).fingerprint, "it goes on with the runs of the old one"
     text = written.read_text()
     assert "extends: mine.yaml" in text
     assert [f"# {rows} × 35 tokens: " in text for rows in (1, 2, 4, 8, 16)] == [True] * 4 + [False]
@@ -369,7 +370,7 @@ def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
         return found._replace(v=found.v * (1.1 if used[-1] == "quantised" else 1.0))
 
     monkeypatch.setattr(Policy, "velocity", velocity)
-    tuner = tune._Tuner(recipe, {"token_budget": 70}, WORK, False)
+    tuner = tune._Tuner(Setup(recipe), {"token_budget": 70}, WORK, False)
     choice = tuner.attention()
     assert choice.value in ("sdpa", "exact")
     assert choice.lines[2:] == [
@@ -388,7 +389,9 @@ def test_a_run_on_a_gpu_is_measured_and_kept_and_tuning_records_graphs(tmp_path,
     succeed("train", recipe, "--out", tmp_path / "run")
     (found,) = json.loads(cache.read_text()).values()
     assert found in [35 * rows for rows in (1, 2, 4, 8)]
-    assert stored_budget(tmp_path / "run" / "checkpoints" / "step_000001", fingerprint(load_recipe(recipe))) == found
+    assert (
+        stored_budget(tmp_path / "run" / "checkpoints" / "step_000001", Setup(load_recipe(recipe)).fingerprint) == found
+    )
     succeed("tune", recipe)
     text = (tmp_path / "mine_tuned.yaml").read_text()
     assert "recorded: " in text

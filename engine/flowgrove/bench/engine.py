@@ -31,7 +31,9 @@ from flowgrove.passes.recordings import Recordings
 from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import Rewards
+from flowgrove.setup import Setup
 from flowgrove.spans import span_totals
+from flowgrove.tuning.graph_room import NO_ROOM, GraphRoom
 from flowgrove.tuning.pass_times import Passes, Timed, Work
 from flowgrove.update.updater import Updater
 
@@ -96,13 +98,21 @@ class Lever(NamedTuple):
     paced: bool = False
     alone: bool = False
 
-    def stages(self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards) -> Stages:
-        """The stages of `recipe` with this lever; an optimiser of their own."""
+    @property
+    def retains(self) -> bool:
+        """Whether its rollouts may retain graphs."""
+        return not self.alone and self.engine.get("reuse_rollout_graph", True)
+
+    def stages(
+        self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards, room: GraphRoom = NO_ROOM
+    ) -> Stages:
+        """The stages of `recipe` with this lever; an optimiser of their own. `room`: for graphs, if it retains any."""
         rollout = update = self.engine
         if self.alone:
             unshared = {**self.engine, "share": False, "reuse_rollout_graph": False}
             rollout, update = {**unshared, "share": published.shares}, unshared
-        return Stages(_with(recipe, rollout), policy, Updater(_with(recipe, update), policy), rewards)
+        updater = Updater(_with(recipe, update), policy)
+        return Stages(Setup(_with(recipe, rollout)), policy, updater, rewards, room if self.retains else NO_ROOM)
 
     def set_budget(self, published: Published, policy: Policy, texts: list[str], own: int) -> int:
         """Makes the policy's passes as large as the lever wants them, `own` tokens or the published loop's rows.
@@ -275,7 +285,7 @@ class _Bench:
     def planned(self, name: str) -> tuple[int, int]:
         """Rows of the published loop, (rollout, training)."""
         recipe = self._recipe(name)
-        shared, alone = (Work.of(_with(recipe, {"share": share})) for share in (True, False))
+        shared, alone = (Work.of(Setup(_with(recipe, {"share": share}))) for share in (True, False))
         return (shared if PUBLISHED[name].shares else alone).forwards, alone.passes
 
     def recipe(self, name: str, choice: str) -> list[Row]:
@@ -286,10 +296,9 @@ class _Bench:
         """
         levers, published, rounds = self.settings.levers(choice), PUBLISHED[name], self.settings.rounds
         recipe = self._recipe(name)
-        stages = {lever.name: lever.stages(recipe, published, self.policy, self.rewards) for lever in levers}
-        for lever in (GRAPHS, COMPILED):  # they change nothing in the memory that the room is predicted from
-            if lever in levers:
-                stages[lever.name].room = stages[REUSED.name].room
+        # no lever changes what the room is predicted from, and predicting takes seconds that no iteration may count
+        room = self._room(recipe) if any(lever.retains for lever in levers) else NO_ROOM
+        stages = {lever.name: lever.stages(recipe, published, self.policy, self.rewards, room) for lever in levers}
         recordings = Recordings(self.device)
         for lever in levers:
             if not lever.paced and (choice == "all" or lever != REUSED or not self.warm):
@@ -304,6 +313,12 @@ class _Bench:
             self.say(f"{name}: round {number + 1} of {rounds}")
         what = {"model": self.settings.model, "recipe": name, "prompts": self.settings.prompts, "rounds": rounds}
         return [{**_median(each), **what, **machine.describe(self.device)} for each in found.values()]
+
+    def _room(self, recipe: Recipe) -> GraphRoom:
+        """For graphs beside passes of our own size."""
+        self.policy.budget.tokens = self.own
+        with _stance(compiled=False):
+            return GraphRoom.of(Setup(recipe), self.policy)
 
     def _recipe(self, name: str) -> Recipe:
         rollout = {"group_size": _LEAVES, **RECIPES[name]}

@@ -25,9 +25,9 @@ from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.passes.allocator import keep_freed_memory
-from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import Rewards
+from flowgrove.setup import Setup
 from flowgrove.spans import span_totals
 from flowgrove.update.updater import Updater
 
@@ -82,9 +82,9 @@ def bench_scaling(settings: Settings, say: Say, out: Path | None = None) -> list
         Point("prompts", LEAVES, prompts) for prompts in settings.prompts
     ]
     with bench_model(settings.model, settings.device) as model:
-        recipes = [point_recipe(model, point, settings.device) for point in points]
-        runs = _interleave(recipes, points, settings, say)
-    rows = [_row(point, recipe, timed, settings) for point, recipe, timed in zip(points, recipes, runs, strict=True)]
+        setups = [Setup(point_recipe(model, point, settings.device)) for point in points]
+        runs = _interleave(setups, points, settings, say)
+    rows = [_row(point, setup, timed, settings) for point, setup, timed in zip(points, setups, runs, strict=True)]
     for sweep in ("leaves", "prompts"):
         members = [row for row in rows if row["sweep"] == sweep]
         power = exponent(members)
@@ -125,17 +125,16 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
     return counts
 
 
-def _interleave(recipes: list[Recipe], points: list[Point], settings: Settings, say: Say) -> list[list[Run]]:
+def _interleave(setups: list[Setup], points: list[Point], settings: Settings, say: Say) -> list[list[Run]]:
     """Every point in turn, `rounds` times after one to warm up; the runs of each point."""
-    policy = Policy(recipes[0], settings.device)
-    # the recipes differ in their rollouts only
-    updater = Updater(recipes[0], policy)
-    rewards = Rewards(recipes[0], settings.device)
-    stages = [Stages(recipe, policy, updater, rewards) for recipe in recipes]
+    first = setups[0].recipe  # the others differ in their rollouts only
+    policy = Policy(first, settings.device)
+    updater, rewards = Updater(first, policy), Rewards(first, settings.device)
+    stages = [Stages(setup, policy, updater, rewards) for setup in setups]
     runs: list[list[Run]] = [[] for _ in points]
     for number in range(settings.rounds + 1):
-        for place, (recipe, point) in enumerate(zip(recipes, points, strict=True)):
-            with pick_backend(recipe), span_totals(settings.device) as totals:
+        for place, (setup, point) in enumerate(zip(setups, points, strict=True)):
+            with pick_backend(setup.recipe), span_totals(settings.device) as totals:
                 line = stages[place].run(bench_prompts(point.prompts), 0)
             if number:
                 runs[place].append(
@@ -145,9 +144,9 @@ def _interleave(recipes: list[Recipe], points: list[Point], settings: Settings, 
     return runs
 
 
-def _row(point: Point, recipe: Recipe, runs: list[Run], settings: Settings) -> Row:
+def _row(point: Point, setup: Setup, runs: list[Run], settings: Settings) -> Row:
     """Counts of the point and medians of its runs. Outside: all stages but the reward, less the transformer."""
-    plan, line = make_plan(recipe, 0), runs[-1].line
+    plan, line = setup.first_plan, runs[-1].line
     nodes = (plan.roots + plan.counts.edges) * point.prompts
     outside = statistics.median(
         sum(run.line["seconds"].values()) - run.line["seconds"]["reward"] - run.transformer for run in runs

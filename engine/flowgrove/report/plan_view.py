@@ -10,7 +10,7 @@ from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
-    from flowgrove.tuning.memory import Memory
+    from flowgrove.plan.memory import Memory
 
 _DRAWN_LEAVES = 32
 _STEP = ("index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out")

@@ -13,12 +13,12 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import draw
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
-from flowgrove.recipe.schema import Recipe
 from flowgrove.report.grids import Grid
 from flowgrove.report.side_by_side import draw_side_by_side
 from flowgrove.report.video import write_mp4
 from flowgrove.rewards.pixels import shrink, to_bytes
 from flowgrove.run.finished_runs import open_model, open_recipe
+from flowgrove.setup import Setup
 
 _PROMPTS_PER_PAGE, _MOST_SAMPLES = 8, 4
 
@@ -39,11 +39,12 @@ def write_samples(
     if compare and not source.is_dir():
         raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
     model = open_model(*open_recipe(source, overrides, which), prompts)
+    setup = Setup(model.recipe)
     out.mkdir(parents=True, exist_ok=True)
     with pick_backend(model.recipe):
-        base = _write(model.recipe, model.policy, prompts, out, "_base") if compare else []
+        base = _write(setup, model.policy, prompts, out, "_base") if compare else []
         model.restore()
-        files = _write(model.recipe, model.policy, prompts, out, "")
+        files = _write(setup, model.policy, prompts, out, "")
     samples = model.recipe.run.eval.samples
     if compare:
         for page, start in enumerate(range(0, len(prompts), _PROMPTS_PER_PAGE)):
@@ -55,13 +56,13 @@ def write_samples(
     return len(files)
 
 
-def _write(recipe: Recipe, policy: Policy, prompts: list[str], out: Path, ending: str) -> list[NDArray[np.uint8]]:
+def _write(setup: Setup, policy: Policy, prompts: list[str], out: Path, ending: str) -> list[NDArray[np.uint8]]:
     """Draws and writes; returns a small picture of each sample."""
     tiles: list[NDArray[np.uint8]] = []
     lines: list[str] = []
-    for some in draw(recipe, policy, prompts):
+    for some in draw(setup, policy, prompts):
         for sample in some:
-            prompt, number = divmod(len(lines), recipe.run.eval.samples)
+            prompt, number = divmod(len(lines), setup.recipe.run.eval.samples)
             file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)
             lines.append(json.dumps({"file": file.name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
         tiles += list(to_bytes(shrink(some)).numpy())

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flowgrove.data.prompts import read_prompts
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate
@@ -25,6 +24,7 @@ from flowgrove.recipe.schema import Lora, Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import find_checkpoint, load_checkpoint, pointed_at
 from flowgrove.run.manifest import verify
+from flowgrove.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,12 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None =
     recipe, checkpoint = open_recipe(run, overrides, which)
     if recipe.data.eval_prompts is None:
         raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
-    prompts = read_prompts(recipe.data.eval_prompts, "data.eval_prompts", recipe.data.prompt_key)
+    setup = Setup(recipe)
+    prompts = setup.eval_prompts
     rewards = Rewards(recipe, pick_device(recipe))
     policy = open_model(recipe, checkpoint, prompts).restore().policy
     with pick_backend(recipe):
-        evaluated = evaluate(recipe, policy, rewards, prompts)
+        evaluated = evaluate(setup, policy, rewards, prompts)
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples

@@ -1,69 +1,29 @@
 """Where a run goes on: which checkpoint fits which recipe."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flowgrove.data.prompts import read_prompts
 from flowgrove.errors import UserError
+from flowgrove.recipe.deciding import deciding
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.run.checkpoint import Say, newest_checkpoint, pointed_at, valid_checkpoints
 from flowgrove.run.manifest import read_state, verify
 from flowgrove.run.metrics import read_metrics
-
-# what a run may change when it goes on: where things are and how they are computed, not what
-_OPERATION = {
-    "model": ("gradient_checkpointing", "vae_tiling"),
-    "data": ("embedding_cache", "prompt_key"),
-    "engine": ("token_budget", "device", "backend", "attention", "compile", "cuda_graphs", "reuse_rollout_graph"),
-}
-_REWARD_OPERATION = (
-    "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency",
-    "max_answer_mb", "key_variable",
-)  # fmt: skip
-
+from flowgrove.setup import Setup
 
 _log = logging.getLogger("flowgrove")
 _MOST_NAMED = 4  # keys that a message names
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the
-    prompts' text for their path.
-
-    Keys at their default do not enter, so that a version with new keys resumes old runs.
-    """
-    content = _deciding(recipe, exclude_defaults=True)
-    prompts = read_prompts(recipe.data.prompts, "data.prompts", recipe.data.prompt_key)
-    content["data"] |= {"prompts": prompts, "eval_prompts": None}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
-    """What decides the weights, without the prompts' text."""
-    content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
-    content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
-    for section, keys in _OPERATION.items():
-        for key in keys:
-            content.get(section, {}).pop(key, None)
-    for reward in content["reward"]:
-        for key in _REWARD_OPERATION:
-            reward.pop(key, None)
-    content["run"] = {"seed": recipe.run.seed}
-    if recipe.update.lr_schedule == "cosine":
-        content["run"]["iterations"] = recipe.run.iterations
-    return content
 
 
 def differences(recipe: Recipe, out: Path) -> str:
     """The keys in which `recipe` is another than that of the run in `out`, with both values, as one phrase."""
     file = out / "recipe.yaml"
     try:
-        here, there = (_deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(file)))
+        here, there = (deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(file)))
     except (UserError, OSError):
         return f"its {file} cannot be read, so that the keys that differ are not known"
     for content in (here, there):
@@ -76,15 +36,15 @@ def differences(recipe: Recipe, out: Path) -> str:
     return ", ".join(named) or "data.prompts holds other prompts than when it began"
 
 
-def finished(recipe: Recipe, out: Path) -> bool:
-    """Whether `out` holds all of the recipe's run: its last checkpoint, every line and the report. Reads no model."""
+def finished(setup: Setup, out: Path) -> bool:
+    """Whether `out` holds all of the set-up's run: its last checkpoint, every line and the report. Reads no model."""
     checkpoints = valid_checkpoints(out)
     if not checkpoints or not (out / "report.html").exists():
         return False
     try:
         state = read_state(checkpoints[-1])
         done = state["completed_iterations"]
-        if state["recipe"] != fingerprint(recipe) or done < recipe.run.iterations:
+        if state["recipe"] != setup.fingerprint or done < setup.recipe.run.iterations:
             return False
         verify(checkpoints[-1])
     except UserError:
@@ -92,7 +52,7 @@ def finished(recipe: Recipe, out: Path) -> bool:
     return any(line["iteration"] == done - 1 for line in read_metrics(out))
 
 
-def choose_checkpoint(recipe: Recipe, out: Path, resume: str, say: Say = _log.warning) -> Path | None:
+def choose_checkpoint(setup: Setup, out: Path, resume: str, say: Say = _log.warning) -> Path | None:
     """The checkpoint to start from; `say` names damaged ones that were passed over.
 
     Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint.
@@ -106,18 +66,18 @@ def choose_checkpoint(recipe: Recipe, out: Path, resume: str, say: Say = _log.wa
         if holds_run and not inside:
             raise UserError(f"{out} holds a run, and {chosen} is no checkpoint of it: give another --out")
         state = verify(pointed_at(chosen))
-        if inside and state["recipe"] != fingerprint(recipe):
+        if inside and state["recipe"] != setup.fingerprint:
             ways = f"train on from it into another --out, or resume with {out / 'recipe.yaml'}"
-            raise UserError(f"{chosen} was written by another recipe: {differences(recipe, out)}: {ways}")
+            raise UserError(f"{chosen} was written by another recipe: {differences(setup.recipe, out)}: {ways}")
         return chosen
     if resume == "never":
         if holds_run:
             raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
         return None
     folder = newest_checkpoint(out, say)
-    if folder is not None and read_state(folder)["recipe"] != fingerprint(recipe):
+    if folder is not None and read_state(folder)["recipe"] != setup.fingerprint:
         ways = f"give another --out, or resume with {out / 'recipe.yaml'}"
-        raise UserError(f"{out} holds a run of another recipe: {differences(recipe, out)}: {ways}")
+        raise UserError(f"{out} holds a run of another recipe: {differences(setup.recipe, out)}: {ways}")
     return folder
 
 

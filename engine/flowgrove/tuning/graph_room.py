@@ -9,11 +9,9 @@ import torch
 
 from flowgrove.device import total_memory
 from flowgrove.models.policy import Policy, Velocity
-from flowgrove.plan.planner import make_plan
-from flowgrove.plan.sigmas import recipe_sigmas
-from flowgrove.recipe.schema import Recipe
+from flowgrove.plan.memory import graph_bytes
 from flowgrove.rollout.retained_graphs import RetainedGraphs
-from flowgrove.tuning.memory import graph_bytes, predict_memory
+from flowgrove.setup import Setup
 
 _GPU_SHARE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
 _CPU_SHARE = 0.25
@@ -27,19 +25,19 @@ class GraphRoom(NamedTuple):
     share: float
 
     @classmethod
-    def of(cls, recipe: Recipe, policy: Policy) -> "GraphRoom":
+    def of(cls, setup: Setup, policy: Policy) -> "GraphRoom":
         """The room that engine.reuse_rollout_graph gives. `auto`: as many as by prediction fit into the device's
         memory, and passes of at least a quarter of the budget; none where the rewards decide which edges train, since
         most graphs would then be made for nothing.
         """
-        engine, prune = recipe.engine, recipe.credit.prune
+        engine, prune = setup.recipe.engine, setup.recipe.credit.prune
         if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
-            return cls(0, 0.0)
+            return NO_ROOM
         if engine.reuse_rollout_graph is True:
             return cls(sys.maxsize, 0.0)
         if prune is not None and prune.kind != "depth":
-            return cls(0, 0.0)
-        room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(recipe, policy)
+            return NO_ROOM
+        room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(setup, policy)
         return cls(max(0, room // graph), _LEAST_SHARE)
 
     def retained_graphs(self, policy: Policy) -> "RetainedGraphs | None":
@@ -48,9 +46,12 @@ class GraphRoom(NamedTuple):
         return RetainedGraphs(self.states, max(1, int(self.share * full))) if self.states else None
 
 
-def _room_of_gpu(recipe: Recipe, policy: Policy) -> tuple[int, int]:
-    """(bytes for graphs beside all that a run needs, bytes of a row's graph)."""
-    memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
+NO_ROOM = GraphRoom(0, 0.0)
+
+
+def _room_of_gpu(setup: Setup, policy: Policy) -> tuple[int, int]:
+    """(bytes for graphs beside all that a run needs with the policy's token budget, bytes of a row's graph)."""
+    memory = setup.memory(policy.device.type).at(policy.budget.tokens)
     foreign = max(0, policy.bytes_when_loaded - memory.loaded)  # models of rewards
     return int(_GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from flowgrove.device import release_memory
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy, Prompts
-from flowgrove.plan.planner import make_plan
-from flowgrove.plan.sigmas import recipe_sigmas
-from flowgrove.recipe.schema import Recipe
+from flowgrove.setup import Setup
 from flowgrove.spans import Totals
 
 NEAR = 0.03  # of the best: what differs less is taken for equally fast
@@ -37,11 +35,11 @@ class Work(NamedTuple):
     widest: int
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Work":
+    def of(cls, setup: Setup) -> "Work":
         """Raises UserError for a plan that cannot be made."""
-        counts, prompts = make_plan(recipe, 0, recipe_sigmas(recipe)).counts, recipe.data.prompts_per_iteration
+        counts, prompts = setup.first_plan.counts, setup.recipe.data.prompts_per_iteration
         forwards, passes = counts.rollout_forwards, counts.train_passes
-        if not recipe.engine.share:
+        if not setup.recipe.engine.share:
             forwards, passes = counts.unshared_rollout_forwards, counts.unshared_train_passes
         return cls(prompts * forwards, prompts * passes, prompts * counts.leaves)
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
-from flowgrove.models.policy import Policy
-from flowgrove.plan.planner import make_plan
-from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.models.policy import Policy, tokens_per_pass
+from flowgrove.plan.memory import LOADED
 from flowgrove.recipe.schema import Recipe
-from flowgrove.tuning.memory import predict_memory
+from flowgrove.setup import Setup
 from flowgrove.tuning.pass_times import NEAR, Passes, Work, first_near_best
 
 _REPEATS = 3
@@ -59,40 +58,36 @@ def no_room() -> UserError:
     )
 
 
-def settle_token_budget(recipe: Recipe, policy: Policy, stored: int | None) -> None:
+def settle_token_budget(setup: Setup, policy: Policy, stored: int | None) -> None:
     """engine.token_budget: auto: `stored` by the run's checkpoint; else, on a GPU, what was found for this recipe on
     such a device before, or is found now.
 
     Raises UserError if a training pass of one row does not fit.
     """
+    recipe = setup.recipe
     if recipe.engine.token_budget != "auto":
         return
     if stored is None and policy.device.type == "cuda":
         key = cache_key(recipe, torch.cuda.get_device_name(policy.device))
         stored = cached_budget(key)
         if stored is None:
-            stored = measured_budget(recipe, policy)
+            stored = measured_budget(setup, policy)
             cache_budget(key, stored)
     policy.budget.tokens = policy.budget.tokens if stored is None else stored
 
 
-def with_budget(recipe: Recipe, tokens: int) -> Recipe:
-    """`recipe` with engine.token_budget settled."""
-    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"token_budget": tokens})})
-
-
-def measured_budget(recipe: Recipe, policy: Policy) -> int:
+def measured_budget(setup: Setup, policy: Policy) -> int:
     """Tokens per pass that take the passes of iteration 0 through the policy's model fastest, beside all that a run
     keeps in memory. Raises UserError.
     """
-    work, passes = Work.of(recipe), Passes(policy)
+    work, passes = Work.of(setup), Passes(policy)
 
     def measure(rows: int) -> float:
         passes.release()
         return work.seconds(passes.timed(rows, _REPEATS))
 
     try:
-        beside = room_beside(recipe, policy)
+        beside = room_beside(setup, policy)
         rows = fastest_rows(measure, work.widest)
         del beside
     except RuntimeError as error:
@@ -105,10 +100,10 @@ def measured_budget(recipe: Recipe, policy: Policy) -> int:
     return rows * passes.tokens
 
 
-def room_beside(recipe: Recipe, policy: Policy) -> Tensor:
+def room_beside(setup: Setup, policy: Policy) -> Tensor:
     """As many bytes as a run keeps besides model and gradients: the optimiser's, averages, forest, prompts."""
-    memory = predict_memory(recipe, make_plan(recipe, 0, recipe_sigmas(recipe)), policy.device.type)
-    size = sum(memory.resident.values()) - memory.loaded - memory.resident["gradients"]
+    resident = setup.memory(policy.device.type).resident(tokens_per_pass(setup.recipe, policy.device.type))
+    size = sum(size for name, size in resident.items() if name not in (*LOADED, "gradients"))
     return torch.empty(size, dtype=torch.uint8, device=policy.device)
 
 

@@ -26,6 +26,7 @@ from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.recipe.yaml_files import write_yaml
 from flowgrove.rollout.denoise import States, StepKind, denoise
+from flowgrove.setup import Setup
 from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work, first_near_best
 from flowgrove.tuning.token_budget import no_room, room_beside
 from flowgrove_kernels import step_coefficients
@@ -66,8 +67,9 @@ def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_c
         raise UserError(f"{target} exists: give another file with --out, or remove it")
     recipe = load_recipe(path, overrides)
     given = _given(recipe, overrides)
-    work, fixed = Work.of(recipe), given.pop("engine", {})
-    tuner = _Tuner(recipe, fixed, work, with_compile)
+    setup = Setup(recipe)
+    work, fixed = Work.of(setup), given.pop("engine", {})
+    tuner = _Tuner(setup, fixed, work, with_compile)
     choices = []
     for measure in (tuner.token_budget, tuner.attention, tuner.compiled, tuner.cuda_graphs):
         choice = measure()
@@ -120,7 +122,8 @@ def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, 
 class _Tuner:
     """A recipe's model, measured with one setting after the other. `fixed`: engine keys that are not to be changed."""
 
-    def __init__(self, recipe: Recipe, fixed: dict[str, Any], work: Work, with_compile: bool) -> None:
+    def __init__(self, setup: Setup, fixed: dict[str, Any], work: Work, with_compile: bool) -> None:
+        recipe = setup.recipe
         self.recipe, self.fixed, self.work, self.device = recipe, fixed, work, pick_device(recipe)
         self.measures_compile = with_compile and "compile" not in fixed
         plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | (
@@ -130,7 +133,7 @@ class _Tuner:
         self.policy = Policy(recipe.model_copy(update={"engine": engine}), self.device)
         self.passes = Passes(self.policy)
         # taken while passes are measured
-        self._beside = room_beside(recipe, self.policy) if self.device.type == "cuda" else None
+        self._beside = room_beside(setup, self.policy) if self.device.type == "cuda" else None
         self._processors = dict(self.policy.transformer.attn_processors)
         self._stance = "default"  # of torch.compile, once the blocks are compiled
 

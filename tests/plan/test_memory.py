@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from engine_cases import refuse, succeed
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.plan.memory import predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.registry import Rewards
-from flowgrove.tuning.memory import predict_memory
+from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
@@ -127,7 +128,7 @@ def test_prediction_of_an_iteration_holds(keeps):
         engine={"device": "cpu", "reuse_rollout_graph": keeps},
     )
     policy, plan = Policy(recipe, CPU), make_plan(recipe, 0)
-    stages = Stages(recipe, policy, Updater(recipe, policy), Rewards(recipe, CPU))
+    stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, CPU))
     texts = [f"a red circle number {number}" for number in range(8)]
     found = predict_memory(recipe, plan, "cpu")
     stages.run(texts, 0)  # the optimiser's state and the texts' embeddings stay

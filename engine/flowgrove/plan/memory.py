@@ -1,0 +1,345 @@
+"""How much memory a run needs, before it runs: the model's own code on tensors without storage, with every allocation
+counted.
+
+Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode runs forward and backward, and a
+dispatch mode adds up what is alive.
+"""
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from flowgrove.errors import UserError
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.folders import configuration_folder
+from flowgrove.models.geometry import read_geometry
+from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.masters import Masters
+from flowgrove.models.parts import is_of_a_library, part_class
+from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
+from flowgrove.models.trainable import choose_trainable
+from flowgrove.passes.packing import pack
+from flowgrove.plan.planner import RolloutPlan
+from flowgrove.recipe.schema import Recipe
+from flowgrove.rewards.scoring import PIXELS_AT_ONCE
+
+_OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
+
+LOADED = ("transformer", "master weights", "VAE", "untouched copy")  # what a policy holds before it trains
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a state of
+    the rollout holds until the first update if its graph is retained; `rows`: rows of the largest training pass.
+    """
+
+    resident: dict[str, int]
+    stages: dict[str, int]
+    graph: int
+    rows: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + max(self.stages.values())
+
+    @property
+    def loaded(self) -> int:
+        """What lies on the device when the model is loaded."""
+        return sum(self.resident[name] for name in LOADED)
+
+
+class MemoryModel:
+    """A recipe's model on tensors without storage, for one kind of device. It is made once; a stage is run once for
+    every size of its largest pass. Text encoders are taken to be freed.
+
+    Raises UserError without configuration files, and where the model does not run as they describe it.
+    """
+
+    def __init__(self, recipe: Recipe, plan: RolloutPlan, device_type: str) -> None:
+        self.recipe, self.plan, self.device_type = recipe, plan, device_type
+        self.folder = configuration_folder(recipe.model)
+        self.geometry = max(
+            (read_geometry(self.folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens
+        )
+        self.compute = COMPUTE_DTYPES[recipe.model.dtype]
+        self.master = torch.float64 if self.compute == torch.float64 else torch.float32
+        self.like_cuda = device_type == "cuda" and self.compute == torch.bfloat16
+        family = ADAPTERS[recipe.model.adapter]
+        with torch.device("meta"):
+            self.transformer = _from_config(self.folder, "transformer")
+            choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
+            vae = _from_config(self.folder, "vae")
+        if recipe.model.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self._mode = FakeTensorMode()
+        with self._running():
+            _materialise(self.transformer, self.compute, self.master)
+            self.masters = (
+                sum(p.numel() * p.element_size() for p in Masters(self.transformer, self.compute).of.values())
+                if self.compute == torch.bfloat16
+                else 0
+            )
+            self.weights = sum(
+                tensor.numel() * tensor.element_size()
+                for tensor in (*self.transformer.parameters(), *self.transformer.buffers())
+            )
+            self.decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or self.compute, self.master)
+            self.adapter = family(self.geometry, self.transformer, SimpleNamespace(vae=vae))
+            cond = self.adapter.blank(recipe.data.prompts_per_iteration, self.compute)
+        self.prompts = sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values())
+        self.doubled = 2 if self.adapter.needs_uncond(recipe.model.guidance_scale) else 1
+        self._peaks: dict[tuple[str, int], int] = {}
+
+    def at(self, tokens: int) -> Memory:
+        """The memory of an iteration whose passes hold `tokens`."""
+        rolled, trained = self._largest_passes(tokens)
+        counted = {
+            "training": self._once("training", trained, self._training),
+            "rollout": self._rollout(rolled),
+            "decoding": self._once("decoding", self._pictures(), self._decoding),
+        }
+        graph = self._once("graph", 1, self._graph)
+        if self.device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
+            counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding")
+        return Memory(self.resident(tokens), counted, graph, trained * self.doubled)
+
+    def resident(self, tokens: int) -> dict[str, int]:
+        """Bytes of what stays all the time, by name; runs a pass only where one is recorded."""
+        recipe, plan, transformer = self.recipe, self.plan, self.transformer
+        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+        copies = recipe.model.lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1)
+        levels = {end for step in plan.trained_steps for end in (step.index, step.index + 1)}
+        kept = sum(plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels)
+        resident = {
+            "transformer": self.weights,
+            "master weights": self.masters,
+            "VAE": self.decoder,
+            "untouched copy": sum(p.numel() for p in transformer.parameters()) * self.compute.itemsize if copies else 0,
+            "gradients": trained * self.master.itemsize,
+            "optimiser": trained * _OPTIMIZER_BYTES[recipe.update.optimizer],
+            "averaged weights": trained * self.master.itemsize if recipe.update.ema_decay else 0,
+            "forest": recipe.data.prompts_per_iteration * kept * self._state_bytes,
+            "prompts": self.prompts,
+        }
+        if recipe.engine.cuda_graphs:  # recordings hold their memory for good
+            resident["CUDA graphs"] = self._rollout(self._largest_passes(tokens)[0])
+        return resident
+
+    @property
+    def _state_bytes(self) -> int:
+        return torch.Size(self.geometry.latent_shape).numel() * self.master.itemsize
+
+    def _pictures(self) -> int:
+        """Pictures that are decoded together."""
+        leaves = self.recipe.data.prompts_per_iteration * self.plan.leaves
+        return min(self.adapter.samples_per_decode(self.device_type), leaves)
+
+    def _largest_passes(self, budget: int) -> tuple[int, int]:
+        """States of the largest pass in the rollout and in training."""
+        recipe, plan, tokens = self.recipe, self.plan, self.geometry.tokens * self.doubled
+        share, prompts, counts = recipe.engine.share, recipe.data.prompts_per_iteration, plan.counts
+
+        def largest(states: int) -> int:
+            return max((len(rows) for rows in pack(np.full(states, tokens), budget)), default=1)
+
+        trained = counts.train_passes if share else counts.unshared_train_passes
+        levels = [step.nodes_in if share else plan.leaves for step in plan.steps]
+        return max(largest(prompts * nodes) for nodes in levels), largest(-(-prompts * trained // plan.updates))
+
+    def _once(self, stage: str, size: int, count: Callable[[int], int]) -> int:
+        if (stage, size) not in self._peaks:
+            with self._running():
+                self._peaks[stage, size] = count(size)
+        return self._peaks[stage, size]
+
+    def _rollout(self, states: int) -> int:
+        """Bytes of a pass of the rollout, and of x, v, x' and a history of the widest level."""
+        width = max(step.nodes_out for step in self.plan.steps)
+        widest = 4 * self.recipe.data.prompts_per_iteration * width * self._state_bytes
+        return self._once("rollout", states, self._rolling) + widest
+
+    def _rolling(self, states: int) -> int:
+        @torch.no_grad()
+        def roll() -> Tensor:
+            return self._velocity(states)
+
+        return _peak(roll, self.like_cuda)
+
+    def _training(self, states: int) -> int:
+        """Gradients stay: they are counted as resident, so that the peak leaves them out."""
+        self.transformer.zero_grad(set_to_none=True)
+
+        def train() -> None:
+            v = self._velocity(states)
+            v.backward(torch.empty_like(v))
+
+        return _peak(train, self.like_cuda)
+
+    def _decoding(self, pictures: int) -> int:
+        """Bytes of decoding, of what is scored together, and of what scoring it takes beside it."""
+        decoded = _peak(
+            lambda: self.adapter.decode(torch.empty(pictures, *self.geometry.latent_shape, dtype=self.master))
+        )
+        leaves, pixels = self.recipe.data.prompts_per_iteration * self.plan.leaves, self.geometry.pixels
+        scored = min(leaves, max(1, PIXELS_AT_ONCE // pixels)) * pixels * 3
+        return decoded + 2 * scored * torch.float32.itemsize
+
+    def _graph(self, _: int) -> int:
+        return graph_bytes(self._velocity, self.like_cuda)
+
+    def _velocity(self, states: int) -> Tensor:
+        rows = states * self.doubled
+        cond = self.adapter.blank(1, self.compute)
+        expanded = Conditioning(
+            {name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()}
+        )
+        x = torch.empty(rows, *self.geometry.latent_shape, dtype=self.master)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.compute == torch.bfloat16):
+            return self.adapter.velocity(x, torch.empty(rows), expanded, 1.0)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Inside, tensors have no storage, and what the model's code raises is a UserError."""
+        with _errors_of(self.folder), self._mode:
+            yield
+
+
+def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
+    """Peak memory of an iteration on one device, with the recipe's token budget. Raises UserError."""
+    return MemoryModel(recipe, plan, device_type).at(tokens_per_pass(recipe, device_type))
+
+
+@contextmanager
+def _norms_in_fp32() -> Iterator[None]:
+    """Autocast computes norms in fp32 on a GPU, but not on the CPU, whose rules the tensors without storage follow.
+
+    The functions themselves are exchanged: a mode would be off where checkpoints recompute.
+    """
+    kept = {name: getattr(functional, name) for name in ("layer_norm", "group_norm", "rms_norm")}
+
+    def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            return norm(*args, **kwargs)
+
+        return run
+
+    try:
+        for name, norm in kept.items():
+            setattr(functional, name, in_fp32(norm))
+        yield
+    finally:
+        for name, norm in kept.items():
+            setattr(functional, name, norm)
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """What the model's code raises inside the block is a UserError: it does not run with its configuration."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"the model in {folder} does not run as its configuration files describe it ({reason})"
+        raise UserError(f"{what}: download the folder anew") from error
+
+
+def _from_config(folder: Path, part: str) -> Any:
+    """An untrained model of a part's class and configuration. Raises UserError."""
+    kind, file = part_class(folder, part), folder / part / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"it is that of a {config['_class_name']}")
+        return kind.from_config(config)
+    except Exception as error:  # what libraries raise over foreign settings has many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file} describes no {kind.__name__} ({reason}): download the folder anew") from None
+
+
+def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> int:
+    """Gives a module on the meta device tensors of the mode that is on; returns their bytes."""
+    total = 0
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                dtype = trained if parameter.requires_grad else frozen
+                part._parameters[name] = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
+                )
+                total += parameter.numel() * dtype.itemsize
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                total += buffer.numel() * buffer.dtype.itemsize
+        for name, constant in vars(part).items():
+            if isinstance(constant, Tensor):
+                setattr(part, name, torch.empty(constant.shape, dtype=constant.dtype))
+    return total
+
+
+def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
+    """Most bytes alive at once while `run` runs,
+    of storages that it makes itself and that are gone when it has ended.
+    """
+    with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
+        run()
+    return alive.most - alive.bytes
+
+
+def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> int:
+    """What a row more holds as long as the differentiable velocity of a pass lives;
+    `velocity` takes the pass's rows.
+    """
+    held = []
+    for rows in (1, 2):
+        with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
+            result = velocity(rows)
+            held.append(alive.bytes)
+            del result
+    return held[1] - held[0]
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+
+        def gone(_: object) -> None:
+            if self._known.pop(key, None) is not None:
+                self.bytes -= size
+
+        self._known[key] = weakref.ref(storage, gone)

@@ -1,0 +1,90 @@
+"""What a run derives from its recipe before the first iteration: each thing once, for all that need it."""
+
+import hashlib
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from flowgrove.data.prompts import read_prompts
+from flowgrove.plan.planner import RolloutPlan, make_plan
+from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas
+from flowgrove.recipe.deciding import deciding
+from flowgrove.recipe.schema import Recipe, Rollout, Window
+
+if TYPE_CHECKING:  # predicting memory needs torch, planning does not
+    from flowgrove.plan.memory import MemoryModel
+
+
+class Setup:
+    """The set-up of one recipe: made at the start and handed down. Everything is derived when it is first asked for,
+    and stays. Raises UserError then: for files that cannot be read, and plans that cannot be made.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._memory: dict[str, MemoryModel] = {}
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The training prompts: what is trained on and what the fingerprint is of, whatever their file holds later."""
+        return read_prompts(self.recipe.data.prompts, "data.prompts", self.recipe.data.prompt_key)
+
+    @cached_property
+    def eval_prompts(self) -> list[str]:
+        """The held-out prompts; none without data.eval_prompts."""
+        data = self.recipe.data
+        return read_prompts(data.eval_prompts, "data.eval_prompts", data.prompt_key) if data.eval_prompts else []
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the
+        prompts' text for their path.
+
+        Keys at their default do not enter, so that a version with new keys resumes old runs.
+        """
+        content = deciding(self.recipe, exclude_defaults=True)
+        content["data"] |= {"prompts": self.prompts, "eval_prompts": None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def sizes(self) -> list["Setup"]:
+        """This set-up at each of model.sizes; without sizes, itself."""
+        return [self] if self.recipe.model.sizes is None else [Setup(sized) for sized in self.recipe.at_sizes()]
+
+    @cached_property
+    def table(self) -> SigmaTable:
+        """The σ table, at the recipe's height and width."""
+        return recipe_sigmas(self.recipe)
+
+    @cached_property
+    def first_plan(self) -> RolloutPlan:
+        """The plan of iteration 0, whose counts stand for the run."""
+        return make_plan(self.recipe, 0, self.table)
+
+    def plan(self, iteration: int) -> RolloutPlan:
+        """The plan of an iteration (0-based)."""
+        return make_plan(self.recipe, iteration, self.table) if iteration else self.first_plan
+
+    @cached_property
+    def eval_plan(self) -> RolloutPlan:
+        """The plan of evaluation and sampling: the plain ODE, run.eval.samples pictures of each prompt."""
+        recipe, settings = self.recipe, self.recipe.run.eval
+        plain = Rollout(
+            steps=settings.steps or recipe.rollout.steps,
+            shift=recipe.rollout.shift,
+            group_size=settings.samples,
+            shared_initial_noise=False,
+            window=Window(strategy="none"),
+        )
+        update = recipe.update.model_copy(update={"updates_per_iteration": 1, "step_fraction": 1.0})
+        credit = recipe.credit.model_copy(update={"prune": None})
+        recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
+        return make_plan(recipe, 0, recipe_sigmas(recipe))
+
+    def memory(self, device_type: str) -> "MemoryModel":
+        """What predicts the memory of an iteration on a cpu or a cuda device."""
+        from flowgrove.plan.memory import MemoryModel
+
+        if device_type not in self._memory:
+            self._memory[device_type] = MemoryModel(self.recipe, self.first_plan, device_type)
+        return self._memory[device_type]
