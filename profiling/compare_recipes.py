@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from flowgrove.setup import Setup
 from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
 from flowgrove.data.prompts import prompts_of_iteration
 from flowgrove.device import pick_backend
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.page import evaluations
+from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning.pass_times import Passes
 

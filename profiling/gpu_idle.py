@@ -13,7 +13,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flowgrove.setup import Setup
 from flowgrove.bench.engine import RECIPES, bench_prompts, bench_recipe
 from flowgrove.bench.models import NAMES, bench_model
 from flowgrove.device import pick_backend
@@ -21,6 +20,7 @@ from flowgrove.iteration import Stages
 from flowgrove.machine import describe, pick_device
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
+from flowgrove.setup import Setup
 from flowgrove.spans import span_totals
 from flowgrove.update.updater import Updater
 
