@@ -10,7 +10,16 @@ from engine_cases import refuse, tiny_recipe
 from flowgrove.credit import assign_credit
 from flowgrove.device import is_out_of_memory
 from flowgrove.models.policy import Policy
-from flowgrove.passes.budget import retry_smaller
+from flowgrove.passes import out_of_memory
+from flowgrove.passes.out_of_memory import (
+    DROP_GRAPHS,
+    FEWER_SAMPLES,
+    FORGET_RECORDINGS,
+    HALVE_PASSES,
+    ORDER,
+    Shrink,
+    retry_smaller,
+)
 from flowgrove.rewards.python import PythonReward
 from flowgrove.rollout.loop import rollout
 from flowgrove.rollout.retained_graphs import RetainedGraphs
@@ -251,3 +260,37 @@ def test_a_python_reward_without_room_is_not_a_mistake_in_its_file(monkeypatch, 
     file.write_text("import torch\ndef score(pictures, prompts):\n    raise torch.OutOfMemoryError('out of memory')\n")
     with pytest.raises(torch.OutOfMemoryError):
         PythonReward(str(file))(torch.zeros(1, 3, 4, 4), ["a circle"])
+
+
+def test_remedies_are_taken_in_order_and_recordings_forgotten_at_every_failure():
+    """Whatever order a stage names them in."""
+    left, taken = {DROP_GRAPHS: 1, FORGET_RECORDINGS: 99, HALVE_PASSES: 2, FEWER_SAMPLES: 1}, []
+
+    def give(remedy):
+        taken.append(remedy)
+        left[remedy] -= 1
+        return left[remedy] >= 0
+
+    shrink = Shrink({remedy: lambda remedy=remedy: give(remedy) for remedy in reversed(ORDER)})
+    found = []
+    while shrink():
+        found.append([remedy for remedy in taken if left[remedy] >= 0])
+        taken.clear()
+    assert found == [
+        [DROP_GRAPHS, FORGET_RECORDINGS],
+        [FORGET_RECORDINGS, HALVE_PASSES],
+        [FORGET_RECORDINGS, HALVE_PASSES],
+        [FORGET_RECORDINGS, FEWER_SAMPLES],
+    ]
+    assert taken == list(ORDER), "at the end each is asked once more, and recordings are forgotten though nothing helps"
+
+
+def test_forgetting_recordings_alone_is_no_reason_for_another_attempt():
+    assert not Shrink({FORGET_RECORDINGS: lambda: True})()
+    assert not Shrink({})()
+
+
+def test_the_table_names_every_remedy():
+    table = out_of_memory.__doc__
+    places = [table.index(f"    {remedy.name} ") for remedy in ORDER]
+    assert places == sorted(places)

@@ -25,7 +25,8 @@ from flowgrove.models.float64 import keep_float64
 from flowgrove.models.loading import load_model
 from flowgrove.models.masters import Masters
 from flowgrove.models.trainable import choose_trainable
-from flowgrove.passes.budget import PassBudget, retry_smaller
+from flowgrove.passes.budget import PassBudget
+from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.passes.packing import Ints
 from flowgrove.passes.recordings import Recordings
 from flowgrove.recipe.schema import Cache, Recipe
@@ -263,7 +264,7 @@ class Policy:
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device."""
-        return retry_smaller(lambda: self._decode(x), self._decode_fewer)
+        return retry_smaller(lambda: self._decode(x), Shrink({FEWER_SAMPLES: self._decode_fewer}))
 
     def _decode(self, x: Tensor) -> Tensor:
         parts = x.split(self._samples_per_decode)

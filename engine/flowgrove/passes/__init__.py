@@ -1,3 +1,4 @@
-"""How rows go through a model together: packing, the token budget and what happens when memory is out (budget), CUDA
-graphs (recordings), and the host's allocator. It imports device and errors only, and knows no model.
+"""How rows go through a model together: packing, the token budget (budget), what is given up when memory is full
+(out_of_memory), CUDA graphs (recordings), and the host's allocator. It imports device and errors only, and knows no
+model.
 """

@@ -1,15 +1,9 @@
-"""How large a pass of the transformer may be, and what happens when the device's memory disagrees."""
+"""How large a pass of the transformer may be; when the device's memory disagrees, see out_of_memory."""
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
 
-import torch
-
-from flowgrove.device import is_out_of_memory, release_memory
 from flowgrove.passes.packing import Ints, pack
 
-Result = TypeVar("Result")
 _log = logging.getLogger("flowgrove")
 
 
@@ -41,22 +35,3 @@ class PassBudget:
         self.tokens, self._largest = self._largest // 2, 0
         _log.warning("the GPU's memory is full: passes hold %d tokens from here on (engine.token_budget)", self.tokens)
         return True
-
-
-def retry_smaller(work: Callable[[], Result], shrink: Callable[[], bool]) -> Result:
-    """What `work` returns, repeated after `shrink` as often as the device's memory is too small for it.
-
-    Raises the error of the last attempt (see `is_out_of_memory`) when `shrink` finds nothing more to make smaller.
-    """
-    while True:
-        try:
-            return work()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            full = error.with_traceback(None)  # its frames hold the failed attempt's tensors, as do those before it
-            full.__context__ = full.__cause__ = None
-        if torch.cuda.is_available():
-            release_memory(torch.device("cuda"))
-        if not shrink():
-            raise full

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.policy import Policy
-from flowgrove.passes.budget import retry_smaller
+from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span
 
@@ -84,9 +84,9 @@ def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list
         several, some = some > 1, max(1, some // 2)
         return several
 
-    done = 0
+    done, shrink = 0, Shrink({FEWER_SAMPLES: fewer})
     while done < len(leaves):
         # called before the next slice
-        scores.append(retry_smaller(lambda: score(slice(done, done + some)), fewer))  # noqa: B023
+        scores.append(retry_smaller(lambda: score(slice(done, done + some)), shrink))  # noqa: B023
         done += len(scores[-1])
     return torch.cat(scores)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowgrove.device import to_device
 from flowgrove.models.policy import Policy, Prompts
-from flowgrove.passes.budget import retry_smaller
+from flowgrove.passes.out_of_memory import DROP_GRAPHS, FORGET_RECORDINGS, HALVE_PASSES, Shrink, retry_smaller
 from flowgrove.passes.packing import Ints
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.rollout.denoise import Denoised, States, StepKind, denoise
@@ -130,11 +130,20 @@ class _Level:
             passes,
         )
 
-    def shrink(self) -> bool:
-        """What to do where the memory is too small; False if nothing is left to do."""
+    @property
+    def shrink(self) -> Shrink:
+        """What can be given up where the memory is too small."""
+        return Shrink({
+            DROP_GRAPHS: lambda: self.retained is not None and self.retained.give_up(),
+            FORGET_RECORDINGS: self._forget,
+            HALVE_PASSES: self.policy.budget.halve,
+        })  # fmt: skip
+
+    def _forget(self) -> bool:
+        """Neither recordings nor what caches have taken in counts after a failure."""
         self.policy.budget.attempts += 1
         self.policy.forget_recordings()
-        return (self.retained is not None and self.retained.give_up()) or self.policy.budget.halve()
+        return True
 
     def _passes(self, step: Step, tokens: Ints) -> Iterator[tuple[Ints, bool]]:
         """The rows of every pass, and whether it retains its graph."""

@@ -10,6 +10,7 @@ import torch
 
 from flowgrove.credit import EdgeCredit
 from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.passes.out_of_memory import DROP_GRAPHS, FORGET_RECORDINGS, HALVE_PASSES, Shrink
 from flowgrove.passes.packing import Ints
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan
@@ -92,20 +93,28 @@ class UpdatePasses:
 
     def shrink(self, number: int) -> bool:
         """Makes update `number` and those after it smaller; False if nothing is left to do."""
-        held = any(one.velocity is not None for part in self.parts for one in part.forest.retained)
-        self.drop_graphs()
-        for part in self.parts:
-            part.policy.forget_recordings()
-        if not held and not self.budget.halve():
+        remedies = {
+            DROP_GRAPHS: self.drop_graphs,
+            FORGET_RECORDINGS: self._forget_recordings,
+            HALVE_PASSES: self.budget.halve,
+        }
+        if not Shrink(remedies)():
             return False
         self.batches[number:] = []
         self.cut(number)
         return True
 
-    def drop_graphs(self) -> None:
-        """Lets go of the rollout's graphs: they are used up, or too large."""
+    def drop_graphs(self) -> bool:
+        """Lets go of the rollout's graphs: they are used up, or too large. Returns whether any was held."""
+        held = any(one.velocity is not None for part in self.parts for one in part.forest.retained)
         for part in self.parts:
             part.forest.retained.clear()
+        return held
+
+    def _forget_recordings(self) -> bool:
+        for part in self.parts:
+            part.policy.forget_recordings()
+        return True
 
     def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
         scale = 1 / max(sum(edges.selected for edges in self.edges[number]), 1)

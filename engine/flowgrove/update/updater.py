@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.policy import Policy
-from flowgrove.passes.budget import retry_smaller
+from flowgrove.passes.out_of_memory import retry_smaller
 from flowgrove.recipe.schema import Recipe
 from flowgrove.spans import span
 from flowgrove.update.ema import Ema
