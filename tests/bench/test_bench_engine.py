@@ -26,6 +26,7 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
+from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.updater import Updater
 from policy_cases import CPU
 
@@ -220,3 +221,15 @@ def test_what_was_measured_stays_if_a_later_recipe_is_stopped(monkeypatch, tmp_p
         engine.bench_engine(settings, lambda line: None, tmp_path)
     with (tmp_path / "engine_tiny_cpu.csv").open(encoding="utf-8") as file:
         assert [row["recipe"] for row in csv.DictReader(file)] == ["branch_mix_flash"]
+
+
+def test_the_room_for_graphs_is_settled_once_and_in_no_iteration(monkeypatch):
+    """Predicting it takes seconds on a large model, which would count as a rollout's."""
+    seen = []
+    of, run = GraphRoom.of.__func__, Stages.run
+    monkeypatch.setattr(GraphRoom, "of", classmethod(lambda cls, *given: seen.append("room") or of(cls, *given)))
+    monkeypatch.setattr(Stages, "run", lambda *given: seen.append("iteration") or run(*given))
+    settings = engine.settings_of("tiny", "branch_mix_flash:ours,mix_flash:ours", "all", 1, 2, False, "cpu")
+    engine.bench_engine(settings, lambda line: None)
+    short, first, second = ["iteration"], ["room", *["iteration"] * 3], ["room", *["iteration"] * 2]  # one warms up
+    assert seen == [*short, *first, *second]

@@ -104,9 +104,11 @@ class Lever(NamedTuple):
         return not self.alone and self.engine.get("reuse_rollout_graph", True)
 
     def stages(
-        self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards, room: GraphRoom = NO_ROOM
+        self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards, room: GraphRoom | None = None
     ) -> Stages:
-        """The stages of `recipe` with this lever; an optimiser of their own. `room`: for graphs, if it retains any."""
+        """The stages of `recipe` with this lever; an optimiser of their own. `room`: for graphs, if it retains any;
+        None: predicted here.
+        """
         rollout = update = self.engine
         if self.alone:
             unshared = {**self.engine, "share": False, "reuse_rollout_graph": False}
