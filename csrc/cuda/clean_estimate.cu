@@ -1,5 +1,5 @@
 // clean_estimate on CUDA tensors.
-#include "cuda/clean_estimate.cuh"
+#include "cuda/clean_estimate_launch.cuh"
 
 #if !defined(__CUDA_ARCH__)
 #include "cuda/run.h"

@@ -19,11 +19,4 @@ clean_estimate_kernel(const __grid_constant__ CleanEstimate op, const __grid_con
   walk<L, false>(op.states, part, Rows{}, 0, 0, on_chunk, Nothing{}, Nothing{});
 }
 
-inline cudaError_t launch_clean_estimate(const CleanEstimate& op, cudaStream_t stream) {
-  const Partition partition = partition_of(op.states.elements);
-  const auto kernel = with_layout(
-      whole(op.states, op.out), op.states.v.kind, [](auto layout) { return clean_estimate_kernel<decltype(layout)>; });
-  return launch(kernel, {op.states.rows * partition.parts, partition.threads}, stream, op, partition);
-}
-
 }  // namespace flowgrove::cuda

@@ -1,5 +1,5 @@
 // flow_logprob and its backward on CUDA tensors.
-#include "cuda/flow_logprob.cuh"
+#include "cuda/flow_logprob_launch.cuh"
 
 #if !defined(__CUDA_ARCH__)
 #include "cuda/run.h"

@@ -1,5 +1,5 @@
 // flow_step on CUDA tensors.
-#include "cuda/flow_step.cuh"
+#include "cuda/flow_step_launch.cuh"
 
 #if !defined(__CUDA_ARCH__)
 #include "cuda/run.h"

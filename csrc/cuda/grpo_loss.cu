@@ -1,5 +1,5 @@
 // grpo_loss on CUDA tensors.
-#include "cuda/grpo_loss.cuh"
+#include "cuda/grpo_loss_launch.cuh"
 
 #if !defined(__CUDA_ARCH__)
 #include "cuda/run.h"

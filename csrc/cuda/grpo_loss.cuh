@@ -1,6 +1,7 @@
-// The clipped GRPO loss of every edge and its gradient, each input read once: the blocks of a cluster compute the parts
-// of a row and keep what the gradient needs in shared memory while the sums meet. Rows of too many parts, and GPUs
-// without clusters, read twice: sums, then scores, then gradients.
+// The clipped GRPO loss of every edge and its gradient. The blocks of a cluster compute the parts of a row, one or
+// several each, and keep what the gradient needs in shared memory while the sums meet, so that each input is read once;
+// what does not fit there is read again. Rows of too many parts, and GPUs without clusters, read everything twice:
+// sums, then scores, then gradients.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -12,16 +13,13 @@ struct Slope {
   float push, pull;
 };
 
-// That share a multiprocessor's memory: one alone has nothing to do while its threads meet.
-constexpr int LEAST_BLOCKS = 2;
 constexpr int MOST_SLOPES = 64;  // of a row in shared memory; a row with more children uses device memory
 
 struct GRPOPasses {
   int edges_a_pass, sums_an_edge;  // Σ r²; under guard Σ z² and Σ z·r too
   int with_kl;                     // 1: sum 0 and the first kept chunk are those of v − v_ref
   int part_chunks, block_chunks;   // of one part and of all that a block computes
-  // Chunks that fit in shared memory, of v − v_ref and of each edge in turn, per 8 elements of a part.
-  int kept;
+  int kept;  // chunks in shared memory, of v − v_ref and of each edge in turn, per 8 elements that a block computes
 };
 
 // Device memory, for the parts and edges that do not meet in shared memory.
@@ -283,94 +281,6 @@ static __global__ void __launch_bounds__(THREADS) grpo_total_kernel(const float*
   if (warp() > 0) return;
   sum = warp_sum(lane() < warps() ? sums[lane()] : 0.0);
   if (lane() == 0) *loss = static_cast<float>(sum);
-}
-
-
-// ---- launch ----
-
-struct GRPOPlan {
-  using Kernel = void(GRPOLoss, Partition, GRPOPasses, GRPOScratch);
-  Kernel *loss, *gradient;
-  Partition partition;
-  GRPOPasses passes;
-  Launch launch;
-  bool clustered;
-
-  int64_t partials(const GRPOLoss& op) const {
-    return clustered ? 0 : op.edges * passes.sums_an_edge * partition.parts;
-  }
-  int64_t drifts(const GRPOLoss& op) const { return clustered ? 0 : op.states.rows * passes.with_kl * partition.parts; }
-  size_t scratch_bytes(const GRPOLoss& op) const {
-    return (partials(op) + drifts(op)) * sizeof(double) + op.edges * (sizeof(Slope) + sizeof(float));
-  }
-  GRPOScratch scratch(const GRPOLoss& op, void* memory) const {
-    double* partials_of = static_cast<double*>(memory);
-    double* drifts_of = partials_of + partials(op);
-    Slope* slopes = reinterpret_cast<Slope*>(drifts_of + drifts(op));
-    return {clustered ? nullptr : partials_of, drifts_of, slopes, reinterpret_cast<float*>(slopes + op.edges)};
-  }
-};
-
-inline GRPOPlan plan_grpo_loss(const GRPOLoss& op) {
-  const bool by_offsets = op.children.offsets != nullptr, with_kl = op.v_ref.data != nullptr;
-  const int64_t rows = op.states.rows > 0 ? op.states.rows : 1;
-  GRPOPlan plan = {};
-  const bool all_whole = whole(op.states, op.x_next, op.noise.given, op.v_ref, op.grad_v, op.grad_v_uncond);
-  with_layout(all_whole, op.states.v.kind, [&](auto layout) {
-    using L = decltype(layout);
-    plan.loss = op.guard ? grpo_loss_kernel<L, true> : grpo_loss_kernel<L, false>;
-    plan.gradient = op.guard ? grpo_gradient_kernel<L, true> : grpo_gradient_kernel<L, false>;
-  });
-  plan.partition = partition_of(op.states.elements);
-  plan.passes.part_chunks = plan.passes.block_chunks = static_cast<int>(plan.partition.part_elements / WIDTH);
-  plan.passes.with_kl = with_kl;
-  plan.passes.sums_an_edge = op.guard && op.old_logp != nullptr ? 3 : 1;
-  const int64_t most = MOST_SUMS / plan.passes.sums_an_edge, children = by_offsets ? op.edges : op.children.fanout;
-  plan.passes.edges_a_pass = static_cast<int>(children < 1 ? 1 : children < most ? children : most);
-  plan.launch = {op.states.rows * plan.partition.parts, plan.partition.threads};
-  const size_t sums = gathered_bytes(
-      with_kl + plan.passes.edges_a_pass * plan.passes.sums_an_edge, plan.partition.threads);
-  plan.launch.shared_bytes = sums;
-  // Rows have different numbers of children under offsets: room for the average, and what does not fit is read again.
-  const int64_t of_a_row = by_offsets ? divide_up(op.edges, rows) : op.children.fanout;
-  const int64_t wanted = op.grad_loss == nullptr ? 0 : with_kl + of_a_row;
-  const size_t slot = plan.partition.part_elements * sizeof(float), head = sums + MOST_SLOPES * sizeof(Slope);
-  const size_t room = most_shared_bytes() / LEAST_BLOCKS;
-  const int64_t fitting = room > head && slot > 0 ? static_cast<int64_t>((room - head) / slot) : 0;
-  for (const int64_t kept : {wanted < fitting ? wanted : fitting, int64_t{0}}) {
-    // More than one only where the chunks of all parts fit.
-    const int turns = wanted == 0 ? MOST_PARTS : static_cast<int>(kept < wanted ? 1 : fitting / wanted);
-    const Partition shared = in_turns(plan.partition, op.states.rows, turns);
-    Launch clustered = plan.launch;
-    clustered.blocks = op.states.rows * shared.blocks;
-    clustered.cluster = static_cast<int>(shared.blocks);
-    clustered.shared_bytes = head + kept * slot * shared.turns;
-    if (shared.parts > MOST_PARTS || !fits(plan.loss, clustered)) continue;
-    plan.launch = clustered;
-    plan.partition = shared;
-    plan.passes.block_chunks = plan.passes.part_chunks * shared.turns;
-    plan.passes.kept = static_cast<int>(kept);
-    plan.clustered = true;
-    break;
-  }
-  return plan;
-}
-
-inline cudaError_t launch_grpo_loss(const GRPOLoss& op, const GRPOPlan& plan, void* memory, cudaStream_t stream) {
-  const GRPOScratch scratch = plan.scratch(op, memory);
-  const Launch a_row_each = {op.states.rows, FINISHING_THREADS};
-  Launch once = {1, THREADS, 1, THREADS / WARP * sizeof(double)};
-  once.early = plan.clustered;
-  cudaError_t error = launch(plan.loss, plan.launch, stream, op, plan.partition, plan.passes, scratch);
-  if (error == cudaSuccess && !plan.clustered) {
-    error = launch(grpo_score_kernel, a_row_each, stream, op, plan.partition.parts, plan.passes, scratch);
-    if (error == cudaSuccess && op.grad_loss != nullptr) {
-      Launch gradient = {plan.launch.blocks, plan.launch.threads};
-      error = launch(plan.gradient, gradient, stream, op, plan.partition, plan.passes, scratch);
-    }
-  }
-  if (error != cudaSuccess) return error;
-  return launch(grpo_total_kernel, once, stream, scratch.losses, op.edges, op.loss);
 }
 
 }  // namespace flowgrove::cuda

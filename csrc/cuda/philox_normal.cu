@@ -1,5 +1,5 @@
 // philox_normal on CUDA tensors.
-#include "cuda/philox_normal.cuh"
+#include "cuda/philox_normal_launch.cuh"
 
 #if !defined(__CUDA_ARCH__)
 #include "cuda/run.h"

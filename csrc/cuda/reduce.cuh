@@ -30,10 +30,6 @@ DEVICE float* thread_sums() {
   return reinterpret_cast<float*>(&gathered() + 1);
 }
 
-inline size_t gathered_bytes(int64_t sums, int threads) {
-  return sizeof(Gathered) + sums * threads * sizeof(float);
-}
-
 // ---- in a thread ----
 
 // Before begin_pass: checks what names the noise of edges first … first + count − 1
@@ -153,41 +149,6 @@ logp_kernel(
     const double total = partials_total(partials + edge * parts, parts);
     if (lane() == 0) logp[edge] = log_probability(log_norm[row], precision[row], mean_of(total, elements));
   }
-}
-
-inline cudaError_t launch_logp(
-    const Children& children, int64_t rows, const Partition& partition, const double* partials, const float* log_norm,
-    const float* precision, float* logp, cudaStream_t stream) {
-  return launch(
-      logp_kernel, {rows, FINISHING_THREADS}, stream, children, partition.parts, partition.elements, partials, log_norm,
-      precision, logp);
-}
-
-// ---- how a kernel that adds up squares is launched ----
-
-template <typename Kernel>
-struct Plan {
-  Kernel* kernel;
-  Partition partition;
-  int edges_a_pass;
-  Launch launch;
-  int64_t partials = 0;  // doubles of scratch memory; 0 where a cluster adds up the parts
-};
-
-template <typename Kernel>
-Plan<Kernel> plan_squares(Kernel* kernel, int64_t rows, int64_t elements, int64_t edges, int64_t children_of_a_row) {
-  const int64_t few = children_of_a_row < MOST_SUMS ? children_of_a_row : MOST_SUMS, edges_a_pass = few > 1 ? few : 1;
-  const Partition partition = in_turns(partition_of(elements), rows, MOST_PARTS);
-  Plan<Kernel> plan = {kernel, partition, static_cast<int>(edges_a_pass), {rows * partition.blocks, partition.threads}};
-  plan.launch.shared_bytes = gathered_bytes(edges_a_pass, partition.threads);
-  Launch clustered = plan.launch;
-  clustered.cluster = static_cast<int>(partition.blocks);
-  if (partition.parts <= MOST_PARTS && fits(kernel, clustered)) {
-    plan.launch = clustered;
-  } else {
-    plan.partials = edges * partition.parts;
-  }
-  return plan;
 }
 
 }  // namespace flowgrove::cuda

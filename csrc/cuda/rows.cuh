@@ -25,8 +25,9 @@ struct Layout {
 };
 
 // Blocks that share a multiprocessor: 64 registers a thread, or 128 where rows allow no 16-byte accesses.
+constexpr int WHOLE_BLOCKS_PER_SM = 4;
 template <typename L>
-constexpr int BLOCKS_PER_SM = L::WHOLE ? 4 : 2;
+constexpr int BLOCKS_PER_SM = L::WHOLE ? WHOLE_BLOCKS_PER_SM : 2;
 
 // `blocks` of a row share its parts: `turns` each, the last block perhaps fewer.
 struct Partition {
@@ -35,35 +36,6 @@ struct Partition {
   int64_t blocks;
   int turns = 1;
 };
-
-inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-inline Partition partition_of(int64_t elements) {
-  const int64_t chunks = divide_up(elements, WIDTH);
-  const int64_t one_each = divide_up(chunks, THREADS);
-  const int64_t least = divide_up(chunks, MOST_CHUNKS);
-  const int64_t few = one_each < MOST_PARTS ? one_each : MOST_PARTS, parts = least > few ? least : few > 1 ? few : 1;
-  const int64_t part_chunks = divide_up(chunks, parts), busy = divide_up(part_chunks, WARP) * WARP;
-  const int threads = static_cast<int>(busy > THREADS ? THREADS : busy > WARP ? busy : WARP);
-  return {elements, part_chunks * WIDTH, parts, threads, parts};
-}
-
-// The same parts for fewer blocks of several turns each, at most `most`, as long as the `rows` keep all
-// multiprocessors busy: a block that starts, and a cluster that meets, costs as much as reading a part. Parts of
-// more than one cluster stay one a block.
-inline Partition in_turns(Partition partition, int64_t rows, int most) {
-  // Blocks: three times what they hold at once.
-  const int64_t busy = 3 * 4 * device_attribute(cudaDevAttrMultiProcessorCount);
-  for (int turns = 2; turns <= most && partition.parts <= MOST_PARTS && busy > 0; turns *= 2) {
-    const int64_t blocks = divide_up(partition.parts, turns);
-    if (blocks == partition.blocks || rows * blocks < busy) break;
-    partition.blocks = blocks;
-    partition.turns = turns;
-  }
-  return partition;
-}
 
 // What a block computes: parts first … end − 1 of a row.
 struct Share {
@@ -121,27 +93,6 @@ template <bool WHOLE>
 DEVICE Chunk<WHOLE> chunk_of(const Part& part, int start) {
   const int left = part.count - start;
   return {part.first + start, WHOLE || left > WIDTH ? WIDTH : left};
-}
-
-template <typename AnyRows>
-bool aligned(const AnyRows& rows) {
-  const int64_t elements_of_16_bytes = rows.kind == Kind::fp32 ? 4 : 8;
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride % elements_of_16_bytes == 0;
-}
-
-// Whether all chunks of these rows are whole.
-template <typename... AnyRows>
-bool whole(int64_t elements, const AnyRows&... rows) {
-  return elements % WIDTH == 0 && (aligned(rows) && ...);
-}
-
-// What pick returns for the layout of a call's rows.
-template <typename Pick>
-auto with_layout(bool whole, Kind v, Pick pick) {
-  if (!whole) return pick(Layout<false, Kind::fp32>{});
-  if (v == Kind::bf16) return pick(Layout<true, Kind::bf16>{});
-  if (v == Kind::fp16) return pick(Layout<true, Kind::fp16>{});
-  return pick(Layout<true, Kind::fp32>{});
 }
 
 // ---- 8 elements ----

@@ -5,13 +5,6 @@
 
 namespace flowgrove::cuda {
 
-// Whether all chunks of the states and of these rows are whole, and both velocities of one kind.
-template <typename... AnyRows>
-bool whole(const States& states, const AnyRows&... rows) {
-  const bool one_kind = states.v_uncond.data == nullptr || states.v_uncond.kind == states.v.kind;
-  return one_kind && whole(states.elements, states.x, states.v, states.v_uncond, states.history, rows...);
-}
-
 struct Family {
   int64_t first, count;  // edges first … first + count − 1
 };

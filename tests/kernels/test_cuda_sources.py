@@ -16,6 +16,7 @@ import torch
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 HEADERS = sorted((CSRC / "cuda").glob("*.cuh"))
+DEVICE_HEADERS = [path for path in HEADERS if not path.stem.endswith("launch")]
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", f"-I{CSRC}")
 TORCH = (
@@ -131,8 +132,15 @@ def test_kernels_compile_without_spills_for_several_blocks_a_multiprocessor(sour
         )
 
 
+@pytest.mark.parametrize("header", DEVICE_HEADERS, ids=lambda path: path.name)
+def test_device_headers_plan_and_launch_nothing(header):
+    """What runs on the host lies in the *launch.cuh beside them."""
+    text = header.read_text(encoding="utf-8")
+    assert re.findall(r'cudaStream_t|cudaError_t|cudaDevAttr\w+|<<<|"cuda/\w*launch\.cuh"|^inline ', text, re.M) == []
+
+
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)
-def test_device_headers_compile_alone_and_move_16_bytes_at_a_time(header, folder):
+def test_headers_compile_alone_and_move_16_bytes_at_a_time(header, folder):
     kernels = ptx(header, folder)
     for name in STREAMING.keys() & kernels.keys():
         for access in STREAMING[name]:
