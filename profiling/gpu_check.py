@@ -114,20 +114,8 @@ def prepared(out: Path, dry: bool) -> tuple[str, dict[str, str]]:
         return sys.executable, {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     site = Path("/tmp/flowgrove-site")
     wheels = sorted(map(str, (KIT / "wheels").glob("*.whl")))
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--no-cache-dir",
-        "--upgrade",
-        "--target",
-        str(site),
-    ]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    install += ["--no-cache-dir", "--upgrade", "--target", str(site)]
     began = time.monotonic()
     if wheels and subprocess.run([*install, *wheels], check=False).returncode:
         print("the kit's wheels cannot be installed: the steps run with what this Python has")
@@ -146,14 +134,8 @@ def _libraries(environment: dict[str, str], out: Path) -> str:
     began = time.monotonic()
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     with (out / "build.log").open("w", encoding="utf-8") as log:
-        subprocess.run(
-            build,
-            cwd=ROOT,
-            env={**environment, "FLOWGROVE_CUDA": "1", "MAX_JOBS": "16"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+        insisting = {**environment, "FLOWGROVE_CUDA": "1", "MAX_JOBS": "16"}
+        subprocess.run(build, cwd=ROOT, env=insisting, stdout=log, stderr=subprocess.STDOUT, check=False)
     loaded = _loads(environment)
     if loaded:
         (out / "build.log").unlink()
@@ -168,21 +150,18 @@ def _suits(environment: dict[str, str]) -> bool:
     except FileNotFoundError:
         return False
     asked = "import torch; print(torch.__version__.split('+')[0], *torch.cuda.get_device_capability(), sep='.')"
-    told = subprocess.run(
-        [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    told = _told(asked, environment)
     return kit["sources"] == sources_digest() and told == f"{kit['torch']}.{kit['architecture'].rstrip('a')}"
 
 
 def _loads(environment: dict[str, str]) -> bool:
-    told = subprocess.run(
-        [sys.executable, "-c", "import flowgrove_kernels as fk; print(fk.available_backends())"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return "'cuda'" in told.stdout
+    return "'cuda'" in _told("import flowgrove_kernels as fk; print(fk.available_backends())", environment)
+
+
+def _told(program: str, environment: dict[str, str]) -> str:
+    """What a line of Python prints in that environment."""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.strip()
 
 
 # ---- the steps ----
@@ -197,79 +176,38 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     dry = options.dry_run
     command, script = [python, "-m", "flowgrove"], lambda name: [python, str(ROOT / "profiling" / name)]
     ops = [*command, "bench", "ops", "--out", str(out)]
-    recipe = [
-        *command,
-        "train",
-        str(ROOT / "recipes" / "quickstart.yaml"),
-        "--out",
-        tempfile.mkdtemp(prefix="flowgrove-"),
-    ]
-    short = [
-        "run.iterations=1",
-        "run.eval_every=0",
-        "data.prompts_per_iteration=1",
-        "rollout.group_size=2",
-        "rollout.steps=3",
-        "rollout.window.size=1",
-    ]
-    short += ["update.updates_per_iteration=1", "run.checkpoint_every=0"]
+    recipe = [*command, "train", str(ROOT / "recipes" / "quickstart.yaml")]
+    recipe += ["--out", tempfile.mkdtemp(prefix="flowgrove-")]
+    short = ["run.iterations=1", "run.eval_every=0", "run.checkpoint_every=0", "data.prompts_per_iteration=1"]
+    short += ["rollout.group_size=2", "rollout.steps=3", "rollout.window.size=1", "update.updates_per_iteration=1"]
     long = ["engine.device=cuda", "engine.cuda_graphs=true", "run.iterations=30"]
     engine = [*command, "bench", "engine", "--out", str(out), "--rounds", "1"]
     smoke = [*script("gpu_smoke.py"), "--plain"]
     families = [*smoke, "--families", "--rows", "2", "--sizes"]
-    counters = [
-        "gpu__time_duration.sum",
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-        "dram__bytes.sum",
-        "launch__registers_per_thread",
-    ]
-    counters += [
-        "sm__warps_active.avg.pct_of_peak_sustained_active",
-        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-        "launch__cluster_size",
-    ]
-    ncu = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--metrics",
-        ",".join(counters),
-        "--kernel-name",
-        "regex:^(flow_step|grpo_loss)",
-        "--launch-count",
-        "3",
-    ]
+    counters = ["gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "dram__bytes.sum"]
+    counters += ["sm__warps_active.avg.pct_of_peak_sustained_active", "launch__registers_per_thread"]
+    counters += ["sm__throughput.avg.pct_of_peak_sustained_elapsed", "launch__cluster_size"]
+    ncu = ["ncu", "--clock-control", "none", "--metrics", ",".join(counters), "--launch-count", "3"]
+    ncu += ["--kernel-name", "regex:^(flow_step|grpo_loss)"]
     sanitizer = ["compute-sanitizer", "--print-limit", "3", "--error-exitcode", "9"]
+    # Racecheck is the slowest of the three, and Triton's compiler places the barriers of its kernels itself.
+    ours = ["--ops", "flow_step,grpo_loss", *([] if dry else ["--backends", "cuda"])]
+    tools = ("memcheck", "racecheck", "synccheck")
+    memory, races, barriers = ([] if dry else [*sanitizer, "--tool", tool] for tool in tools)
+    mid = ["--model", "sd3_mid", "--recipes", "mix,branch_mix", "--levers", "ends"]
+    if dry:
+        mid = ["--recipes", "branch_mix_flash:ours"]
     return [
         Step("ceilings", 40, script("gpu_ceilings.py")),
         Step("smoke", 60, [*script("gpu_smoke.py"), *(["--sizes", "63"] if dry else [])]),
         *_op_steps(ops, dry, "sd35_512,wan_480p81,wide", "bf16,fp32"),
         Step("tests", 150, _pytest(python, dry, "-m gpu tests"), {"OMP_NUM_THREADS": "1"}),
         Step("recipe", 40, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
-        Step(
-            "engine sd3_mid",
-            60,
-            [
-                *engine,
-                "--prompts",
-                "1",
-                *(
-                    ["--recipes", "branch_mix_flash:ours"]
-                    if dry
-                    else ["--model", "sd3_mid", "--recipes", "mix,branch_mix", "--levers", "ends"]
-                ),
-            ],
-        ),
+        Step("engine sd3_mid", 60, [*engine, "--prompts", "1", *mid]),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
-        Step("sanitizer", 60, [*([] if dry else sanitizer), *families, "63" if dry else "63,1032,66000,140000"]),
-        Step(
-            "races",
-            60,
-            [*([] if dry else [*sanitizer, "--tool", "racecheck"]), *families, "63" if dry else "1032,66000"],
-        ),
-        Step(
-            "barriers", 40, [*([] if dry else [*sanitizer, "--tool", "synccheck"]), *families, "63" if dry else "66000"]
-        ),
+        Step("sanitizer", 60, [*memory, *families, "63" if dry else "63,1032,66000"]),
+        Step("races", 60, [*races, *families, "63" if dry else "1032,66000", *ours]),
+        Step("barriers", 40, [*barriers, *families, "63" if dry else "66000"]),
     ]
 
 
@@ -282,53 +220,23 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     recipes = ["branch_mix_flash", *([] if dry else ["branch_mix", "mix"]), "dance:published"]
     engine = ["--model", "tiny" if dry else model, "--recipes", ",".join(recipes), "--levers", "ends"]
     every = ["--prompts", "1", "--rounds", "1", "--out", str(out)]
-    profile = [
-        *([python, str(ROOT / "profiling" / "gpu_idle.py")]),
-        "--model",
-        "tiny" if dry else model,
-        "--prompts",
-        "1",
-    ]
-    scaling = (
-        ["--leaves", "1,2,4", "--prompts", "1,2,3"] if dry else ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
-    )
+    script = [python, str(ROOT / "profiling" / "gpu_idle.py")]
+    profile = [*script, "--model", "tiny" if dry else model, "--prompts", "1"]
+    scaling = ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
+    eager = ["--rows", "1,2,4,8", "--repeats", "5"]
+    compiled = ["--modes", "compiled", "--rows", "1,4"]
+    if dry:
+        scaling = ["--leaves", "1,2,4", "--prompts", "1,2,3"]
+        eager, compiled = ["--rows", "1", "--repeats", "1"], ["--modes", "eager", "--rows", "1"]
+    rows = [*bench, "rows", "--model", model]
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
         *_op_steps([*bench, "ops", "--out", str(out)], dry, "sd35_512,wan_480p81,wide,row_64m", options.dtypes),
         Step("engine", 170, [*bench, "engine", *engine, *every]),
         Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
-        Step(
-            "rows",
-            60,
-            [
-                *bench,
-                "rows",
-                "--model",
-                model,
-                "--rows",
-                "1" if dry else "1,2,4,8",
-                "--repeats",
-                "1" if dry else "5",
-                "--out",
-                str(out),
-            ],
-        ),
+        Step("rows", 60, [*rows, *eager, "--out", str(out)]),
         Step("idle", 60, profile),
-        Step(
-            "rows compiled",
-            90,
-            [
-                *bench,
-                "rows",
-                "--model",
-                model,
-                "--modes",
-                "eager" if dry else "compiled",
-                "--rows",
-                "1" if dry else "1,4",
-                "--json",
-            ],
-        ),
+        Step("rows compiled", 90, [*rows, *compiled, "--json"]),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
 

@@ -22,13 +22,10 @@ from flowgrove.bench.timing import record
 from flowgrove.machine import pick_device
 from flowgrove_kernels import NoiseKey, flow_step, grpo_loss_and_grad, step_coefficients, use_backend
 
-CHILDREN = (
-    14,
-    0,
-    70,
-    3,
-)  # of each row: more than a pass of the loss takes, and more than its shared memory has slopes for
+# Of each row: more than a pass of the loss takes, and more than its shared memory has slopes for.
+CHILDREN = (14, 0, 70, 3)
 MODES = ("density", "guard", "kl")
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
 def main() -> None:
@@ -37,6 +34,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="63,1032,129600,540672", help="elements of a row")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--dtypes", default="bf16", help=f"out of {','.join(DTYPES)}")
+    parser.add_argument("--backends", help="default: every fused one that takes tensors of this device")
+    parser.add_argument("--ops", default=",".join(OPS), help="whose cases run")
     parser.add_argument(
         "--families", action="store_true", help="also the loss of rows with 14, 0, 70 and 3 children, in every mode"
     )
@@ -48,11 +47,17 @@ def main() -> None:
     backends = tuple(name for name in available_contenders(device) if name not in ("eager", "compiled", "reference"))
     if not backends:
         sys.exit("no fused backend is here: build the ops first")
+    if options.backends and not set(options.backends.split(",")) <= set(backends):
+        sys.exit(f"--backends {options.backends}: write some of {','.join(backends)}, which run here")
+    if not set(options.ops.split(",")) <= set(OPS):
+        sys.exit(f"--ops {options.ops}: write some of {','.join(OPS)}")
+    backends = tuple(name for name in backends if not options.backends or name in options.backends.split(","))
+    cases = [case for case in CASES if case.op in options.ops.split(",")]
     wrong = 0
     for size in options.sizes.split(","):
         for dtype in options.dtypes.split(","):
             inputs = make_inputs(find_shape(f"{options.rows}x{size}"), dtype, device)
-            for case in CASES:
+            for case in cases:
                 for contender in contenders(case, inputs, backends):
                     told, fine = _try(case, inputs, contender, options.plain)
                     wrong += not fine
