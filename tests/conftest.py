@@ -1,17 +1,14 @@
 """Fixtures of the kernel tests."""
 
-import os
-
 import numpy
 import pytest
 import torch
 from hypothesis import settings
 
-from flowgrove_kernels import available_backends, use_backend
+from cuda_on_cpu.emulator import Emulator, compiled
+from flowgrove_kernels import libraries, use_backend
+from kernel_backends import EMULATED, ON_THE_CPU
 from kernel_cases import GOLDEN
-
-INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-ON_THE_CPU = tuple(name for name in available_backends() if name in ("reference", "cpu", *INTERPRETED))
 
 settings.register_profile("flowgrove", database=None, deadline=None, derandomize=True)
 settings.load_profile("flowgrove")
@@ -19,9 +16,31 @@ settings.load_profile("flowgrove")
 
 @pytest.fixture(params=ON_THE_CPU)
 def backend(request):
-    """The test runs once on every backend that takes CPU tensors here."""
-    with use_backend(request.param):
-        yield request.param
+    """The test runs once on every backend that takes CPU tensors here; with `kernel_backends.AND_EMULATED` also on the
+    emulated CUDA kernels.
+    """
+    if request.param == EMULATED:
+        request.getfixturevalue("emulated_kernels")
+    name = "cpu" if request.param == EMULATED else request.param
+    with use_backend(name):
+        yield name
+
+
+@pytest.fixture(scope="session")
+def emulator(kept):
+    return Emulator(compiled(kept))
+
+
+@pytest.fixture
+def emulated_kernels(emulator, monkeypatch):
+    """The ops of the "cpu" backend are the emulated ones, on an sm_90; what torch.empty returns is NaN."""
+    from flowgrove_kernels import native  # loads the compiled libraries
+
+    monkeypatch.setattr(libraries, "missing", lambda name: None)
+    monkeypatch.setattr(native, "_ops", torch.ops.flowgrove_emulated)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,20 +1,19 @@
 """The CUDA kernels on the CPU: the sources that nvcc compiles, compiled by g++ and run with a fiber per thread
 (cuda_on_cpu/README.md says what that shows).
 
-The tests of REUSED run here once more, on these kernels. What is written here is about parts of rows, passes, paths,
-threads, launches and traps.
+The tests of the ops run on them too, as the backend "emulated cuda" (kernel_backends.AND_EMULATED). What is written
+here is about parts of rows, passes, paths, threads, launches and traps.
 """
 
-import functools
-import importlib
 import itertools
 import re
 import subprocess
+from functools import cache
 
 import pytest
 import torch
 
-from cuda_on_cpu.emulator import CXX, FAIR, FLAGS, GREEDY, SHUFFLED, SM_80, SM_90, Emulator, compiled
+from cuda_on_cpu.emulator import CXX, FAIR, FLAGS, GREEDY, SHUFFLED, SM_80, SM_90
 from flowgrove_kernels import (
     NoiseKey,
     clean_estimate,
@@ -22,11 +21,10 @@ from flowgrove_kernels import (
     flow_step,
     grpo_loss,
     grpo_loss_and_grad,
-    libraries,
-    native,
     philox_normal,
     use_backend,
 )
+from kernel_backends import EMULATED, runs_on
 from kernel_cases import LOSS_MODES, loss_arguments, randn, rollout, stochastic_rows
 from layouts import one_element_off, rows_at_every_alignment, rows_in_wider_rows
 from op_calls import CLIP, assert_close, batch_of, different, every_op
@@ -43,7 +41,7 @@ DEVICES = {
     "little room": LITTLE_ROOM,
     "few multiprocessors": FEW,
 }
-pytestmark = [pytest.mark.skipif(CXX is None, reason="no C++ compiler"), pytest.mark.usefixtures("backend")]
+pytestmark = runs_on(EMULATED)
 
 
 def test_the_fibers_are_compiled_without_checked_jumps():
@@ -57,76 +55,6 @@ def test_the_fibers_are_compiled_without_checked_jumps():
     assert "_FORTIFY_SOURCE" not in macros.stdout
 
 
-REUSED = {
-    "test_noise": (),
-    "test_op_bits": (),
-    "test_op_clean_estimate": (),
-    "test_op_errors": (),
-    "test_op_flow_logprob": (),
-    "test_op_flow_step": (),
-    "test_op_grpo_loss": (),
-    "test_op_grpo_loss_batches": (),
-    "test_op_layouts": (),
-    "test_every_backend": (pytest.mark.long.mark,),  # a sample of it is below
-}
-
-
-def reused(function, marks):
-    @functools.wraps(function)
-    def again(*arguments, **options):
-        return function(*arguments, **options)
-
-    again.pytestmark = [*getattr(function, "pytestmark", ()), *marks]
-    return again
-
-
-every_backend = importlib.import_module("test_every_backend")
-for module, marks in REUSED.items():
-    found = {
-        name: value
-        for name, value in vars(importlib.import_module(module)).items()
-        if name.startswith("test_") and callable(value)
-    }
-    globals().update({f"{module}__{name}": reused(function, marks) for name, function in found.items()})
-
-
-@pytest.fixture(scope="session")
-def emulator(kept):
-    return Emulator(compiled(kept))
-
-
-@pytest.fixture
-def backend(emulator, monkeypatch):
-    """The ops of the "cpu" backend are the emulated ones, on an sm_90; what torch.empty returns is NaN."""
-    monkeypatch.setattr(libraries, "missing", lambda name: None)
-    monkeypatch.setattr(native, "_ops", torch.ops.flowgrove_emulated)
-    torch.use_deterministic_algorithms(True)
-    with use_backend("cpu"):
-        yield "cpu"
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def device(backend):
-    """For test_every_backend: where its tensors are."""
-    return "cpu"
-
-
-@pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(3, torch.float32), (129, torch.bfloat16), (1032, torch.float16), (16_392, torch.bfloat16), (9001, torch.float32)],
-)
-def test_results_are_as_exact_as_those_of_the_reference(size, dtype):
-    for mode in every_backend.STEPS:
-        every_backend.test_flow_step(size, dtype, mode, "cpu")
-    for kind in (0, 1):
-        every_backend.test_flow_logprob_and_its_gradient(size, dtype, kind, True, "cpu")
-        for mode in ("density", "guard, kl, guidance", "on-policy, kl, guidance"):
-            every_backend.test_grpo_loss_and_its_gradients(size, dtype, kind, mode, "cpu")
-    every_backend.test_clean_estimate(size, dtype, True, "cpu")
-    every_backend.test_noise(size, "cpu")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 63, 1032, 20_003, 66_000])
 def test_results_are_as_close_to_those_of_the_reference_as_a_gpu_is_asked_for(size, dtype):
@@ -136,14 +64,19 @@ def test_results_are_as_close_to_those_of_the_reference_as_a_gpu_is_asked_for(si
         assert_close(found, every_op(batch))
 
 
+@cache
+def case(rows, size, **options):
+    """(a batch, what the ops return for it on an sm_90), once for all tests of that batch."""
+    batch = batch_of(rows, size, **options)
+    return batch, every_op(batch)
+
+
+# 1, 1, 2, 5 and 16 parts; 540,672 elements make 17, more than a cluster has
 @pytest.mark.parametrize("name", DEVICES)
-@pytest.mark.parametrize(
-    "size", [129, 1032, 4104, 20_000, 66_000]
-)  # 1, 1, 2, 5 and 16 parts; 540,672 elements make 17, more than a cluster has
+@pytest.mark.parametrize("size", [129, 1032, 4104, 20_000, 66_000])
 def test_every_device_gives_the_same_bits(size, name, emulator):
     """Clusters or a second kernel, residuals kept or computed again."""
-    batch = batch_of(2, size, fanout=3, dtype=torch.bfloat16)
-    expected = every_op(batch)
+    batch, expected = case(2, size, fanout=3, dtype=torch.bfloat16)
     with emulator(DEVICES[name]):
         assert different(every_op(batch), expected) == []
 
@@ -152,8 +85,7 @@ def test_every_device_gives_the_same_bits(size, name, emulator):
 @pytest.mark.parametrize("capability", [8, 9])
 def test_a_block_that_takes_several_parts_of_a_row_gives_the_same_bits(capability, multiprocessors, emulator):
     """24 and 12 blocks keep them busy: of 13 rows with 9 parts one block takes 8 and the other 1, or one takes all."""
-    batch = batch_of(13, 17_264, fanout=2, dtype=torch.bfloat16)
-    expected = every_op(batch)
+    batch, expected = case(13, 17_264, fanout=2, dtype=torch.bfloat16)
     with emulator((capability, 232_448, 16, multiprocessors)):
         assert different(every_op(batch), expected) == []
 
@@ -180,15 +112,15 @@ def test_every_device_gives_the_same_losses(size, mode, emulator):
             assert different(results(), expected) == []
 
 
-@pytest.mark.parametrize("order", [GREEDY, SHUFFLED])
 @pytest.mark.parametrize("device", [SM_80, SM_90, SOME_ROOM])
-def test_the_order_in_which_threads_run_does_not_matter(device, order, emulator):
+def test_the_order_in_which_threads_run_does_not_matter(device, emulator):
     for size, fanout in ((129, 3), (4104, 14)):
         batch = batch_of(2, size, fanout=fanout)
         with emulator(device):
             expected = every_op(batch)
-        with emulator(device, order):
-            assert different(every_op(batch), expected) == []
+        for order in (GREEDY, SHUFFLED):
+            with emulator(device, order):
+                assert different(every_op(batch), expected) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -237,6 +169,7 @@ def test_rows_of_more_parts_than_a_cluster_has(emulator):
     torch.testing.assert_close(grad[0], slope * residual, rtol=1e-3, atol=1e-8)
 
 
+@cache
 def calls(size):
     b = batch_of(2, size, fanout=2)
     return {
@@ -275,12 +208,11 @@ def unasked(emulator):
     return SM_90[0], SM_90[1] - 16 * next(FRESH), SM_90[2]
 
 
-@pytest.mark.parametrize(
-    "size", [66_000, 66_001]
-)  # accesses of 16 bytes, and of one element as those of empty batches are
+# accesses of 16 bytes, and of one element as those of empty batches are
+@pytest.mark.parametrize("size", [66_000, 66_001])
 def test_an_empty_batch_first_leaves_one_pass_to_those_that_follow(size, unasked, emulator):
-    batch, empty = batch_of(2, size), batch_of(2, size).rows([])
-    expected = every_op(batch)
+    batch, expected = case(2, size)
+    empty = batch.rows([])
     with emulator(unasked):
         every_op(empty)
         assert different(every_op(batch), expected) == []
@@ -289,8 +221,7 @@ def test_an_empty_batch_first_leaves_one_pass_to_those_that_follow(size, unasked
 
 def test_code_for_older_devices_makes_no_clusters_on_newer_ones(unasked, emulator):
     """It has no cluster barrier in it; the driver compiles it for the device that is there."""
-    batch = batch_of(2, 66_000)
-    expected = every_op(batch)
+    batch, expected = case(2, 66_000)
     with emulator(unasked):
         emulator.library.emulated_compile_for(80)
         try:
@@ -301,19 +232,17 @@ def test_code_for_older_devices_makes_no_clusters_on_newer_ones(unasked, emulato
     assert different(found, expected) == []
 
 
+@cache
+def answered(name):
+    """What a call returns of rows of 66,000 elements where the runtime answers all questions."""
+    return calls(66_000)[name]()
+
+
 @pytest.mark.parametrize("question", range(1, 14))
 def test_a_question_that_the_runtime_does_not_answer_is_asked_again(question, unasked, emulator):
     """And what its failure leaves behind is not taken for the error of the next one that looks."""
-    b = batch_of(2, 66_000)
-
-    def step():
-        return flow_step(b.x, b.v, b.coef, key=b.key, fanout=2)
-
-    def loss():
-        return grpo_loss(*b.steps, *b.scores, clip_range=CLIP, fanout=2)
-
-    for call, at_once in ((step, 1), (loss, 2)):
-        expected = call()
+    for name, at_once in (("step", 1), ("loss", 2)):
+        call, expected = calls(66_000)[name], answered(name)
         with emulator(unasked):
             emulator.library.emulated_leave_unanswered(question)
             found = call()

@@ -24,6 +24,7 @@ from flowgrove_kernels import (
     use_backend,
 )
 from flowgrove_kernels.backends import takes
+from kernel_backends import EMULATED, NEEDS_A_COMPILER
 from kernel_cases import (
     CLIP_HIGH,
     CLIP_LOW,
@@ -44,6 +45,8 @@ FUSED = [  # (backend, device of the tensors)
     for name in available_backends()
     if name != "reference" and takes(name, device)
 ]
+# The last test is a sample of these.
+FUSED.append(pytest.param((EMULATED, "cpu"), id=EMULATED, marks=[NEEDS_A_COMPILER, pytest.mark.long]))
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [(size, dtype) for size in (1, 3, 63, 129, 1031) for dtype in (F32, BF16, F16)]
 CASES += [(1024, F32), (1024, BF16), (16_384, F32), (16_384, F16), (40_007, F32), (40_007, BF16), (40_007, F16)]
@@ -56,8 +59,11 @@ RHO = 1 / 17
 @pytest.fixture(params=FUSED, autouse=True)
 def device(request):
     """The test runs once on every fused backend, on tensors of a device that it takes."""
-    with use_backend(request.param[0]):
-        yield request.param[1]
+    name, device = request.param
+    if name == EMULATED:
+        request.getfixturevalue("emulated_kernels")
+    with use_backend("cpu" if name == EMULATED else name):
+        yield device
 
 
 @pytest.fixture(autouse=True)
@@ -326,3 +332,18 @@ def test_the_rule_and_the_fixture_see_mistakes():
     for wrong in (eager * (1 + 1e-5), torch.full((5,), torch.nan), exact.to(BF16) * 1.02):
         with pytest.raises(AssertionError):
             assert_as_exact_as_the_reference(wrong, eager, exact)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param((EMULATED, "cpu"), id=EMULATED, marks=NEEDS_A_COMPILER)], indirect=True
+)
+@pytest.mark.parametrize(("size", "dtype"), [(3, F32), (129, BF16), (1032, F16), (16_392, BF16), (9001, F32)])
+def test_emulated_kernels_are_as_exact_as_the_reference(size, dtype, device):
+    for mode in STEPS:
+        test_flow_step(size, dtype, mode, device)
+    for kind in (0, 1):
+        test_flow_logprob_and_its_gradient(size, dtype, kind, True, device)
+        for mode in ("density", "guard, kl, guidance", "on-policy, kl, guidance"):
+            test_grpo_loss_and_its_gradients(size, dtype, kind, mode, device)
+    test_clean_estimate(size, dtype, True, device)
+    test_noise(size, device)

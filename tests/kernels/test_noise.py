@@ -8,8 +8,10 @@ import torch
 
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, flow_step, philox_normal
 from flowgrove_kernels.noise import philox_words
+from kernel_backends import AND_EMULATED
 from kernel_cases import ODD_SIZES, box_muller, normal_reference, philox_reference, row
 
+pytestmark = AND_EMULATED
 WORD = 2**32 - 1
 FIELDS = ("seed", "iteration", "step", "prompt", "node")
 VECTORS = (  # Random123's known answers for philox4x32-10: counter, key, words

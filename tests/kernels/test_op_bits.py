@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from flowgrove_kernels import flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad
+from kernel_backends import AND_EMULATED
 from kernel_cases import randn, stochastic_rows
 from op_calls import batch_of, different, every_op, rows_of
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIVE = ([0], [3], [4, 2, 0, 1, 3], [1, 1, 4])

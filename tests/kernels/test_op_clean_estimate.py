@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from flowgrove_kernels import clean_estimate
+from kernel_backends import AND_EMULATED
 from kernel_cases import pad, randn
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 X, V, SIGMA = randn(3, 5, seed=1), randn(3, 5, seed=2), torch.tensor([0.9, 0.7, 0.3])
 

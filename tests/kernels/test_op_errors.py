@@ -17,10 +17,11 @@ from flowgrove_kernels import (
     grpo_loss_and_grad,
     philox_normal,
 )
+from kernel_backends import AND_EMULATED
 from kernel_cases import stochastic_rows
 from op_calls import CLIP, batch_of
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 B = batch_of(4, 3, 5, fanout=1)
 WORDS = ("seed", "iteration", "step", "prompt", "node", "parent")

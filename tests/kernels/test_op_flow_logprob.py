@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from flowgrove_kernels import NoiseKey, flow_logprob, flow_step, grpo_loss, grpo_loss_and_grad
+from kernel_backends import AND_EMULATED
 from kernel_cases import ODD_SIZES, mean_and_logp, randn, rollout, stochastic_rows
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 TREES = {"fanout 1": [1, 1, 1], "fanout 2": [2, 2, 2], "uneven": [2, 0, 3, 1]}
 

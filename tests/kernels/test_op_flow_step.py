@@ -14,9 +14,10 @@ from flowgrove_kernels import (
     philox_normal,
     step_coefficients,
 )
+from kernel_backends import AND_EMULATED
 from kernel_cases import ODD_SIZES, assert_equal, pad, randn, row, stochastic_rows
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

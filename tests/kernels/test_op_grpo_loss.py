@@ -16,6 +16,7 @@ from flowgrove_kernels import (
     grpo_loss_and_grad,
     step_coefficients,
 )
+from kernel_backends import AND_EMULATED
 from kernel_cases import (
     CLIP_HIGH,
     CLIP_LOW,
@@ -29,7 +30,7 @@ from kernel_cases import (
     stochastic_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 
 @pytest.mark.parametrize("clip", [1e-4, 1e-3, 5e-3])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from flowgrove_kernels import NoiseKey, grpo_loss, grpo_loss_and_grad
+from kernel_backends import AND_EMULATED
 from kernel_cases import LOSS_MODES, TREES, loss_arguments, rollout, row, stochastic_rows
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 
 @pytest.mark.parametrize("mode", LOSS_MODES.values(), ids=LOSS_MODES)

@@ -16,11 +16,12 @@ from flowgrove_kernels import (
     grpo_loss_and_grad,
     philox_normal,
 )
+from kernel_backends import AND_EMULATED
 from kernel_cases import randn, rollout, row, stochastic_rows
 from layouts import LAYOUTS
 from op_calls import batch_of, different, every_op
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = AND_EMULATED
 
 GUARD = 64  # elements
 
