@@ -5,7 +5,6 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from flowgrove.data.prompts import read_prompts
 from flowgrove.plan.planner import RolloutPlan, make_plan
 from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas
 from flowgrove.recipe.deciding import deciding
@@ -27,13 +26,18 @@ class Setup:
     @cached_property
     def prompts(self) -> list[str]:
         """The training prompts: what is trained on and what the fingerprint is of, whatever their file holds later."""
-        return read_prompts(self.recipe.data.prompts, "data.prompts", self.recipe.data.prompt_key)
+        return self._read(self.recipe.data.prompts, "data.prompts")
 
     @cached_property
     def eval_prompts(self) -> list[str]:
         """The held-out prompts; none without data.eval_prompts."""
-        data = self.recipe.data
-        return read_prompts(data.eval_prompts, "data.eval_prompts", data.prompt_key) if data.eval_prompts else []
+        file = self.recipe.data.eval_prompts
+        return self._read(file, "data.eval_prompts") if file else []
+
+    def _read(self, file: str, key: str) -> list[str]:
+        from flowgrove.data.prompts import read_prompts  # a plan is made without its readers
+
+        return read_prompts(file, key, self.recipe.data.prompt_key)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from engine_cases import TRAIN_PROMPTS, flowgrove, tiny_recipe, write_lines
 from flowgrove import setup as derived
+from flowgrove.data import prompts
 from flowgrove.iteration import Stages
 from flowgrove.plan import memory
 from flowgrove.recipe.loading import load_recipe
@@ -32,7 +33,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     count(derived, "make_plan", lambda recipe, iteration, table: (iteration, recipe.rollout.window.strategy))
-    count(derived, "read_prompts", lambda path, key, column: key)
+    count(prompts, "read_prompts", lambda path, key, column: key)
     count(derived, "recipe_sigmas", lambda recipe: ("table", recipe.rollout.window.strategy))
     count(memory.MemoryModel, "__init__", lambda model, *_: "memory model")
     count(memory.MemoryModel, "_training", lambda model, states: ("training", states))
@@ -82,9 +83,9 @@ def test_the_command_hands_its_set_up_down(calls, tmp_path):
 def test_prompts_of_a_run_are_what_its_fingerprint_is_of(tmp_path):
     path = tiny_recipe(tmp_path)
     setup = Setup(load_recipe(path))
-    own, prompts = setup.fingerprint, list(setup.prompts)
+    own, read = setup.fingerprint, list(setup.prompts)
     write_lines(tmp_path / "train.txt", ["a prompt that came later"])
-    assert (setup.fingerprint, setup.prompts) == (own, prompts)
+    assert (setup.fingerprint, setup.prompts) == (own, read)
     assert Setup(load_recipe(path)).fingerprint != own
 
 
