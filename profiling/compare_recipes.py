@@ -60,21 +60,21 @@ def timings(name: str, iterations: list[int]) -> dict[str, Any]:
     recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", "run.eval_every=0"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Setup(recipe), Path(folder))
-    policy, published = trainer.policy, PUBLISHED[name]
-    own = policy.budget.tokens
-    sides = [(lever, lever.stages(recipe, published, policy, trainer.rewards)) for lever in (REUSED, LOOP)]
+    policy, runner, published = trainer.policy, trainer.runner, PUBLISHED[name]
+    own = runner.budget.tokens
+    sides = [(lever, lever.stages(recipe, published, policy, runner, trainer.rewards)) for lever in (REUSED, LOOP)]
 
     def iterate(side: int, iteration: int) -> dict[str, Any]:
         lever, stages = sides[side]
         prompts, count = trainer.setup.prompts, recipe.data.prompts_per_iteration
         texts = prompts_of_iteration(prompts, iteration, count, recipe.run.seed)
-        lever.set_budget(published, policy, texts, own)
+        lever.set_budget(published, policy, runner.budget, texts, own)
         with pick_backend(stages.recipe):
             return stages.run(texts, iteration)
 
     iterate(0, 0)  # warms caches up
-    passes = Passes(policy)
-    per_row = passes.timed(policy.budget.rows, 3)
+    passes = Passes(policy, runner)
+    per_row = passes.timed(runner.budget.rows, 3)
     passes.release()
     pairs = [[iterate(side, iteration) for side in (0, 1)] for iteration in iterations]
     row: dict[str, Any] = {"recipe": f"shapes_{name}", "iterations": " ".join(map(str, iterations))}

@@ -19,6 +19,7 @@ from flowgrove.device import pick_backend
 from flowgrove.iteration import Stages
 from flowgrove.machine import describe, pick_device
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.spans import span_totals
@@ -38,8 +39,10 @@ def main() -> None:
     with bench_model(options.model, device) as model:
         engine = {"device": device.type, "cuda_graphs": options.cuda_graphs}
         recipe = bench_recipe(model, options.prompts, {"group_size": 16, **RECIPES[options.recipe]}, engine)
-        policy = Policy(recipe, device)
-        stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, device))
+        policy = Policy.load(recipe, device)
+        stages = Stages(
+            Setup(recipe), policy, Updater(recipe, policy, PassRunner.of(recipe, policy)), Rewards(recipe, device)
+        )
         texts = bench_prompts(options.prompts)
         with pick_backend(recipe):
             stages.run(texts, 0)

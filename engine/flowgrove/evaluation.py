@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowgrove.device import to_host
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import round_half_up
 from flowgrove.rewards.pixels import shrink
@@ -35,7 +36,9 @@ class Evaluated:
         return float((self.scores @ torch.tensor(weights, dtype=torch.float64)).mean())
 
 
-def draw(setup: Setup, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Iterator[Tensor]:
+def draw(
+    setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], first_prompt: int = 0
+) -> Iterator[Tensor]:
     """Pictures fp32 [some prompts · run.eval.samples, 3, H, W] (videos [..., F, 3, H, W]) on the device, prompt after
     prompt, some prompts at a time.
 
@@ -45,33 +48,35 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], first_prompt: int = 0
     settings = recipe.run.eval
     coefficients = plan_coefficients(plan).to(policy.device, non_blocking=True)
     tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * len(plan.steps))
-    with policy.guided_by(settings.guidance_scale):
-        some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
-        for start in range(0, len(prompts), some):
-            encoded = policy.encode(prompts[start : start + some])
-            forest = rollout(
-                plan,
-                coefficients,
-                policy,
-                encoded,
-                seed=recipe.run.seed,
-                iteration=EVAL_ITERATION,
-                first_prompt=first_prompt + start,
-                tuned_steps=tuned_steps,
-            )
-            yield policy.decode(forest.leaves)
+    policy = policy.guided_by(settings.guidance_scale)
+    some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
+    for start in range(0, len(prompts), some):
+        encoded = policy.encode(prompts[start : start + some])
+        forest = rollout(
+            plan,
+            coefficients,
+            policy,
+            encoded,
+            runner,
+            seed=recipe.run.seed,
+            iteration=EVAL_ITERATION,
+            first_prompt=first_prompt + start,
+            tuned_steps=tuned_steps,
+        )
+        yield runner.decode(policy, forest.leaves)
 
 
-def sample(setup: Setup, policy: Policy, prompts: list[str], first_prompt: int = 0) -> Tensor:
+def sample(setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], first_prompt: int = 0) -> Tensor:
     """All that `draw` gives, [len(prompts) · run.eval.samples, 3, H, W], on the CPU;
     the same call gives the same pictures.
     """
-    return torch.cat([to_host(pictures) for pictures in draw(setup, policy, prompts, first_prompt)])
+    return torch.cat([to_host(pictures) for pictures in draw(setup, policy, runner, prompts, first_prompt)])
 
 
 def evaluate(
     setup: Setup,
     policy: Policy,
+    runner: PassRunner,
     rewards: Rewards,
     prompts: list[str],
     between: Callable[[], None] = lambda: None,
@@ -81,7 +86,7 @@ def evaluate(
     small: list[Tensor] = []
     scores: list[Tensor] = []
     done = 0
-    for pictures in draw(setup, policy, prompts):
+    for pictures in draw(setup, policy, runner, prompts):
         scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
         small.append(to_host(shrink(pictures)))
         done += len(pictures)

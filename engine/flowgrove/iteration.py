@@ -48,7 +48,7 @@ class Bucket:
 
 class Stages:
     """The stages of an iteration, wired together. `room`: how many graphs of the rollout may be retained; None: as many
-    as fit beside the policy and its token budget, which is predicted here, before an iteration's clock runs.
+    as fit beside the policy and the token budget, which is predicted here, before an iteration's clock runs.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Stages:
     ) -> None:
         self.recipe = setup.recipe
         self.policy = policy
-        self.updater = updater
+        self.updater, self.runner = updater, updater.runner
         self.rewards = rewards
         self.device = policy.device
         # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those
@@ -64,14 +64,14 @@ class Stages:
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
         largest = max((sized for sized, _ in self.sizes), key=lambda sized: sized.adapter.geometry.tokens)
-        self.room = GraphRoom.of(setup, largest) if room is None else room
+        self.room = GraphRoom.of(setup, largest, self.runner) if room is None else room
 
     def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
         """Trains on `texts` and returns the metrics line."""
         clock = Clock(self.device)
         with clock("plan"):
             buckets = self._buckets(texts, iteration)
-        with Scoring(self.rewards, self.device, self._stream) as scoring:
+        with Scoring(self.rewards, self.runner, self.device, self._stream) as scoring:
             with clock("rollout"):
                 forests = self._roll_out(buckets, scoring, iteration)
             with clock("reward"):
@@ -129,12 +129,12 @@ class Stages:
         seed = self.recipe.run.seed
         share = self.recipe.engine.share
         forests = []
-        retained = self.room.retained_graphs(self.policy)
+        retained = self.room.retained_graphs(self.policy, self.runner)
         for bucket in buckets:
             policy, plan, leaves = bucket.policy, bucket.plan, bucket.plan.leaves
             narrowest = int(bucket.prompts.tokens.min()) * (plan.roots if share else leaves)
             together = (
-                -(-policy.budget.tokens // (2 * narrowest))
+                -(-self.runner.budget.tokens // (2 * narrowest))
                 if scoring.beside and not self.recipe.engine.exact_replay
                 else len(bucket.prompts)
             )
@@ -147,6 +147,7 @@ class Stages:
                         bucket.coefficients,
                         policy,
                         some,
+                        self.runner,
                         seed=seed,
                         iteration=iteration,
                         first_prompt=first,

@@ -13,6 +13,7 @@ from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import remove_left_behind, write_text
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
@@ -36,8 +37,8 @@ _log = logging.getLogger("flowgrove")
 class _HeldUpdater(Updater):
     """While weights change, a signal waits."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, stopping: Stopping) -> None:
-        super().__init__(recipe, policy)
+    def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner, stopping: Stopping) -> None:
+        super().__init__(recipe, policy, runner)
         self.stopping = stopping
 
     def run(self, parts: list[Rolled]) -> UpdateStats:
@@ -85,9 +86,10 @@ class Trainer:
         """The model, and the state of the run so far."""
         setup, recipe = self.setup, self.recipe
         checkpoint = choose_checkpoint(setup, self.out, resume, say)
-        self.policy = Policy(recipe, pick_device(recipe), self._texts())
-        settle_token_budget(setup, self.policy, stored_budget(checkpoint, setup.fingerprint))
-        self.updater = _HeldUpdater(recipe, self.policy, self.stopping)
+        self.policy = Policy.load(recipe, pick_device(recipe), self._texts())
+        self.runner = PassRunner.of(recipe, self.policy)
+        settle_token_budget(setup, self.policy, self.runner, stored_budget(checkpoint, setup.fingerprint))
+        self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping)
         self.stages = Stages(setup, self.policy, self.updater, self.rewards)
         self.completed: int = 0
         self.last_line: dict[str, Any] | None = None
@@ -194,7 +196,8 @@ class Trainer:
         if not self.setup.eval_prompts:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
-            evaluated = evaluate(self.setup, self.policy, self.rewards, self.setup.eval_prompts, self.stopping.check)
+            held_out, between = self.setup.eval_prompts, self.stopping.check
+            evaluated = evaluate(self.setup, self.policy, self.runner, self.rewards, held_out, between)
         save_grid(
             self.out / "samples" / f"iteration_{iteration:06d}.png",
             evaluated,

@@ -24,11 +24,12 @@ from flowgrove.bench.engine import (
 from flowgrove.bench.models import write_flux
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.updater import Updater
-from policy_cases import CPU
+from policy_cases import CPU, runner_of
 
 # per prompt (MATH §5, T = 20, 16 leaves, one update), rollout forwards and train passes: of the published loop, of that
 # in full batches, and with every state computed once
@@ -140,9 +141,10 @@ def batches_of(lever, name):
     """Rows of the transformer's passes in an iteration of one prompt: (without, with gradient)."""
     model = {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False}
     recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES[name]}, {"device": "cpu"})
-    policy, texts = Policy(recipe, CPU), bench_prompts(1)
-    lever.set_budget(PUBLISHED[name], policy, texts, 4096)
-    stages, seen = lever.stages(recipe, PUBLISHED[name], policy, Rewards(recipe, CPU)), ([], [])
+    policy, texts = Policy.load(recipe, CPU), bench_prompts(1)
+    runner, seen = PassRunner.of(recipe, policy), ([], [])
+    lever.set_budget(PUBLISHED[name], policy, runner.budget, texts, 4096)
+    stages = lever.stages(recipe, PUBLISHED[name], policy, runner, Rewards(recipe, CPU))
 
     def watch(_, inputs, output):
         seen[torch.is_grad_enabled()].append(len(output[0]))
@@ -201,8 +203,10 @@ def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
         "lora": {"rank": 2, "alpha": 4},
     }
     recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES["branch_mix_flash"]}, {"device": "cpu"})
-    policy = Policy(recipe, CPU)
-    line = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, CPU)).run(bench_prompts(1), 0)
+    policy = Policy.load(recipe, CPU)
+    line = Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), Rewards(recipe, CPU)).run(
+        bench_prompts(1), 0
+    )
     assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][2]
     assert line["grad_norm"] > 0
 

@@ -10,7 +10,7 @@ from flowgrove.bench import row_times
 from flowgrove.bench.engine import bench_recipe
 from flowgrove.bench.models import write_flux
 from flowgrove.models.policy import Policy
-from policy_cases import CPU
+from policy_cases import CPU, runner_of
 
 
 def test_times_are_of_every_size_and_agree_with_their_rate():
@@ -53,14 +53,14 @@ def flux(tmp_path):
         "width": 32,
         "lora": {"rank": 2, "alpha": 4},
     }
-    return Policy(bench_recipe(model, 1, {"group_size": 16}, {"device": "cpu"}), CPU)
+    return Policy.load(bench_recipe(model, 1, {"group_size": 16}, {"device": "cpu"}), CPU)
 
 
 def test_the_whole_flux_is_what_its_blocks_cost(flux, monkeypatch):
     """A clock that knows: 5 ms around the blocks, 2 for each double one and 0.5 for each single one,
     three times that with backward.
     """
-    timer = row_times._Timer(flux, 1)
+    timer = row_times._Timer(flux, runner_of(flux), 1)
 
     def known(mode, rows):
         double, single = (len(blocks) for blocks in timer.lists)
@@ -76,7 +76,7 @@ def test_the_whole_flux_is_what_its_blocks_cost(flux, monkeypatch):
 
 
 def test_fewer_blocks_are_what_is_timed(flux):
-    timer = row_times._Timer(flux, 1)
+    timer = row_times._Timer(flux, runner_of(flux), 1)
     with row_times._cut(timer.lists[0], 1):
         assert len(flux.transformer.transformer_blocks) == 1
         timer.passes.forward(timer.passes.states(1))
@@ -84,7 +84,7 @@ def test_fewer_blocks_are_what_is_timed(flux):
 
 
 def test_a_row_that_does_not_fit_says_so(flux, monkeypatch):
-    timer = row_times._Timer(flux, 1)
+    timer = row_times._Timer(flux, runner_of(flux), 1)
 
     def full(rows, repeats):
         raise RuntimeError("CUDA error: out of memory")

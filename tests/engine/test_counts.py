@@ -9,7 +9,7 @@ from flowgrove.credit import assign_credit
 from flowgrove.rollout.loop import rollout
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.update.passes import Rolled
-from policy_cases import plan_and_coefficients, policy_of, small_recipe
+from policy_cases import plan_and_coefficients, policy_of, runner_of, small_recipe
 from update_cases import Recorder
 
 TREE = {
@@ -63,7 +63,17 @@ def counted(rollout_keys, updates, retained=None, **engine):
     plan, rows = plan_and_coefficients(recipe)
     prompts = policy.encode(["a red circle at the top left"])
     hook = policy.transformer.register_forward_hook(watch)
-    forest = rollout(plan, rows, policy, prompts, seed=0, iteration=0, share=recipe.engine.share, retained=retained)
+    forest = rollout(
+        plan,
+        rows,
+        policy,
+        prompts,
+        runner_of(policy),
+        seed=0,
+        iteration=0,
+        share=recipe.engine.share,
+        retained=retained,
+    )
     rolled = sum(forward)
     credit = assign_credit(plan, recipe.credit, np.arange(float(plan.leaves)).reshape(1, -1, 1), [1.0])
     for edges in credit.values():

@@ -71,7 +71,7 @@ def test_three_iterations(folders, tmp_path, name, algorithm):
     guidance = {"flux": 3.5, "flux_schnell": 1.0, "qwen_image": 4.0, "wan": 4.5}[name]
     lora = {"rank": 4, "alpha": 8} if algorithm.startswith("branch") else None
     recipe = write_recipe(tmp_path, name, folders[name], algorithm, guidance_scale=guidance, lora=lora)
-    before = {key: p.detach().clone() for key, p in Policy(load_recipe(recipe), CPU).trainable().items()}
+    before = {key: p.detach().clone() for key, p in Policy.load(load_recipe(recipe), CPU).weights.trainable().items()}
     succeed("train", recipe, "--out", tmp_path / "run", "--set", "update.updates_per_iteration=1")
     lines = metrics_of(tmp_path / "run")
     assert len(lines) == 3
@@ -89,7 +89,7 @@ def test_three_iterations(folders, tmp_path, name, algorithm):
     ) == (1, 1, 1, 0, 0)
     from flowgrove.run.finished_runs import open_model, open_recipe
 
-    after = open_model(*open_recipe(tmp_path / "run")).restore().policy.trainable()
+    after = open_model(*open_recipe(tmp_path / "run")).restore().policy.weights.trainable()
     moved = [key for key, p in after.items() if not torch.equal(p, before[key])]
     assert len(moved) > 0.9 * len(before)
 

@@ -26,7 +26,7 @@ from flowgrove_kernels import (
 )
 from kernel_cases import randn, stochastic_rows
 from op_calls import CLIP, GPU_SIZES, assert_close, batch_of, different, every_op, rows_of
-from policy_cases import TEXTS, plan_and_coefficients, small_recipe
+from policy_cases import TEXTS, plan_and_coefficients, runner_of, small_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 FUSED = [name for name in ("triton", "cuda") if name in available_backends()]
@@ -184,13 +184,13 @@ def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
         model={"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False},
         engine={"device": "cuda"},
     )
-    policy = Policy(recipe, torch.device("cuda"))
-    prompts, updater = policy.encode(TEXTS), Updater(recipe, policy)
+    policy = Policy.load(recipe, torch.device("cuda"))
+    prompts, updater = policy.encode(TEXTS), Updater(recipe, policy, runner_of(policy, recipe))
     plan, rows = plan_and_coefficients(recipe)
     rows = rows.to("cuda")
     for mode in ("default", "error"):  # the first round loads and compiles kernels
         torch.cuda.set_sync_debug_mode(mode)
-        forest = rollout(plan, rows, policy, prompts, seed=0, iteration=0)
+        forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=0, iteration=0)
         torch.cuda.set_sync_debug_mode("default")
         credit = assign_credit(
             plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
@@ -210,8 +210,10 @@ def test_a_whole_iteration_never_waits_for_the_gpu_unasked(no_syncs, tmp_path):
         reward=[{"name": "jpeg_size"}],
         engine={"device": "cuda"},
     )
-    policy = Policy(recipe, torch.device("cuda"), TEXTS)
-    stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, policy.device))
+    policy = Policy.load(recipe, torch.device("cuda"), TEXTS)
+    stages = Stages(
+        Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), Rewards(recipe, policy.device)
+    )
     for mode in ("default", "error"):  # the first round loads and compiles kernels
         torch.cuda.set_sync_debug_mode(mode)
         line = stages.run(TEXTS, 0)

@@ -15,13 +15,13 @@ from flowgrove.run import summaries
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater, UpdateStats
 from flowgrove_kernels import flow_logprob, grpo_loss_and_grad, step_coefficients
-from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 
 
 def rolled(recipe, policy):
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=3, iteration=0)
     return forest, prompts, rows
 
 
@@ -69,7 +69,7 @@ def test_mistake_10_every_step_of_the_optimiser_is_clipped_also_the_last_and_sma
             super()._step(stats, trained, number)
             self.optimizer.step = step
 
-    stats = Spy(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
+    stats = Spy(recipe, policy, runner_of(policy)).run([Rolled(policy, forest, prompts, credit, rows)])
     assert len(norms) == 3
     assert all(norm <= 1.001e-3 for norm in norms)
     assert min(float(norm) for norm in stats.grad_norm) > 1e-3, "without clipping each would be larger"

@@ -8,6 +8,7 @@ from engine_cases import TRAIN_PROMPTS, flowgrove, tiny_recipe, write_lines
 from flowgrove import setup as derived
 from flowgrove.data import prompts
 from flowgrove.iteration import Stages
+from flowgrove.models.policy import Policy
 from flowgrove.plan import memory
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.rewards.registry import Rewards
@@ -15,7 +16,7 @@ from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning import graph_room, token_budget
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, policy_of, small_recipe
+from policy_cases import CPU, runner_of, small_recipe
 
 
 @pytest.fixture
@@ -44,16 +45,16 @@ def calls(monkeypatch):
 def like_a_gpu(monkeypatch):
     """Token budget and room for graphs are settled on the CPU as they are on a GPU."""
 
-    def settle(setup, policy, stored):
-        policy.budget.tokens = token_budget.measured_budget(setup, policy)
+    def settle(setup, policy, runner, stored):
+        runner.budget.resize(token_budget.measured_budget(setup, policy, runner))
 
     monkeypatch.setattr("flowgrove.trainer.settle_token_budget", settle)
-    monkeypatch.setattr(graph_room, "_room_of_cpu", lambda policy: pytest.fail("asked the model itself"))
+    monkeypatch.setattr(graph_room, "_room_of_cpu", lambda *_: pytest.fail("asked the model itself"))
     of = graph_room.GraphRoom.of.__func__
 
-    def as_on_a_gpu(cls, setup, policy):
-        monkeypatch.setattr(graph_room, "_room_of_cpu", lambda policy: graph_room._room_of_gpu(setup, policy))
-        return of(cls, setup, policy)
+    def as_on_a_gpu(cls, setup, policy, runner):
+        monkeypatch.setattr(graph_room, "_room_of_cpu", lambda *both: graph_room._room_of_gpu(setup, *both))
+        return of(cls, setup, policy, runner)
 
     monkeypatch.setattr(graph_room.GraphRoom, "of", classmethod(as_on_a_gpu))
 
@@ -91,8 +92,9 @@ def test_prompts_of_a_run_are_what_its_fingerprint_is_of(tmp_path):
 
 def test_no_iteration_predicts_memory(calls, like_a_gpu, monkeypatch):
     """The room for graphs is known before an iteration's clock runs."""
-    recipe, policy = small_recipe(), policy_of()
-    stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, CPU))
+    recipe = small_recipe()
+    policy = Policy.load(recipe, CPU)  # its own, since it trains
+    stages = Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), Rewards(recipe, CPU))
     assert calls["memory model"] == 1
     monkeypatch.setattr(memory.MemoryModel, "at", lambda *_: pytest.fail("predicted inside an iteration"))
     monkeypatch.setattr(graph_room.GraphRoom, "of", lambda *_: pytest.fail("settled inside an iteration"))

@@ -15,7 +15,7 @@ from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.passes import Rolled
-from policy_cases import CPU, TEXTS
+from policy_cases import CPU, TEXTS, runner_of
 from update_cases import Recorder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -30,10 +30,10 @@ def one_iteration(name: str, share: bool):
     """
     overrides = ("model.dtype=fp64", "engine.token_budget=1600", f"engine.share={str(share).lower()}")
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
-    policy = Policy(recipe, CPU)
+    policy = Policy.load(recipe, CPU)
     moved = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in policy.trainable().values():  # away from the reference model
+        for parameter in policy.weights.trainable().values():  # away from the reference model
             parameter.add_(torch.randn(parameter.shape, generator=moved, dtype=parameter.dtype), alpha=1e-3)
     plan = make_plan(recipe, ITERATION)
     rows, prompts, seen, backward = plan_coefficients(plan), policy.encode(TEXTS[:2]), [], []
@@ -44,7 +44,9 @@ def one_iteration(name: str, share: bool):
             output[0].register_hook(lambda gradient: backward.append(len(gradient)))
 
     hook = policy.transformer.register_forward_hook(watch, with_kwargs=True)
-    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=ITERATION, share=share)
+    forest = rollout(
+        plan, rows, policy, prompts, runner_of(policy), seed=recipe.run.seed, iteration=ITERATION, share=share
+    )
     forwards = sum(seen)
     scores = np.random.default_rng(0).random((2, plan.leaves, 1))
     credit = assign_credit(plan, recipe.credit, scores, [1.0])

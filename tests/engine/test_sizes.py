@@ -16,7 +16,7 @@ from flowgrove.run.metrics import read_metrics
 from flowgrove.setup import Setup
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
+from policy_cases import CPU, TEXTS, plan_and_coefficients, runner_of, small_recipe
 from update_cases import Recorder
 
 SIZES = [[32, 32], [16, 32]]
@@ -25,8 +25,8 @@ MODEL = {"sizes": SIZES}
 
 def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
     recipe = small_recipe(model=MODEL)
-    policy, seen = Policy(recipe, CPU), []
-    updater = Updater(recipe, policy)
+    policy, seen = Policy.load(recipe, CPU), []
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
     monkeypatch.setattr(updater, "run", lambda parts, inner=updater.run: (seen.extend(parts), inner(parts))[1])
     line = Stages(Setup(recipe), policy, updater, Rewards(recipe, CPU)).run(TEXTS, 0)
     assert [part.prompts.texts for part in seen] == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
@@ -34,9 +34,16 @@ def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
     for part, (height, width), first in zip(seen, SIZES, (0, 2), strict=True):
         alone = small_recipe(model={"height": height, "width": width})
         plan, rows = plan_and_coefficients(alone)
-        other = Policy(alone, CPU)
+        other = Policy.load(alone, CPU)
         expected = rollout(
-            plan, rows, other, other.encode(part.prompts.texts), seed=recipe.run.seed, iteration=0, first_prompt=first
+            plan,
+            rows,
+            other,
+            other.encode(part.prompts.texts),
+            runner_of(other),
+            seed=recipe.run.seed,
+            iteration=0,
+            first_prompt=first,
         )
         assert expected.leaves.shape[-2:] == (height // 4, width // 4)
         assert torch.allclose(part.forest.leaves, expected.leaves, rtol=0, atol=1e-11)
@@ -47,7 +54,7 @@ def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
     recipe = small_recipe(
         model=MODEL, update={"updates_per_iteration": 1}, engine={"device": "cpu", "reuse_rollout_graph": keeps}
     )
-    policy = Policy(recipe, CPU)
+    policy = Policy.load(recipe, CPU)
     plan, rows = plan_and_coefficients(recipe)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     room = Stages(Setup(recipe), policy, Recorder(recipe, policy), Rewards(recipe, CPU)).room
@@ -62,10 +69,11 @@ def test_an_update_over_buckets_is_the_mean_over_all_their_edges(keeps):
                 rows,
                 view,
                 prompts,
+                runner_of(policy),
                 seed=1,
                 iteration=0,
                 first_prompt=first,
-                retained=room.retained_graphs(policy),
+                retained=room.retained_graphs(policy, runner_of(policy)),
             )
             assert bool(forest.retained) == keeps
             found.append(Rolled(view, forest, prompts, part_of(credit, slice(first, first + len(texts))), rows, first))

@@ -11,7 +11,7 @@ from flowgrove.credit import assign_credit
 from flowgrove.rollout.loop import rollout
 from flowgrove.spans import Clock, span
 from flowgrove.update.passes import Rolled
-from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 from update_cases import Recorder
 
 
@@ -33,7 +33,7 @@ def test_stages_of_an_iteration_show_in_the_profiler():
     plan, rows = plan_and_coefficients(recipe)
     with torch.profiler.profile() as profile:
         with span("rollout"):
-            forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+            forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=3, iteration=0)
         credit = assign_credit(
             plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
         )

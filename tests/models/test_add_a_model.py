@@ -18,7 +18,7 @@ from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import recipe_sigmas
 from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
-from policy_cases import CPU, TEXTS, encoded, small_recipe
+from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
 from tiny_pipelines import autoencoder, lively, t5_config
 
 GUIDE = Path(loading.__file__).with_name("README.md")
@@ -75,9 +75,9 @@ def auraflow(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_the_example_draws_what_the_diffusers_pipeline_draws(auraflow):
-    policy = Policy(auraflow, CPU)
+    policy = Policy.load(auraflow, CPU)
     plan = make_plan(auraflow, 0, recipe_sigmas(auraflow))
-    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy), seed=3, iteration=9)
+    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy), runner_of(policy), seed=3, iteration=9)
     pipe = AuraFlowPipeline.from_pretrained(auraflow.model.path)
     pipe.set_progress_bar_config(disable=True)
     prompt = torch.arange(len(TEXTS)).repeat_interleave(2)

@@ -29,7 +29,7 @@ def default_backend():
 
 
 def policy_with(model, wanted):
-    return Policy(small_recipe(model=model, engine={"device": "cpu", "attention": wanted}), CPU)
+    return Policy.load(small_recipe(model=model, engine={"device": "cpu", "attention": wanted}), CPU)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "sdpa"])

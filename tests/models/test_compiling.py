@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
 
 def policy_with(folders, name, compiled, **model):
     told = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": "fp32", **model}
-    return Policy(small_recipe(model=told, engine={"device": "cpu", "compile": compiled}), CPU)
+    return Policy.load(small_recipe(model=told, engine={"device": "cpu", "compile": compiled}), CPU)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -45,7 +45,7 @@ def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dyn
         policy = policy_with(folders, name, compiled, lora={"rank": 4, "alpha": 8}, gradient_checkpointing=True)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in policy.trainable().values():
+            for parameter in policy.weights.trainable().values():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         found = []
         for rows in (3, 2):
@@ -54,7 +54,7 @@ def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dyn
             v.square().sum().backward()
             found.append(v.detach())
         results.append(
-            (found, torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
+            (found, torch.cat([p.grad.flatten() for p in policy.weights.trainable().values() if p.grad is not None]))
         )
     (eager, gradient), (compiled, other) = results
     for one, two in zip(eager, compiled, strict=True):

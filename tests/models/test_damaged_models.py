@@ -60,7 +60,7 @@ def refusal(name, folder, cache="none", **model):
     """The error of a policy on `folder`."""
     told = {**MODELS.get(name, SD3), "path": str(folder), "dtype": "fp32", **model}
     with pytest.raises(UserError) as caught:
-        Policy(small_recipe(model=told, data={"prompts": "unused.txt", "embedding_cache": str(cache)}), CPU, TEXTS)
+        Policy.load(small_recipe(model=told, data={"prompts": "unused.txt", "embedding_cache": str(cache)}), CPU, TEXTS)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -117,7 +117,7 @@ def test_sd3_without_t5_and_its_tokenizer_is_whole(copied):
     folder = copied("sd3")
     write_index(folder, text_encoder_3=[None, None], tokenizer_3=[None, None])
     recipe = small_recipe(model={**SD3, "path": str(folder), "dtype": "fp32"})
-    assert Policy(recipe, CPU, TEXTS).encode(TEXTS).cond.tensors["encoder_hidden_states"].abs().sum() > 0
+    assert Policy.load(recipe, CPU, TEXTS).encode(TEXTS).cond.tensors["encoder_hidden_states"].abs().sum() > 0
 
 
 def damage_tensors(folder, damage):
@@ -196,7 +196,7 @@ def test_pointers_of_variants_that_nobody_reads_are_left_alone(copied):
     folder = copied("flux")
     for part in ("text_encoder", "transformer", "tokenizer"):
         (folder / part / "model.fp16.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    Policy(small_recipe(model={**MODELS["flux"], "path": str(folder), "dtype": "fp32"}), CPU, TEXTS)
+    Policy.load(small_recipe(model={**MODELS["flux"], "path": str(folder), "dtype": "fp32"}), CPU, TEXTS)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3", "transformer", "vae"])
@@ -267,7 +267,7 @@ def test_loops_of_links_are_one_line_or_harmless(copied, tmp_path, place):
             model={**SD3, "path": str(folder), "dtype": "fp32"},
             data={"prompts": "unused.txt", "embedding_cache": str(tmp_path / "kept")},
         )
-        Policy(recipe, CPU, TEXTS).adapter.save_pipeline(tmp_path / "export")
+        Policy.load(recipe, CPU, TEXTS).adapter.save_pipeline(tmp_path / "export")
         assert (tmp_path / "export" / "vae" / "config.json").is_file()
     else:
         assert str(folder) in refusal("sd3", folder)

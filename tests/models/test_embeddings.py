@@ -53,8 +53,8 @@ def encodings(monkeypatch):
 @pytest.mark.parametrize("name", ["sd3", *MODELS])
 @torch.no_grad()
 def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, name):
-    loaded = Policy(recipe_of(folders, name, "none"), CPU).encode(PROMPTS).cond
-    stored = Policy(recipe_of(folders, name, tmp_path), CPU).encode(PROMPTS).cond
+    loaded = Policy.load(recipe_of(folders, name, "none"), CPU).encode(PROMPTS).cond
+    stored = Policy.load(recipe_of(folders, name, tmp_path), CPU).encode(PROMPTS).cond
     assert stored.tensors.keys() == loaded.tensors.keys()
     for key, tensor in loaded.tensors.items():
         assert tensor.dtype == stored.tensors[key].dtype
@@ -64,9 +64,9 @@ def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, nam
 @pytest.mark.parametrize("name", ["sd3", *MODELS])
 def test_bits_on_disk_depend_on_the_text_alone(folders, tmp_path, name):
     many = [*PROMPTS, *(f"{text} {number}" for text in TEXTS for number in range(6))]
-    Policy(recipe_of(folders, name, tmp_path / "whole"), CPU, many)
+    Policy.load(recipe_of(folders, name, tmp_path / "whole"), CPU, many)
     for some in (many[:4], many[3:9], many):  # as runs that were killed while they prepared
-        Policy(recipe_of(folders, name, tmp_path / "pieces"), CPU, some)
+        Policy.load(recipe_of(folders, name, tmp_path / "pieces"), CPU, some)
     whole, pieces = (contents(tmp_path / kept) for kept in ("whole", "pieces"))
     assert len(whole) == len({*many, "", " " if name == "qwen_image" else ""})
     assert whole == pieces
@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_while_it_prepared_ends_in_the_same_weights(folder
         )  # fmt: skip
         write_lines(recipe.parent / "train.txt", prompts)
         if kept is not None:
-            Policy(load_recipe(recipe), CPU, prompts[5 : 5 + kept])
+            Policy.load(load_recipe(recipe), CPU, prompts[5 : 5 + kept])
         succeed("train", recipe, "--out", tmp_path / name / "run")
         ends.append(weights_of(tmp_path / name / "run", 2))
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_while_it_prepared_ends_in_the_same_weights(folder
 
 @pytest.mark.parametrize("name", ["sd3", *MODELS])
 def test_text_encoders_are_not_in_memory_after_their_work(folders, tmp_path, name):
-    policy = Policy(recipe_of(folders, name, tmp_path, guidance_scale=2.0), CPU, PROMPTS)
+    policy = Policy.load(recipe_of(folders, name, tmp_path, guidance_scale=2.0), CPU, PROMPTS)
     parts = policy.adapter.pipe.components
     assert all(parts[part] is None for part in policy.adapter.TEXT)
     policy.encode(PROMPTS)
@@ -106,27 +106,27 @@ def test_text_encoders_are_not_in_memory_after_their_work(folders, tmp_path, nam
 
 def test_each_text_is_encoded_once_in_all_runs_of_a_model(folders, tmp_path, encodings):
     recipe = recipe_of(folders, "flux", tmp_path)
-    Policy(recipe, CPU, [*TEXTS, *TEXTS, ""])
+    Policy.load(recipe, CPU, [*TEXTS, *TEXTS, ""])
     assert encodings == [[text] for text in (*TEXTS, "")]
-    Policy(recipe, CPU, TEXTS).encode([*reversed(TEXTS), "a new one"])
+    Policy.load(recipe, CPU, TEXTS).encode([*reversed(TEXTS), "a new one"])
     assert encodings == [[text] for text in (*TEXTS, "", "a new one")]
 
 
 def test_another_text_length_or_precision_or_encoder_has_files_of_its_own(folders, tmp_path, encodings):
-    Policy(recipe_of(folders, "flux", tmp_path), CPU, TEXTS)
-    Policy(recipe_of(folders, "flux", tmp_path, text_tokens=7), CPU, TEXTS)
-    Policy(recipe_of(folders, "flux", tmp_path, dtype="bf16"), CPU, TEXTS)
-    Policy(recipe_of(folders, "flux_schnell", tmp_path), CPU, TEXTS)
+    Policy.load(recipe_of(folders, "flux", tmp_path), CPU, TEXTS)
+    Policy.load(recipe_of(folders, "flux", tmp_path, text_tokens=7), CPU, TEXTS)
+    Policy.load(recipe_of(folders, "flux", tmp_path, dtype="bf16"), CPU, TEXTS)
+    Policy.load(recipe_of(folders, "flux_schnell", tmp_path), CPU, TEXTS)
     assert len(encodings) == 4 * len([*TEXTS, ""])
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_auto_keeps_small_encoders_and_frees_large_ones(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Policy(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is not None
+    assert Policy.load(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is not None
     assert not any(tmp_path.iterdir())
     monkeypatch.setattr(embeddings, "_LARGE", 1000)
-    assert Policy(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is None
+    assert Policy.load(recipe_of(folders, "flux", "auto"), CPU, TEXTS).adapter.pipe.text_encoder is None
     assert len(list((tmp_path / "flowgrove" / "embeddings").glob("*/*.safetensors"))) == len([*TEXTS, ""])
 
 
@@ -157,13 +157,13 @@ def test_more_than_auto_writes_unasked_stays_in_host_memory(folders, tmp_path, m
     monkeypatch.setattr(embeddings, "_LARGE", 1000)
     monkeypatch.setattr(loading, "MOST_UNASKED", 10_000)
     many = [f"{text} {number}" for text in TEXTS for number in range(20)]
-    policy = Policy(recipe_of(folders, "flux", "auto"), CPU, many)
+    policy = Policy.load(recipe_of(folders, "flux", "auto"), CPU, many)
     assert isinstance(policy.encoder, embeddings.OffloadedEncoder)
     assert policy.adapter.pipe.text_encoder is None
-    expected = Policy(recipe_of(folders, "flux", "none"), CPU).encode(PROMPTS).cond
+    expected = Policy.load(recipe_of(folders, "flux", "none"), CPU).encode(PROMPTS).cond
     found = policy.encode(PROMPTS).cond
     assert all(torch.allclose(found.tensors[key], tensor, atol=1e-6) for key, tensor in expected.tensors.items())
-    stored = Policy(recipe_of(folders, "flux", tmp_path / "mine"), CPU, many)
+    stored = Policy.load(recipe_of(folders, "flux", tmp_path / "mine"), CPU, many)
     assert isinstance(stored.encoder, embeddings.StoredEncoder), "a folder that was named is used"
 
 
@@ -172,13 +172,13 @@ def test_a_disk_without_room_is_told_before_it_is_full(folders, tmp_path, monkey
     with pytest.raises(
         UserError, match=r"data.embedding_cache: the embeddings of 61 prompts take \d+ GB .* write none"
     ):
-        Policy(
+        Policy.load(
             recipe_of(folders, "flux", tmp_path), CPU, [f"{text} {number}" for text in TEXTS for number in range(20)]
         )
 
 
 def test_zeros_at_the_end_take_no_room(folders, tmp_path):
-    policy = Policy(recipe_of(folders, "wan", tmp_path, text_tokens=200), CPU, TEXTS)
+    policy = Policy.load(recipe_of(folders, "wan", tmp_path, text_tokens=200), CPU, TEXTS)
     assert all(file.stat().st_size < 200 * 32 * 4 / 4 for file in tmp_path.glob("*/*.safetensors"))
     assert policy.encode(TEXTS).cond.tensors["encoder_hidden_states"].shape == (3, 200, 32)
 
@@ -233,7 +233,7 @@ def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, ca
     long = "a red circle left of a blue square " * 5
     alike = [f"{long}one", f"{long}two", f"{long}three"]
     with caplog.at_level("WARNING", "flowgrove"):
-        Policy(recipe_of(folders, name, "none" if cache == "none" else tmp_path), CPU, [*TEXTS, *alike, *TEXTS])
+        Policy.load(recipe_of(folders, name, "none" if cache == "none" else tmp_path), CPU, [*TEXTS, *alike, *TEXTS])
     told = [record.getMessage() for record in caplog.records if "limit" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("2 prompts differ from others only after the text encoders' limit")
@@ -242,13 +242,15 @@ def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, ca
 @pytest.mark.parametrize("name", ["sd3", *MODELS])
 def test_prompts_that_are_read_whole_are_not_told(folders, caplog, name):
     with caplog.at_level("WARNING", "flowgrove"):
-        Policy(recipe_of(folders, name, "none"), CPU, ["a red", "a big", "A red", "a  red", "x" * 200, "a red circle"])
+        Policy.load(
+            recipe_of(folders, name, "none"), CPU, ["a red", "a big", "A red", "a  red", "x" * 200, "a red circle"]
+        )
     assert not caplog.records
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 40, b"version https://git-lfs.github.com/spec/v1"])
 def test_a_damaged_file_of_embeddings_is_one_line(folders, tmp_path, content):
-    policy = Policy(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
+    policy = Policy.load(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
     for file in tmp_path.glob("*/*.safetensors"):
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"is damaged .* remove it"):
@@ -257,7 +259,7 @@ def test_a_damaged_file_of_embeddings_is_one_line(folders, tmp_path, content):
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
 def test_a_flipped_bit_among_embeddings_is_damage(folders, tmp_path, place):
-    policy = Policy(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
+    policy = Policy.load(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
     (file, *_) = tmp_path.glob("*/*.safetensors")
     content = bytearray(file.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
@@ -268,7 +270,7 @@ def test_a_flipped_bit_among_embeddings_is_damage(folders, tmp_path, place):
 
 
 def test_embeddings_from_before_digests_are_read(folders, tmp_path):
-    policy = Policy(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
+    policy = Policy.load(recipe_of(folders, "wan", tmp_path), CPU, TEXTS)
     expected = policy.encode(TEXTS)
     for file in tmp_path.glob("*/*.safetensors"):
         save_file(load_file(file), file)

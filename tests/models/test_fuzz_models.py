@@ -79,7 +79,7 @@ def test_a_damaged_folder_is_one_line_or_draws(originals, tmp_path, seed):
 
     @torch.no_grad()
     def draw():
-        policy = Policy(recipe, CPU, TEXTS)
+        policy = Policy.load(recipe, CPU, TEXTS)
         x = torch.zeros(len(TEXTS), *policy.adapter.latent_shape)
         policy.velocity(x, torch.full((len(TEXTS),), 0.5), policy.encode(TEXTS), torch.arange(len(TEXTS)))
         policy.decode(x)

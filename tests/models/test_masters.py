@@ -2,6 +2,8 @@
 and copies that follow wherever masters change.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
 from flowgrove.update.ema import Ema
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, encoded, small_recipe
+from policy_cases import CPU, encoded, runner_of, small_recipe
 
 FULL = {"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False}
 KINDS = {"full": {}, "lora": {"lora": {"rank": 4, "alpha": 8}}, "checkpointed": {"gradient_checkpointing": True}}
@@ -20,16 +22,18 @@ KINDS = {"full": {}, "lora": {"lora": {"rank": 4, "alpha": 8}}, "checkpointed": 
 
 def policy_with(copies, **model):
     """With `copies` False, fp32 weights under autocast alone."""
-    policy = Policy(small_recipe(model={**FULL, **model}), CPU, () if copies else None)
+    policy = Policy.load(small_recipe(model={**FULL, **model}), CPU, () if copies else None)
     if not copies:
-        whole = Policy(small_recipe(model={**FULL, **model}), CPU)
-        policy.adapter.pipe, policy.encoder = whole.adapter.pipe, whole.encoder
+        whole = Policy.load(small_recipe(model={**FULL, **model}), CPU)
+        bare = policy.adapter
+        adapter = type(bare)(bare.geometry, bare.transformer, whole.adapter.pipe, bare.folder)
+        policy = replace(policy, adapter=adapter, encoder=whole.encoder)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
-        for name, parameter in policy.trainable().items():
+        for name, parameter in policy.weights.trainable().items():
             if "lora_B" in name:
                 parameter.normal_(std=0.05, generator=generator)
-    policy.refresh()
+    policy.weights.refresh()
     return policy
 
 
@@ -41,7 +45,7 @@ def passes(policy, count=2):
         x = torch.randn(3, *policy.adapter.latent_shape, generator=generator)
         v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.2]), prompts, torch.tensor([0, 1, 2])).v
         v.backward(torch.randn(v.shape, generator=generator).to(v.dtype))
-    return v.detach(), {name: p.grad for name, p in policy.trainable().items()}
+    return v.detach(), {name: p.grad for name, p in policy.weights.trainable().items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,8 +63,8 @@ def test_velocities_and_gradients_have_the_bits_of_autocast(kind):
 def test_masters_are_fp32_and_what_the_passes_read_is_bf16():
     policy = policy_with(True)
     linear = {name for name, p in policy.transformer.named_parameters() if p.dtype == torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in policy.trainable().values())
-    assert len(linear) > 0.8 * len(policy.trainable())
+    assert all(p.dtype == torch.float32 for p in policy.weights.trainable().values())
+    assert len(linear) > 0.8 * len(policy.weights.trainable())
     held = sum(p.numel() for name, p in policy.transformer.named_parameters() if name in linear)
     assert held > 0.95 * sum(p.numel() for p in policy.transformer.parameters())
     passes(policy)
@@ -71,15 +75,15 @@ def test_masters_are_fp32_and_what_the_passes_read_is_bf16():
 
 def test_copies_follow_updates_averages_and_checkpoints(tmp_path):
     recipe = small_recipe(model=FULL, update={"lr": 1e-2, "ema_decay": 0.5})
-    policy = Policy(recipe, CPU)
-    updater = Updater(recipe, policy)
+    policy = Policy.load(recipe, CPU)
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
     assert isinstance(updater.ema, Ema)
 
     def in_step():
         params = dict(policy.transformer.named_parameters())
         return all(
             torch.equal(params[name].data, master.data.to(params[name].dtype))
-            for name, master in policy.trainable().items()
+            for name, master in policy.weights.trainable().items()
         )
 
     start = passes(policy)[0]
@@ -125,7 +129,7 @@ def test_a_policy_in_fp32_computes_without_tf32():
     before = matmul.allow_tf32, cudnn.allow_tf32
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = True
-        Policy(small_recipe(model={**FULL, "dtype": "fp32"}), CPU)
+        Policy.load(small_recipe(model={**FULL, "dtype": "fp32"}), CPU)
         assert not matmul.allow_tf32
         assert not cudnn.allow_tf32
     finally:

@@ -15,7 +15,7 @@ from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas
 from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
-from policy_cases import CPU, TEXTS, encoded, small_recipe
+from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
 from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
 
 ODE = {"steps": 4, "shift": None, "group_size": 2, "shared_initial_noise": False, "window": {"strategy": "none"}}
@@ -42,7 +42,7 @@ def recipe_of(folders, name, **sections):
 
 
 def policy_of(folders, name, **sections):
-    return Policy(recipe_of(folders, name, **sections), CPU)
+    return Policy.load(recipe_of(folders, name, **sections), CPU)
 
 
 def states(policy, count, seed=0):
@@ -81,10 +81,12 @@ def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width,
         sigmas = listed_sigmas(pipe.scheduler.sigmas.tolist())
     else:
         sigmas = recipe_sigmas(recipe)
-    policy = Policy(recipe, CPU)
+    policy = Policy.load(recipe, CPU)
     assert policy.doubles == (guidance > 1 and name != "flux")
     plan = make_plan(recipe, 0, sigmas)
-    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy, PROMPTS), seed=3, iteration=9)
+    forest = rollout(
+        plan, plan_coefficients(plan), policy, encoded(policy, PROMPTS), runner_of(policy), seed=3, iteration=9
+    )
     prompt = torch.arange(len(PROMPTS)).repeat_interleave(2)
     latents = philox_normal(
         (len(prompt), *policy.adapter.latent_shape),
@@ -140,7 +142,7 @@ def test_mixed_prompts_in_one_batch_equal_one_by_one(folders, name, guidance):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
     policy = policy_of(folders, name, model={"lora": lora})
-    trainable = policy.trainable()
+    trainable = policy.weights.trainable()
     if lora:
         assert all("lora_" in parameter for parameter in trainable)
         adapted = {parameter.split(".lora_")[0] for parameter in trainable}
@@ -199,7 +201,9 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name):
         with torch.enable_grad():
             v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
             v.square().sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in policy.weights.trainable().values() if p.grad is not None])
+        )
     assert torch.equal(*gradients)
 
 
@@ -207,17 +211,17 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name):
 @torch.no_grad()
 def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
     recipe = recipe_of(folders, name, rollout={"steps": 3, "shift": 3.0})
-    policy = Policy(recipe, CPU)
-    base = sample(Setup(recipe), policy, TEXTS)
-    for parameter in policy.trainable().values():
+    policy = Policy.load(recipe, CPU)
+    base = sample(Setup(recipe), policy, runner_of(policy), TEXTS)
+    for parameter in policy.weights.trainable().values():
         parameter.mul_(1.1)
     policy.adapter.save_pipeline(tmp_path / "export")
     PIPELINES[name].from_pretrained(tmp_path / "export")
-    loaded = Policy(
+    loaded = Policy.load(
         recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "export")})}), CPU
     )
-    tuned = sample(Setup(recipe), policy, TEXTS)
-    assert (tuned - sample(Setup(recipe), loaded, TEXTS)).abs().max() <= 1e-5
+    tuned = sample(Setup(recipe), policy, runner_of(policy), TEXTS)
+    assert (tuned - sample(Setup(recipe), loaded, runner_of(loaded), TEXTS)).abs().max() <= 1e-5
     assert (tuned - base).abs().max() > 1e-3
 
 
@@ -225,7 +229,7 @@ def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
 @torch.no_grad()
 def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
     policy, plain = policy_of(folders, name, model={"lora": LORA}), policy_of(folders, name)
-    for parameter in policy.trainable().values():
+    for parameter in policy.weights.trainable().values():
         torch.nn.init.normal_(parameter, std=0.3)
     policy.adapter.save_lora(tmp_path / "lora")
     x, sigma, prompt = states(plain, 2), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
@@ -241,7 +245,7 @@ def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
 @torch.no_grad()
 def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
     policy = policy_of(folders, name, model={"lora": LORA, "dtype": "bf16"})
-    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+    assert {p.dtype for p in policy.weights.trainable().values()} == {torch.float32}
     kept = policy.transformer._keep_in_fp32_modules or []
     frozen = {
         p.dtype

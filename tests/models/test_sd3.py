@@ -14,7 +14,7 @@ from flowgrove.plan.sigmas import recipe_sigmas
 from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
-from policy_cases import CPU, TEXTS, encoded, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, policy_of, runner_of, small_recipe
 
 MODEL = {"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False}
 LORA = {**MODEL, "lora": {"rank": 4, "alpha": 8}}
@@ -36,9 +36,11 @@ def pipe():
 def test_ode_rollout_equals_the_diffusers_pipeline(pipe, height, width, guidance):
     texts = [*TEXTS, "", "a red circle " * 20]
     recipe = small_recipe(model={**MODEL, "guidance_scale": guidance, "height": height, "width": width}, rollout=ODE)
-    policy = Policy(recipe, CPU)
+    policy = Policy.load(recipe, CPU)
     plan = make_plan(recipe, 0, recipe_sigmas(recipe))
-    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy, texts), seed=3, iteration=9)
+    forest = rollout(
+        plan, plan_coefficients(plan), policy, encoded(policy, texts), runner_of(policy), seed=3, iteration=9
+    )
     prompt = torch.arange(len(texts)).repeat_interleave(2)
     latents = philox_normal(
         (2 * len(texts), *policy.adapter.latent_shape),
@@ -91,8 +93,8 @@ def test_model_time_is_not_rounded_to_thousandths():
 
 @pytest.mark.parametrize("model", [MODEL, LORA], ids=["full", "lora"])
 def test_gradients_reach_exactly_the_trainable_parameters(model):
-    policy = Policy(small_recipe(model=model), CPU)
-    trainable = policy.trainable()
+    policy = Policy.load(small_recipe(model=model), CPU)
+    trainable = policy.weights.trainable()
     if model is LORA:
         assert trainable
         assert all("lora_" in name for name in trainable)
@@ -120,21 +122,21 @@ def test_gradients_reach_exactly_the_trainable_parameters(model):
 
 @torch.no_grad()
 def test_fresh_lora_leaves_the_model_as_it_was_and_is_seeded():
-    policies = [Policy(small_recipe(model=LORA, run={"seed": seed}), CPU) for seed in (1, 1, 2)]
+    policies = [Policy.load(small_recipe(model=LORA, run={"seed": seed}), CPU) for seed in (1, 1, 2)]
     x, sigma, prompt = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
     base = policy_of(dtype="fp32")
     expected = base.velocity(x, sigma, encoded(base), prompt).v
     assert torch.allclose(policies[0].velocity(x, sigma, encoded(policies[0]), prompt).v, expected, atol=1e-6)
-    first, same, other = (torch.cat([p.flatten() for p in policy.trainable().values()]) for policy in policies)
+    first, same, other = (torch.cat([p.flatten() for p in policy.weights.trainable().values()]) for policy in policies)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
 def test_bf16_keeps_fp32_master_weights_and_stores_frozen_weights_in_bf16():
-    full = Policy(small_recipe(model={**MODEL, "dtype": "bf16"}), CPU)
-    assert {p.dtype for p in full.trainable().values()} == {torch.float32}
-    lora = Policy(small_recipe(model={**LORA, "dtype": "bf16"}), CPU)
-    assert {p.dtype for p in lora.trainable().values()} == {torch.float32}
+    full = Policy.load(small_recipe(model={**MODEL, "dtype": "bf16"}), CPU)
+    assert {p.dtype for p in full.weights.trainable().values()} == {torch.float32}
+    lora = Policy.load(small_recipe(model={**LORA, "dtype": "bf16"}), CPU)
+    assert {p.dtype for p in lora.weights.trainable().values()} == {torch.float32}
     assert {p.dtype for p in lora.transformer.parameters() if not p.requires_grad} == {torch.bfloat16}
     for policy in (full, lora):
         v = policy.velocity(torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
@@ -143,18 +145,18 @@ def test_bf16_keeps_fp32_master_weights_and_stores_frozen_weights_in_bf16():
 
 @torch.no_grad()
 def test_full_export_loads_in_diffusers_and_draws_the_same(tmp_path):
-    policy = Policy(small_recipe(model=MODEL), CPU)
-    for parameter in policy.trainable().values():
+    policy = Policy.load(small_recipe(model=MODEL), CPU)
+    for parameter in policy.weights.trainable().values():
         parameter.mul_(1.05)
     policy.adapter.save_pipeline(tmp_path / "export")
-    loaded = Policy(small_recipe(model={**MODEL, "path": str(tmp_path / "export")}), CPU)
+    loaded = Policy.load(small_recipe(model={**MODEL, "path": str(tmp_path / "export")}), CPU)
     _same_velocity(policy, loaded)
 
 
 @torch.no_grad()
 def test_lora_export_loads_in_diffusers_and_draws_the_same(tmp_path, pipe):
-    policy = Policy(small_recipe(model=LORA), CPU)
-    for parameter in policy.trainable().values():
+    policy = Policy.load(small_recipe(model=LORA), CPU)
+    for parameter in policy.weights.trainable().values():
         torch.nn.init.normal_(parameter, std=0.05)
     policy.adapter.save_lora(tmp_path / "lora")
     loaded = policy_of.__wrapped__(dtype="fp32")
@@ -176,11 +178,12 @@ def _same_velocity(one: Policy, other: Policy) -> None:
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 @torch.no_grad()
 def test_evaluation_guides_above_1_only(scale):
-    guided = Policy(small_recipe(model={**MODEL, "guidance_scale": 3.0}), CPU)
-    plain = sample(Setup(small_recipe(model=MODEL)), policy_of(dtype="fp32"), TEXTS)
+    guided = Policy.load(small_recipe(model={**MODEL, "guidance_scale": 3.0}), CPU)
+    plain = sample(Setup(small_recipe(model=MODEL)), policy_of(dtype="fp32"), runner_of(policy_of(dtype="fp32")), TEXTS)
     evaluated = sample(
         Setup(small_recipe(model={**MODEL, "guidance_scale": 3.0}, run={"eval": {"guidance_scale": scale}})),
         guided,
+        runner_of(guided),
         TEXTS,
     )
     assert torch.equal(evaluated, plain)
@@ -189,8 +192,8 @@ def test_evaluation_guides_above_1_only(scale):
 @torch.no_grad()
 def test_samples_are_fixed_by_seed_and_prompt_number():
     policy, recipe = policy_of(dtype="fp32"), small_recipe(model=MODEL, run={"eval": {"samples": 2}})
-    all_at_once = sample(Setup(recipe), policy, TEXTS)
-    later = sample(Setup(recipe), policy, TEXTS[1:], first_prompt=1)
+    all_at_once = sample(Setup(recipe), policy, runner_of(policy), TEXTS)
+    later = sample(Setup(recipe), policy, runner_of(policy), TEXTS[1:], first_prompt=1)
     assert len(all_at_once) == 2 * len(TEXTS)
     assert torch.allclose(all_at_once[2:], later, atol=1e-5)
     assert not torch.allclose(all_at_once[0], all_at_once[1], atol=1e-2)
@@ -207,22 +210,22 @@ def test_samples_are_fixed_by_seed_and_prompt_number():
 )
 def test_unsuitable_models_are_one_line_errors(model, text):
     with pytest.raises(UserError, match=text) as caught:
-        Policy(small_recipe(model=model), CPU)
+        Policy.load(small_recipe(model=model), CPU)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model", [MODEL, LORA], ids=["full", "lora"])
 @torch.no_grad()
 def test_the_reference_model_stays_as_it_was_while_the_policy_moves(model):
-    policy = Policy(small_recipe(model={**model, "guidance_scale": 2.0}, update={"kl_weight": 0.1}), CPU)
+    policy = Policy.load(small_recipe(model={**model, "guidance_scale": 2.0}, update={"kl_weight": 0.1}), CPU)
     x, sigma, prompt = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
     prompts = encoded(policy)
-    for parameter in policy.trainable().values():
+    for parameter in policy.weights.trainable().values():
         parameter.add_(0.02 * torch.randn_like(parameter))
     base = policy_of(dtype="fp32", guidance=2.0)
     expected = base.velocity(x, sigma, encoded(base), prompt)
-    with policy.reference():
-        reference = policy.velocity(x, sigma, prompts, prompt)
+    with policy.reference() as untrained:
+        reference = untrained.velocity(x, sigma, prompts, prompt)
     moved = policy.velocity(x, sigma, prompts, prompt)
     assert torch.allclose(reference.v, expected.v, atol=1e-6)
     assert torch.allclose(reference.uncond, expected.uncond, atol=1e-6)

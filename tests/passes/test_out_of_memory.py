@@ -24,7 +24,7 @@ from flowgrove.rewards.python import PythonReward
 from flowgrove.rollout.loop import rollout
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.update.passes import Rolled
-from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 from update_cases import Recorder
 
 
@@ -53,13 +53,13 @@ class Small:
 
 
 def fresh_policy():
-    return Policy(small_recipe(), CPU)
+    return Policy.load(small_recipe(), CPU)
 
 
 def iteration(recipe, policy, retained=None):
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, retained=retained)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=1, iteration=0, retained=retained)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     recorder = Recorder(recipe, policy)
     stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
@@ -74,7 +74,7 @@ def test_passes_are_halved_until_they_fit_and_results_stay(where, rows, monkeypa
     small = Small(policy, rows, where, monkeypatch)
     found, other, again = iteration(recipe, policy)
     assert 1 <= small.failures <= 5, "every attempt is half as large as the pass that failed"
-    assert policy.budget.tokens < policy_of().budget.tokens
+    assert runner_of(policy).budget.tokens < runner_of(policy_of()).budget.tokens
     assert "engine.token_budget" in caplog.text
     assert torch.allclose(found, leaves, rtol=0, atol=1e-11)
     assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
@@ -84,7 +84,7 @@ def test_passes_are_halved_until_they_fit_and_results_stay(where, rows, monkeypa
 
 def test_retained_graphs_are_given_up_before_passes_are_halved(monkeypatch):
     recipe, policy = small_recipe(update={"updates_per_iteration": 1}), fresh_policy()
-    whole, (_, gradient, _) = policy.budget.tokens, iteration(recipe, policy_of())
+    whole, (_, gradient, _) = runner_of(policy).budget.tokens, iteration(recipe, policy_of())
     failing = iter([False, True])  # the first graph is made, the second has no room
     inner = policy.adapter.velocity
 
@@ -97,7 +97,7 @@ def test_retained_graphs_are_given_up_before_passes_are_halved(monkeypatch):
     retained = RetainedGraphs(10**6)
     _, other, _ = iteration(recipe, policy, retained)
     assert [one.velocity for one in retained.passes] == [None]
-    assert policy.budget.tokens == whole
+    assert runner_of(policy).budget.tokens == whole
     assert float((other - gradient).norm()) <= 1e-10 * float(gradient.norm())
 
 
@@ -112,8 +112,7 @@ def test_a_backward_without_room_gives_retained_graphs_up(monkeypatch):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_a_single_row_without_room_is_an_error(guidance, monkeypatch):
-    policy = fresh_policy()
-    policy.guidance_scale = guidance  # a row is then two of the transformer's
+    policy = fresh_policy().guided_by(guidance)  # a row is then two of the transformer's
     Small(policy, 0, "forward", monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         iteration(small_recipe(), policy)
@@ -128,7 +127,7 @@ def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, mon
     recipe = small_recipe(engine={"device": "cpu", "token_budget": 140})  # 4 rows a pass: several passes per update
     found = []
     for fails in (True, False):
-        policy = Policy(recipe_of(recipe, dtype), CPU)
+        policy = Policy.load(recipe_of(recipe, dtype), CPU)
         backwards, inner = [], policy.adapter.velocity
 
         def velocity(x, *rest, inner=inner, backwards=backwards, fails=fails):
@@ -147,9 +146,9 @@ def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, mon
         torch.manual_seed(0)
         prompts = encoded(policy)
         plan, rows = plan_and_coefficients(recipe)
-        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
+        forest = rollout(plan, rows, policy, prompts, runner_of(policy, recipe), seed=1, iteration=0)
         if not fails:
-            policy.budget.tokens = 70  # what the failed update was halved to
+            runner_of(policy).budget.resize(70)  # what the failed update was halved to
         credit = assign_credit(
             plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
         )
@@ -179,7 +178,7 @@ def test_decoding_takes_fewer_samples_at_a_time(monkeypatch):
         return inner(x)
 
     monkeypatch.setattr(policy.adapter, "decode", decode)
-    assert torch.allclose(policy.decode(latents), whole, rtol=0, atol=1e-12)
+    assert torch.allclose(runner_of(policy).decode(policy, latents), whole, rtol=0, atol=1e-12)
     assert max(sizes) <= 2
 
 

@@ -12,10 +12,11 @@ import torch
 
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings, _Recorded
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.ema import Ema
-from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
+from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, runner_of, small_recipe
 from rollout_cases import CPS, FLAT, TAIL, TREE
 from tiny_pipelines import MODELS, write_pipeline
 
@@ -42,16 +43,30 @@ class Replayed(Recordings):
 
 
 def policy_on(device, dtype="fp32", **model):
-    policy = Policy(
+    policy = Policy.load(
         small_recipe(model={**MODEL, "dtype": dtype, **model}, engine={"device": device}), torch.device(device)
     )
-    return policy, (Recordings(policy.device) if device == "cuda" else Replayed(policy.device))
+    graphs = Recordings(policy.device) if device == "cuda" else Replayed(policy.device)
+    return policy, graphs, *runners(policy, graphs)
 
 
-def leaves_of(policy, recipe, iteration=0, texts=TEXTS, seed=5, **options):
+def runners(policy, graphs):
+    """One that launches the policy's passes, and one that records them."""
+    plain = runner_of(policy)
+    return plain, PassRunner(plain.budget, graphs)
+
+
+def leaves_of(policy, runner, recipe, iteration=0, texts=TEXTS, seed=5, **options):
     plan, rows = plan_and_coefficients(recipe, iteration)
     forest = rollout(
-        plan, rows.to(policy.device), policy, policy.encode(texts), seed=seed, iteration=iteration, **options
+        plan,
+        rows.to(policy.device),
+        policy,
+        policy.encode(texts),
+        runner,
+        seed=seed,
+        iteration=iteration,
+        **options,
     )
     return forest.leaves, forest.logp
 
@@ -62,13 +77,11 @@ def leaves_of(policy, recipe, iteration=0, texts=TEXTS, seed=5, **options):
 )
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iterations(device, sections, guidance):
-    policy, graphs = policy_on(device, guidance_scale=guidance)
+    policy, graphs, plain, recording = policy_on(device, guidance_scale=guidance)
     recipe = small_recipe(**sections)
     for iteration, texts, seed in ((0, TEXTS, 5), (1, TEXTS[::-1], 6)):
-        policy.recordings = None
-        eager = leaves_of(policy, recipe, iteration, texts, seed)
-        policy.recordings = graphs
-        recorded = leaves_of(policy, recipe, iteration, texts, seed)
+        eager = leaves_of(policy, plain, recipe, iteration, texts, seed)
+        recorded = leaves_of(policy, recording, recipe, iteration, texts, seed)
         assert all(torch.equal(one, other) for one, other in zip(eager, recorded, strict=True))
     plan, _ = plan_and_coefficients(recipe)
     assert 0 < len(graphs) < len(plan.steps) + 1, "a recording serves more than one timestep"
@@ -77,29 +90,27 @@ def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iteratio
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_replay_follows_trained_weights_their_average_and_the_reference_model(device, dtype):
-    policy, graphs = policy_on(device, dtype, lora={"rank": 4, "alpha": 8})
+    policy, _, plain, recording = policy_on(device, dtype, lora={"rank": 4, "alpha": 8})
     recipe = small_recipe()
     with torch.no_grad():
-        for parameter in policy.trainable().values():
+        for parameter in policy.weights.trainable().values():
             parameter.normal_(std=0.05)
-    ema = Ema(policy.trainable(), 0.9, policy.refresh)
+    ema = Ema(policy.weights, 0.9)
     kinds = []
     for move in (0.0, 0.02):
         with torch.no_grad():
-            for parameter in policy.trainable().values():
+            for parameter in policy.weights.trainable().values():
                 parameter.add_(move)
-        policy.refresh()
+        policy.weights.refresh()
 
-        def three():
-            trained = leaves_of(policy, recipe)[0]
+        def three(runner):
+            trained = leaves_of(policy, runner, recipe)[0]
             with ema.swapped_in():
-                average = leaves_of(policy, recipe)[0]
-            return trained, average, leaves_of(policy, recipe, tuned_steps=0)[0]
+                average = leaves_of(policy, runner, recipe)[0]
+            return trained, average, leaves_of(policy, runner, recipe, tuned_steps=0)[0]
 
-        policy.recordings = None
-        eager = three()
-        policy.recordings = graphs
-        assert all(torch.equal(one, other) for one, other in zip(eager, three(), strict=True))
+        eager = three(plain)
+        assert all(torch.equal(one, other) for one, other in zip(eager, three(recording), strict=True))
         kinds.append(eager)
     assert not torch.allclose(kinds[0][0], kinds[1][0], atol=1e-3), "training moved the leaves"
     assert torch.equal(kinds[0][1], kinds[1][1])
@@ -114,23 +125,19 @@ def test_prompts_of_other_lengths_are_other_recordings(tmp_path):
         "gradient_checkpointing": False,
     }
     recipe = small_recipe(model=model)
-    policy, graphs = Policy(recipe, CPU, TEXTS), Replayed(CPU)
+    policy, graphs = Policy.load(recipe, CPU, TEXTS), Replayed(CPU)
+    plain, recording = runners(policy, graphs)
     for texts in (TEXTS, ["a red circle " * 12, "a cross"], TEXTS[::-1]):
-        policy.recordings = None
-        eager = leaves_of(policy, recipe, texts=texts)
-        policy.recordings = graphs
-        assert all(
-            torch.equal(one, other) for one, other in zip(eager, leaves_of(policy, recipe, texts=texts), strict=True)
-        )
+        eager, recorded = (leaves_of(policy, runner, recipe, texts=texts) for runner in (plain, recording))
+        assert all(torch.equal(one, other) for one, other in zip(eager, recorded, strict=True))
     assert graphs.replays == 3 * len(plan_and_coefficients(recipe)[0].steps)
 
 
 def test_recordings_are_counted_by_shape():
-    policy, graphs = policy_on("cpu")
-    policy.recordings = graphs
+    policy, graphs, _, recording = policy_on("cpu")
     recipe = small_recipe(rollout={"steps": 8, "window": {"strategy": "frozen", "size": 2, "start": 3}})
     for seed in range(3):
-        leaves_of(policy, recipe, seed=seed)
+        leaves_of(policy, recording, recipe, seed=seed)
     # one state per prompt without noise; with noise, four children each; four states with noise; four without
     assert len(graphs) == 4
     assert graphs.replays == 3 * 8
@@ -138,7 +145,7 @@ def test_recordings_are_counted_by_shape():
 
 def test_cuda_graphs_without_a_gpu_are_refused():
     with pytest.raises(UserError, match="cuda_graphs"):
-        Policy(small_recipe(engine={"device": "cpu", "cuda_graphs": True}), CPU)
+        PassRunner.of(small_recipe(engine={"device": "cpu", "cuda_graphs": True}), policy_of())
 
 
 # Captures that fail

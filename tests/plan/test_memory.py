@@ -16,7 +16,7 @@ from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, encoded, small_recipe
+from policy_cases import CPU, encoded, runner_of, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 
 LORA = {"rank": 4, "alpha": 8}
@@ -82,7 +82,7 @@ def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing,
     recipe = small_recipe(
         model={**model, "guidance_scale": guidance}, data={"prompts": "unused.txt", "prompts_per_iteration": 24}
     )
-    policy = Policy(recipe, CPU)
+    policy = Policy.load(recipe, CPU)
     plan = make_plan(recipe, 0)
     found = predict_memory(recipe, plan, "cpu")
     texts = ["a red circle " * 40] * 24
@@ -91,7 +91,7 @@ def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing,
     x = torch.randn(rows, *policy.adapter.latent_shape)
     sigma = torch.full((rows,), 0.5)
     prompt_of = torch.zeros(rows, dtype=torch.int64)
-    for parameter in policy.trainable().values():
+    for parameter in policy.weights.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
 
     def train():
@@ -105,7 +105,7 @@ def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing,
     assert found.stages["training"] == pytest.approx(measured, rel=0.15)
     weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters())
     assert found.resident["transformer"] == pytest.approx(weights, rel=0.05)
-    assert found.resident["gradients"] == sum(p.numel() * 4 for p in policy.trainable().values())
+    assert found.resident["gradients"] == sum(p.numel() * 4 for p in policy.weights.trainable().values())
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -127,8 +127,8 @@ def test_prediction_of_an_iteration_holds(keeps):
         update={"updates_per_iteration": 1},
         engine={"device": "cpu", "reuse_rollout_graph": keeps},
     )
-    policy, plan = Policy(recipe, CPU), make_plan(recipe, 0)
-    stages = Stages(Setup(recipe), policy, Updater(recipe, policy), Rewards(recipe, CPU))
+    policy, plan = Policy.load(recipe, CPU), make_plan(recipe, 0)
+    stages = Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), Rewards(recipe, CPU))
     texts = [f"a red circle number {number}" for number in range(8)]
     found = predict_memory(recipe, plan, "cpu")
     stages.run(texts, 0)  # the optimiser's state and the texts' embeddings stay

@@ -13,7 +13,7 @@ from flowgrove.recipe.schema import Rollout, Tail
 from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import coefficients
 from planner_cases import mix_window, recipe_with
-from policy_cases import encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 
 TAIL = {"window": {"strategy": "frozen", "size": 2, "start": 1}, "tail": {"compress": 0.5}}
 
@@ -64,4 +64,6 @@ def test_another_row_is_another_solver(twin, monkeypatch):
 
 def rolled(recipe):
     plan, _ = plan_and_coefficients(recipe)
-    return rollout(plan, plan_coefficients(plan), policy_of(), encoded(policy_of()), seed=1, iteration=0).leaves
+    policy = policy_of()
+    forest = rollout(plan, plan_coefficients(plan), policy, encoded(policy), runner_of(policy), seed=1, iteration=0)
+    return forest.leaves

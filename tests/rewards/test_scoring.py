@@ -14,7 +14,7 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring, score_leaves
 from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, TEXTS, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, policy_of, runner_of, small_recipe
 
 
 class Remote:
@@ -49,12 +49,12 @@ def latents(count, seed=0):
 def test_scores_come_in_order_and_equal_those_of_one_call():
     policy, scorer = policy_of(), Remote()
     whole = latents(12)
-    with Scoring(rewards_of(scorer), CPU) as scoring:
+    with Scoring(rewards_of(scorer), runner_of(policy_of()), CPU) as scoring:
         assert scoring.beside
         for start in range(0, 12, 3):
             scoring.submit(policy, whole[start : start + 3], [f"prompt {i}" for i in range(start, start + 3)])
         scores = scoring.scores()
-    expected = score_leaves(policy, rewards_of(Remote()), whole, [f"prompt {i}" for i in range(12)])
+    expected = score_leaves(policy, runner_of(policy), rewards_of(Remote()), whole, [f"prompt {i}" for i in range(12)])
     assert torch.allclose(scores, expected, rtol=0, atol=1e-12)
     assert [prompts[0] for prompts in scorer.calls] == ["prompt 0", "prompt 3", "prompt 6", "prompt 9"]
     assert scorer.threads == {"rewards_0"}
@@ -63,7 +63,7 @@ def test_scores_come_in_order_and_equal_those_of_one_call():
 def test_the_rollout_does_not_wait_for_a_server_but_runs_at_most_two_ahead():
     policy, answered = policy_of(), threading.Event()
     scorer = Remote(wait=answered.wait)
-    with Scoring(rewards_of(scorer), CPU) as scoring:
+    with Scoring(rewards_of(scorer), runner_of(policy_of()), CPU) as scoring:
         for _ in range(2):
             scoring.submit(policy, latents(1), ["a prompt"])  # returns, though nothing is answered yet
         assert not any(future.done() for future in scoring._futures)
@@ -80,7 +80,7 @@ def test_without_a_server_a_cpu_scores_when_it_is_asked():
     scorer = Remote()
     rewards = rewards_of(scorer)
     rewards.remote = False
-    with Scoring(rewards, CPU) as scoring:
+    with Scoring(rewards, runner_of(policy_of()), CPU) as scoring:
         scoring.submit(policy_of(), latents(2), ["one", "two"])
         assert not scorer.calls
         assert scoring.scores().shape == (2, 1)
@@ -89,7 +89,7 @@ def test_without_a_server_a_cpu_scores_when_it_is_asked():
 
 @pytest.mark.parametrize("fails_at", [1, 3])
 def test_an_error_of_a_reward_reaches_the_caller(fails_at):
-    with Scoring(rewards_of(Remote(fails_at=fails_at)), CPU) as scoring:
+    with Scoring(rewards_of(Remote(fails_at=fails_at)), runner_of(policy_of()), CPU) as scoring:
 
         def all_of_it():
             for _ in range(4):
@@ -111,8 +111,10 @@ def test_an_iteration_in_parts_equals_one_in_one():
         scorer = Remote()
         rewards = rewards_of(scorer)
         rewards.remote = remote
-        policy = Policy(recipe, CPU)
-        lines.append(Stages(Setup(recipe), policy, Updater(recipe, policy), rewards).run(TEXTS, 0))
+        policy = Policy.load(recipe, CPU)
+        lines.append(
+            Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), rewards).run(TEXTS, 0)
+        )
         assert len(scorer.calls) == (3 if remote else 1)
     whole, parts = lines
     for key in ("reward", "advantage_by_step"):
@@ -133,9 +135,12 @@ def test_a_reward_without_room_is_given_fewer_pictures():
         return pictures.mean((1, 2, 3))
 
     policy, whole = policy_of(), latents(7)
-    scores = score_leaves(policy, rewards_of(scorer), whole, ["a prompt"] * 7)
+    scores = score_leaves(policy, runner_of(policy), rewards_of(scorer), whole, ["a prompt"] * 7)
     assert torch.allclose(
-        scores, score_leaves(policy, rewards_of(Remote()), whole, ["a prompt"] * 7), rtol=0, atol=1e-12
+        scores,
+        score_leaves(policy, runner_of(policy), rewards_of(Remote()), whole, ["a prompt"] * 7),
+        rtol=0,
+        atol=1e-12,
     )
     assert max(sizes) <= 3
     assert sum(sizes) == 7

@@ -13,7 +13,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.plan.planner import make_plan
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.passes import Rolled
-from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, runner_of, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 from update_cases import Recorder
 
@@ -27,7 +27,7 @@ def rows_seen(policy, recipe, **options):
     hook = policy.transformer.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    forest = rollout(plan, rows, policy, policy.encode(TEXTS), seed=1, iteration=0, **options)
+    forest = rollout(plan, rows, policy, policy.encode(TEXTS), runner_of(policy), seed=1, iteration=0, **options)
     hook.remove()
     return forest, seen
 
@@ -64,7 +64,7 @@ def flux(tmp_path_factory):
 def flux_policy(folder, **rollout_keys):
     model = {**MODELS["flux"], "path": str(folder), "dtype": "fp32", "gradient_checkpointing": False}
     recipe = small_recipe(model=model, rollout={**ROLLOUT, **rollout_keys}, update={"updates_per_iteration": 1})
-    return Policy(recipe, CPU, TEXTS), recipe
+    return Policy.load(recipe, CPU, TEXTS), recipe
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def flux_policy(folder, **rollout_keys):
 @pytest.mark.parametrize("budget", [4096, 100])
 def test_attention_runs_where_the_plan_says_and_nowhere_else(flux, cache, budget):
     policy, recipe = flux_policy(flux, cache=cache)
-    policy.budget.tokens = budget
+    runner_of(policy).budget.resize(budget)
     plan, _ = plan_and_coefficients(recipe)
     layers = [
         block.attn for block in (*policy.transformer.transformer_blocks, *policy.transformer.single_transformer_blocks)
@@ -99,7 +99,7 @@ def test_training_after_a_cached_rollout_equals_training_after_a_plain_one(flux)
     for each in (recipe, plain):
         plan, rows = plan_and_coefficients(each)
         prompts = policy.encode(TEXTS)
-        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0)
+        forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=1, iteration=0)
         credit = assign_credit(plan, each.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
         recorder = Recorder(each, policy)
         recorder.run([Rolled(policy, forest, prompts, credit, rows)])
@@ -144,4 +144,4 @@ def test_both_savings_together_are_refused():
 def test_what_cannot_be_left_out_is_said(model, keys, said):
     recipe = small_recipe(model=model, rollout=keys)
     with pytest.raises(UserError, match=said):
-        Policy(recipe, CPU)
+        Policy.load(recipe, CPU)

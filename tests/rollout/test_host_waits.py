@@ -17,6 +17,7 @@ from flowgrove.device import to_device
 from flowgrove.models import qwen_image
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings, _Recorded
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.passes import Rolled
@@ -74,13 +75,13 @@ def on_the_device(folders, family, lora=None):
     model |= {"gradient_checkpointing": True, "guidance_scale": 2.5}
     update = {"updates_per_iteration": 2, "clip_range": 1e-3, "lr": 1e-4, "kl_weight": 0.1}
     recipe = small_recipe(model=model, update=update)
-    policy = Policy(recipe, CPU, TEXTS)
-    prompts = policy.encode(TEXTS)
-    recorder = Recorder(recipe, policy)
+    policy = replace(Policy.load(recipe, CPU, TEXTS), device=DEVICE)
+    prompts = replace(policy, device=CPU).encode(TEXTS)
+    recorder = Recorder(recipe, replace(policy, device=CPU))
     policy.transformer.to(DEVICE)
-    if policy._reference is not None:
-        policy._reference.to(DEVICE)
-    policy.device, recorder.parameters = DEVICE, list(policy.trainable().values())
+    if policy.weights.reference_copy is not None:
+        policy.weights.reference_copy.to(DEVICE)
+    recorder.parameters = list(policy.weights.trainable().values())
     cond, uncond = (None if cond is None else moved(cond) for cond in (prompts.cond, prompts.uncond))
     return recipe, policy, replace(prompts, cond=cond, uncond=uncond), recorder
 
@@ -89,10 +90,10 @@ def moved(cond):
     return Conditioning({name: tensor.to(DEVICE) for name, tensor in cond.tensors.items()})
 
 
-def rolled(recipe, policy, prompts, iteration=0):
+def rolled(recipe, policy, prompts, runner, iteration=0):
     plan, rows = plan_and_coefficients(recipe, iteration)
     rows = rows.to(DEVICE, non_blocking=True)
-    return plan, rows, rollout(plan, rows, policy, prompts, seed=1, iteration=iteration)
+    return plan, rows, rollout(plan, rows, policy, prompts, runner, seed=1, iteration=iteration)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
@@ -101,7 +102,7 @@ def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
     recipe, policy, prompts, recorder = on_the_device(folders, family, lora)
     for iteration in range(2):
         with HostWaits() as waits:
-            plan, rows, forest = rolled(recipe, policy, prompts, iteration)
+            plan, rows, forest = rolled(recipe, policy, prompts, recorder.runner, iteration)
             scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1))
             credit = assign_credit(plan, recipe.credit, scores, [1.0])
             stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
@@ -127,12 +128,12 @@ class Watched(Recordings):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_functions_hold_no_copy_and_no_read(folders, family):
-    recipe, policy, prompts, _ = on_the_device(folders, family)
-    policy.recordings = Watched()
+    recipe, policy, prompts, recorder = on_the_device(folders, family)
+    watched = Watched()
     with HostWaits():
-        rolled(recipe, policy, prompts)
-    assert len(policy.recordings) > 0
-    assert policy.recordings.noted == []
+        rolled(recipe, policy, prompts, PassRunner(recorder.runner.budget, watched))
+    assert len(watched) > 0
+    assert watched.noted == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])

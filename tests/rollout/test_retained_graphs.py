@@ -3,6 +3,7 @@ passes again, and saves their forward.
 """
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from flowgrove.setup import Setup
 from flowgrove.tuning import graph_room
 from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.passes import Rolled
-from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 from update_cases import CASES, Recorder, policy_with_reference
 
 MANY = 10**6
@@ -29,7 +30,9 @@ def trained(recipe, policy, retained, planted=None):
     """
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, retained=retained)
+    forest = rollout(
+        plan, rows, policy, prompts, runner_of(policy), seed=recipe.run.seed, iteration=0, retained=retained
+    )
     scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)) if planted is None else planted
     credit = assign_credit(plan, recipe.credit, scores, [1.0])
     seen = []
@@ -110,23 +113,25 @@ def test_drift_is_exactly_zero_where_the_rollouts_own_velocity_serves():
 
 def room(engine=None, policy=None, **sections):
     recipe = small_recipe(engine={"device": "cpu", **(engine or {})}, **sections)
-    return GraphRoom.of(Setup(recipe), policy or policy_of())
+    policy = policy or policy_of()
+    return GraphRoom.of(Setup(recipe), policy, runner_of(policy))
 
 
 def test_the_recipe_decides_whether_graphs_are_kept():
     policy, guided = policy_of(), policy_of(guidance=2.5)
+    runner = runner_of(policy)
     for off in ({"reuse_rollout_graph": False}, {"share": False}, {"exact_replay": True}):
-        assert room(off).retained_graphs(policy) is None
-    always = room({"reuse_rollout_graph": True}).retained_graphs(policy)
+        assert room(off).retained_graphs(policy, runner) is None
+    always = room({"reuse_rollout_graph": True}).retained_graphs(policy, runner)
     assert (always.rows, always.least) == (sys.maxsize, 1)
     automatic = room()
     assert automatic.states > 1000
-    assert automatic.retained_graphs(policy).least == policy.budget.rows // 4
-    assert automatic.retained_graphs(guided).least == policy.budget.rows // 2 // 4
+    assert automatic.retained_graphs(policy, runner).least == runner.budget.rows // 4
+    assert automatic.retained_graphs(guided, runner).least == runner.budget.rows // 2 // 4
     assert room(policy=guided).states == pytest.approx(automatic.states / 2, rel=0.05), (
         "guidance runs two rows for a state"
     )
-    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).retained_graphs(policy) is None, (
+    assert room(credit={"prune": {"kind": "extreme", "keep": 1}}).retained_graphs(policy, runner) is None, (
         "most graphs would be made for nothing"
     )
     assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).states == automatic.states
@@ -141,16 +146,16 @@ def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
         "total_memory",
         lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room._GPU_SHARE),
     )
-    found, graph = graph_room._room_of_gpu(Setup(recipe), policy)
+    found, graph = graph_room._room_of_gpu(Setup(recipe), policy, runner_of(policy))
     assert graph == memory.graph
     assert found // graph == rows
-    monkeypatch.setattr(policy, "bytes_when_loaded", memory.loaded + 3 * graph)  # three states' worth of reward models
-    assert graph_room._room_of_gpu(Setup(recipe), policy)[0] // graph == rows - 3
+    beside = replace(policy, bytes_when_loaded=memory.loaded + 3 * graph)  # three states' worth of reward models
+    assert graph_room._room_of_gpu(Setup(recipe), beside, runner_of(policy))[0] // graph == rows - 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_predicted_bytes_of_a_graph_are_what_the_model_holds(guidance):
     recipe, policy = small_recipe(model={"guidance_scale": guidance}), policy_of(guidance=guidance)
     assert predict_memory(recipe, make_plan(recipe, 0), "cpu").graph == pytest.approx(
-        graph_room._room_of_cpu(policy)[1], rel=0.1
+        graph_room._room_of_cpu(policy, runner_of(policy))[1], rel=0.1
     )

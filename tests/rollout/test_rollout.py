@@ -7,7 +7,7 @@ from flowgrove.rollout.forest import leaf_path_logp
 from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, clean_estimate, flow_step, philox_normal
 from host_reads import count_host_reads
-from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 from rollout_cases import CPS, FLAT, TAIL, TREE, UNSHARED_NOISE
 
 
@@ -49,7 +49,7 @@ def test_every_leaf_is_the_trajectory_that_the_published_loop_computes_alone(sec
     recipe, policy = small_recipe(**sections), policy_of(guidance=guidance)
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=recipe.run.seed, iteration=0)
     path_logp = leaf_path_logp(forest)
     for prompt, leaf in [(0, 0), (1, plan.leaves - 1), (2, plan.leaves // 2)]:
         x, logp = one_trajectory(recipe, policy, prompts, prompt, leaf)
@@ -66,7 +66,7 @@ def test_rows_through_the_transformer_equal_the_planned_forwards(sections):
     hook = policy.transformer.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    rollout(plan, rows, policy, encoded(policy), seed=1, iteration=0)
+    rollout(plan, rows, policy, encoded(policy), runner_of(policy), seed=1, iteration=0)
     hook.remove()
     assert sum(seen) == plan.counts.rollout_forwards * len(TEXTS)
 
@@ -77,14 +77,14 @@ def test_leaves_do_not_depend_on_prompt_order_batch_or_micro_batch():
     plan, rows = plan_and_coefficients(recipe)
 
     def leaves(policy, texts, first):
-        return rollout(plan, rows, policy, encoded(policy, texts), seed=5, iteration=3, first_prompt=first).leaves.view(
-            len(texts), plan.leaves, -1
-        )
+        return rollout(
+            plan, rows, policy, encoded(policy, texts), runner_of(policy), seed=5, iteration=3, first_prompt=first
+        ).leaves.view(len(texts), plan.leaves, -1)
 
     together = leaves(policy_of(), TEXTS, 0)
     alone = torch.cat([leaves(policy_of(), [text], index) for index, text in enumerate(TEXTS)])
     small_passes = leaves(policy_of(tokens=80), TEXTS, 0)
-    assert policy_of(tokens=80).budget.rows == 2
+    assert runner_of(policy_of(tokens=80)).budget.rows == 2
     assert torch.allclose(together, alone, rtol=0, atol=1e-11)
     assert torch.allclose(together, small_passes, rtol=0, atol=1e-11)
     assert not torch.allclose(together[0], together[1], atol=0.1), (
@@ -104,7 +104,7 @@ def test_initial_noise_is_bit_equal_for_any_prompt_order():
 def test_siblings_share_their_parent_and_part_at_the_split():
     recipe = small_recipe(**TREE)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy_of(), encoded(policy_of()), seed=1, iteration=0)
+    forest = rollout(plan, rows, policy_of(), encoded(policy_of()), runner_of(policy_of()), seed=1, iteration=0)
     first = forest.states[forest.first_row[1] : forest.first_row[1] + 2]
     assert plan.steps[0].fanout == 2
     assert not torch.allclose(first[0], first[1], atol=1e-2)
@@ -118,4 +118,4 @@ def test_no_host_read_in_rollout(sections):
     recipe, policy = small_recipe(**sections), policy_of(dtype="fp32")
     plan, rows = plan_and_coefficients(recipe)
     prompts = encoded(policy)
-    assert count_host_reads(lambda: rollout(plan, rows, policy, prompts, seed=1, iteration=0)) == 0
+    assert count_host_reads(lambda: rollout(plan, rows, policy, prompts, runner_of(policy), seed=1, iteration=0)) == 0

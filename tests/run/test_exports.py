@@ -53,20 +53,20 @@ def pass_of(policy):
 
 
 def plain_policy(name, folder):
-    return Policy(
+    return Policy.load(
         small_recipe(model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32"}), CPU
     )
 
 
 def trained_velocity(name, folder, run):
-    policy = Policy(
+    policy = Policy.load(
         small_recipe(
             model={**MODELS.get(name, {"adapter": "sd3"}), "path": str(folder), "dtype": "fp32", "lora": LORA}
         ),
         CPU,
     )
     weights = weights_of(run, 1)
-    for key, parameter in policy.trainable().items():
+    for key, parameter in policy.weights.trainable().items():
         parameter.data.copy_(weights[key])
     return pass_of(policy)
 
@@ -235,8 +235,8 @@ def test_what_export_cannot_write_is_one_line(runs, tmp_path):
 def test_numbers_that_fp16_cannot_hold_are_an_error(folders, tmp_path):
     policy = plain_policy("sd3", folders["sd3"])
     with torch.no_grad():
-        next(iter(policy.trainable().values())).fill_(1e6)
+        next(iter(policy.weights.trainable().values())).fill_(1e6)
     dtypes = dict.fromkeys(policy.transformer.state_dict(), torch.float16)
     with pytest.raises(UserError, match="too large for float16: write bf16 or fp32"):
         policy.adapter.save_pipeline(tmp_path / "out", dtypes)
-    assert next(iter(policy.trainable().values())).dtype == torch.float32
+    assert next(iter(policy.weights.trainable().values())).dtype == torch.float32

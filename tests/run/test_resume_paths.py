@@ -16,7 +16,7 @@ from flowgrove.run.metrics import read_metrics
 from flowgrove.run.resume import choose_checkpoint
 from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, small_recipe
+from policy_cases import CPU, runner_of, small_recipe
 
 RUN = {"iterations": 3, "checkpoint_every": 1, "eval_every": 0, "log": ["jsonl"]}
 
@@ -70,8 +70,8 @@ def test_the_prompts_text_decides_and_not_their_path_or_the_evaluation(tmp_path)
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path):
     recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32", "gradient_checkpointing": False})
-    policy = Policy(recipe, CPU)
-    updater = Updater(recipe, policy)
+    policy = Policy.load(recipe, CPU)
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the weights are 4 MB
@@ -93,17 +93,19 @@ def test_evaluation_may_take_other_steps_than_training(trained):
     recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, run={"eval": {"steps": 20}})
     same = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, rollout={"steps": 20, "shift": 1.5})
     policy = policy_of(dtype="fp32")
-    assert torch.equal(sample(Setup(recipe), policy, TEXTS), sample(Setup(same), policy, TEXTS))
+    assert torch.equal(
+        sample(Setup(recipe), policy, runner_of(policy), TEXTS), sample(Setup(same), policy, runner_of(policy), TEXTS)
+    )
 
 
 def test_guidance_keeps_a_pass_within_the_token_budget():
     from policy_cases import policy_of
 
     plain, guided = policy_of(dtype="fp32", tokens=350), policy_of(dtype="fp32", guidance=3.0, tokens=350)
-    assert plain.budget.rows == guided.budget.rows == 10
+    assert runner_of(plain).budget.rows == runner_of(guided).budget.rows == 10
     for policy, rows in ((plain, 10), (guided, 5)):
         tokens = np.repeat(policy.encode(["a red circle"]).tokens, 40)
-        assert [len(part) for part in policy.budget.passes(tokens)] == [rows] * (40 // rows)
+        assert [len(part) for part in runner_of(policy).budget.passes(tokens)] == [rows] * (40 // rows)
 
 
 @pytest.mark.parametrize(

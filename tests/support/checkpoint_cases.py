@@ -11,7 +11,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.run.checkpoint import save_checkpoint
 from flowgrove.update.optimizers import state_tensors
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, small_recipe
+from policy_cases import CPU, runner_of, small_recipe
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Trained:
             },
             update={"ema_decay": 0.5},
         )
-        policy = Policy(recipe, CPU, None)
-        return cls(policy, Updater(recipe, policy))
+        policy = Policy.load(recipe, CPU, None)
+        return cls(policy, Updater(recipe, policy, runner_of(policy, recipe)))
 
     def advance(self, seed):
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.policy.trainable().values():
+        for parameter in self.policy.weights.trainable().values():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         self.updater.optimizer.step()
         self.updater.ema.update()
@@ -50,7 +50,7 @@ class Trained:
 
     def held(self):
         """All that a resumed run goes on with, by name; these are the tensors themselves."""
-        trainable = self.policy.trainable()
+        trainable = self.policy.weights.trainable()
         state = {
             f"optimizer/{name}/{key}": t
             for name, p in trainable.items()
@@ -75,7 +75,7 @@ class Trained:
         """As version 0.1.0 wrote them: format 1, without a manifest."""
         folder = Path(run) / "checkpoints" / f"step_{completed:06d}"
         folder.mkdir(parents=True)
-        trainable = self.policy.trainable()
+        trainable = self.policy.weights.trainable()
         tensors = {"weights": {name: p.detach().contiguous() for name, p in trainable.items()}}
         tensors["optimizer"] = state_tensors(self.updater.optimizer, trainable)
         tensors["ema"] = {name: average.contiguous() for name, average in self.updater.ema.average.items()}

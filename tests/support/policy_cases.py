@@ -2,16 +2,19 @@
 
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan, make_plan
 from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove_kernels import StepCoefficients
 
+_RUNNERS: WeakKeyDictionary[Policy, PassRunner] = WeakKeyDictionary()
 CPU = torch.device("cpu")
 TEXTS = ["a red circle at the top left", "a blue square at the centre", "a green cross left of a black circle"]
 
@@ -34,19 +37,26 @@ def small_recipe(**sections: dict[str, Any]) -> Recipe:
 @cache
 def policy_of(dtype: str = "fp64", guidance: float = 1.0, tokens: int | str = "auto") -> Policy:
     """Loaded once per setting; tests restore what they change."""
-    return Policy(
-        small_recipe(
-            model={
-                "adapter": "sd3",
-                "path": "tiny",
-                "dtype": dtype,
-                "gradient_checkpointing": False,
-                "guidance_scale": guidance,
-            },
-            engine={"device": "cpu", "token_budget": tokens},
-        ),
-        CPU,
+    recipe = small_recipe(
+        model={
+            "adapter": "sd3",
+            "path": "tiny",
+            "dtype": dtype,
+            "gradient_checkpointing": False,
+            "guidance_scale": guidance,
+        },
+        engine={"device": "cpu", "token_budget": tokens},
     )
+    policy = Policy.load(recipe, CPU)
+    runner_of(policy, recipe)
+    return policy
+
+
+def runner_of(policy: Policy, recipe: Recipe | None = None) -> PassRunner:
+    """One for each policy: that of the recipe that it is first asked for with (None: of `small_recipe`)."""
+    if policy not in _RUNNERS:
+        _RUNNERS[policy] = PassRunner.of(recipe or small_recipe(), policy)
+    return _RUNNERS[policy]
 
 
 def plan_and_coefficients(recipe: Recipe, iteration: int = 0) -> tuple[RolloutPlan, StepCoefficients]:

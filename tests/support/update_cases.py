@@ -6,7 +6,7 @@ import torch
 
 from flowgrove.models.policy import Policy
 from flowgrove.update.updater import Updater
-from policy_cases import CPU
+from policy_cases import CPU, runner_of
 
 TREE = {"steps": 6, "tree": {"splits": [0, 2], "fanout": 2}, "window": {"strategy": "frozen", "size": 3}}
 CASES = {
@@ -29,7 +29,7 @@ class Recorder(Updater):
     """Keeps the gradient of every update instead of stepping."""
 
     def __init__(self, recipe, policy):
-        super().__init__(recipe, policy)
+        super().__init__(recipe, policy, runner_of(policy, recipe))
         self.gradients, self.trained = [], []
 
     def _step(self, stats, trained, number):
@@ -40,11 +40,11 @@ class Recorder(Updater):
 
 def policy_with_reference(recipe, guidance):
     """The reference is a copy of the model as it was; the trained one has moved since."""
-    moved = Policy(
+    moved = Policy.load(
         recipe.model_copy(update={"model": recipe.model.model_copy(update={"guidance_scale": guidance})}), CPU
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in moved.trainable().values():
+        for parameter in moved.weights.trainable().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=1e-3)
     return moved

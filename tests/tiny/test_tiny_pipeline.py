@@ -13,7 +13,7 @@ from flowgrove.rewards.shapes import PASS, ShapesReward
 from flowgrove.setup import Setup
 from flowgrove.tiny.build import build_pipeline
 from flowgrove.tiny.pictures import held_out, pair_scenes, render, single_scenes
-from policy_cases import policy_of, small_recipe
+from policy_cases import policy_of, runner_of, small_recipe
 
 SINGLE = {"rollout": {"steps": 8, "shift": 1.0}, "run": {"eval": {"samples": 4}}}
 
@@ -68,7 +68,7 @@ def test_it_draws_better_than_chance_and_worse_than_well():
     """Reinforcement learning has something to start from and something to gain."""
     policy, recipe = policy_of(dtype="fp32"), small_recipe(**SINGLE)
     prompts = [scene.caption for scene in single_scenes() if held_out(scene)]
-    pictures = sample(Setup(recipe), policy, prompts)
+    pictures = sample(Setup(recipe), policy, runner_of(policy), prompts)
     asked = [prompt for prompt in prompts for _ in range(4)]
     score = float(ShapesReward()(pictures, asked).mean())
     assert 0.3 <= score <= 0.7

@@ -11,6 +11,7 @@ import torch
 from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
+from flowgrove.passes.budget import PassBudget
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
 from flowgrove.run.resume import stored_budget
@@ -28,7 +29,7 @@ from flowgrove.tuning.token_budget import (
 )
 from flowgrove.tuning.tune import Candidate, choose
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import CPU, plan_and_coefficients, policy_of, runner_of, small_recipe
 
 WORK = Work(forwards=100, passes=30, widest=8)
 
@@ -110,9 +111,11 @@ def test_a_budget_holds_the_rows_that_fit_and_leaves_nothing_behind(guidance, mo
         monkeypatch.setattr(token_budget, "room_beside", lambda setup, policy: torch.empty(0))
     monkeypatch.setattr(token_budget, "NEAR", -10.0)  # every doubling gains enough ...
     monkeypatch.setattr(token_budget, "first_near_best", max)  # ... and the largest is taken: no clock decides
-    tokens = measured_budget(Setup(small_recipe()), policy)
-    assert tokens == 4 * int(policy.encode(["a red circle"]).tokens[0]) == 4 * policy.budget.row * of_a_row
-    assert all(parameter.grad is None for parameter in (*policy.trainable().values(), *policy.transformer.parameters()))
+    tokens = measured_budget(Setup(small_recipe()), policy, runner_of(policy))
+    assert tokens == 4 * int(policy.encode(["a red circle"]).tokens[0]) == 4 * runner_of(policy).budget.row * of_a_row
+    assert all(
+        parameter.grad is None for parameter in (*policy.weights.trainable().values(), *policy.transformer.parameters())
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -122,11 +125,11 @@ def test_passes_are_what_training_runs(monkeypatch):
     monkeypatch.setattr(
         policy.adapter, "velocity", lambda x, *rest: rows.append((len(x), torch.is_grad_enabled())) or inner(x, *rest)
     )
-    passes = Passes(policy)
+    passes = Passes(policy, runner_of(policy))
     timed = passes.timed(3, repeats=3)
     assert rows == [(3, False)] * 4 + [(3, True)] * 4  # one more to warm up
     assert timed.forward > 0 < timed.train
-    assert any(bool(parameter.grad.any()) for parameter in policy.trainable().values())
+    assert any(bool(parameter.grad.any()) for parameter in policy.weights.trainable().values())
     passes.release()
 
 
@@ -135,36 +138,36 @@ def test_passes_are_what_training_runs(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A stand-in for a policy on a GPU, which is measured at 777 tokens; and how often it was."""
+    """A stand-in for a policy on a GPU and its runner, which is measured at 777 tokens; and how often it was."""
     asked = []
-    monkeypatch.setattr(token_budget, "measured_budget", lambda setup, policy: asked.append(setup) or 777)
+    monkeypatch.setattr(token_budget, "measured_budget", lambda setup, policy, runner: asked.append(setup) or 777)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device.type + " 1")
-    return SimpleNamespace(device=torch.device("cuda"), budget=SimpleNamespace(tokens=5), asked=asked)
+    return SimpleNamespace(device=torch.device("cuda"), budget=PassBudget(5, 1, 1), asked=asked)
 
 
 def test_a_gpu_is_measured_once(gpu):
     for seed in (1, 2):
-        gpu.budget.tokens = 5
-        settle_token_budget(Setup(small_recipe(run={"seed": seed})), gpu, None)
+        gpu.budget.resize(5)
+        settle_token_budget(Setup(small_recipe(run={"seed": seed})), gpu, gpu, None)
         assert gpu.budget.tokens == 777
     assert len(gpu.asked) == 1
-    settle_token_budget(Setup(small_recipe(rollout={"steps": 6})), gpu, None)
+    settle_token_budget(Setup(small_recipe(rollout={"steps": 6})), gpu, gpu, None)
     assert len(gpu.asked) == 2
 
 
 def test_a_checkpoint_goes_before_cache_and_measurement_and_the_recipe_before_all(gpu):
-    settle_token_budget(Setup(small_recipe()), gpu, 60)
+    settle_token_budget(Setup(small_recipe()), gpu, gpu, 60)
     assert gpu.budget.tokens == 60
-    settle_token_budget(Setup(small_recipe(engine={"token_budget": 5})), gpu, 70)
+    settle_token_budget(Setup(small_recipe(engine={"token_budget": 5})), gpu, gpu, 70)
     assert gpu.budget.tokens == 60
     assert gpu.asked == []
 
 
 def test_a_cpu_is_never_measured(gpu):
     gpu.device = CPU
-    settle_token_budget(Setup(small_recipe()), gpu, None)
+    settle_token_budget(Setup(small_recipe()), gpu, gpu, None)
     assert (gpu.budget.tokens, gpu.asked) == (5, [])
-    settle_token_budget(Setup(small_recipe()), gpu, 60)
+    settle_token_budget(Setup(small_recipe()), gpu, gpu, 60)
     assert gpu.budget.tokens == 60
 
 
@@ -211,17 +214,19 @@ def test_a_resumed_run_has_the_passes_of_its_first_part(tmp_path):
     assert stored_budget(first, "of another recipe") is None
     assert stored_budget(None, own) is None
     trainer = Trainer(Setup(load_recipe(recipe)), run)
-    assert trainer.policy.budget.tokens == 70
-    assert Trainer(Setup(load_recipe(recipe, ("engine.token_budget=80",))), run).policy.budget.tokens == 80
-    trainer.policy.budget.tokens = 50  # as halving leaves it
+    assert trainer.runner.budget.tokens == 70
+    assert Trainer(Setup(load_recipe(recipe, ("engine.token_budget=80",))), run).runner.budget.tokens == 80
+    trainer.runner.budget.resize(50)  # as halving leaves it
     trainer.run()
     assert stored_budget(run / "checkpoints" / "step_000003", own) == 50
 
 
 def test_a_checkpoint_from_before_budgets_were_stored_still_loads(tmp_path):
     recipe = small_recipe()
-    policy = Policy(recipe, CPU)
-    checkpoint = save_checkpoint(tmp_path, policy, Updater(recipe, policy), 1, "print", 3, {})
+    policy = Policy.load(recipe, CPU)
+    checkpoint = save_checkpoint(
+        tmp_path, policy, Updater(recipe, policy, runner_of(policy, recipe)), 1, "print", 3, {}
+    )
     file = checkpoint / "state.json"
     state = json.loads(file.read_text())
     assert state.pop("token_budget") == 4096

@@ -14,7 +14,7 @@ from flowgrove.update.passes import Rolled, step_weights
 from flowgrove.update.updater import Updater, learning_rate
 from flowgrove_kernels import NoiseKey, philox_normal, use_backend
 from host_reads import count_host_reads
-from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 from update_cases import CASES, TREE, Recorder, policy_with_reference
 
 
@@ -24,7 +24,7 @@ def rolled_out(recipe, policy, seed=0):
     """
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=recipe.run.seed, iteration=0)
     generator = np.random.default_rng(seed)
     forest.logp += torch.from_numpy(1e-3 * generator.standard_normal(len(forest.logp)))
     scores = generator.random((len(TEXTS), plan.leaves, 1))
@@ -79,8 +79,8 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
         kl = 0.0
         if update.kl_weight:
-            with torch.no_grad(), policy.reference():
-                reference = guided(policy.velocity(x, sigma, prompts, prompt_of))
+            with torch.no_grad(), policy.reference() as untrained:
+                reference = guided(untrained.velocity(x, sigma, prompts, prompt_of))
             kl = b**2 * ((v - reference) ** 2).mean() / (2 * s**2)
         loss = weights[step.index] / len(edges) * (surrogate + update.kl_weight * kl)
         loss.backward()
@@ -142,7 +142,7 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_packed(case, seed, m
     in the rollout, in training, and with some of the rollout's graphs kept.
     """
     recipe, found = small_recipe(**CASES[case]), []
-    policy = Policy(recipe, CPU)
+    policy = Policy.load(recipe, CPU)
     random = np.random.default_rng(seed)
 
     def at_random(tokens):
@@ -150,12 +150,12 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_packed(case, seed, m
         cuts = random.choice(np.arange(1, max(len(order), 2)), size=min(max(len(order) - 1, 0), 3), replace=False)
         return [part for part in np.split(order, np.sort(cuts)) if len(part)]
 
-    for packing in (policy.budget.passes, at_random):
-        monkeypatch.setattr(policy.budget, "passes", packing)
+    for packing in (runner_of(policy).budget.passes, at_random):
+        monkeypatch.setattr(runner_of(policy).budget, "passes", packing)
         prompts = encoded(policy)
         plan, rows = plan_and_coefficients(recipe)
         retained = RetainedGraphs(int(random.integers(0, 12))) if packing is at_random else None
-        forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, retained=retained)
+        forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=1, iteration=0, retained=retained)
         credit = assign_credit(
             plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
         )
@@ -223,11 +223,11 @@ def test_drift_between_rollout_and_training_passes_is_below_the_bound_in_fp32():
     policy = policy_of(dtype="fp32", tokens=100)
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     wide = policy_of(dtype="fp32")  # other micro-batches than the rollout's
     stats = Recorder(recipe, wide).run([Rolled(policy, forest, prompts, credit, rows)])
-    assert wide.budget.rows > policy.budget.rows
+    assert runner_of(wide).budget.rows > runner_of(policy).budget.rows
     assert float(torch.cat(stats.drift).abs().max()) <= 5e-7
 
 
@@ -235,21 +235,21 @@ def test_no_host_read_in_update():
     recipe, policy = small_recipe(), policy_of(dtype="fp32")
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
-    updater = Updater(recipe, policy)
-    kept = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
+    kept = {name: p.detach().clone() for name, p in policy.weights.trainable().items()}
     updater.run([Rolled(policy, forest, prompts, credit, rows)])  # the optimiser's state exists from here on
     assert count_host_reads(lambda: updater.run([Rolled(policy, forest, prompts, credit, rows)])) == 0
-    assert any(not torch.equal(p, kept[name]) for name, p in policy.trainable().items())
+    assert any(not torch.equal(p, kept[name]) for name, p in policy.weights.trainable().items())
     with torch.no_grad():
-        for name, parameter in policy.trainable().items():
+        for name, parameter in policy.weights.trainable().items():
             parameter.copy_(kept[name])
 
 
 def test_gradient_that_is_not_finite_skips_the_step_and_nothing_else():
     recipe, policy = small_recipe(), policy_of()
-    updater = Updater(recipe, policy)
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
     kept = [p.detach().clone() for p in updater.parameters]
     forest, prompts, credit, rows = rolled_out(recipe, policy)
     forest.states[forest.first_row[1]] = float("nan")
@@ -284,7 +284,9 @@ def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, e
     for recipe in (shared, other):
         prompts = encoded(policy)
         plan, rows = plan_and_coefficients(recipe)
-        forest = rollout(plan, rows, policy, prompts, seed=recipe.run.seed, iteration=0, share=recipe.engine.share)
+        forest = rollout(
+            plan, rows, policy, prompts, runner_of(policy), seed=recipe.run.seed, iteration=0, share=recipe.engine.share
+        )
         credit = assign_credit(
             plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0]
         )
@@ -315,7 +317,7 @@ def test_unshared_rows_equal_the_planned_counts_of_the_published_loop(case):
     hook = policy.transformer.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    forest = rollout(plan, rows, policy, prompts, seed=1, iteration=0, share=False)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=1, iteration=0, share=False)
     forwards = list(seen)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
@@ -331,7 +333,7 @@ def test_exact_replay_has_no_drift_at_all(case):
     policy = policy_of(dtype="fp32", tokens=200)
     prompts = encoded(policy)
     plan, rows = plan_and_coefficients(recipe)
-    forest = rollout(plan, rows, policy, prompts, seed=3, iteration=0)
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=3, iteration=0)
     credit = assign_credit(plan, recipe.credit, np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1)), [1.0])
     stats = Recorder(recipe, policy).run([Rolled(policy, forest, prompts, credit, rows)])
     assert sum(map(len, stats.drift)) > 0

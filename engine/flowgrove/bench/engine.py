@@ -25,8 +25,10 @@ from flowgrove.bench.table import write_columns, write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
-from flowgrove.models.policy import Policy, tokens_per_pass
+from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.recordings import Recordings
 from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Recipe
@@ -104,27 +106,28 @@ class Lever(NamedTuple):
         return not self.alone and self.engine.get("reuse_rollout_graph", True)
 
     def stages(
-        self, recipe: Recipe, published: Published, policy: Policy, rewards: Rewards, room: GraphRoom | None = None
-    ) -> Stages:
-        """The stages of `recipe` with this lever; an optimiser of their own. `room`: for graphs, if it retains any;
-        None: predicted here.
+        self, recipe: Recipe, published: Published, policy: Policy, runner: PassRunner, rewards: Rewards,
+        room: GraphRoom | None = None,
+    ) -> Stages:  # fmt: skip
+        """The stages of `recipe` with this lever, in passes of `runner`; an optimiser of their own. `room`: for graphs,
+        if it retains any; None: predicted here.
         """
         rollout = update = self.engine
         if self.alone:
             unshared = {**self.engine, "share": False, "reuse_rollout_graph": False}
             rollout, update = {**unshared, "share": published.shares}, unshared
-        updater = Updater(_with(recipe, update), policy)
+        updater = Updater(_with(recipe, update), policy, runner)
         return Stages(Setup(_with(recipe, rollout)), policy, updater, rewards, room if self.retains else NO_ROOM)
 
-    def set_budget(self, published: Published, policy: Policy, texts: list[str], own: int) -> int:
-        """Makes the policy's passes as large as the lever wants them, `own` tokens or the published loop's rows.
+    def set_budget(self, published: Published, policy: Policy, budget: PassBudget, texts: list[str], own: int) -> int:
+        """Makes passes as large as the lever wants them, `own` tokens or the published loop's rows.
 
         Returns the most rows of one in the rollout of `texts`, 16 pictures each.
         """
         if not self.paced:
-            policy.budget.tokens = own
-            return min(policy.budget.rows, _LEAVES * len(texts))
-        policy.budget.tokens = published.rows * int(policy.encode(texts).tokens.max())
+            budget.resize(own)
+            return min(budget.rows, _LEAVES * len(texts))
+        budget.resize(published.rows * int(policy.encode(texts).tokens.max()))
         return published.rows
 
 
@@ -275,12 +278,13 @@ class _Bench:
         self.model, self.settings, self.say, self.device = model, settings, say, settings.device
         self.texts = bench_prompts(settings.prompts)
         first = self._recipe(next(iter(settings.recipes)))
-        self.own = tokens_per_pass(first, self.device.type)
-        self.policy = Policy(_with(first, COMPILED.engine) if settings.compiled else first, self.device)
-        self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy)
+        self.policy = Policy.load(_with(first, COMPILED.engine) if settings.compiled else first, self.device)
+        self.runner = PassRunner.of(first, self.policy)
+        self.own = self.runner.budget.tokens
+        self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy, self.runner)
         self.warm = False
         short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})
-        stages = LOOP.stages(short, Published(), self.policy, self.rewards)
+        stages = LOOP.stages(short, Published(), self.policy, self.runner, self.rewards)
         with self._ready(LOOP, Published(), stages):
             stages.run(self.texts, 0)
 
@@ -300,45 +304,47 @@ class _Bench:
         recipe = self._recipe(name)
         # no lever changes what the room is predicted from, and predicting takes seconds that no iteration may count
         room = self._room(recipe) if any(lever.retains for lever in levers) else NO_ROOM
-        stages = {lever.name: lever.stages(recipe, published, self.policy, self.rewards, room) for lever in levers}
-        recordings = Recordings(self.device)
+        recorded = PassRunner(self.runner.budget, Recordings(self.device))
+        stages = {
+            lever.name: lever.stages(
+                recipe, published, self.policy, recorded if lever == GRAPHS else self.runner, self.rewards, room
+            )
+            for lever in levers
+        }
         for lever in levers:
             if not lever.paced and (choice == "all" or lever != REUSED or not self.warm):
-                with self._ready(lever, published, stages[lever.name], recordings):
+                with self._ready(lever, published, stages[lever.name]):
                     stages[lever.name].run(self.texts, 0)
                 self.warm = True
         self.say(f"{name}: warm")
         found: dict[str, list[Row]] = {lever.name: [] for lever in levers}
         for number in range(rounds):
             for lever in levers:
-                found[lever.name].append(self._iteration(lever, published, stages[lever.name], recordings))
+                found[lever.name].append(self._iteration(lever, published, stages[lever.name]))
             self.say(f"{name}: round {number + 1} of {rounds}")
         what = {"model": self.settings.model, "recipe": name, "prompts": self.settings.prompts, "rounds": rounds}
         return [{**_median(each), **what, **machine.describe(self.device)} for each in found.values()]
 
     def _room(self, recipe: Recipe) -> GraphRoom:
         """For graphs beside passes of our own size."""
-        self.policy.budget.tokens = self.own
+        self.runner.budget.resize(self.own)
         with _stance(compiled=False):
-            return GraphRoom.of(Setup(recipe), self.policy)
+            return GraphRoom.of(Setup(recipe), self.policy, self.runner)
 
     def _recipe(self, name: str) -> Recipe:
         rollout = {"group_size": _LEAVES, **RECIPES[name]}
         return bench_recipe(self.model, self.settings.prompts, rollout, {"device": self.device.type})
 
     @contextmanager
-    def _ready(
-        self, lever: Lever, published: Published, stages: Stages, recordings: Recordings | None = None
-    ) -> Iterator[int]:  # fmt: skip
+    def _ready(self, lever: Lever, published: Published, stages: Stages) -> Iterator[int]:
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         engine = stages.recipe.engine
-        rows = lever.set_budget(published, self.policy, self.texts, self.own)
-        self.policy.recordings = recordings if engine.cuda_graphs else None
+        rows = lever.set_budget(published, self.policy, self.runner.budget, self.texts, self.own)
         with pick_backend(stages.recipe), _stance(engine.compile):
             yield rows
 
-    def _iteration(self, lever: Lever, published: Published, stages: Stages, recordings: Recordings) -> Row:
-        with self._ready(lever, published, stages, recordings) as rows:
+    def _iteration(self, lever: Lever, published: Published, stages: Stages) -> Row:
+        with self._ready(lever, published, stages) as rows:
             per_row = self._row_times(rows)
             self.passes.release()
             if self.device.type == "cuda":

@@ -26,6 +26,7 @@ from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings
 from flowgrove.tuning.pass_times import Passes
 
@@ -68,11 +69,9 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
     where = {key: value for key, value in machine.describe(settings.device).items() if key in COLUMNS}
     found: list[Row] = []
     with bench_model(settings.model, settings.device) as model:
-        policy = Policy(
-            bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine}),
-            settings.device,
-        )
-        timer = _Timer(policy, settings.repeats)
+        recipe = bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine})
+        policy = Policy.load(recipe, settings.device)
+        timer = _Timer(policy, PassRunner.of(recipe, policy), settings.repeats)
         for mode in (mode for mode in MODES if mode in settings.modes):
             if mode == "compiled":
                 compile_blocks(policy.transformer)
@@ -98,8 +97,8 @@ def _told(line: Row) -> str:
 class _Timer:
     """Times a policy's passes."""
 
-    def __init__(self, policy: Policy, repeats: int) -> None:
-        self.policy, self.repeats, self.passes = policy, repeats, Passes(policy)
+    def __init__(self, policy: Policy, runner: PassRunner, repeats: int) -> None:
+        self.policy, self.repeats, self.passes = policy, repeats, Passes(policy, runner)
         self.lists = [
             blocks
             for name in ("transformer_blocks", "single_transformer_blocks")

@@ -24,6 +24,7 @@ from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import Rewards
@@ -128,8 +129,9 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 def _interleave(setups: list[Setup], points: list[Point], settings: Settings, say: Say) -> list[list[Run]]:
     """Every point in turn, `rounds` times after one to warm up; the runs of each point."""
     first = setups[0].recipe  # the others differ in their rollouts only
-    policy = Policy(first, settings.device)
-    updater, rewards = Updater(first, policy), Rewards(first, settings.device)
+    policy = Policy.load(first, settings.device)
+    updater = Updater(first, policy, PassRunner.of(first, policy))
+    rewards = Rewards(first, settings.device)
     stages = [Stages(setup, policy, updater, rewards) for setup in setups]
     runs: list[list[Run]] = [[] for _ in points]
     for number in range(settings.rounds + 1):

@@ -2,7 +2,6 @@
 precision, replay) is the policy's.
 """
 
-import copy
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -25,7 +24,7 @@ from flowgrove.models.stored import stored_in
 from flowgrove.recipe.schema import Lora, Model
 
 # Two pictures of 1024²: decoders need one to three kilobytes per pixel. On a CPU, what its caches bear.
-_PIXELS_PER_DECODE = {"cuda": 1 << 21, "cpu": 1 << 17}
+PIXELS_PER_DECODE = {"cuda": 1 << 21, "cpu": 1 << 17}
 
 
 JOINT_ATTENTION = (  # of blocks in which picture and text attend together
@@ -113,9 +112,11 @@ class Adapter(ABC):
         """
         if self.folder is None:
             raise ValueError("this adapter was not loaded from a pipeline folder")
-        other = copy.copy(self)
-        other.geometry = read_geometry(self.folder, recipe)
-        return other
+        return type(self)(read_geometry(self.folder, recipe), self.transformer, self.pipe, self.folder)
+
+    def on(self, transformer: Any) -> Self:
+        """This adapter of another transformer of the same configuration."""
+        return type(self)(self.geometry, transformer, self.pipe, self.folder)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -142,7 +143,7 @@ class Adapter(ABC):
 
     def samples_per_decode(self, device_type: str) -> int:
         """Samples that are decoded together."""
-        return max(1, _PIXELS_PER_DECODE[device_type] // self.geometry.pixels)
+        return max(1, PIXELS_PER_DECODE[device_type] // self.geometry.pixels)
 
     def tokenizers(self) -> list[tuple[Any, int]]:
         """Those of the loaded text encoders, each with the tokens that its encoder reads of a prompt."""

@@ -8,14 +8,13 @@ _log = logging.getLogger("flowgrove")
 
 
 class PassBudget:
-    """`tokens` that a pass may hold, picture and text, padding included; `row`: those of one row of the longest prompt.
-    Rollout, training and evaluation share it.
+    """`tokens` that a pass may hold, picture and text, padding included; `row`: those of one row of the longest prompt;
+    `pixels` that are decoded together. Rollout, training and evaluation share it.
     """
 
-    def __init__(self, tokens: int, row: int) -> None:
-        self.tokens, self.row = tokens, row
+    def __init__(self, tokens: int, row: int, pixels: int) -> None:
+        self.tokens, self.row, self.pixels = tokens, row, pixels
         self._largest = 0  # pass of several rows since it was last halved
-        self.attempts = 0  # how often something was made smaller
 
     @property
     def rows(self) -> int:
@@ -27,6 +26,21 @@ class PassBudget:
         passes = pack(tokens, self.tokens)
         self._largest = max([self._largest, *(len(rows) * int(tokens[rows[0]]) for rows in passes if len(rows) > 1)])
         return passes
+
+    def resize(self, tokens: int) -> None:
+        """From here on passes hold `tokens`."""
+        self.tokens = tokens
+
+    def samples(self, pixels: int) -> int:
+        """Samples of `pixels` each that are decoded together."""
+        return max(1, self.pixels // pixels)
+
+    def halve_samples(self, pixels: int) -> bool:
+        """From here on half as much is decoded together; False if it was one sample of `pixels`."""
+        if self.samples(pixels) == 1:
+            return False
+        self.pixels //= 2
+        return True
 
     def halve(self) -> bool:
         """From here on passes hold half as much as the largest so far; False if none had more than one row."""

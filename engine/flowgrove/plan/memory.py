@@ -29,7 +29,8 @@ from flowgrove.models.geometry import read_geometry
 from flowgrove.models.loading import ADAPTERS
 from flowgrove.models.masters import Masters
 from flowgrove.models.parts import is_of_a_library, part_class
-from flowgrove.models.policy import COMPUTE_DTYPES, tokens_per_pass
+from flowgrove.models.policy import COMPUTE_DTYPES
+from flowgrove.models.runner import tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.passes.packing import pack
 from flowgrove.plan.planner import RolloutPlan

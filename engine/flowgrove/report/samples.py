@@ -13,6 +13,7 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import draw
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.report.grids import Grid
 from flowgrove.report.side_by_side import draw_side_by_side
 from flowgrove.report.video import write_mp4
@@ -40,11 +41,12 @@ def write_samples(
         raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
     model = open_model(*open_recipe(source, overrides, which), prompts)
     setup = Setup(model.recipe)
+    runner = PassRunner.of(model.recipe, model.policy)
     out.mkdir(parents=True, exist_ok=True)
     with pick_backend(model.recipe):
-        base = _write(setup, model.policy, prompts, out, "_base") if compare else []
+        base = _write(setup, model.policy, runner, prompts, out, "_base") if compare else []
         model.restore()
-        files = _write(setup, model.policy, prompts, out, "")
+        files = _write(setup, model.policy, runner, prompts, out, "")
     samples = model.recipe.run.eval.samples
     if compare:
         for page, start in enumerate(range(0, len(prompts), _PROMPTS_PER_PAGE)):
@@ -56,11 +58,13 @@ def write_samples(
     return len(files)
 
 
-def _write(setup: Setup, policy: Policy, prompts: list[str], out: Path, ending: str) -> list[NDArray[np.uint8]]:
+def _write(
+    setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], out: Path, ending: str
+) -> list[NDArray[np.uint8]]:
     """Draws and writes; returns a small picture of each sample."""
     tiles: list[NDArray[np.uint8]] = []
     lines: list[str] = []
-    for some in draw(setup, policy, prompts):
+    for some in draw(setup, policy, runner, prompts):
         for sample in some:
             prompt, number = divmod(len(lines), setup.recipe.run.eval.samples)
             file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span
@@ -24,8 +25,10 @@ class Scoring:
     A context manager: when the block ends nothing runs any more.
     """
 
-    def __init__(self, rewards: Rewards, device: torch.device, stream: "torch.cuda.Stream | None" = None) -> None:
-        self.rewards, self.device, self._stream = rewards, device, stream
+    def __init__(
+        self, rewards: Rewards, runner: PassRunner, device: torch.device, stream: "torch.cuda.Stream | None" = None
+    ) -> None:
+        self.rewards, self.runner, self.device, self._stream = rewards, runner, device, stream
         self.beside = device.type == "cuda" or rewards.remote
         self._pending: list[Callable[[], Tensor]] = []
         self._futures: list[Future[Tensor]] = []
@@ -43,7 +46,7 @@ class Scoring:
         what went wrong with one of those is raised.
         """
         if self._thread is None:
-            self._pending.append(lambda: score_leaves(policy, self.rewards, leaves, prompts))
+            self._pending.append(lambda: score_leaves(policy, self.runner, self.rewards, leaves, prompts))
             return
         if len(self._futures) >= _WAITING:
             self._futures[-_WAITING].result()
@@ -60,14 +63,14 @@ class Scoring:
 
     def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
         if self._stream is None or ready is None:
-            return score_leaves(policy, self.rewards, leaves, prompts)
+            return score_leaves(policy, self.runner, self.rewards, leaves, prompts)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             leaves.record_stream(self._stream)
-            return score_leaves(policy, self.rewards, leaves, prompts)
+            return score_leaves(policy, self.runner, self.rewards, leaves, prompts)
 
 
-def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
+def score_leaves(policy: Policy, runner: PassRunner, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
     """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each;
     decoded and scored some at a time.
     """
@@ -75,7 +78,7 @@ def score_leaves(policy: Policy, rewards: Rewards, leaves: Tensor, prompts: list
 
     def score(mine: slice) -> Tensor:
         with span("decode"):
-            pictures = policy.decode(leaves[mine])
+            pictures = runner.decode(policy, leaves[mine])
         with span("score"):
             return rewards(pictures, prompts[mine])
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.policy import Policy, Prompts, Velocity
-from flowgrove.passes.recordings import Recordings, Tensors
+from flowgrove.models.runner import PassRunner
+from flowgrove.passes.recordings import Tensors
 from flowgrove.spans import span, untimed
 from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_step
 
@@ -53,17 +54,18 @@ class Denoised:
 
 
 def denoise(
-    policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool = False
-) -> Denoised:
+    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int,
+    differentiable: bool = False,
+) -> Denoised:  # fmt: skip
     """One pass; `longest`: tokens of its longest text."""
-    if policy.recordings is None or differentiable or policy.caches:  # a cache decides on the host what a step computes
-        return _denoise(policy, prompts, states, kind, longest, differentiable)
+    if differentiable or not runner.records:
+        return _denoise(runner, policy, prompts, states, kind, longest, differentiable)
     with span("transformer"):
-        return _replay(policy, policy.recordings, prompts, states, kind, longest)
+        return _replay(runner, policy, prompts, states, kind, longest)
 
 
 def _replay(
-    policy: Policy, recordings: Recordings, prompts: Prompts, states: States, kind: StepKind, longest: int
+    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int
 ) -> Denoised:
     """The same from a recording: σ, coefficients, noise key and embeddings go in as tensors,
     so that one serves every timestep and prompt.
@@ -79,9 +81,8 @@ def _replay(
         row = torch.arange(rows, device=x.device)
         noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
         with untimed():
-            done = _denoise(
-                policy, alone, States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history), kind, longest, False
-            )
+            states = States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history)
+            done = _denoise(runner, policy, alone, states, kind, longest, False)
         return done.x_next, done.logp, done.estimate
 
     inputs = [
@@ -95,16 +96,17 @@ def _replay(
     ]
     x_next, logp, estimate = cast(
         tuple[Tensor, Tensor, Tensor | None],
-        recordings((policy.weights_in_use, policy.guidance_scale, kind, padded_length(longest)), function, inputs),
+        runner.replay(policy, (kind, padded_length(longest)), function, inputs),
     )
     return Denoised(x_next, logp, estimate, None)
 
 
 def _denoise(
-    policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int, differentiable: bool
-) -> Denoised:
+    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int,
+    differentiable: bool,
+) -> Denoised:  # fmt: skip
     with span("transformer"), torch.set_grad_enabled(differentiable):
-        velocity = policy.velocity(states.x, states.sigma, prompts, states.prompt, longest)
+        velocity = runner.velocity(policy, states.x, states.sigma, prompts, states.prompt, longest)
     v, uncond = velocity.v.detach(), None if velocity.uncond is None else velocity.uncond.detach()
     with span("flow_step"), torch.no_grad():
         x_next, logp = flow_step(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowgrove.device import to_device
 from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import DROP_GRAPHS, FORGET_RECORDINGS, HALVE_PASSES, Shrink, retry_smaller
 from flowgrove.passes.packing import Ints
 from flowgrove.plan.planner import RolloutPlan, Step
@@ -24,19 +25,19 @@ from flowgrove_kernels import INITIAL_STEP, NoiseKey, StepCoefficients, philox_n
 
 @torch.no_grad()
 def rollout(
-    plan: RolloutPlan, coefficients: StepCoefficients, policy: Policy, prompts: Prompts, *,
+    plan: RolloutPlan, coefficients: StepCoefficients, policy: Policy, prompts: Prompts, runner: PassRunner, *,
     seed: int, iteration: int, first_prompt: int = 0, share: bool = True, tuned_steps: int | None = None,
     retained: RetainedGraphs | None = None,
 ) -> Forest:  # fmt: skip
-    """Runs the plan for `prompts`, of which the first is number `first_prompt` of the iteration. `coefficients`: the
-    plan's on the policy's device.
+    """Runs the plan for `prompts`, of which the first is number `first_prompt` of the iteration, in passes of `runner`.
+    `coefficients`: the plan's on the policy's device.
 
     `share` False runs every leaf's trajectory for itself, as the published loops do: the same forest, at their cost.
     `tuned_steps`: the steps that the trained model runs, the reference model those after them; None: all.
     `retained`: says which passes retain their graph; they are left in the forest's `retained`.
     Where the device's memory is too small, retained graphs are given up, then passes halved.
     """
-    level = _Level(plan, coefficients, policy, prompts, seed, iteration, first_prompt, retained)
+    level = _Level(plan, coefficients, runner, policy, prompts, seed, iteration, first_prompt, retained)
     forest = Forest.allocate(plan, len(prompts), policy.adapter.latent_shape, policy.state_dtype, policy.device)
     x = level.initial_states(plan.roots if share else plan.leaves)
     logp: Tensor | None = None
@@ -44,13 +45,13 @@ def rollout(
     with ExitStack() as cheaper:
         for step in plan.steps:
             forest.keep(step.index, x, logp)
-            if plan.cache is not None and plan.caches(step) and not policy.caches:
-                cheaper.enter_context(policy.caching(plan.cache))
+            if plan.cache is not None and plan.caches(step) and not runner.caches:
+                cheaper.enter_context(runner.caching(policy, plan.cache))
             reference = tuned_steps is not None and step.index >= tuned_steps
             fanout = step.fanout if share else 1
-            with span(f"step {step.index}"), policy.reference() if reference else nullcontext():
+            with span(f"step {step.index}"), policy.reference() if reference else nullcontext(policy) as model:
                 # called before the next step
-                done = retry_smaller(lambda: level.advance(step, x, estimate, fanout), level.shrink)  # noqa: B023
+                done = retry_smaller(lambda: level.advance(model, step, x, estimate, fanout), level.shrink)  # noqa: B023
             x, logp, estimate = done.x_next, done.logp, done.estimate
             forest.retained += done.retained
     forest.keep(len(plan.steps), x, logp)
@@ -74,6 +75,7 @@ class _Level:
 
     plan: RolloutPlan
     coefficients: StepCoefficients
+    runner: PassRunner
     policy: Policy
     prompts: Prompts
     seed: int
@@ -87,8 +89,8 @@ class _Level:
         key = NoiseKey(self.seed, self.iteration, INITIAL_STEP, self.first_prompt + prompt, node)
         return philox_normal((len(node), *self.policy.adapter.latent_shape), key).to(self.policy.state_dtype)
 
-    def advance(self, step: Step, x: Tensor, estimate: Tensor | None, fanout: int) -> _Advanced:
-        """All passes of the step."""
+    def advance(self, policy: Policy, step: Step, x: Tensor, estimate: Tensor | None, fanout: int) -> _Advanced:
+        """All passes of the step, of the policy itself or of its reference model."""
         kind = StepKind(fanout, self.plan.sibling_correlation if step.stochastic else 0.0, step.leaves_estimate)
         lanes = len(x) // len(self.prompts)
         prompt, node = self._prompts_and_nodes(lanes, step.nodes_in)
@@ -115,8 +117,9 @@ class _Level:
             sigma = torch.full((len(rows),), step.sigma, dtype=torch.float32, device=x.device)
             coef = self.coefficients[torch.full((len(rows),), step.index, device=x.device)]
             states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
-            with self.policy.cache_name(f"{number} of {len(rows)} rows, attempt {self.policy.budget.attempts}"):
-                done = denoise(self.policy, prompts, states, kind, prompts.longest(host_prompt[rows]), retains)
+            with self.runner.cache_name(f"{number} of {len(rows)} rows"):
+                longest = prompts.longest(host_prompt[rows])
+                done = denoise(self.runner, policy, prompts, states, kind, longest, retains)
             parts.append((index, done))
             if retains and self.retained is not None:
                 passes.append(RetainedPass(step.index, host_prompt[rows], rows % lanes, done.velocity))
@@ -135,15 +138,9 @@ class _Level:
         """What can be given up where the memory is too small."""
         return Shrink({
             DROP_GRAPHS: lambda: self.retained is not None and self.retained.give_up(),
-            FORGET_RECORDINGS: self._forget,
-            HALVE_PASSES: self.policy.budget.halve,
+            FORGET_RECORDINGS: self.runner.forget,
+            HALVE_PASSES: self.runner.budget.halve,
         })  # fmt: skip
-
-    def _forget(self) -> bool:
-        """Neither recordings nor what caches have taken in counts after a failure."""
-        self.policy.budget.attempts += 1
-        self.policy.forget_recordings()
-        return True
 
     def _passes(self, step: Step, tokens: Ints) -> Iterator[tuple[Ints, bool]]:
         """The rows of every pass, and whether it retains its graph."""
@@ -151,11 +148,11 @@ class _Level:
         if self.retained is not None:
             numbers = range(self.first_prompt, self.first_prompt + len(self.prompts))
             trained = np.flatnonzero(first_update_states(self.plan, step, numbers).ravel())
-            for rows in (trained[some] for some in self.policy.budget.passes(tokens[trained])):
+            for rows in (trained[some] for some in self.runner.budget.passes(tokens[trained])):
                 if self.retained.takes(len(rows)):
                     rest = np.setdiff1d(rest, rows, assume_unique=True)
                     yield rows, True
-        for some in self.policy.budget.passes(tokens[rest]):
+        for some in self.runner.budget.passes(tokens[rest]):
             yield rest[some], False
 
     def _prompts_and_nodes(self, lanes: int, nodes: int) -> tuple[Tensor, Tensor]:

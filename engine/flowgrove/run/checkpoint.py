@@ -40,7 +40,7 @@ def save_checkpoint(
     for left in folder.parent.iterdir():  # by runs that were killed: whoever saves has the folder for himself
         if _LEFT_BEHIND.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
-    trainable = policy.trainable()
+    trainable = policy.weights.trainable()
     tensors = {
         "weights": {name: p.detach().contiguous() for name, p in trainable.items()},
         "optimizer": state_tensors(updater.optimizer, trainable),
@@ -52,7 +52,7 @@ def save_checkpoint(
         "completed_iterations": completed,
         "recipe": fingerprint,
         "line": line,
-        "token_budget": policy.budget.tokens,
+        "token_budget": updater.runner.budget.tokens,
     }
     partial = partial_name(folder)
     partial.mkdir()
@@ -99,7 +99,7 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tu
     # there are any
     weights = _tensors(averages if updater is None and averages.is_file() else folder / "weights.safetensors")
     moments = _tensors(folder / "optimizer.safetensors") if updater else {}
-    parameters = policy.trainable()
+    parameters = policy.weights.trainable()
     _check_fit(folder, weights, parameters, "this recipe trains: resume with the recipe.yaml of its run")
     if updater is not None and updater.ema is not None:
         average = _tensors(averages)
@@ -115,12 +115,9 @@ def load_checkpoint(folder: Path, policy: Policy, updater: Updater | None) -> tu
         except (ValueError, RuntimeError):
             what = f"{folder / 'optimizer.safetensors'} holds no state of this update.optimizer"
             raise UserError(f"{what}: resume from another checkpoint") from None
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    policy.refresh()
+    policy.weights.load(weights)
     if updater is not None and updater.ema is not None:
-        updater.ema.average = {n: tensor.to(policy.device, parameters[n].dtype) for n, tensor in average.items()}
+        updater.ema.load(average)
     return int(state["completed_iterations"]), state["line"]
 
 

@@ -18,6 +18,7 @@ from flowgrove.models.adapter import Adapter
 from flowgrove.models.loading import ADAPTERS
 from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.models.stored import DTYPES, all_in, bf16_in
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Lora, Recipe
@@ -61,7 +62,7 @@ def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | N
     """
     # no copy of the reference model
     untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})
-    return Model(recipe, Policy(untrained, pick_device(recipe), texts), checkpoint)
+    return Model(recipe, Policy.load(untrained, pick_device(recipe), texts), checkpoint)
 
 
 def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> dict[str, dict[str, float]]:
@@ -80,7 +81,7 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None =
     rewards = Rewards(recipe, pick_device(recipe))
     policy = open_model(recipe, checkpoint, prompts).restore().policy
     with pick_backend(recipe):
-        evaluated = evaluate(setup, policy, rewards, prompts)
+        evaluated = evaluate(setup, policy, PassRunner.of(recipe, policy), rewards, prompts)
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples

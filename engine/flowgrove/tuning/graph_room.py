@@ -9,6 +9,7 @@ import torch
 
 from flowgrove.device import total_memory
 from flowgrove.models.policy import Policy, Velocity
+from flowgrove.models.runner import PassRunner
 from flowgrove.plan.memory import graph_bytes
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.setup import Setup
@@ -25,7 +26,7 @@ class GraphRoom(NamedTuple):
     share: float
 
     @classmethod
-    def of(cls, setup: Setup, policy: Policy) -> "GraphRoom":
+    def of(cls, setup: Setup, policy: Policy, runner: PassRunner) -> "GraphRoom":
         """The room that engine.reuse_rollout_graph gives. `auto`: as many as by prediction fit into the device's
         memory, and passes of at least a quarter of the budget; none where the rewards decide which edges train, since
         most graphs would then be made for nothing.
@@ -37,31 +38,32 @@ class GraphRoom(NamedTuple):
             return cls(sys.maxsize, 0.0)
         if prune is not None and prune.kind != "depth":
             return NO_ROOM
-        room, graph = _room_of_cpu(policy) if policy.device.type == "cpu" else _room_of_gpu(setup, policy)
+        on_cpu = policy.device.type == "cpu"
+        room, graph = _room_of_cpu(policy, runner) if on_cpu else _room_of_gpu(setup, policy, runner)
         return cls(max(0, room // graph), _LEAST_SHARE)
 
-    def retained_graphs(self, policy: Policy) -> "RetainedGraphs | None":
+    def retained_graphs(self, policy: Policy, runner: PassRunner) -> "RetainedGraphs | None":
         """What retains the graphs of one iteration of `policy`; None where none is retained."""
-        full = policy.budget.rows // (2 if policy.doubles else 1)
+        full = runner.budget.rows // (2 if policy.doubles else 1)
         return RetainedGraphs(self.states, max(1, int(self.share * full))) if self.states else None
 
 
 NO_ROOM = GraphRoom(0, 0.0)
 
 
-def _room_of_gpu(setup: Setup, policy: Policy) -> tuple[int, int]:
-    """(bytes for graphs beside all that a run needs with the policy's token budget, bytes of a row's graph)."""
-    memory = setup.memory(policy.device.type).at(policy.budget.tokens)
+def _room_of_gpu(setup: Setup, policy: Policy, runner: PassRunner) -> tuple[int, int]:
+    """(bytes for graphs beside all that a run needs with the runner's token budget, bytes of a row's graph)."""
+    memory = setup.memory(policy.device.type).at(runner.budget.tokens)
     foreign = max(0, policy.bytes_when_loaded - memory.loaded)  # models of rewards
     return int(_GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
 
 
-def _room_of_cpu(policy: Policy) -> tuple[int, int]:
+def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
     """The same where memory is shared with others; the model itself is asked what a row holds."""
     prompts = policy.encode([""])
 
     def velocity(rows: int) -> Velocity:
         x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
-        return policy.velocity(x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
+        return runner.velocity(policy, x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
 
     return int(_CPU_SHARE * total_memory(policy.device)), graph_bytes(velocity)

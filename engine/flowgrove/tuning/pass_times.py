@@ -11,6 +11,7 @@ from torch import Tensor
 from flowgrove.device import release_memory
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.runner import PassRunner
 from flowgrove.setup import Setup
 from flowgrove.spans import Totals
 
@@ -59,8 +60,8 @@ class Passes:
     what a row costs, with guidance both of its rows.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy, self.device = policy, policy.device
+    def __init__(self, policy: Policy, runner: PassRunner) -> None:
+        self.policy, self.runner, self.device = policy, runner, policy.device
         self._draw = torch.Generator(policy.device).manual_seed(0)
         size, cond = policy.adapter.geometry, self._longest()
         uncond = self._longest() if policy.doubles else None
@@ -74,9 +75,8 @@ class Passes:
     def velocity(self, x: Tensor) -> Tensor:
         """The velocity of states [B, ...]."""
         sigma = torch.full((len(x),), 0.5, device=self.device)
-        return self.policy.velocity(
-            x, sigma, self.prompts, torch.zeros(len(x), dtype=torch.int64, device=self.device)
-        ).v
+        prompt = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+        return self.runner.velocity(self.policy, x, sigma, self.prompts, prompt).v
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> None:
@@ -100,7 +100,7 @@ class Passes:
 
     def release(self) -> None:
         """Gives gradients and, on a GPU, what a failed pass and the allocator hold back."""
-        self.policy.drop_gradients()
+        self.policy.weights.drop_gradients()
         if self.device.type == "cuda":
             release_memory(self.device)
 

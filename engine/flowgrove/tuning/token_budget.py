@@ -16,7 +16,8 @@ from torch import Tensor
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
-from flowgrove.models.policy import Policy, tokens_per_pass
+from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner, tokens_per_pass
 from flowgrove.plan.memory import LOADED
 from flowgrove.recipe.schema import Recipe
 from flowgrove.setup import Setup
@@ -58,7 +59,7 @@ def no_room() -> UserError:
     )
 
 
-def settle_token_budget(setup: Setup, policy: Policy, stored: int | None) -> None:
+def settle_token_budget(setup: Setup, policy: Policy, runner: PassRunner, stored: int | None) -> None:
     """engine.token_budget: auto: `stored` by the run's checkpoint; else, on a GPU, what was found for this recipe on
     such a device before, or is found now.
 
@@ -71,16 +72,17 @@ def settle_token_budget(setup: Setup, policy: Policy, stored: int | None) -> Non
         key = cache_key(recipe, torch.cuda.get_device_name(policy.device))
         stored = cached_budget(key)
         if stored is None:
-            stored = measured_budget(setup, policy)
+            stored = measured_budget(setup, policy, runner)
             cache_budget(key, stored)
-    policy.budget.tokens = policy.budget.tokens if stored is None else stored
+    if stored is not None:
+        runner.budget.resize(stored)
 
 
-def measured_budget(setup: Setup, policy: Policy) -> int:
+def measured_budget(setup: Setup, policy: Policy, runner: PassRunner) -> int:
     """Tokens per pass that take the passes of iteration 0 through the policy's model fastest, beside all that a run
     keeps in memory. Raises UserError.
     """
-    work, passes = Work.of(setup), Passes(policy)
+    work, passes = Work.of(setup), Passes(policy, runner)
 
     def measure(rows: int) -> float:
         passes.release()

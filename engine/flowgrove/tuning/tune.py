@@ -21,6 +21,7 @@ from flowgrove.machine import describe
 from flowgrove.models.attention import UNSAFE, attention_names, missing, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
@@ -130,8 +131,10 @@ class _Tuner:
             {"compile": False} if with_compile else {}
         )
         engine = recipe.engine.model_copy(update={key: value for key, value in plain.items() if key not in fixed})
-        self.policy = Policy(recipe.model_copy(update={"engine": engine}), self.device)
-        self.passes = Passes(self.policy)
+        plainly = recipe.model_copy(update={"engine": engine})
+        self.policy = Policy.load(plainly, self.device)
+        self.runner = PassRunner.of(plainly, self.policy)
+        self.passes = Passes(self.policy, self.runner)
         # taken while passes are measured
         self._beside = room_beside(setup, self.policy) if self.device.type == "cuda" else None
         self._processors = dict(self.policy.transformer.attn_processors)
@@ -140,16 +143,16 @@ class _Tuner:
     @property
     def rows(self) -> int:
         """Rows of a full pass."""
-        return max(1, self.policy.budget.tokens // self.passes.tokens)
+        return max(1, self.runner.budget.tokens // self.passes.tokens)
 
     def token_budget(self) -> Choice:
         """Powers of two of rows, up to all that an iteration has beside each other."""
         if "token_budget" in self.fixed:
-            return Choice("token_budget", self.policy.budget.tokens, [])
+            return Choice("token_budget", self.runner.budget.tokens, [])
         row, sizes = self.passes.tokens, [2**power for power in range(self.work.widest.bit_length())]
         candidates = [Candidate(rows * row, f"{rows} × {row} tokens", self._timed(rows)) for rows in sizes]
         choice = choose("token_budget", candidates, self.work)
-        self.policy.budget.tokens = int(choice.value)
+        self.runner.budget.resize(int(choice.value))
         return choice
 
     def attention(self) -> Choice:
@@ -208,10 +211,10 @@ class _Tuner:
         """The rollout's passes recorded and replayed."""
         if self.device.type != "cuda" or "cuda_graphs" in self.fixed:
             return Choice("cuda_graphs", False, ["not measured: needs a GPU"])
-        recordings = Recordings(self.device)
+        launched, recorded = (PassRunner(self.runner.budget, each) for each in (None, Recordings(self.device)))
         candidates = [
-            Candidate(False, "launched", lambda: self._rolled(None)),
-            Candidate(True, "recorded", lambda: self._rolled(recordings)),
+            Candidate(False, "launched", lambda: self._rolled(launched)),
+            Candidate(True, "recorded", lambda: self._rolled(recorded)),
         ]
         with torch.compiler.set_stance(self._stance):
             return choose("cuda_graphs", candidates, self.work)
@@ -225,8 +228,8 @@ class _Tuner:
 
         return measure
 
-    def _rolled(self, recordings: Recordings | None) -> Timed:
-        """Seconds of the rollout's own pass and of a training pass, the first replayed where there are `recordings`."""
+    def _rolled(self, runner: PassRunner) -> Timed:
+        """Seconds of the rollout's own pass and of a training pass, the first replayed where `runner` records."""
         rows, passes = self.rows, self.passes
         half, less = (torch.full((rows,), sigma, dtype=torch.float64) for sigma in (0.5, 0.4))
         coef = step_coefficients("ode", half, less).to(self.device, non_blocking=True)
@@ -234,13 +237,10 @@ class _Tuner:
 
         def forward(x: Tensor) -> None:
             states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
-            denoise(self.policy, passes.prompts, states, StepKind(1, 0.0, False), int(passes.prompts.lengths[0]))
+            kind, longest = StepKind(1, 0.0, False), int(passes.prompts.lengths[0])
+            denoise(runner, self.policy, passes.prompts, states, kind, longest)
 
-        self.policy.recordings = recordings
-        try:
-            return Timed(passes.seconds_per_row(forward, rows), passes.seconds_per_row(passes.train, rows))
-        finally:
-            self.policy.recordings = None
+        return Timed(passes.seconds_per_row(forward, rows), passes.seconds_per_row(passes.train, rows))
 
     def _use(self, attention: str) -> None:
         self.policy.transformer.set_attn_processor(dict(self._processors))

@@ -10,6 +10,7 @@ import torch
 
 from flowgrove.credit import EdgeCredit
 from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import DROP_GRAPHS, FORGET_RECORDINGS, HALVE_PASSES, Shrink
 from flowgrove.passes.packing import Ints
 from flowgrove.plan.coefficients import plan_coefficients
@@ -36,20 +37,21 @@ class Rolled:
     first_prompt: int = 0
 
     @torch.no_grad()
-    def reference_velocity(self, batch: MicroBatch) -> Velocity:
+    def reference_velocity(self, runner: PassRunner, batch: MicroBatch) -> Velocity:
         """The reference model's, of the same rows in the same pass."""
-        with span("reference"), self.policy.reference():
-            return self._velocity(batch)
+        with span("reference"), self.policy.reference() as reference:
+            return self._velocity(runner, reference, batch)
 
-    def velocity(self, batch: MicroBatch) -> Velocity:
+    def velocity(self, runner: PassRunner, batch: MicroBatch) -> Velocity:
         """The velocity of a pass; the rollout's own where its graph was retained."""
         if batch.velocity is not None:
             return batch.velocity
         with span("transformer"):
-            return self._velocity(batch)
+            return self._velocity(runner, self.policy, batch)
 
-    def _velocity(self, batch: MicroBatch) -> Velocity:
-        return self.policy.velocity(
+    def _velocity(self, runner: PassRunner, policy: Policy, batch: MicroBatch) -> Velocity:
+        return runner.velocity(
+            policy,
             self.forest.states[batch.state],
             batch.sigma,
             self.prompts,
@@ -61,8 +63,8 @@ class Rolled:
 class UpdatePasses:
     """`batches[u]`: the passes of update u, each with what it is a pass of."""
 
-    def __init__(self, recipe: Recipe, parts: list[Rolled]) -> None:
-        self.parts, self.budget = parts, parts[0].policy.budget
+    def __init__(self, recipe: Recipe, parts: list[Rolled], runner: PassRunner) -> None:
+        self.parts, self.runner, self.budget = parts, runner, runner.budget
         update, engine = recipe.update, recipe.engine
         self.updates = update.updates_per_iteration
         self.replays = engine.exact_replay and engine.share
@@ -95,7 +97,7 @@ class UpdatePasses:
         """Makes update `number` and those after it smaller; False if nothing is left to do."""
         remedies = {
             DROP_GRAPHS: self.drop_graphs,
-            FORGET_RECORDINGS: self._forget_recordings,
+            FORGET_RECORDINGS: self.runner.forget,
             HALVE_PASSES: self.budget.halve,
         }
         if not Shrink(remedies)():
@@ -110,11 +112,6 @@ class UpdatePasses:
         for part in self.parts:
             part.forest.retained.clear()
         return held
-
-    def _forget_recordings(self) -> bool:
-        for part in self.parts:
-            part.policy.forget_recordings()
-        return True
 
     def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
         scale = 1 / max(sum(edges.selected for edges in self.edges[number]), 1)
@@ -158,7 +155,7 @@ class UpdatePasses:
         if not self.refreshes_logp:
             return
         for part, batch in (batch for passes in self.batches[1:] for batch in passes):
-            v, v_uncond, scale = part.velocity(batch)
+            v, v_uncond, scale = part.velocity(self.runner, batch)
             states, logp = part.forest.states, part.forest.logp
             logp[batch.child] = flow_logprob(
                 states[batch.state],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import retry_smaller
 from flowgrove.recipe.schema import Recipe
 from flowgrove.spans import span
@@ -41,14 +42,14 @@ class UpdateStats:
 
 
 class Updater:
-    """Owns the optimiser. One call trains on one iteration's forest."""
+    """Owns the optimiser of a policy's weights. One call trains on one iteration's forest, in passes of `runner`."""
 
-    def __init__(self, recipe: Recipe, policy: Policy) -> None:
-        self.recipe, self.policy = recipe, policy
+    def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner) -> None:
+        self.recipe, self.weights, self.runner = recipe, policy.weights, runner
         update = recipe.update
-        self.parameters = list(policy.trainable().values())
+        self.parameters = list(self.weights.trainable().values())
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
-        self.ema = None if update.ema_decay is None else Ema(policy.trainable(), update.ema_decay, policy.refresh)
+        self.ema = None if update.ema_decay is None else Ema(self.weights, update.ema_decay)
 
     def run(self, parts: list[Rolled]) -> UpdateStats:
         """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then
@@ -57,7 +58,7 @@ class Updater:
         stats, plan = UpdateStats(), parts[0].forest.plan
         if not plan.trained_steps:  # pruning may leave an iteration without any
             return stats
-        passes = UpdatePasses(self.recipe, parts)
+        passes = UpdatePasses(self.recipe, parts, self.runner)
         for number in range(passes.updates):
             with span(f"update {number}"):
                 # both are called before the next number
@@ -71,7 +72,7 @@ class Updater:
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
-        self.policy.drop_gradients()
+        self.weights.drop_gradients()
         stats = UpdateStats()
         for part, batch in passes.batches[number]:
             self._backward(part, batch, stats, on_policy=number == 0)
@@ -94,9 +95,9 @@ class Updater:
             )
         reference = None
         if update.kl_weight > 0:
-            v_ref, uncond_ref, scale = part.reference_velocity(batch)
+            v_ref, uncond_ref, scale = part.reference_velocity(self.runner, batch)
             reference = guided(v_ref, uncond_ref, scale or 1.0, part.policy.state_dtype)
-        v, v_uncond, scale = part.velocity(batch)
+        v, v_uncond, scale = part.velocity(self.runner, batch)
         with span("grpo_loss"):
             result, grad_v, grad_uncond = grpo_loss_and_grad(
                 x, v, states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage,
@@ -131,7 +132,7 @@ class Updater:
         setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.refresh()
+        self.weights.refresh()
         if self.ema is not None:
             self.ema.update()
         stats.grad_norm.append(norm)

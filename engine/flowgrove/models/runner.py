@@ -1,0 +1,112 @@
+"""What runs the passes of a policy: how large they are, CUDA graphs of them, cached attention. Rollout, update,
+evaluation and tuning are handed one, and every pass of a run goes through it.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from diffusers import TaylorSeerCacheConfig
+from torch import Tensor
+
+from flowgrove.errors import UserError
+from flowgrove.models.adapter import PIXELS_PER_DECODE
+from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.passes.budget import PassBudget
+from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
+from flowgrove.passes.recordings import Recordings, Tensors
+from flowgrove.recipe.schema import Cache, Recipe
+
+_TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
+
+
+def tokens_per_pass(recipe: Recipe, device_type: str) -> int:
+    """Tokens that a pass may hold."""
+    budget = recipe.engine.token_budget
+    return _TOKENS_PER_PASS[device_type] if budget == "auto" else budget
+
+
+class PassRunner:
+    """Runs passes of a policy, or of others that share its parts. `recordings`: of the rollout's passes; None: each is
+    launched.
+    """
+
+    def __init__(self, budget: PassBudget, recordings: Recordings | None = None) -> None:
+        self.budget, self.recordings = budget, recordings
+        self._cached: Any = None  # the transformer whose attention is cached
+        self._failed = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, policy: Policy) -> "PassRunner":
+        """What a recipe asks for. Raises UserError for a size that the model cannot draw, and CUDA graphs on a CPU."""
+        device = policy.device
+        row = max(policy.sized(sized).adapter.geometry.tokens for sized in recipe.at_sizes())
+        if recipe.engine.cuda_graphs and device.type != "cuda":
+            raise UserError(f"engine.cuda_graphs is true, but the run is on a {device.type}: write false")
+        budget = PassBudget(tokens_per_pass(recipe, device.type), row, PIXELS_PER_DECODE[device.type])
+        return cls(budget, Recordings(device) if recipe.engine.cuda_graphs else None)
+
+    def velocity(
+        self, policy: Policy, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None
+    ) -> Velocity:
+        """One pass, as `Policy.velocity` has it."""
+        return policy.velocity(x, sigma, prompts, prompt_of, longest)
+
+    def decode(self, policy: Policy, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device, as many together as memory
+        allows.
+        """
+        pixels = policy.adapter.geometry.pixels
+        shrink = Shrink({FEWER_SAMPLES: lambda: self.budget.halve_samples(pixels)})
+        return retry_smaller(lambda: policy.decode(x, self.budget.samples(pixels)), shrink)
+
+    @property
+    def records(self) -> bool:
+        """Whether passes without a gradient are recorded; a cache decides on the host what a step computes."""
+        return self.recordings is not None and self._cached is None
+
+    def replay(self, policy: Policy, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
+        """`function(*inputs)` from a recording (see `Recordings`), which stands for what `policy` is now and `key`."""
+        if self.recordings is None:
+            raise ValueError("this runner records no passes")
+        return self.recordings((policy.weights_in_use, policy.guidance_scale, key), function, inputs)
+
+    @property
+    def caches(self) -> bool:
+        """Whether the block is one of `caching`."""
+        return self._cached is not None
+
+    @contextmanager
+    def caching(self, policy: Policy, cache: Cache) -> Iterator[None]:
+        """Inside the block the attention layers of some steps are extrapolated from the steps before,
+        each pass under its `cache_name`.
+        """
+        config = TaylorSeerCacheConfig(
+            cache_interval=cache.interval, disable_cache_before_step=cache.order + 1, max_order=cache.order,
+            taylor_factors_dtype=policy.compute_dtype,
+            cache_identifiers=[r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"],
+        )  # fmt: skip
+        transformer = policy.weights.transformer
+        transformer.enable_cache(config)
+        self._cached = transformer
+        try:
+            yield
+        finally:
+            self._cached = None
+            transformer.disable_cache()
+
+    def cache_name(self, name: str) -> AbstractContextManager[object]:
+        """The passes of one name are successive steps of the same rows; none from before a failure."""
+        if self._cached is None:
+            return nullcontext()
+        context: AbstractContextManager[object] = self._cached.cache_context(f"{name}, attempt {self._failed}")
+        return context
+
+    def forget(self) -> bool:
+        """After a pass that had no room: recordings give their memory back, and what caches have taken in no longer
+        counts. Returns True, as a remedy for full memory does.
+        """
+        self._failed += 1
+        if self.recordings is not None:
+            self.recordings.clear()
+        return True
