@@ -1,36 +1,79 @@
 """The guide engine/flowgrove/models/README.md:
-its AuraFlow example, taken from the page, against diffusers' own pipeline.
+its AuraFlow example, one file and one line taken from the page, against diffusers' own pipeline.
 """
 
+import ast
 import re
+import sys
+import types
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from flowgrove.models import geometry, loading
+import flowgrove
+from flowgrove import models
+from flowgrove.models import families
 from flowgrove.models.folders import TINY
 from flowgrove.models.policy import Policy
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import recipe_sigmas
+from flowgrove.recipe import schema
 from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
+from subprocesses import python
 from tiny_pipelines import autoencoder, lively, t5_config
 
-GUIDE = Path(loading.__file__).with_name("README.md")
+GUIDE = Path(families.__file__).with_name("README.md")
 
 
-def code_with(mark):
-    """The Python block of the page that holds `mark`."""
-    return next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-        if mark in block
+FILE, LINE = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def new_schema():
+    """What the recipe's schema defines once its line is the page's."""
+    lines = Path(schema.__file__).read_text(encoding="utf-8").splitlines()
+    (place,) = (number for number, line in enumerate(lines) if line.startswith("AdapterName = "))
+    lines[place] = LINE
+    module = types.ModuleType("new_schema")
+    sys.modules["new_schema"] = module  # where annotations are looked up
+    exec("\n".join(lines), vars(module))
+    return vars(module)
+
+
+def test_the_guide_holds_one_file_and_one_line():
+    assert LINE.count("\n") == 1
+    found = new_schema()
+    assert get_args(found["AdapterName"]) == (*get_args(schema.AdapterName), "auraflow")
+    assert found["Model"](adapter="auraflow", path="somewhere").adapter == "auraflow"
+
+
+def test_every_name_of_the_schema_is_a_record_that_loads_no_pipeline():
+    program = (
+        "import sys\nfrom flowgrove.models.families import family_names, family_of\n"
+        "for name in family_names():\n    record = family_of(name)\n"
+        "    assert record.pipeline.endswith('Pipeline') and record.dtypes and record.lora_targets and record.TEXT\n"
+        "print({'diffusers', 'transformers', 'peft'} & set(sys.modules))"
     )
+    assert python("-c", program).stdout.strip() == "set()"
+
+
+def test_no_other_module_of_the_engine_names_a_family():
+    """Benchmarks build models of two families, which their recipes then name."""
+    engine, names = Path(flowgrove.__file__).parent, set(families.family_names())
+    own = {engine / "models" / f"{name}.py" for name in names}
+    found = {
+        path.relative_to(engine).as_posix()
+        for path in set(engine.rglob("*.py")) - own
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {"recipe/schema.py", "bench/models.py"}
 
 
 @pytest.fixture
@@ -46,11 +89,10 @@ def auraflow(tmp_path, monkeypatch):
         tokenizer=tokenizer, text_encoder=UMT5EncoderModel(t5_config(UMT5Config, tokenizer)), vae=autoencoder(),
         transformer=lively(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     ).save_pretrained(tmp_path)  # fmt: skip
-    space = dict(vars(geometry))
-    exec(code_with("def _auraflow"), space)
-    exec(code_with("class AuraFlow"), space)
-    monkeypatch.setitem(geometry._FAMILIES, "auraflow", ("AuraFlowPipeline", space["_auraflow"]))
-    monkeypatch.setitem(loading.ADAPTERS, "auraflow", space["AuraFlow"])
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "auraflow.py").write_text(FILE)  # as if it lay beside the others
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "family")])
+    monkeypatch.setattr(families, "AdapterName", new_schema()["AdapterName"])
     recipe = small_recipe(
         model={
             "adapter": "sd3",
@@ -69,7 +111,7 @@ def auraflow(tmp_path, monkeypatch):
             "window": {"strategy": "none"},
         },
     )
-    # as recipe.py would take it
+    # as the new schema takes it
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"adapter": "auraflow"})})
 
 

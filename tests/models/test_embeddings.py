@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from engine_cases import contents, succeed, tiny_recipe, weights_of, write_lines
 from flowgrove.errors import UserError
 from flowgrove.models import embeddings, loading
-from flowgrove.models.adapter import Adapter
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.families import family_names, family_of
 from flowgrove.models.policy import Policy
 from flowgrove.recipe.loading import load_recipe
 from policy_cases import CPU, TEXTS, small_recipe
@@ -45,8 +45,8 @@ def encodings(monkeypatch):
 
         monkeypatch.setattr(kind, "encode", wrapper)
 
-    for kind in Adapter.__subclasses__():
-        counted(kind)
+    for name in family_names():
+        counted(family_of(name))
     return calls
 
 
@@ -187,13 +187,13 @@ def test_zeros_at_the_end_take_no_room(folders, tmp_path):
 def loads(monkeypatch):
     """What every loading of a pipeline left on disk."""
     found = []
-    load = Adapter.load.__func__
+    load = loading.load_adapter
 
     def counted(kind, folder, recipe, device, weights, without=()):
         found.append(without)
         return load(kind, folder, recipe, device, weights, without)
 
-    monkeypatch.setattr(Adapter, "load", classmethod(counted))
+    monkeypatch.setattr(loading, "load_adapter", counted)
     return found
 
 

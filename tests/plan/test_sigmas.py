@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrove.models.folders import configuration_folder
+from flowgrove.models.families import configuration_folder
 from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas, scheduler_sigmas, shifted_sigmas
 from flowgrove.recipe.loading import parse_recipe
 from planner_cases import recipe_content, user_error

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine_cases import refuse, succeed, tiny_recipe, weights_of
 from flowgrove.errors import UserError
+from flowgrove.models.families import family_of
 from flowgrove.models.folders import TINY
 from flowgrove.models.lora_files import COMFYUI_FILE, comfyui_name
 from flowgrove.models.policy import Policy
@@ -147,36 +148,36 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "module", "expected"),
+    ("family", "module", "expected"),
     [
         (
-            "StableDiffusion3Pipeline",
+            "sd3",
             "transformer_blocks.3.ff_context.net.0.proj",
             "transformer.transformer_blocks.3.ff_context.net.0.proj",
         ),
-        ("StableDiffusion3Pipeline", "transformer_blocks.3.attn2.to_q", "transformer.transformer_blocks.3.attn2.to_q"),
-        ("FluxPipeline", "single_transformer_blocks.3.proj_mlp", "transformer.single_transformer_blocks.3.proj_mlp"),
+        ("sd3", "transformer_blocks.3.attn2.to_q", "transformer.transformer_blocks.3.attn2.to_q"),
+        ("flux", "single_transformer_blocks.3.proj_mlp", "transformer.single_transformer_blocks.3.proj_mlp"),
         (
-            "FluxPipeline",
+            "flux",
             "transformer_blocks.3.norm1_context.linear",
             "transformer.transformer_blocks.3.norm1_context.linear",
         ),
-        ("QwenImagePipeline", "transformer_blocks.3.img_mlp.net.2", "transformer.transformer_blocks.3.img_mlp.net.2"),
-        ("WanPipeline", "blocks.3.ffn.net.0.proj", "diffusion_model.blocks.3.ffn.0"),
-        ("WanPipeline", "blocks.3.attn2.to_out.0", "diffusion_model.blocks.3.cross_attn.o"),
-        ("WanPipeline", "condition_embedder.time_proj", "diffusion_model.time_projection.1"),
-        ("WanPipeline", "proj_out", "diffusion_model.head.head"),
+        ("qwen_image", "transformer_blocks.3.img_mlp.net.2", "transformer.transformer_blocks.3.img_mlp.net.2"),
+        ("wan", "blocks.3.ffn.net.0.proj", "diffusion_model.blocks.3.ffn.0"),
+        ("wan", "blocks.3.attn2.to_out.0", "diffusion_model.blocks.3.cross_attn.o"),
+        ("wan", "condition_embedder.time_proj", "diffusion_model.time_projection.1"),
+        ("wan", "proj_out", "diffusion_model.head.head"),
     ],
 )
-def test_comfyui_names_of_other_targets(pipeline, module, expected):
-    assert comfyui_name(pipeline, module) == expected
+def test_comfyui_names_of_other_targets(family, module, expected):
+    assert comfyui_name(family_of(family), module) == expected
 
 
 def test_a_layer_that_comfyui_does_not_know_is_an_error():
     with pytest.raises(UserError, match=r"ComfyUI has no name for the layer on blocks.3.other"):
-        comfyui_name("WanPipeline", "blocks.3.other")
+        comfyui_name(family_of("wan"), "blocks.3.other")
     with pytest.raises(UserError, match=r"--format diffusers"):
-        comfyui_name("FluxPipeline", "transformer_blocks.3.other")
+        comfyui_name(family_of("flux"), "transformer_blocks.3.other")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -1,4 +1,4 @@
-"""The policy and the model families behind it: adapters, geometry, weights, embeddings, attention; README.md says how a
-family is added. It imports passes, data, recipe and what is below them. Stages import `policy`; only `loading` names
-families.
+"""The policy (a value without state), its weights and the runner of its passes, and behind it the model families: one
+module each, registered by name (`families`; README.md says how one is added), with geometry, embeddings, attention. It
+imports passes, data, recipe and what is below them. Stages import `policy` and `runner`; nothing names a family.
 """

@@ -3,23 +3,20 @@ precision, replay) is the policy's.
 """
 
 import json
+import re
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import DiffusionPipeline
-from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from flowgrove.device import to_device
-from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.geometry import Geometry, read_geometry
-from flowgrove.models.lora_files import write_lora
-from flowgrove.models.parts import check_statistics, check_tokenizer, load_part, part_names
+from flowgrove.models.geometry import Geometry
 from flowgrove.models.stored import stored_in
 from flowgrove.recipe.schema import Lora, Model
 
@@ -34,14 +31,21 @@ JOINT_ATTENTION = (  # of blocks in which picture and text attend together
 
 
 class Adapter(ABC):
-    """One family of diffusers pipelines. States are fp32 (float64 for model.dtype fp64). `velocity` needs the
-    transformer alone, the rest the pipeline.
+    """A family of diffusers pipelines: the attributes of the class are its record, an instance is one loaded model.
+
+    A plan reads records, so that a family's module loads torch at most, no pipeline. States are fp32 (float64 for
+    model.dtype fp64). `velocity` needs the transformer alone, the rest the pipeline.
     """
 
-    pipeline: ClassVar[type[DiffusionPipeline]]
+    pipeline: ClassVar[str]  # the class in diffusers
+    published: ClassVar[Mapping[str, str]] = {}  # hub repositories, each with its folder in architectures/
+    dtypes: ClassVar[tuple[str, ...]] = ("bf16", "fp32")  # values of model.dtype that the transformer computes in
+    gives_table: ClassVar[bool] = False  # whether the pipeline gives its scheduler 1 … 1/steps to shift, or no table
+    guidance_key: ClassVar[str | None] = None  # in the transformer's configuration: guidance is an input, if true
+    uncond_text: ClassVar[str] = ""  # the prompt that classifier-free guidance leads away from
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
+    comfyui_modules: ClassVar[str] = ""  # what ComfyUI knows by the names of diffusers, as a regular expression
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
-    uncond_text: ClassVar[str] = ""  # the prompt that guidance leads away from
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # text encoders that a folder may leave out, with their tokenizers
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
@@ -53,51 +57,26 @@ class Adapter(ABC):
         self.geometry, self.transformer, self.pipe, self.folder = geometry, transformer, pipe, folder
 
     @classmethod
-    def load(
-        cls, folder: Path, recipe: Model, device: torch.device, weights: torch.dtype, without: tuple[str, ...] = ()
-    ) -> Self:
-        """The pipeline in `folder`, frozen, on `device`.
-
-        `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for
-        one that does nothing else.
+    @abstractmethod
+    def read_geometry(cls, folder: Path, model: Model) -> Geometry:
+        """The size of a sample, from the configuration files in `folder` alone. Raises UserError for a size that the
+        model cannot draw; `families.read_geometry` tells of files that are no such configuration.
         """
-        geometry = read_geometry(folder, recipe)
-        dtypes = {}
-        if weights != torch.float64:
-            if recipe.lora is None:  # all of it trains: masters as precise as the files
-                dtypes["transformer"] = torch.float32
-            if cls.vae_dtype is not None:
-                dtypes["vae"] = cls.vae_dtype
-        named = part_names(folder)
-        cls._check_parts(folder, named)
-        parts: dict[str, Any] = dict.fromkeys(cls.TEXT)
-        parts |= {
-            name: None if name in without else load_part(folder, name, dtypes.get(name, weights)) for name in named
-        }
-        for tokenizer, encoder in cls._text_parts():
-            if parts.get(encoder) is not None:
-                check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
-        if parts.get("vae") is not None:
-            check_statistics(folder / "vae", parts["vae"], cls.LATENTS)
-        pipe = cls.pipeline.from_pretrained(folder, local_files_only=True, **parts).to(device)
-        pipe.set_progress_bar_config(disable=True)
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()
-        if "vae" not in without and recipe.vae_tiling:
-            pipe.vae.enable_tiling()
-        return cls(geometry, pipe.transformer, pipe, folder)
 
     @classmethod
-    def _check_parts(cls, folder: Path, named: list[str]) -> None:
-        """Raises UserError if a part is left out of model_index.json that the family does not run without."""
-        optional = [pair for pair in cls._text_parts() if pair[1] in cls.OPTIONAL and pair[1] not in named]
-        needed = {"scheduler", *cls.PICTURE, *cls.TEXT} - {name for pair in optional for name in pair}
-        if missing := sorted(needed - set(named)):
-            raise UserError(f"{folder / 'model_index.json'} names no {missing[0]}: download the whole pipeline folder")
+    def pipeline_class(cls) -> Any:
+        """The class of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline)
 
     @classmethod
-    def _text_parts(cls) -> list[tuple[str, str]]:
+    def comfyui_name(cls, module: str) -> str | None:
+        """What ComfyUI's loader calls a module of the transformer; None for one that it does not know."""
+        return f"transformer.{module}" if re.fullmatch(cls.comfyui_modules, module) else None
+
+    @classmethod
+    def text_parts(cls) -> list[tuple[str, str]]:
         """Each tokenizer with its encoder."""
         return [(name, name.replace("tokenizer", "text_encoder")) for name in cls.TEXT if name.startswith("tokenizer")]
 
@@ -106,13 +85,9 @@ class Adapter(ABC):
         """What an adapter that only encodes leaves on disk."""
         return cls.PICTURE
 
-    def sized(self, recipe: Model) -> Self:
-        """This adapter at the height and width of `recipe`, with the same transformer and pipeline.
-        Raises UserError.
-        """
-        if self.folder is None:
-            raise ValueError("this adapter was not loaded from a pipeline folder")
-        return type(self)(read_geometry(self.folder, recipe), self.transformer, self.pipe, self.folder)
+    def at(self, geometry: Geometry) -> Self:
+        """This adapter at another size, with the same transformer and pipeline."""
+        return type(self)(geometry, self.transformer, self.pipe, self.folder)
 
     def on(self, transformer: Any) -> Self:
         """This adapter of another transformer of the same configuration."""
@@ -133,7 +108,7 @@ class Adapter(ABC):
         """Whether the transformer takes the guidance scale as an input (distilled guidance)
         instead of an unconditional pass.
         """
-        return bool(self.transformer.config.get("guidance_embeds", False))
+        return self.guidance_key is not None and bool(self.transformer.config.get(self.guidance_key, False))
 
     def needs_uncond(self, guidance_scale: float) -> bool:
         """Whether a guidance scale takes an unconditional velocity beside the prompt's.
@@ -147,7 +122,7 @@ class Adapter(ABC):
 
     def tokenizers(self) -> list[tuple[Any, int]]:
         """Those of the loaded text encoders, each with the tokens that its encoder reads of a prompt."""
-        named = [name for name, encoder in self._text_parts() if getattr(self.pipe, encoder) is not None]
+        named = [name for name, encoder in self.text_parts() if getattr(self.pipe, encoder) is not None]
         asked = {named[-1]: self.geometry.prompt_tokens} if named else {}
         found = [(getattr(self.pipe, name), asked.get(name)) for name in named]
         return [(one, min(one.model_max_length, most or one.model_max_length)) for one, most in found]
@@ -195,6 +170,10 @@ class Adapter(ABC):
 
     def save_lora(self, folder: Path) -> None:
         """The LoRA layers as `load_lora_weights` reads them."""
+        from peft import get_peft_model_state_dict
+
+        from flowgrove.models.lora_files import write_lora
+
         config = self.transformer.peft_config["default"]
         lora = Lora(rank=config.r, alpha=config.lora_alpha, targets=sorted(config.target_modules))
         write_lora(folder, "diffusers", get_peft_model_state_dict(self.transformer), lora, type(self))

@@ -1,20 +1,37 @@
-"""FluxPipeline: FLUX.1-dev, whose transformer takes the guidance scale as an input, and FLUX.1-schnell."""
+"""The family of FLUX.1-dev, whose transformer takes the guidance scale as an input, and FLUX.1-schnell."""
+
+from pathlib import Path
+from typing import ClassVar
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor
 
 from flowgrove.models.adapter import Adapter, in_unit_range
+from flowgrove.models.comfyui import EMBEDDERS, JOINT
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.geometry import Geometry, autoencoder_scale, packed_geometry, part_config
+from flowgrove.recipe.schema import Model
 
 
 class Flux(Adapter):
     """CLIP and T5; states are packed latents [tokens, 4·C], each token a patch of 2×2."""
 
-    pipeline = FluxPipeline
+    pipeline = "FluxPipeline"
+    published: ClassVar = {"black-forest-labs/FLUX.1-dev": "flux1_dev"}
+    gives_table = True
+    guidance_key = "guidance_embeds"
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    comfyui_modules = (
+        rf"transformer_blocks\.\d+\.{JOINT}|x_embedder|{EMBEDDERS}"
+        r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)"
+    )
     TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     LATENTS = ("scaling_factor", "shift_factor")
+
+    @classmethod
+    def read_geometry(cls, folder: Path, model: Model) -> Geometry:
+        """From the transformer's and the VAE's configuration."""
+        return packed_geometry(model, autoencoder_scale(folder), part_config(folder, "transformer")["in_channels"], 512)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -60,6 +77,9 @@ class Flux(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae, size = self.pipe.vae, self.geometry
-        latents = self.pipeline._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
+        latents = self.pipeline_class()._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)
+
+
+FAMILY = Flux

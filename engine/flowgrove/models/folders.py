@@ -1,9 +1,11 @@
-"""Where a recipe's model lies: a folder, a repository in the local Hugging Face cache, or the embedded pipeline.
-Nothing is ever downloaded.
+"""Where a recipe's model lies: a folder, a repository in the local Hugging Face cache, or the embedded pipeline; and
+the parts that such a folder names. Nothing is ever downloaded.
 """
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from flowgrove.errors import UserError
 from flowgrove.hub import cached_snapshot
@@ -11,12 +13,6 @@ from flowgrove.recipe.schema import Model
 
 TINY = Path(__file__).parents[1] / "tiny" / "pipeline"
 ARCHITECTURES = Path(__file__).parent / "architectures"
-_KNOWN = {
-    "black-forest-labs/FLUX.1-dev": "flux1_dev",
-    "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
-    "Qwen/Qwen-Image": "qwen_image",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1_3b",
-}
 
 
 def model_folder(model: Model) -> Path:
@@ -40,13 +36,21 @@ def model_folder(model: Model) -> Path:
     )
 
 
-def configuration_folder(model: Model) -> Path:
-    """The same where configuration files are enough:
-    models that published recipes train need not be downloaded for it. Raises UserError.
-    """
+def part_names(folder: Path) -> list[str]:
+    """The parts that model_index.json names, without those that it leaves out as null."""
+    named = read_index(folder).items()
+    return [name for name, value in named if isinstance(value, list) and value[:1] not in ([], [None])]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of model_index.json. Raises UserError if there is none."""
+    file = folder / "model_index.json"
     try:
-        return model_folder(model)
-    except UserError:
-        if model.path not in _KNOWN:
-            raise
-        return ARCHITECTURES / _KNOWN[model.path]
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): download the whole pipeline folder") from None
+    except (ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{file} is no description of a pipeline: download the file anew")
+    return index

@@ -3,6 +3,8 @@ and its text encoders before the rest and only as long as they are needed.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -19,16 +21,10 @@ from flowgrove.models.embeddings import (
     cache_folder,
     warn_of_cut_prompts,
 )
-from flowgrove.models.flux import Flux
-from flowgrove.models.folders import model_folder
-from flowgrove.models.geometry import read_geometry
-from flowgrove.models.parts import is_of_a_library
-from flowgrove.models.qwen_image import QwenImage
-from flowgrove.models.sd3 import SD3
-from flowgrove.models.wan import Wan
-from flowgrove.recipe.schema import Recipe
-
-ADAPTERS: dict[str, type[Adapter]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "wan": Wan}
+from flowgrove.models.families import family_of, read_geometry
+from flowgrove.models.folders import model_folder, part_names
+from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, load_part
+from flowgrove.recipe.schema import Model, Recipe
 
 
 def load_model(
@@ -37,12 +33,12 @@ def load_model(
     """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will
     be decoded. Raises UserError.
     """
-    model, folder, family = recipe.model, model_folder(recipe.model), ADAPTERS[recipe.model.adapter]
+    model, folder, family = recipe.model, model_folder(recipe.model), family_of(recipe.model.adapter)
     diffusers.utils.logging.disable_progress_bar()
 
     def load(place: torch.device, without: tuple[str, ...] = ()) -> Adapter:
         try:
-            return family.load(folder, model, place, dtype, without)
+            return load_adapter(family, folder, model, place, dtype, without)
         except BaseException as error:
             if not is_of_a_library(error):
                 raise
@@ -71,3 +67,46 @@ def load_model(
     except TooManyPromptsError:
         encoder = OffloadedEncoder(load_encoders, device)
     return load(device, family.TEXT), encoder
+
+
+def load_adapter(
+    family: type[Adapter], folder: Path, model: Model, device: torch.device, weights: torch.dtype,
+    without: tuple[str, ...] = (),
+) -> Adapter:  # fmt: skip
+    """The pipeline in `folder`, frozen, on `device`.
+
+    `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for
+    one that does nothing else.
+    """
+    geometry = read_geometry(folder, model)
+    dtypes = {}
+    if weights != torch.float64:
+        if model.lora is None:  # all of it trains: masters as precise as the files
+            dtypes["transformer"] = torch.float32
+        if family.vae_dtype is not None:
+            dtypes["vae"] = family.vae_dtype
+    named = part_names(folder)
+    _check_parts(family, folder, named)
+    parts: dict[str, Any] = dict.fromkeys(family.TEXT)
+    parts |= {name: None if name in without else load_part(folder, name, dtypes.get(name, weights)) for name in named}
+    for tokenizer, encoder in family.text_parts():
+        if parts.get(encoder) is not None:
+            check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
+    if parts.get("vae") is not None:
+        check_statistics(folder / "vae", parts["vae"], family.LATENTS)
+    pipe = family.pipeline_class().from_pretrained(folder, local_files_only=True, **parts).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    if "vae" not in without and model.vae_tiling:
+        pipe.vae.enable_tiling()
+    return family(geometry, pipe.transformer, pipe, folder)
+
+
+def _check_parts(family: type[Adapter], folder: Path, named: list[str]) -> None:
+    """Raises UserError if a part is left out of model_index.json that the family does not run without."""
+    optional = [pair for pair in family.text_parts() if pair[1] in family.OPTIONAL and pair[1] not in named]
+    needed = {"scheduler", *family.PICTURE, *family.TEXT} - {name for pair in optional for name in pair}
+    if missing := sorted(needed - set(named)):
+        raise UserError(f"{folder / 'model_index.json'} names no {missing[0]}: download the whole pipeline folder")

@@ -15,6 +15,7 @@ import transformers
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
+from flowgrove.models.folders import read_index
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _KINDS: tuple[type, ...] = (  # neither whole pipelines nor Auto classes, which may look for a program in the folder
@@ -26,15 +27,9 @@ _PROBES = ("a red circle", "a big square")
 _POINTER = b"version https://git-lfs"
 
 
-def part_names(folder: Path) -> list[str]:
-    """The parts that model_index.json names, without those that it leaves out as null."""
-    named = _read_index(folder).items()
-    return [name for name, value in named if isinstance(value, list) and value[:1] not in ([], [None])]
-
-
 def part_class(folder: Path, name: str) -> Any:
     """The class that model_index.json gives a part. Raises UserError unless diffusers or transformers has it."""
-    value: Any = _read_index(folder).get(name)
+    value: Any = read_index(folder).get(name)
     fits = isinstance(value, list) and len(value) == 2 and value[0] in _LIBRARIES and isinstance(value[1], str)
     kind = getattr(_LIBRARIES[value[0]], value[1], None) if fits else None
     if not isinstance(kind, type) or not issubclass(kind, _KINDS):
@@ -157,16 +152,3 @@ def _pointer(place: Path) -> str | None:
             what = f"{file} is a Git LFS pointer instead of the file"
             return f"{what}: run `git lfs pull` in {place.parent}, or hf download"
     return None
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    file = folder / "model_index.json"
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): download the whole pipeline folder") from None
-    except (ValueError, RecursionError):
-        index = None
-    if not isinstance(index, dict):
-        raise UserError(f"{file} is no description of a pipeline: download the file anew")
-    return index

@@ -21,6 +21,8 @@ from flowgrove.models.attention import use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
+from flowgrove.models.families import family_of, read_geometry
+from flowgrove.models.folders import model_folder
 from flowgrove.models.loading import load_model
 from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints
@@ -89,10 +91,9 @@ class Policy:
         Raises UserError for a missing or unsuitable model folder.
         """
         model, compute = recipe.model, COMPUTE_DTYPES[recipe.model.dtype]
-        if model.dtype == "fp64" and model.adapter != "sd3":
-            raise UserError(
-                f"model.dtype is fp64: the {model.adapter} transformer computes positions and norms in fp32; write fp32"
-            )
+        if model.dtype not in family_of(model.adapter).dtypes:
+            why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
+            raise UserError(f"model.dtype is {model.dtype}: {why}")
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         adapter, encoder = load_model(recipe, device, compute, texts)
@@ -116,7 +117,9 @@ class Policy:
 
     def sized(self, recipe: Recipe) -> "Policy":
         """This policy at the height and width of `recipe`. Raises UserError."""
-        return self if recipe.model.sizes is None else replace(self, adapter=self.adapter.sized(recipe.model))
+        if recipe.model.sizes is None:
+            return self
+        return replace(self, adapter=self.adapter.at(read_geometry(model_folder(recipe.model), recipe.model)))
 
     def guided_by(self, scale: float | None) -> "Policy":
         """This policy with another guidance scale; None: with its own."""

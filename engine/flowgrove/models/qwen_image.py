@@ -1,15 +1,19 @@
-"""QwenImagePipeline: prompts of any length under a mask,
+"""The family of Qwen-Image: prompts of any length under a mask,
 and guidance that keeps the norm of the conditional velocity.
 """
 
+from pathlib import Path
+from typing import Any, ClassVar
+
 import torch
-from diffusers import QwenImagePipeline
-from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range, normalised_latents
+from flowgrove.models.comfyui import ATTENTION
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.geometry import Geometry, packed_geometry, part_config
+from flowgrove.recipe.schema import Model
 
 
 def _text_lengths(embeds: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
@@ -28,18 +32,35 @@ def _text_lengths(embeds: Tensor, mask: Tensor | None) -> tuple[int, Tensor | No
     return padded, torch.where(mask.any(1), last, padded), mask
 
 
-transformer_qwenimage.compute_text_seq_len_from_mask = _text_lengths  # the transformer's forward looks it up there
-
-
 class QwenImage(Adapter):
     """Qwen2.5-VL as the text encoder; states are packed latents [tokens, 4·C], each token a patch of 2×2."""
 
-    pipeline = QwenImagePipeline
+    pipeline = "QwenImagePipeline"
+    published: ClassVar = {"Qwen/Qwen-Image": "qwen_image"}
+    gives_table = True
+    guidance_key = "guidance_embeds"
     lora_targets = JOINT_ATTENTION
+    comfyui_modules = (
+        rf"transformer_blocks\.\d+\.({ATTENTION}|(img|txt)_(mlp\.net\.(0\.proj|2)|mod\.1))"
+        r"|img_in|txt_in|proj_out|norm_out\.linear|time_text_embed\.timestep_embedder\.linear_[12]"
+    )
     uncond_text = " "
     masks_prompts = True
     TEXT = ("text_encoder", "tokenizer")
     LATENTS = ("latents_mean", "latents_std")
+
+    def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
+        super().__init__(geometry, transformer, pipe, folder)
+        from diffusers.models.transformers import transformer_qwenimage
+
+        # the transformer's forward looks it up there
+        transformer_qwenimage.compute_text_seq_len_from_mask = _text_lengths
+
+    @classmethod
+    def read_geometry(cls, folder: Path, model: Model) -> Geometry:
+        """From the transformer's and the VAE's configuration."""
+        scale = 2 ** len(part_config(folder, "vae")["temperal_downsample"])
+        return packed_geometry(model, scale, part_config(folder, "transformer")["in_channels"], 512)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -82,5 +103,8 @@ class QwenImage(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae, size = self.pipe.vae, self.geometry
-        latents = self.pipeline._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
+        latents = self.pipeline_class()._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
         return in_unit_range(vae.decode(normalised_latents(vae, latents), return_dict=False)[0][:, :, 0], x.dtype)
+
+
+FAMILY = QwenImage

@@ -1,24 +1,42 @@
-"""StableDiffusion3Pipeline: SD3, SD3.5 and the embedded tiny pipeline."""
+"""The family of SD3, SD3.5 and the embedded tiny pipeline."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range
+from flowgrove.models.comfyui import EMBEDDERS, JOINT
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.parts import part_names
+from flowgrove.models.folders import part_names
+from flowgrove.models.geometry import Geometry, autoencoder_scale, drawn_size, longest_prompt, part_config
+from flowgrove.recipe.schema import Model
 
 
 class SD3(Adapter):
     """Two CLIP encoders and T5; states are latents [C, h, w]."""
 
-    pipeline = StableDiffusion3Pipeline
+    pipeline = "StableDiffusion3Pipeline"
+    published: ClassVar = {"stabilityai/stable-diffusion-3.5-medium": "sd35_medium"}
+    dtypes = ("bf16", "fp32", "fp64")
     lora_targets = JOINT_ATTENTION
+    comfyui_modules = rf"transformer_blocks\.\d+\.({JOINT}|attn2\.(to_[qkv]|to_out\.0))|pos_embed\.proj|{EMBEDDERS}"
     TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     LATENTS = ("scaling_factor", "shift_factor")
     OPTIONAL = ("text_encoder_3",)
+
+    @classmethod
+    def read_geometry(cls, folder: Path, model: Model) -> Geometry:
+        """From the transformer's and the VAE's configuration, and the tokenizers that are there."""
+        transformer, scale = part_config(folder, "transformer"), autoencoder_scale(folder)
+        unit = scale * transformer["patch_size"]
+        most = transformer["pos_embed_max_size"] * unit
+        height, width = drawn_size(model, transformer["sample_size"] * scale, unit, most)
+        clip = longest_prompt(folder, "tokenizer", 77)
+        t5 = model.text_tokens or min(256, longest_prompt(folder, "tokenizer_3", 256))
+        latent = (transformer["in_channels"], height // scale, width // scale)
+        return Geometry(latent, height, width, unit, None, (height // unit) * (width // unit), t5, clip + t5)
 
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
@@ -57,3 +75,6 @@ class SD3(Adapter):
         vae = self.pipe.vae
         latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)
+
+
+FAMILY = SD3

@@ -1,11 +1,34 @@
-"""WanPipeline: Wan2.1 text-to-video."""
+"""The family of Wan2.1 text-to-video."""
+
+import re
+from pathlib import Path
+from typing import ClassVar
 
 import torch
-from diffusers import WanPipeline
 from torch import Tensor
 
+from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.folders import read_index
+from flowgrove.models.geometry import Geometry, multiple_of, part_config
+from flowgrove.recipe.schema import Model
+
+# Wan's own names for those of diffusers, by which ComfyUI finds layers
+_LAYERS = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "add_k_proj": "k_img", "add_v_proj": "v_img",
+    "net.0.proj": "0", "net.2": "2",
+}  # fmt: skip
+_GROUPS = {"attn1": "self_attn", "attn2": "cross_attn", "ffn": "ffn"}
+_OTHERS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "patch_embedding": "patch_embedding",
+    "proj_out": "head.head",
+}
 
 
 class Wan(Adapter):
@@ -13,11 +36,43 @@ class Wan(Adapter):
     The VAE stays fp32, as its authors run it.
     """
 
-    pipeline = WanPipeline
+    pipeline = "WanPipeline"
+    published: ClassVar = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1_3b"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     TEXT = ("text_encoder", "tokenizer")
     LATENTS = ("latents_mean", "latents_std")
     vae_dtype = torch.float32
+
+    @classmethod
+    def read_geometry(cls, folder: Path, model: Model) -> Geometry:
+        """From the transformer's and the VAE's configuration. Raises UserError for a pipeline of Wan2.2, too."""
+        index = read_index(folder)
+        if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+            raise UserError(
+                f"model.path {model.path} is a Wan2.2 pipeline: the wan adapter trains Wan2.1, "
+                "with one transformer and one time for all tokens"
+            )
+        transformer, vae = part_config(folder, "transformer"), part_config(folder, "vae")
+        space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+        _, patch_height, patch_width = transformer["patch_size"]
+        frames = model.frames or 81
+        if frames % time != 1 % time:
+            near = frames // time * time + 1
+            raise UserError(f"model.frames is {frames}: write a multiple of {time} and one more, like {near}")
+        height = multiple_of("height", model.height or 480, space * patch_height)
+        width = multiple_of("width", model.width or 832, space * patch_width)
+        latent = (transformer["in_channels"], (frames - 1) // time + 1, height // space, width // space)
+        tokens = latent[1] * (latent[2] // patch_height) * (latent[3] // patch_width)
+        # text is read through cross-attention
+        return Geometry(latent, height, width, space * patch_height, frames, tokens, model.text_tokens or 512, 0)
+
+    @classmethod
+    def comfyui_name(cls, module: str) -> str | None:
+        """Wan's own name."""
+        block = re.fullmatch(r"(blocks\.\d+)\.(attn1|attn2|ffn)\.(.+)", module)
+        if block is not None and block[3] in _LAYERS:
+            return f"diffusion_model.{block[1]}.{_GROUPS[block[2]]}.{_LAYERS[block[3]]}"
+        return f"diffusion_model.{_OTHERS[module]}" if module in _OTHERS else None
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -49,3 +104,6 @@ class Wan(Adapter):
         vae = self.pipe.vae
         videos = vae.decode(normalised_latents(vae, x.to(vae.dtype)), return_dict=False)[0]
         return in_unit_range(videos.transpose(1, 2), x.dtype)
+
+
+FAMILY = Wan

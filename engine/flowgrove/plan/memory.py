@@ -24,9 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.folders import configuration_folder
-from flowgrove.models.geometry import read_geometry
-from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.families import configuration_folder, family_of, read_geometry
 from flowgrove.models.masters import Masters
 from flowgrove.models.parts import is_of_a_library, part_class
 from flowgrove.models.policy import COMPUTE_DTYPES
@@ -79,7 +77,7 @@ class MemoryModel:
         self.compute = COMPUTE_DTYPES[recipe.model.dtype]
         self.master = torch.float64 if self.compute == torch.float64 else torch.float32
         self.like_cuda = device_type == "cuda" and self.compute == torch.bfloat16
-        family = ADAPTERS[recipe.model.adapter]
+        family = family_of(recipe.model.adapter)
         with torch.device("meta"):
             self.transformer = _from_config(self.folder, "transformer")
             choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)

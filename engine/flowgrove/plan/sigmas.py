@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
-from flowgrove.models.folders import configuration_folder
-from flowgrove.models.geometry import read_geometry
+from flowgrove.models.families import configuration_folder, family_of, read_geometry
 from flowgrove.recipe.schema import Recipe
 
 
@@ -59,7 +58,7 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = 
     """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads
     no model.
 
-    `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift (FLUX, Qwen-Image); the others leave the
+    `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift; else it leaves the
     unshifted table to the scheduler.
     """
     config_file = folder / "scheduler" / "scheduler_config.json"
@@ -126,5 +125,5 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
         folder,
         rollout.steps,
         read_geometry(folder, recipe.model).picture_tokens,
-        recipe.model.adapter in ("flux", "qwen_image"),
+        family_of(recipe.model.adapter).gives_table,
     )

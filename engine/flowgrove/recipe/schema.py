@@ -18,6 +18,7 @@ Steps = Annotated[int, Field(ge=2, le=1000)]  # the schedules that models are tr
 Share = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=32_768)]
 Text = Annotated[str, Field(min_length=1)]
+AdapterName = Literal["sd3", "flux", "qwen_image", "wan"]  # the registry of model families: modules of models/
 
 
 class _Said(BaseModel):
@@ -59,7 +60,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    adapter: Literal["sd3", "flux", "qwen_image", "wan"]
+    adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
     sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; qwen_image: Qwen-Image; wan: Wan2.1
     text-to-video.

@@ -15,7 +15,7 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate
 from flowgrove.files import follow_umask, partial_name, write_text
 from flowgrove.models.adapter import Adapter
-from flowgrove.models.loading import ADAPTERS
+from flowgrove.models.families import family_of
 from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
@@ -116,7 +116,7 @@ def export_run(
         raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
     here = ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto")
     recipe, checkpoint = open_recipe(run, (*here, *overrides), which)
-    family, lora = ADAPTERS[recipe.model.adapter], recipe.model.lora
+    family, lora = family_of(recipe.model.adapter), recipe.model.lora
     if lora is None and form == "comfyui":
         raise UserError(f"--format comfyui is for a LoRA, and {run} trained the whole model: write --format diffusers")
     partial = partial_name(out)
@@ -136,7 +136,7 @@ def export_run(
         shutil.rmtree(partial, ignore_errors=True)
     if form == "comfyui":
         return f"wrote a LoRA for ComfyUI: copy {out / COMFYUI_FILE} into its models/loras folder"
-    load = f"{family.pipeline.__name__}.from_pretrained" if lora is None else "pipe.load_lora_weights"
+    load = f"{family.pipeline}.from_pretrained" if lora is None else "pipe.load_lora_weights"
     return f'wrote a {"pipeline" if lora is None else "LoRA"}: {load}("{out}")'
 
 
