@@ -1,8 +1,9 @@
 // How a row is cut into parts for blocks, and which layout its kernel is compiled for.
 #pragma once
 
-#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
+
+#include "cuda/launch.cuh"
 
 namespace flowgrove::cuda {
 

@@ -17,6 +17,9 @@ CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 HEADERS = sorted((CSRC / "cuda").glob("*.cuh"))
 DEVICE_HEADERS = [path for path in HEADERS if not path.stem.endswith("launch")]
+LAUNCHED = {path: path.with_stem(f"{path.stem}_launch") for path in DEVICE_HEADERS}
+# A header of launches that begins with the device header, as one test holds it to, compiles that one alone too.
+ALONE = [path for path in HEADERS if not LAUNCHED.get(path, path / "none").exists()]
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", f"-I{CSRC}")
 TORCH = (
@@ -139,7 +142,14 @@ def test_device_headers_plan_and_launch_nothing(header):
     assert re.findall(r'cudaStream_t|cudaError_t|cudaDevAttr\w+|<<<|"cuda/\w*launch\.cuh"|^inline ', text, re.M) == []
 
 
-@pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)
+def test_headers_of_launches_begin_with_what_they_launch():
+    for header, launches in LAUNCHED.items():
+        if launches.exists():
+            assert re.findall(r'#include "(.*)"', launches.read_text(encoding="utf-8"))[0] == f"cuda/{header.name}"
+    assert len(ALONE) == len(HEADERS) - sum(launches.exists() for launches in LAUNCHED.values())
+
+
+@pytest.mark.parametrize("header", ALONE, ids=lambda path: path.name)
 def test_headers_compile_alone_and_move_16_bytes_at_a_time(header, folder):
     kernels = ptx(header, folder)
     for name in STREAMING.keys() & kernels.keys():
@@ -148,4 +158,4 @@ def test_headers_compile_alone_and_move_16_bytes_at_a_time(header, folder):
 
 
 def test_every_streaming_kernel_was_looked_at(folder):
-    assert STREAMING.keys() <= {name for header in HEADERS for name in ptx(header, folder)}
+    assert STREAMING.keys() <= {name for header in ALONE for name in ptx(header, folder)}
