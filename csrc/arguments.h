@@ -41,10 +41,9 @@ struct Noise {
   float root_rho = 0.0f, root_rest = 1.0f;  // √ρ and √(1−ρ) of correlated siblings
 };
 
-// The children of row b are edges first_child(b) … first_child(b + 1) − 1: `fanout` each, or as CSR offsets [B + 1]
-// say.
+// The children of row b are edges first_child(b) … first_child(b + 1) − 1: `fanout` each, or as CSR `offsets` say.
 struct Children {
-  const int64_t* offsets = nullptr;
+  const int64_t* offsets = nullptr;  // [B + 1]
   int64_t fanout = 1;
 };
 

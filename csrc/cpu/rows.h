@@ -1,5 +1,4 @@
-// How the CPU ops walk over rows: in chunks that a thread takes whole, and in blocks that stay in the first-level
-// cache.
+// How the CPU ops walk over rows: in chunks that a thread takes whole, in blocks that stay in the first-level cache.
 //
 // Chunks depend on the number of elements alone, and their sums are added in order: so no result depends on
 // batch size, order or number of threads.

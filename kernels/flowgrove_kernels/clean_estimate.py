@@ -50,11 +50,14 @@ _op.register_autograd(_backward, setup_context=_setup)
 def clean_estimate(
     x: Tensor, v: Tensor, sigma: float | Tensor, *, v_uncond: Tensor | None = None, guidance_scale: float | None = None
 ) -> Tensor:
-    """x̂0 [B, ...] in the dtype of x. x: fp32 or float64 [B, ...]; v: fp32, bf16, fp16 or
-    float64, same shape; sigma: float or [B].
+    """x̂0 [B, ...] in the dtype of x; differentiable in x, v, v_uncond.
 
-    With v_uncond and guidance_scale γ the velocity is v_uncond + γ·(v − v_uncond). Differentiable in x, v,
-    v_uncond. Raises ValueError for other shapes.
+    x: states, fp32 or float64 [B, ...].
+    v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; with v_uncond and guidance_scale γ the
+        velocity is v_uncond + γ·(v − v_uncond).
+    sigma: float or [B].
+
+    Raises ValueError for other shapes.
     """
     check_state(x)
     scale = check_velocity(x, v, v_uncond, guidance_scale)

@@ -20,9 +20,9 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """One row per sample, six fp32 tensors [B] on one device: a, b, c, s, κ and log_norm of the
-    step above. Rows of one batch may differ.
+    """One row per sample, six fp32 tensors [B] on one device: a, b, c, s, κ and log_norm of the step above.
 
+    Rows of one batch may differ.
     (float64 fields are accepted for analysis; the ops promote fp32 rows to the dtype of the states.)
     """
 
@@ -78,11 +78,13 @@ def step_coefficients(
 ) -> StepCoefficients:
     """Rows of one-step dynamics from noise level σ to σ' < σ.
 
-    dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO,
-    BranchGRPO), "wan_sde" (Flow-GRPO for Wan) or "cps".
-    sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1]. noise_level: η. sigma_max: the second entry of
-    the σ table; flow_sde needs it where σ = 1, wan_sde always. Returns rows [B] on the CPU: fp32, as the ops take
-    them, or float64 for analysis (`dtype`).
+    dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO, BranchGRPO), "wan_sde" (Flow-GRPO
+        for Wan) or "cps".
+    sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1].
+    noise_level: η.
+    sigma_max: the second entry of the σ table; flow_sde needs it where σ = 1, wan_sde always.
+
+    Returns rows [B] on the CPU: fp32, as the ops take them, or float64 for analysis (`dtype`).
     Raises ValueError for an unknown name, σ' ≥ σ or a missing sigma_max.
     """
     here, there = _levels(sigma, "sigma"), _levels(sigma_next, "sigma_next")
@@ -103,11 +105,10 @@ def step_coefficients(
 def dpmpp_2m_coefficients(
     sigma_prev: float | Tensor, sigma: float | Tensor, sigma_next: float | Tensor, *, dtype: torch.dtype = torch.float32
 ) -> StepCoefficients:
-    """Rows of DPM-Solver++ 2M (midpoint) for rectified flow: x' = x + dt·v + c·(p − x̂0), with p
-    the clean estimate of the previous step.
+    """Rows of DPM-Solver++ 2M (midpoint) for rectified flow: x' = x + dt·v + c·(p − x̂0).
 
-    Floats or 1-D float64 tensors [B], σ_prev > σ > σ'. Euler rows (c = 0) where σ_prev =
-    1 or σ' = 0. Raises ValueError otherwise.
+    p is the clean estimate of the previous step. Arguments are floats or 1-D float64 tensors [B], σ_prev > σ > σ';
+    where σ_prev = 1 or σ' = 0 the row is Euler's (c = 0). Raises ValueError otherwise.
     The first step of a tail, and a step after a stochastic one, are Euler: take `step_coefficients("ode", …)` there.
     """
     before, here, there = torch.broadcast_tensors(

@@ -132,9 +132,13 @@ def flow_logprob(
 ) -> Tensor:
     """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond.
 
-    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; x_next [E, ...] in the dtype of x,
-    children of a row contiguous: `fanout` each, or as many as `child_offsets` (int64 [B + 1], CSR) says. coef: B
-    one-step rows. Raises ValueError for other shapes, dtypes or devices.
+    x: states, fp32 (or float64) [B, ...].
+    v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; v_uncond goes with guidance_scale γ.
+    x_next: [E, ...] in the dtype of x, children of a row contiguous: `fanout` each, or as many as `child_offsets`
+        (int64 [B + 1], CSR) says.
+    coef: B one-step rows.
+
+    Raises ValueError for other shapes, dtypes or devices.
     """
     check_state(x)
     scale = check_velocity(x, v, v_uncond, guidance_scale)

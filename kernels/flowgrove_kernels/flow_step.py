@@ -110,13 +110,18 @@ def flow_step(
     v_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x_next [B·fanout, ...], logp [B·fanout]), both in the dtype of x; child c of row p
-    is row p·fanout + c. Not differentiable.
+    """(x_next [B·fanout, ...], logp [B·fanout]), both in the dtype of x; not differentiable.
 
-    x: fp32 (or float64) [B, ...]; v: fp32, bf16, fp16 or float64, same shape; coef: B rows. Noise: `key` names it
-    (drawn inside), or `noise` [B·fanout, ...] in the dtype of x is it; with neither, x_next = μ. history: the previous
-    clean estimate p [B, ...], for multistep rows. sibling_correlation ρ: children of one row share √ρ of their noise
-    (needs key.parent). v_uncond, guidance_scale: classifier-free guidance.
+    Child c of row p is row p·fanout + c.
+
+    x: states, fp32 (or float64) [B, ...].
+    v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; v_uncond goes with guidance_scale γ.
+    coef: B rows.
+    key, noise: `key` names the noise, which is drawn inside, or `noise` [B·fanout, ...] in the dtype of x is it; with
+        neither, x_next = μ.
+    history: the previous clean estimate p [B, ...], for multistep rows.
+    sibling_correlation: children of one row share √ρ of their noise (needs key.parent).
+
     Raises ValueError for shapes, dtypes, devices or combinations other than these.
     """
     check_state(x)

@@ -1,5 +1,6 @@
-"""Noise as a function: Philox4x32-10 counters turned into normals, the same on every
-device, for every batch, order and rank.
+"""Noise as a function: Philox4x32-10 counters turned into normals.
+
+They are the same on every device, for every batch, order and rank.
 
     counter = (block, node, step, prompt), key = (seed, iteration), block = ⌊i/4⌋ for element i of a contiguous sample
     u = ((r >> 9) + ½)·2⁻²³;   (z0, z1) = √(−2 ln u0)·(cos, sin)(2π·u1), (z2, z3) the same of (u2, u3)
@@ -27,8 +28,9 @@ _TWO_PI = torch.tensor(2 * math.pi, dtype=torch.float32).item()
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Names the noise of each row. Fields are ints (the same for all rows) or int64
-    tensors [rows], every value in [0, 2³²).
+    """Names the noise of each row.
+
+    Fields are ints (the same for all rows) or int64 tensors [rows], every value in [0, 2³²).
 
     prompt: global index in the iteration; step: step of the schedule, `INITIAL_STEP` for x_T; node: index of the child
     in the full forest of its prompt, at the level after the step; parent: index of the child's parent in the level
@@ -44,8 +46,9 @@ class NoiseKey:
     _tensor: Tensor | None = field(default=None, repr=False, compare=False)  # what `packed` made
 
     def pack(self, rows: int, device: torch.device | str | None = None) -> Tensor:
-        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if
-        none); stride 0 where every row has the same.
+        """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if none).
+
+        The stride is 0 where every row has the same.
 
         Raises ValueError for an int out of range or a tensor of another length; the ops
         check the values of tensors where they lie.
@@ -111,8 +114,9 @@ def require_words(packed: Tensor, *, shared: bool = False) -> None:
 def philox_words(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four counter words and two key words, int64 tensors with values in [0,
-    2³²) that broadcast → four words, likewise.
+    """Philox4x32-10: four counter words and two key words → four words.
+
+    All are int64 tensors with values in [0, 2³²) that broadcast.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -96,9 +96,7 @@ class LogProbability(NamedTuple):
 
 @inner
 def note_squares(p_logp, p_partial, p_parent, b_residual, precision, log_norm, i_edge, i_parent, i_block, blocks, D):
-    """Stores what a block of r [BLOCK] gives: the log-probability where the row has no other block, else its partial
-    sum.
-    """
+    """Stores what a block of r [BLOCK] gives: logp where the row has no other block, else the block's partial sum."""
     squares = fold(b_residual * b_residual)
     if p_partial is None:
         tl.store(p_logp + i_edge, log_probability(squares.to(tl.float64), precision, log_norm, D))

@@ -32,8 +32,9 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(elements: int) -> Blocks:
-    """The blocks of a row. They depend on D alone, and so does the order in which a row is summed: bit-equal in any
-    batch.
+    """The blocks of a row.
+
+    They depend on D alone, and so does the order in which a row is summed: bit-equal in any batch.
 
     A thread handles four times four neighbours: each a 128-bit access of fp32 and one Philox counter.
     """
