@@ -1,5 +1,5 @@
-// What the kernels use of the machine: shared memory, sums over a warp, clusters of thread blocks, and how a kernel ends
-// on a user's mistake.
+// What the kernels use of the machine: shared memory, sums over a warp, clusters of thread blocks, and how a kernel
+// ends on a user's mistake.
 //
 // What runs on the host lies in launch.cuh and, for what NAME.cuh holds, in NAME_launch.cuh.
 #pragma once
