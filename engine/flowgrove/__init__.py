@@ -18,10 +18,10 @@ Imports run one way, from a line of this table to the lines below it or along on
     plan rewards
     models tiny
     passes spans
-    device machine
+    device machine ranks
     recipe data
     paths
-    errors files hub process
+    errors files hub process pulse
 """
 
 from flowgrove.process import settle

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial, wraps
 from inspect import cleandoc
 from pathlib import Path
@@ -60,12 +60,16 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
     Anything else is one line, a file with the trace, and exit code 1.
     """
 
+    name = function.__name__.rstrip("_")
+
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            if name != "train" and (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+                raise UserError(f"flowgrove {name} runs in one process, not in {started}: leave torchrun out")
             function(*args, **_at_home(kwargs))
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), told=_told_by_the_first_rank(error))
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             hint = "; free some space and give the same command again" if error.errno == errno.ENOSPC else ""
@@ -76,6 +80,8 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
             from flowgrove.device import is_out_of_memory
             from flowgrove.run.last_resort import tell
 
+            if getattr(error, "elsewhere", False):
+                raise typer.Exit(1) from None
             if not is_out_of_memory(error):
                 _fail(tell(error), 1)
             _fail(
@@ -88,7 +94,7 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
                 _say(f"interrupted{'' if not interruption.args else f' ({interruption})'}")
             raise typer.Exit(getattr(interruption, "exit_code", 130)) from None
 
-    return group.command(function.__name__.rstrip("_"), help=_unwrapped(function.__doc__ or ""))(run)
+    return group.command(name, help=_unwrapped(function.__doc__ or ""))(run)
 
 
 def _unwrapped(docstring: str) -> str:
@@ -107,9 +113,18 @@ def _at_home(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fail(text: str, code: int = 2) -> NoReturn:
-    _console.print(f"[bold red]error:[/] {escape(one_line(text))}")
+def _fail(text: str, code: int = 2, told: bool = False) -> NoReturn:
+    if not told:
+        _console.print(f"[bold red]error:[/] {escape(one_line(text))}")
     raise typer.Exit(code) from None
+
+
+def _told_by_the_first_rank(error: UserError) -> bool:
+    """Whether this is another rank, and the first one has the same error: all have until they are joined."""
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    torch = sys.modules.get("torch")
+    return error.everywhere or torch is None or not torch.distributed.is_initialized()
 
 
 def _allow(python: bool) -> None:
@@ -118,7 +133,9 @@ def _allow(python: bool) -> None:
 
 
 def _say(text: str) -> None:
-    _console.print(text, markup=False)
+    """Of several ranks of a run the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        _console.print(text, markup=False)
 
 
 @_command
@@ -134,6 +151,8 @@ def train(
     from flowgrove.recipe.loading import load_recipe
 
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
+    from flowgrove.device import pick_device
+    from flowgrove.ranks import joined
     from flowgrove.report.page import write_report
     from flowgrove.run.progress import TrainingDisplay
     from flowgrove.run.resume import finished
@@ -145,11 +164,11 @@ def train(
     if resume == "auto" and finished(setup, folder):
         _say(f"{folder} is finished: {settings.run.iterations} iterations; see {folder / 'report.html'}")
         return
-    with Stopping() as stopping:
+    with joined(settings.engine.distributed, pick_device(settings)) as ranks, Stopping() as stopping:
         try:
-            trainer = Trainer(setup, folder, resume, stopping, _say)
-            with TrainingDisplay(_console, settings, trainer.completed) as display:
-                trainer.run(display.update)
+            trainer = Trainer(setup, folder, resume, stopping, _say, ranks)
+            with TrainingDisplay(_console, settings, trainer.completed) if ranks.first else nullcontext() as display:
+                trainer.run(display.update if display is not None else lambda line: None)
         except Stopped:
             with suppress(OSError):
                 _say(
@@ -158,7 +177,8 @@ def train(
                     else "nothing to save yet"
                 )
             raise
-    _say(f"report: {write_report(settings, trainer.out)}")
+    if ranks.first:
+        _say(f"report: {write_report(settings, trainer.out)}")
 
 
 @_command

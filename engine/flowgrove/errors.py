@@ -9,7 +9,11 @@ _LONGEST = 2000
 
 
 class UserError(ValueError):
-    """Its text is shown as it is, without a traceback: always one line that a terminal can show."""
+    """Its text is shown as it is, without a traceback: always one line that a terminal can show. `everywhere`: every
+    rank of the run has been told.
+    """
+
+    everywhere = False
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))

@@ -1,5 +1,6 @@
 """Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import round_half_up
+from flowgrove.ranks import Ranks
 from flowgrove.rewards.pixels import shrink
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
@@ -80,15 +82,29 @@ def evaluate(
     rewards: Rewards,
     prompts: list[str],
     between: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> Evaluated:
-    """Samples the held-out prompts and scores them, some at a time; `between` is called after each, and may raise."""
-    repeated = [prompt for prompt in prompts for _ in range(setup.recipe.run.eval.samples)]
+    """Samples the held-out prompts and scores them, some at a time; `between` is called after each, and may raise.
+
+    Each of the `ranks` takes its share of the prompts; all return all pictures and scores.
+    """
+    ranks = ranks or Ranks()
+    samples, share = setup.recipe.run.eval.samples, ranks.share(len(prompts))
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     small: list[Tensor] = []
     scores: list[Tensor] = []
-    done = 0
-    for pictures in draw(setup, policy, runner, prompts):
-        scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
-        small.append(to_host(shrink(pictures)))
-        done += len(pictures)
-        between()
+
+    def draw_and_score() -> None:
+        done = share.start * samples
+        for pictures in draw(setup, policy, runner, prompts[share], share.start):
+            scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
+            small.append(to_host(shrink(pictures)))
+            done += len(pictures)
+            between()
+
+    ranks.together(draw_and_score)
+    if ranks.size > 1:
+        shapes = ranks.tell(json.dumps(small[0].shape[1:]) if small else "")  # some ranks may have drawn nothing
+        small = ranks.gather(torch.cat([*small, torch.empty(0, *json.loads(max(shapes)))]))
+        scores = ranks.gather(torch.cat([*scores, torch.empty(0, len(rewards.weights)).double()]))
     return Evaluated(torch.cat(small), repeated, torch.cat(scores))

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_of
 from flowgrove.device import to_host
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan
+from flowgrove.ranks import Ranks
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring
 from flowgrove.rollout.forest import Forest, leaf_path_logp
@@ -21,15 +21,18 @@ from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
 from flowgrove.setup import Setup
 from flowgrove.spans import Clock
 from flowgrove.tuning.graph_room import GraphRoom
-from flowgrove.update.passes import Rolled
+from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater
 from flowgrove_kernels import StepCoefficients
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The prompts of an iteration that are drawn at one size; `first_prompt`: the number of the first of them."""
+    """The prompts of an iteration that are drawn at size number `size`, or this rank's of them; `first_prompt`: the
+    number of the first of them in the iteration.
+    """
 
+    size: int
     policy: Policy
     plan: RolloutPlan
     coefficients: StepCoefficients
@@ -52,9 +55,16 @@ class Stages:
     """
 
     def __init__(
-        self, setup: Setup, policy: Policy, updater: Updater, rewards: Rewards, room: GraphRoom | None = None
+        self,
+        setup: Setup,
+        policy: Policy,
+        updater: Updater,
+        rewards: Rewards,
+        room: GraphRoom | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.recipe = setup.recipe
+        self.ranks = ranks or Ranks()
         self.policy = policy
         self.updater, self.runner = updater, updater.runner
         self.rewards = rewards
@@ -67,60 +77,66 @@ class Stages:
         self.room = GraphRoom.of(setup, largest, self.runner) if room is None else room
 
     def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
-        """Trains on `texts` and returns the metrics line."""
-        clock = Clock(self.device)
+        """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all."""
+        clock, ranks = Clock(self.device), self.ranks
+        counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
         with clock("plan"):
-            buckets = self._buckets(texts, iteration)
-        with Scoring(self.rewards, self.runner, self.device, self._stream) as scoring:
-            with clock("rollout"):
-                forests = self._roll_out(buckets, scoring, iteration)
-            with clock("reward"):
-                scores = scoring.scores()
+            plans = [sized.plan(iteration) for (_, sized), count in zip(self.sizes, counts, strict=True) if count]
+            plan, buckets = plans[0], self._buckets(texts, plans)
+        forests, mine = ranks.together(lambda: self._roll_out_and_score(buckets, iteration, clock))
         with clock("credit"):
-            credit = self._credit(buckets[0].plan, forests, scores.numpy())
+            scores = self._of_all_ranks(mine, buckets, counts, plan.leaves)
+            credit = self._credit(plan, forests, scores, buckets, counts)
         with clock("update"):
-            rolled = zip(buckets, forests, strict=True)
-            stats = self.updater.run(
-                [
-                    Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.coefficients, b.first_prompt)
-                    for b, forest in rolled
-                ]
-            )
-        counts = buckets[0].plan.counts
+            rolled = [
+                Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.coefficients, b.first_prompt)
+                for b, forest in zip(buckets, forests, strict=True)
+            ]
+            stats = self.updater.run(rolled, Whole.of_credit(self.recipe, plan, credit)).gathered(ranks)
+        forwards = plan.counts.rollout_forwards if self.recipe.engine.share else plan.counts.unshared_rollout_forwards
         return {
             "iteration": iteration,
             "reward": reward_summary(list(self.rewards.scorers), scores),
             **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
-            "rollout_forwards": (
-                counts.rollout_forwards if self.recipe.engine.share else counts.unshared_rollout_forwards
-            )
-            * len(texts),
+            "rollout_forwards": forwards * len(texts),
             "train_passes": stats.train_passes,
             "seconds": clock.seconds,
             "samples_per_second": len(scores) / sum(clock.seconds.values()),
-            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_bytes": ranks.most(peak_memory(self.device)),
         }
 
-    def _buckets(self, texts: list[str], iteration: int) -> list[Bucket]:
-        """Prompt i is drawn at size i modulo their number; prompts are numbered bucket after bucket."""
+    def _buckets(self, texts: list[str], plans: list[RolloutPlan]) -> list[Bucket]:
+        """Prompt i is drawn at size i modulo their number; prompts are numbered size after size, and each size's are
+        divided among the ranks. A rank has no bucket of a size that leaves it nothing.
+        """
         buckets: list[Bucket] = []
         first = 0
-        for place, (policy, sized) in enumerate(self.sizes):
-            some = texts[place :: len(self.sizes)]
-            if some:
-                plan = sized.plan(iteration)
-                buckets.append(
-                    Bucket(
-                        policy,
-                        plan,
-                        plan_coefficients(plan).to(self.device, non_blocking=True),
-                        policy.encode(some),
-                        first,
-                    )
-                )
-                first += len(some)
+        for size, (policy, _) in enumerate(self.sizes):
+            some = texts[size :: len(self.sizes)]
+            share = self.ranks.share(len(some))
+            if some[share]:
+                coefficients = plan_coefficients(plans[size]).to(self.device, non_blocking=True)
+                mine = policy.encode(some[share])
+                buckets.append(Bucket(size, policy, plans[size], coefficients, mine, first + share.start))
+            first += len(some)
         return buckets
+
+    def _roll_out_and_score(self, buckets: list[Bucket], iteration: int, clock: Clock) -> tuple[list[Forest], Tensor]:
+        """A forest of every bucket; scores float64 [leaves, rewards] of all their leaves, on the CPU."""
+        with Scoring(self.rewards, self.runner, self.device, self._stream) as scoring:
+            with clock("rollout"):
+                forests = self._roll_out(buckets, scoring, iteration)
+            with clock("reward"):
+                return forests, scoring.scores() if buckets else torch.empty(0, len(self.rewards.weights)).double()
+
+    def _of_all_ranks(self, mine: Tensor, buckets: list[Bucket], counts: list[int], each: int) -> Tensor:
+        """`each` rows a prompt, in host memory: those of this rank's buckets → those of all prompts, by number."""
+        parts = [mine[:0] for _ in counts]
+        lengths = [each * len(bucket.prompts) for bucket in buckets]
+        for bucket, part in zip(buckets, mine.split(lengths), strict=True):
+            parts[bucket.size] = part
+        return torch.cat(self.ranks.gather_parts(parts, counts, each))
 
     def _roll_out(self, buckets: list[Bucket], scoring: Scoring, iteration: int) -> list[Forest]:
         """One forest per bucket. Where scoring runs beside it, some prompts at a time: as many as fill half a pass at
@@ -159,14 +175,16 @@ class Stages:
             forests.append(Forest.joined(parts))
         return forests
 
-    def _credit(self, plan: RolloutPlan, forests: list[Forest], scores: NDArray[np.float64]) -> dict[int, EdgeCredit]:
-        """The credit of all prompts' edges. The buckets' plans differ in σ alone, so that any of them serves."""
-        settings = self.recipe.credit
-        path_logp = (
-            np.concatenate([to_host(leaf_path_logp(forest)).double().numpy() for forest in forests])
-            if settings.fusion_beta
-            else None
-        )
-        return assign_credit(
-            plan, settings, scores.reshape(-1, plan.leaves, scores.shape[-1]), self.rewards.weights, path_logp
-        )
+    def _credit(
+        self, plan: RolloutPlan, forests: list[Forest], scores: Tensor, buckets: list[Bucket], counts: list[int]
+    ) -> dict[int, EdgeCredit]:
+        """The credit of all prompts' edges, on every rank: what is normalised, counted or pruned over all prompts is
+        then exact without asking again. The plans of several sizes differ in σ alone, so that any of them serves.
+        """
+        settings, path_logp = self.recipe.credit, None
+        if settings.fusion_beta:
+            mine = [to_host(leaf_path_logp(forest)).double() for forest in forests]
+            whole = self._of_all_ranks(torch.cat([*mine, torch.empty(0, plan.leaves).double()]), buckets, counts, 1)
+            path_logp = whole.numpy()
+        of_leaves = scores.numpy().reshape(-1, plan.leaves, scores.shape[-1])
+        return assign_credit(plan, settings, of_leaves, self.rewards.weights, path_logp)

@@ -15,6 +15,7 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.grids import grid_files, save_grid
@@ -27,7 +28,7 @@ from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.setup import Setup
 from flowgrove.spans import span
 from flowgrove.tuning.token_budget import settle_token_budget
-from flowgrove.update.passes import Rolled
+from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater, UpdateStats
 
 Report = Callable[[dict[str, Any]], None]
@@ -37,21 +38,21 @@ _log = logging.getLogger("flowgrove")
 class _HeldUpdater(Updater):
     """While weights change, a signal waits."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner, stopping: Stopping) -> None:
-        super().__init__(recipe, policy, runner)
+    def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner, stopping: Stopping, ranks: Ranks) -> None:
+        super().__init__(recipe, policy, runner, ranks)
         self.stopping = stopping
 
-    def run(self, parts: list[Rolled]) -> UpdateStats:
+    def run(self, parts: list[Rolled], whole: Whole | None = None) -> UpdateStats:
         """All updates of an iteration, whose checkpoint then is the next that can be written."""
         self.stopping.hold()
-        return super().run(parts)
+        return super().run(parts, whole)
 
 
 class Trainer:
-    """One run in one folder, which no other process may have meanwhile. `resume`: "auto", "never" or a checkpoint
-    folder.
+    """One run in one folder, which no other run may have meanwhile. `resume`: "auto", "never" or a checkpoint folder.
 
-    `stopping` tells when to save and end; `say` takes what the user should know.
+    `stopping` tells when to save and end; `say` takes what the user should know. Of several `ranks` the first writes
+    the folder, and a signal to any of them ends all after the same iteration.
     """
 
     def __init__(
@@ -61,46 +62,79 @@ class Trainer:
         resume: str = "auto",
         stopping: Stopping | None = None,
         say: Say = _log.warning,
+        ranks: Ranks | None = None,
     ) -> None:
         keep_freed_memory()
-        recipe = setup.recipe
-        self.setup, self.recipe, self.out, self.stopping = setup, recipe, out, stopping or Stopping()
-        prompts = setup.prompts + setup.eval_prompts
-        self.rewards = Rewards(recipe, pick_device(recipe))
-        self.rewards.check(prompts)
-        # a plan that cannot be made is an error before a model is loaded
-        if not any(step.stochastic for step in setup.first_plan.steps):
+        self.setup, self.recipe, self.out = setup, setup.recipe, out
+        self.stopping, self.ranks = stopping or Stopping(), ranks or Ranks()
+        self.rewards = self.ranks.together(self._check)
+        self.lock = self._locked()
+        try:
+            self._load(resume, say)
+        except BaseException:
+            self._release()
+            raise
+
+    def _check(self) -> Rewards:
+        """The rewards. What can be wrong with the recipe and its files is an error here, before a model is loaded."""
+        prompts = self.setup.prompts + self.setup.eval_prompts
+        rewards = Rewards(self.recipe, pick_device(self.recipe))
+        rewards.check(prompts)
+        if not any(step.stochastic for step in self.setup.first_plan.steps):
             raise UserError(
                 "rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; "
                 "give a window or a tree"
             )
-        pick_backend(recipe)
-        self.lock = FolderLock(out)
-        try:
-            self._load(resume, say)
-        except BaseException:
-            self.lock.release()
-            raise
+        pick_backend(self.recipe)
+        return rewards
 
     def _load(self, resume: str, say: Say) -> None:
         """The model, and the state of the run so far."""
-        setup, recipe = self.setup, self.recipe
-        checkpoint = choose_checkpoint(setup, self.out, resume, say)
-        self.policy = Policy.load(recipe, pick_device(recipe), self._texts())
+        setup, recipe, ranks = self.setup, self.recipe, self.ranks
+        checkpoint = self._checkpoint(resume, say)
+        self.policy = ranks.together(lambda: Policy.load(recipe, pick_device(recipe), self._texts()))
         self.runner = PassRunner.of(recipe, self.policy)
-        settle_token_budget(setup, self.policy, self.runner, stored_budget(checkpoint, setup.fingerprint))
-        self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping)
-        self.stages = Stages(setup, self.policy, self.updater, self.rewards)
+        ranks.together(lambda: self._settle_budget(checkpoint))
+        self.runner.budget.tokens = int(ranks.chosen(str(self.runner.budget.tokens)) or 0)
+        self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping, ranks)
+        self.stages = Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks)
         self.completed: int = 0
         self.last_line: dict[str, Any] | None = None
         self.saved: Path | None = None  # the checkpoint of `completed`, if there is one in this folder
         if checkpoint is not None:
-            self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater)
+            self.completed, self.last_line = ranks.together(
+                lambda: load_checkpoint(checkpoint, self.policy, self.updater)
+            )
             place = checkpoint.resolve()
             self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
-        for folder in (self.out, self.out / "samples"):
-            remove_left_behind(folder)
-        write_text(self.out / "recipe.yaml", dump_recipe(recipe))
+        if ranks.first:
+            for folder in (self.out, self.out / "samples"):
+                remove_left_behind(folder)
+            write_text(self.out / "recipe.yaml", dump_recipe(recipe))
+
+    def _locked(self) -> FolderLock | None:
+        """The folder's lock, which the first rank holds for all."""
+        return self.ranks.together(lambda: FolderLock(self.out) if self.ranks.first else None)
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
+    def _checkpoint(self, resume: str, say: Say) -> Path | None:
+        """What the first rank finds to resume from."""
+        found = self.ranks.together(
+            lambda: choose_checkpoint(self.setup, self.out, resume, say) if self.ranks.first else None
+        )
+        chosen = self.ranks.chosen(None if found is None else str(found))
+        return None if chosen is None else Path(chosen)
+
+    def _settle_budget(self, checkpoint: Path | None) -> None:
+        if self.ranks.first:
+            settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, self.setup.fingerprint))
 
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
@@ -117,12 +151,14 @@ class Trainer:
 
         Raises Stopped, with a checkpoint of all that is done, after a signal that `stopping` has heard.
         """
-        if self.lock.released:
-            self.lock = FolderLock(self.out)
-        log = MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
-        for completed, grid in grid_files(self.out).items():
-            if completed > self.completed:
-                grid.unlink()  # of a branch that this run has left
+        if self.ranks.most(int(self.lock is not None and self.lock.released)):
+            self.lock = self._locked()
+        log = None
+        if self.ranks.first:
+            log = MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
+            for completed, grid in grid_files(self.out).items():
+                if completed > self.completed:
+                    grid.unlink()  # of a branch that this run has left
         self.stopping.hold()
         try:
             with pick_backend(self.recipe):
@@ -135,17 +171,19 @@ class Trainer:
             self.stopping.saved = self._save() if self.last_line is not None else None
             raise Stopped(request) from None
         finally:
-            log.close()
-            self.lock.release()
+            if log is not None:
+                log.close()
+            self._release()
 
-    def _train(self, report: Report, log: MetricsLog) -> None:
+    def _train(self, report: Report, log: MetricsLog | None) -> None:
         run = self.recipe.run
         # the checkpoint's own: a run may stop before writing it, or end later than it did
         if self.last_line is not None:
             self._finish(self.last_line, log)
         for iteration in range(self.completed, run.iterations):
             evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
-            self.stopping.let_go()
+            if self.ranks.size == 1:
+                self.stopping.let_go()
             with span("iteration"):
                 line = self.iterate(iteration)
             self.stopping.hold()
@@ -157,16 +195,29 @@ class Trainer:
                 self._save()
             self._finish(line, log)
             report(line)
+            self._stop_together()
 
     def _save(self) -> Path:
         """The checkpoint of all iterations that are completed."""
         if self.saved is None:
-            self.lock.check()
-            state = (self.out, self.policy, self.updater, self.completed, self.setup.fingerprint)
-            self.saved = save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
+            self.saved = self.ranks.together(self._write_checkpoint)
         return self.saved
 
-    def _finish(self, line: dict[str, Any], log: MetricsLog) -> None:
+    def _write_checkpoint(self) -> Path:
+        """Written by the first rank: weights, moments and averages are the same on all."""
+        if not self.ranks.first:
+            return self.out / "checkpoints" / f"step_{self.completed:06d}"
+        self._check_lock()
+        state = (self.out, self.policy, self.updater, self.completed, self.setup.fingerprint)
+        return save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
+
+    def _stop_together(self) -> None:
+        """Raises Stopped on all ranks where one has heard a signal; one alone stops where it stands."""
+        if self.ranks.size > 1 and (request := self.ranks.most(self.stopping.request or 0)):
+            self.stopping.request = request
+            raise Stopped(request)
+
+    def _finish(self, line: dict[str, Any], log: MetricsLog | None) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""
         run = self.recipe.run
         if (
@@ -175,17 +226,20 @@ class Trainer:
             and (evaluated := self.evaluate(run.iterations)) is not None
         ):
             line["eval_reward"] = evaluated.weighted(self.rewards.weights)
-        self.lock.check()
-        log.write(line)
+        if log is not None:
+            self._check_lock()
+            log.write(line)
 
     def _keep_if_best(self, reward: float) -> None:
         """A checkpoint of the model that has just been evaluated, if no trained one has scored higher."""
-        best = best_checkpoint(self.out)
-        if best is not None and int(best[0].name[5:]) < self.completed and best[1] >= reward:
+        best = best_checkpoint(self.out) if self.ranks.first else None
+        known = best is not None and int(best[0].name[5:]) < self.completed and best[1] >= reward
+        if self.ranks.most(int(known)):
             return
         folder = self._save()
-        mark_best(folder, reward)
-        remove_older(self.out, folder, self.recipe.run.keep_last)
+        if self.ranks.first:
+            mark_best(folder, reward)
+            remove_older(self.out, folder, self.recipe.run.keep_last)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
@@ -196,14 +250,16 @@ class Trainer:
         if not self.setup.eval_prompts:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
-            held_out, between = self.setup.eval_prompts, self.stopping.check
-            evaluated = evaluate(self.setup, self.policy, self.runner, self.rewards, held_out, between)
-        save_grid(
-            self.out / "samples" / f"iteration_{iteration:06d}.png",
-            evaluated,
-            self.recipe.run.eval.samples,
-            self.rewards.weights,
-        )
+            between = self.stopping.check if self.ranks.size == 1 else lambda: None
+            held_out = self.setup.eval_prompts
+            evaluated = evaluate(self.setup, self.policy, self.runner, self.rewards, held_out, between, self.ranks)
+        if self.ranks.first:
+            save_grid(
+                self.out / "samples" / f"iteration_{iteration:06d}.png",
+                evaluated,
+                self.recipe.run.eval.samples,
+                self.rewards.weights,
+            )
         if self.recipe.run.keep_best and iteration > 0:
             self._keep_if_best(evaluated.weighted(self.rewards.weights))
         return evaluated

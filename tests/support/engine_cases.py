@@ -41,7 +41,7 @@ def tiny_recipe(folder, **changes):
         "run": {"iterations": 3, "checkpoint_every": 1, "eval_every": 2, "log": ["jsonl"]},
     }
     for section, change in changes.items():
-        content[section] = {**content[section], **change} if isinstance(change, dict) else change
+        content[section] = {**content.get(section, {}), **change} if isinstance(change, dict) else change
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "train.txt", TRAIN_PROMPTS)
     write_lines(folder / "eval.txt", EVAL_PROMPTS)

@@ -687,9 +687,11 @@ class Engine(Section):
     """
 
     # another value is refused until there is code behind it
-    distributed: Literal["none"] = "none"
-    """How a run is spread over devices: not yet.
-    Source: ours.
+    distributed: Literal["none", "ddp"] = "none"
+    """How a run is spread over the processes that torchrun starts, one for each device.
+    ddp: each trains on its share of an iteration's prompts with the whole model, and one reduction adds up the
+    gradients of an update; the result is that of one process. Made for LoRA: every device holds all that one would.
+    Source: PyTorch Distributed (2006.15704); the division of prompts is ours.
     """
 
 

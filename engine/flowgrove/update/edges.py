@@ -3,21 +3,46 @@ with all its children that the update trains. Host arrays.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowgrove.credit import EdgeCredit
 from flowgrove.passes.packing import Ints
-from flowgrove.plan.planner import Step
+from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.rollout.forest import Forest, edges_in_update
+
+
+class UpdateSize(NamedTuple):
+    """What an update trains of all prompts of the iteration, on whichever rank. `selected`: edges that plan and pruning
+    give it, N_u, whether they have an advantage or not; `trains`: whether any of them has one, or a KL term.
+    """
+
+    selected: int
+    trains: bool
+
+
+def update_sizes(
+    plan: RolloutPlan, credit: dict[int, EdgeCredit], updates: int, keep_zero_advantage: bool
+) -> list[UpdateSize]:
+    """The size of every update, from the credit of all prompts."""
+    sizes = []
+    for update in range(updates):
+        masks = [
+            (credit[step.index].trains & edges_in_update(plan, step, update), credit[step.index].advantage)
+            for step in plan.trained_steps
+        ]
+        selected = sum(int(mask.sum()) for mask, _ in masks)
+        trains = any(bool((mask & (keep_zero_advantage | (advantage != 0))).any()) for mask, advantage in masks)
+        sizes.append(UpdateSize(selected, trains))
+    return sizes
 
 
 @dataclass(frozen=True)
 class Edges:
     """Rows: state (row of the forest), step, prompt, children; edges, in the order of their rows: child (row of the
-    forest), node and its parent (in their levels), advantage, weight ω of the step. `selected`: edges that plan and
-    pruning give the update, N_u, whether they have an advantage or not.
+    forest), node and its parent (in their levels), advantage, weight ω of the step.
     """
 
     state: Ints
@@ -29,7 +54,6 @@ class Edges:
     parent: Ints
     advantage: NDArray[np.float64]
     weight: NDArray[np.float64]
-    selected: int
 
     def __len__(self) -> int:
         return len(self.state)
@@ -42,7 +66,6 @@ class Edges:
         return Edges(
             self.state[rows], self.step[rows], self.prompt[rows], children,
             self.child[edges], self.node[edges], self.parent[edges], self.advantage[edges], self.weight[edges],
-            self.selected,
         )  # fmt: skip
 
 
@@ -59,10 +82,9 @@ def edges_of_update(
     granularity: "states": a row for each state that has such an edge; "levels": for each state of a trained level;
     "edges": for each edge.
     """
-    plan, parts, selected = forest.plan, [], 0
+    plan, parts = forest.plan, []
     for step in plan.trained_steps:
         mine = credit[step.index].trains & edges_in_update(plan, step, update)
-        selected += int(mine.sum())
         advantage = credit[step.index].advantage
         parts.append(
             _rows_of_step(
@@ -77,7 +99,7 @@ def edges_of_update(
     state, index, prompt, children, child, node, parent, advantages, weights = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
-    return Edges(state, index, prompt, children, child, node, parent, advantages, weights, selected)
+    return Edges(state, index, prompt, children, child, node, parent, advantages, weights)
 
 
 def _rows_of_step(

@@ -4,6 +4,7 @@ and again in smaller passes where the device's memory is too small.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from flowgrove.plan.planner import RolloutPlan
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rollout.forest import Forest, RetainedPass
 from flowgrove.spans import span
-from flowgrove.update.edges import Edges, edges_of_update
+from flowgrove.update.edges import Edges, UpdateSize, edges_of_update, update_sizes
 from flowgrove.update.micro_batches import MicroBatch, micro_batches
 from flowgrove_kernels import StepCoefficients, flow_logprob
 
@@ -60,15 +61,39 @@ class Rolled:
         )
 
 
-class UpdatePasses:
-    """`batches[u]`: the passes of update u, each with what it is a pass of."""
+class Whole(NamedTuple):
+    """What the updates of an iteration are of all its prompts, on whichever rank: the plan and every update's size."""
 
-    def __init__(self, recipe: Recipe, parts: list[Rolled], runner: PassRunner) -> None:
-        self.parts, self.runner, self.budget = parts, runner, runner.budget
+    plan: RolloutPlan
+    sizes: list[UpdateSize]
+
+    @classmethod
+    def of_credit(cls, recipe: Recipe, plan: RolloutPlan, credit: dict[int, EdgeCredit]) -> "Whole":
+        """The sizes that the credit of all prompts gives; the plans of several picture sizes differ in σ alone."""
+        update = recipe.update
+        return cls(plan, update_sizes(plan, credit, update.updates_per_iteration, update.kl_weight > 0))
+
+    @classmethod
+    def of(cls, recipe: Recipe, parts: list[Rolled]) -> "Whole":
+        """The sizes of these parts together."""
+        alone = [cls.of_credit(recipe, part.forest.plan, part.credit).sizes for part in parts]
+        sizes = [
+            UpdateSize(sum(s.selected for s in each), any(s.trains for s in each)) for each in zip(*alone, strict=True)
+        ]
+        return cls(parts[0].forest.plan, sizes)
+
+
+class UpdatePasses:
+    """`batches[u]`: the passes of update u, each with what it is a pass of. `selected`: the edges of every update, N_u,
+    by which its loss is divided.
+    """
+
+    def __init__(self, recipe: Recipe, parts: list[Rolled], runner: PassRunner, selected: list[int]) -> None:
+        self.parts, self.runner, self.budget, self.selected = parts, runner, runner.budget, selected
         update, engine = recipe.update, recipe.engine
         self.updates = update.updates_per_iteration
         self.replays = engine.exact_replay and engine.share
-        noisy = parts[0].policy.compute_dtype == torch.bfloat16
+        noisy = any(part.policy.compute_dtype == torch.bfloat16 for part in parts)
         # guard needs no logp, replay has it
         self.refreshes_logp = noisy and engine.share and not self.replays and update.step_weight != "guard"
         weights = [step_weights(part.forest.plan, update.step_weight) for part in parts]
@@ -114,7 +139,7 @@ class UpdatePasses:
         return held
 
     def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
-        scale = 1 / max(sum(edges.selected for edges in self.edges[number]), 1)
+        scale = 1 / max(self.selected[number], 1)
         parts = zip(self.parts, self.edges[number], strict=True)
         return [
             (part, batch) for part, edges in parts for batch in self._batches_of_part(part, edges, number == 0, scale)

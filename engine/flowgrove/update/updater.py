@@ -4,19 +4,22 @@ one optimiser step per update.
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from flowgrove.device import to_host
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import retry_smaller
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
 from flowgrove.spans import span
 from flowgrove.update.ema import Ema
 from flowgrove.update.micro_batches import MicroBatch
 from flowgrove.update.optimizers import make_optimizer
-from flowgrove.update.passes import Rolled, UpdatePasses
+from flowgrove.update.passes import Rolled, UpdatePasses, Whole
 from flowgrove_kernels import NoiseKey, grpo_loss_and_grad
 from flowgrove_kernels.affine import guided
 
@@ -40,34 +43,61 @@ class UpdateStats:
         for part in fields(self):
             setattr(self, part.name, getattr(self, part.name) + getattr(more, part.name))
 
+    def gathered(self, ranks: Ranks) -> "UpdateStats":
+        """What all ranks' updates left, in host memory where there are several. The gradient's norm is that of all."""
+        if ranks.size == 1:
+            return self
+        edges = [_column(parts) for parts in (self.ratio, self.clipped, self.log_ratio)]
+        ratio, clipped, log_ratio = torch.cat(ranks.gather(torch.stack(edges, dim=1))).unbind(1)
+        loss, drift = (torch.cat(ranks.gather(_column(parts))) for parts in (self.loss, self.drift))
+        if not len(ratio):
+            return UpdateStats()
+        passes = ranks.total(self.train_passes)
+        return UpdateStats([ratio], [clipped], [log_ratio], list(loss), [drift], self.grad_norm, passes)
+
+
+def _column(parts: list[Tensor]) -> Tensor:
+    """Parts of any shapes after each other, float64 [n] in host memory."""
+    flat = torch.cat([part.reshape(-1).double() for part in parts]) if parts else torch.empty(0, dtype=torch.float64)
+    return to_host(flat)
+
 
 class Updater:
-    """Owns the optimiser of a policy's weights. One call trains on one iteration's forest, in passes of `runner`."""
+    """Owns the optimiser of a policy's weights. One call trains on one iteration's forest, each of the `ranks` on its
+    own part of it, in passes of `runner`.
+    """
 
-    def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner) -> None:
-        self.recipe, self.weights, self.runner = recipe, policy.weights, runner
+    def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner, ranks: Ranks | None = None) -> None:
+        self.recipe, self.weights, self.runner, self.ranks = recipe, policy.weights, runner, ranks or Ranks()
         update = recipe.update
         self.parameters = list(self.weights.trainable().values())
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
         self.ema = None if update.ema_decay is None else Ema(self.weights, update.ema_decay)
 
-    def run(self, parts: list[Rolled]) -> UpdateStats:
+    def run(self, parts: list[Rolled], whole: Whole | None = None) -> UpdateStats:
         """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then
         passes halved, and the update's work is repeated.
+
+        `whole`: what all ranks' parts are together; None: these are all. A rank may have none.
         """
-        stats, plan = UpdateStats(), parts[0].forest.plan
-        if not plan.trained_steps:  # pruning may leave an iteration without any
+        whole = whole or Whole.of(self.recipe, parts)
+        stats = UpdateStats()
+        if not whole.plan.trained_steps:  # pruning may leave an iteration without any
             return stats
-        passes = UpdatePasses(self.recipe, parts, self.runner)
-        for number in range(passes.updates):
+        passes = UpdatePasses(self.recipe, parts, self.runner, [size.selected for size in whole.sizes])
+        for number, size in enumerate(whole.sizes):
             with span(f"update {number}"):
-                # both are called before the next number
-                stats.add(retry_smaller(lambda: self._accumulate(passes, number), lambda: passes.shrink(number)))  # noqa: B023
-                if number == 0:  # the old policy is still in place, and the rollout's graphs are gone
-                    retry_smaller(passes.refresh_old_logp, lambda: passes.shrink(1))
+                stats.add(self.ranks.together(partial(self._gradient, passes, number)))
                 with span("optimizer"):
-                    self._step(stats, bool(passes.batches[number]), plan.iteration * passes.updates + number)
-            passes.batches[number] = []
+                    self._step(stats, size.trains, whole.plan.iteration * len(whole.sizes) + number)
+        return stats
+
+    def _gradient(self, passes: UpdatePasses, number: int) -> UpdateStats:
+        """Leaves this rank's gradient of update `number`."""
+        stats = retry_smaller(lambda: self._accumulate(passes, number), lambda: passes.shrink(number))
+        if number == 0:  # the old policy is still in place, and the rollout's graphs are gone
+            retry_smaller(passes.refresh_old_logp, lambda: passes.shrink(1))
+        passes.batches[number] = []
         return stats
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
@@ -125,6 +155,7 @@ class Updater:
         """
         if not trained:
             return
+        self.ranks.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.update.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, number)

@@ -1,0 +1,190 @@
+"""The processes that share a run, as torchrun starts them: rank r of n rolls out and trains its part of the prompts.
+
+What all must know (scores, errors, signals) they tell each other through host memory (gloo); gradients go where they
+lie (NCCL on GPUs). A run of one process is a world of one, in which nothing is sent.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flowgrove.errors import UserError, one_line
+from flowgrove.pulse import Pulse
+
+Result = TypeVar("Result")
+# A rank waits for the slowest reward of all the others, and that is no fault; one that has died closes its connections.
+_PATIENCE = timedelta(hours=12)
+
+
+class ElsewhereError(RuntimeError):
+    """What went wrong on another rank, which tells of it itself."""
+
+    elsewhere = True
+
+
+class Ranks:
+    """One rank's view of them all. `control`: their group for tensors in host memory; None: a world of one."""
+
+    def __init__(self, rank: int = 0, size: int = 1, control: "dist.ProcessGroup | None" = None) -> None:
+        self.rank, self.size, self._control = rank, size, control
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, count: int, rank: int | None = None) -> slice:
+        """The part of `count` things that is a rank's, by default this one's: in order, each within one of the rest."""
+        mine = self.rank if rank is None else rank
+        return slice(count * mine // self.size, count * (mine + 1) // self.size)
+
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """The tensors [n, ...] of all ranks, in host memory, in their order; n may differ, the rest may not."""
+        if self.size == 1:
+            return [mine]
+        mine = mine.contiguous()
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with _lost():
+            dist.all_gather(counts, torch.tensor([len(mine)]), group=self._control)
+        longest = max(int(count) for count in counts)
+        padded = mine.new_zeros(longest, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        with _lost():
+            dist.all_gather(found, padded, group=self._control)
+        return [tensor[: int(count)] for tensor, count in zip(found, counts, strict=True)]
+
+    def gather_parts(self, mine: Sequence[Tensor], counts: Sequence[int], each: int = 1) -> list[Tensor]:
+        """For every part of an iteration the whole tensor, from the ranks' shares of it.
+
+        `mine`: this rank's share [share(count) · each, ...] of every part, whose `counts` all ranks know.
+        """
+        if self.size == 1:
+            return list(mine)
+        found = self.gather(torch.cat(list(mine)))
+        parts: list[list[Tensor]] = [[] for _ in counts]
+        for rank, tensor in enumerate(found):
+            lengths = [each * (share.stop - share.start) for share in (self.share(count, rank) for count in counts)]
+            for part, piece in zip(parts, tensor.split(lengths), strict=True):
+                part.append(piece)
+        return [torch.cat(part) for part in parts]
+
+    def most(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        return max(int(found) for found in self.gather(torch.tensor([number])))
+
+    def total(self, number: int) -> int:
+        """The sum of all ranks' numbers."""
+        return sum(int(found) for found in self.gather(torch.tensor([number])))
+
+    def chosen(self, text: str | None) -> str | None:
+        """What the first rank says."""
+        if self.size == 1:
+            return text
+        found = self.tell("" if text is None else f"={text}")[0]
+        return found[1:] if found else None
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns here, once it has ended on every rank.
+
+        An error on some of them ends all, with that of the lowest such rank: a UserError is the same everywhere, of
+        any other the rest get an ElsewhereError.
+        """
+        if self.size == 1:
+            return work()
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        mine = "" if error is None else _USER + str(error) if isinstance(error, UserError) else _OTHER + _named(error)
+        told = self.tell(mine)
+        for rank, text in enumerate(told):
+            if not text:
+                continue
+            if text[0] == _USER:
+                shared = UserError(text[1:])
+                shared.everywhere = True
+                raise shared from error
+            raise error if error is not None and rank == self.rank else ElsewhereError(f"rank {rank}: {text[1:]}")
+        return result
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes every gradient the sum of all ranks', in one reduction; one that no rank has stays None.
+
+        Weight decay would move a weight whose gradient is 0 instead.
+        """
+        if self.size == 1:
+            return
+        has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        with _lost():
+            dist.all_reduce(has, dist.ReduceOp.MAX, group=self._control)
+        some = [parameter for parameter, there in zip(parameters, has.tolist(), strict=True) if there]
+        if not some:
+            return
+        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
+        with _lost():
+            dist.all_reduce(whole)
+        for parameter, part in zip(some, whole.split([p.numel() for p in some]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def tell(self, text: str) -> list[str]:
+        """What every rank says."""
+        found = self.gather(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else _NOTHING)
+        return [bytes(tensor.tolist()).decode() for tensor in found]
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """Raises UserError where the ranks can no longer reach each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "another rank of this run has gone, and this one ends too; the same command goes on from the newest "
+            f"checkpoint ({one_line(str(error), 200)})"
+        ) from error
+
+
+_USER, _OTHER = "u", "o"  # what the text of an error is that one rank tells the others
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(str(error), 500)}"
+
+
+def started() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
+    """The ranks of this run, with engine.distributed and the device of this process.
+
+    Raises UserError where torchrun has started several processes of a run that is for one.
+    """
+    if distributed == "none" and started() > 1:
+        raise UserError(
+            f"engine.distributed is none, but torchrun started {started()} processes, each of which would train for "
+            "itself: write ddp, or start the command without torchrun"
+        )
+    if distributed == "none" or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    with Pulse(store, rank, size):
+        yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may have gone

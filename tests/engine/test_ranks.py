@@ -1,0 +1,234 @@
+"""What ranks tell each other, and that they train what one process would."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from engine_cases import checkpoints, metrics_of, refuse, succeed, tiny_recipe, write_lines
+from flowgrove.pulse import Pulse
+from flowgrove.ranks import Ranks, joined
+from torchrun import DEADLINE, started, torchrun, train
+
+TELL = """
+import torch
+from torch import nn
+from flowgrove.errors import UserError
+from flowgrove.ranks import ElsewhereError, joined
+
+def fails(error):
+    raise error
+
+def ended(work):
+    try:
+        ranks.together(work)
+    except (UserError, ElsewhereError, ValueError) as error:
+        return type(error).__name__, str(error)
+
+with joined("ddp", torch.device("cpu")) as ranks:
+    me = ranks.rank
+    assert (ranks.size, ranks.first) == (3, me == 0)
+    assert [part.tolist() for part in ranks.gather(torch.full((me, 2), me))] == [[], [[1, 1]], [[2, 2], [2, 2]]]
+    counts = [2, 5]
+    whole = [torch.arange(2 * count).double() for count in counts]
+    share = [ranks.share(count) for count in counts]
+    mine = [part[2 * some.start : 2 * some.stop] for part, some in zip(whole, share)]
+    assert all(torch.equal(a, b) for a, b in zip(ranks.gather_parts(mine, counts, 2), whole, strict=True))
+    assert (ranks.most(me), ranks.total(me)) == (2, 3)
+    assert ranks.chosen(f"rank {me} says ü") == "rank 0 says ü"
+    assert ranks.chosen(None if me == 0 else "no") is None
+    assert ranks.chosen("" if me == 0 else "no") == ""
+    assert ranks.together(lambda: me) == me
+    assert ended(lambda: me == 1 and fails(UserError("write this"))) == ("UserError", "write this")
+    other = ended(lambda: me >= 1 and fails(ValueError("by mistake")))
+    assert other == (("ValueError", "by mistake") if me == 1 else ("ElsewhereError", "rank 1: ValueError: by mistake"))
+    weights = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(3)]
+    weights[0].grad = torch.full((2,), 1.0 + me, dtype=torch.float64)
+    if me == 2:
+        weights[1].grad = torch.ones(2, dtype=torch.float64)
+    ranks.sum_gradients(weights)
+    assert weights[0].grad.tolist() == [6.0, 6.0] and weights[1].grad.tolist() == [1.0, 1.0]
+    assert weights[2].grad is None
+    if ranks.first:
+        print("all is told")
+"""
+
+SHAPES = [
+    "a red circle at the centre", "a blue square at the top left", "a green cross at the top right",
+    "a yellow triangle at the centre", "a purple circle at the bottom left",
+]  # fmt: skip
+FP64 = {"adapter": "sd3", "path": "tiny", "dtype": "fp64", "gradient_checkpointing": False}
+LORA = {**FP64, "lora": {"rank": 2, "alpha": 4}}
+SIZES = {**LORA, "sizes": [[32, 32], [32, 16]]}
+TREE = {"steps": 5, "shift": 1.0, "window": {"strategy": "none"}, "tree": {"splits": [0, 2], "fanout": 2}}
+PRUNED = {"std": "global", "fusion_beta": 0.5, "prune": {"kind": "extreme", "keep": 1}}
+UPDATE = {"lr": 1e-3, "clip_range": 1e-3, "updates_per_iteration": 2, "ema_decay": 0.9}
+CASES = {
+    "window, LoRA, KL": {"model": LORA, "update": {**UPDATE, "kl_weight": 0.1}},
+    "tree pruned by reward": {"model": LORA, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
+    "full fine-tuning, small passes": {"model": FP64, "update": UPDATE, "engine": {"token_budget": 80}},
+    "fewer prompts than ranks": {"model": LORA, "update": UPDATE, "data": {"prompts_per_iteration": 1}},
+    "two sizes": {"model": SIZES, "update": UPDATE},
+}
+SAMPLE = [(2, "tree pruned by reward"), (3, "two sizes")]  # what make test holds; the rest belongs to make test-long
+ALL = [(ranks, case) for ranks in (2, 3) for case in CASES]
+
+
+def written(folder, iterations=3, **changes):
+    """A recipe of 5 prompts an iteration, evaluated at its end."""
+    data = {"prompts_per_iteration": 5, "eval_prompts": "train.txt", **changes.pop("data", {})}
+    run = {"iterations": iterations, "checkpoint_every": 0, "eval_every": 2, "seed": 5}
+    path = tiny_recipe(folder, data=data, run=run, **changes)
+    write_lines(folder / "train.txt", SHAPES)
+    return path
+
+
+def last(run, name="weights"):
+    """What the newest checkpoint holds."""
+    return load_file(run / "checkpoints" / checkpoints(run)[-1] / f"{name}.safetensors")
+
+
+def assert_same(found, expected, within=1e-10):
+    """Weights and averages to rounding, rewards to the last bit, every other number nearly."""
+    for name in ("weights", "ema"):
+        left, right = last(found, name), last(expected, name)
+        assert list(left) == list(right)
+        assert max(float((left[key] - right[key]).abs().max()) for key in left) < within
+    for line, wanted in zip(metrics_of(found), metrics_of(expected), strict=True):
+        assert list(line) == list(wanted)
+        for key in ("reward", "rollout_forwards", "advantage_by_step", "eval_reward", "clipped_low", "clipped_high"):
+            assert line.get(key) == wanted.get(key), key
+        for key in ("ratio_mean", "ratio_min", "ratio_max", "loss", "grad_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=1e-9, abs=1e-12), key
+
+
+def test_shares_are_in_order_and_within_one_of_each_other():
+    for size in range(1, 6):
+        for count in range(12):
+            shares = [Ranks(rank, size).share(count) for rank in range(size)]
+            assert [number for share in shares for number in range(count)[share]] == list(range(count))
+            lengths = [share.stop - share.start for share in shares]
+            assert max(lengths) - min(lengths) <= 1
+
+
+def test_ranks_tell_each_other_values_errors_and_gradients(tmp_path):
+    (tmp_path / "tell.py").write_text(TELL)
+    assert "all is told" in torchrun(3, tmp_path / "tell.py", output=tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [
+        pytest.param(*each, id=f"{each[1]}, {each[0]} ranks", marks=() if each in SAMPLE else pytest.mark.long)
+        for each in ALL
+    ],
+)
+def test_several_ranks_train_what_one_does(ranks, case, tmp_path):
+    recipe = written(tmp_path, **CASES[case])
+    succeed("train", recipe, "--out", tmp_path / "one")
+    train(ranks, recipe, "--out", tmp_path / "several", output=tmp_path / "log")
+    assert_same(tmp_path / "several", tmp_path / "one")
+    lines = [line["train_passes"] for line in metrics_of(tmp_path / "one")]
+    assert [line["train_passes"] for line in metrics_of(tmp_path / "several")] == lines
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_ranks(before, after, tmp_path):
+    def go(ranks, recipe, out):
+        if ranks == 1:
+            succeed("train", recipe, "--out", out)
+        else:
+            train(ranks, recipe, "--out", out, output=tmp_path / "log")
+
+    recipe = written(tmp_path, iterations=4, **CASES["window, LoRA, KL"])
+    go(1, recipe, tmp_path / "whole")
+    short = recipe.read_text()
+    recipe.write_text(short.replace("iterations: 4", "iterations: 2"))
+    go(before, recipe, tmp_path / "parts")
+    recipe.write_text(short)
+    go(after, recipe, tmp_path / "parts")
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoint(tmp_path):
+    recipe = written(tmp_path, iterations=10_000, **CASES["window, LoRA, KL"])
+    out = tmp_path / "run"
+    options = ("--set", "engine.distributed=ddp", "--set", "run.eval_every=0", "--out", out)
+    with started(2, "-m", "flowgrove", "train", recipe, *options, output=tmp_path / "log") as process:
+        until = time.monotonic() + DEADLINE
+        while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        os.kill(second_rank(process.pid), signal.SIGTERM)
+        process.wait(DEADLINE)
+    (saved,) = checkpoints(out)
+    assert int(saved[5:]) == len(metrics_of(out))
+    text = (tmp_path / "log").read_text()
+    assert text.count("the same command goes on from it") == 1
+    assert "exitcode  : 143" in text
+
+
+def second_rank(torchrun_pid):
+    """The process of rank 1."""
+    children = Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    return found
+
+
+def test_an_error_on_one_rank_is_told_once(tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "import os\n\ndef score(pictures, prompts):\n"
+        "    if os.environ['RANK'] == '1':\n        raise ValueError('not these')\n    return [0.0] * len(prompts)\n"
+    )
+    recipe = written(
+        tmp_path, reward=[{"name": "python", "file": "picky.py", "function": "score"}], update=UPDATE, model=LORA
+    )
+    text = train(2, recipe, "--allow-python", "--out", tmp_path / "run", output=tmp_path / "log", code=1)
+    assert text.count("error: ") == text.count("not these") == 1, text
+
+
+def test_several_processes_of_a_run_for_one_are_refused(tmp_path, monkeypatch):
+    recipe = written(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "write ddp" in refuse("train", recipe, "--out", tmp_path / "run")
+    assert "runs in one process" in refuse("eval", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ddp_without_torchrun_is_a_world_of_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with joined("ddp", torch.device("cpu")) as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert ranks.together(lambda: 3) == 3
+        assert not dist.is_initialized()
+
+
+def test_a_rank_that_no_longer_counts_is_named_and_one_that_is_slow_is_not(caplog):
+    store = dist.HashStore()
+    with Pulse(store, 0, 3, beat=0.02, silence=0.3), Pulse(store, 2, 3, beat=0.02, silence=0.3):
+        with Pulse(store, 1, 3, beat=0.02, silence=0.3):
+            time.sleep(1.0)
+            assert caplog.messages == []
+        time.sleep(1.0)
+        assert caplog.messages == ["rank 1 has given no sign of life for 0 s: has it been stopped?"]
+        with Pulse(store, 1, 3, beat=0.02, silence=0.3):
+            time.sleep(0.5)
+    assert caplog.messages[1:] == ["rank 1 counts again"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_world_of_one_on_nccl_trains_what_a_run_without_torchrun_does(tmp_path):
+    recipe = written(tmp_path, engine={"device": "cuda"}, update=UPDATE, model={**LORA, "dtype": "fp32"})
+    succeed("train", recipe, "--out", tmp_path / "alone")
+    train(1, recipe, "--out", tmp_path / "one", output=tmp_path / "log")
+    for line, wanted in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "alone"), strict=True):
+        assert json.dumps(line["reward"]) == json.dumps(wanted["reward"])

@@ -1,0 +1,55 @@
+"""Several ranks of one run, each a process, with a deadline for all of them together."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+from subprocesses import environment
+
+DEADLINE = 150  # seconds: two cores import torch for every rank
+
+
+def _command(ranks, arguments):
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        *map(str, arguments),
+    ]  # fmt: skip
+
+
+@contextmanager
+def started(ranks, *arguments, output):
+    """torchrun with `ranks` processes of `python ARGUMENTS`, which ends with the block; what all print is in `output`.
+    Yields its Popen.
+    """
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            _command(ranks, arguments),
+            env=environment(OMP_NUM_THREADS="1"),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def torchrun(ranks, *arguments, output, code=0):
+    """Runs to the end; torchrun ends with 1 whatever its ranks end with. Returns what all printed."""
+    with started(ranks, *arguments, output=output) as process:
+        found = process.wait(DEADLINE)
+    text = output.read_text()
+    assert found == code, text
+    return text
+
+
+def train(ranks, recipe, *options, output, code=0):
+    """`flowgrove train` of a recipe on `ranks` ranks with engine.distributed: ddp."""
+    return torchrun(
+        ranks, "-m", "flowgrove", "train", recipe, "--set", "engine.distributed=ddp", *options, output=output, code=code
+    )
