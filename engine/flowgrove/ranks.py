@@ -184,6 +184,8 @@ def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps the store when it starts all ranks anew, and in it where those before could be reached
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     with Pulse(store, rank, size):
         yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE))
