@@ -162,11 +162,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoin
     out = tmp_path / "run"
     options = ("--set", "engine.distributed=ddp", "--set", "run.eval_every=0", "--out", out)
     with started(2, "-m", "flowgrove", "train", recipe, *options, output=tmp_path / "log") as process:
-        until = time.monotonic() + DEADLINE
-        while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 2:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < until
-            time.sleep(0.2)
+        wait_for_lines(out, 2, process, tmp_path / "log")
         os.kill(second_rank(process.pid), signal.SIGTERM)
         process.wait(DEADLINE)
     (saved,) = checkpoints(out)
@@ -174,6 +170,33 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoin
     text = (tmp_path / "log").read_text()
     assert text.count("the same command goes on from it") == 1
     assert "exitcode  : 143" in text
+
+
+@pytest.mark.long
+def test_torchrun_starts_all_anew_when_one_is_killed_and_they_go_on(tmp_path):
+    """Its store outlives them, and in it where those before could be reached."""
+    recipe = written(tmp_path, iterations=12, **CASES["window, LoRA, KL"])
+    text = recipe.read_text()
+    assert "checkpoint_every: 0" in text
+    recipe.write_text(text.replace("checkpoint_every: 0", "checkpoint_every: 1"))
+    succeed("train", recipe, "--out", tmp_path / "one")
+    out, options = tmp_path / "run", ("--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    train = ("-m", "flowgrove", "train", recipe, "--set", "engine.distributed=ddp", "--out", out)
+    with started(2, *train, output=tmp_path / "log", options=(*options, "--max-restarts", "1")) as process:
+        wait_for_lines(out, 3, process, tmp_path / "log")
+        os.kill(second_rank(process.pid), signal.SIGKILL)
+        assert process.wait(DEADLINE) == 0, (tmp_path / "log").read_text()
+    assert "another rank of this run has gone" in (tmp_path / "log").read_text()
+    assert_same(out, tmp_path / "one")
+
+
+def wait_for_lines(out, count, process, log):
+    """Until the run has written so many metrics lines."""
+    until = time.monotonic() + DEADLINE
+    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < count:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def second_rank(torchrun_pid):

@@ -11,21 +11,15 @@ from subprocesses import environment
 DEADLINE = 150  # seconds: two cores import torch for every rank
 
 
-def _command(ranks, arguments):
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        *map(str, arguments),
-    ]  # fmt: skip
-
-
 @contextmanager
-def started(ranks, *arguments, output):
+def started(ranks, *arguments, output, options=("--standalone",)):
     """torchrun with `ranks` processes of `python ARGUMENTS`, which ends with the block; what all print is in `output`.
     Yields its Popen.
     """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
     with output.open("w") as file:
         process = subprocess.Popen(
-            _command(ranks, arguments),
+            [*torchrun, *map(str, arguments)],
             env=environment(OMP_NUM_THREADS="1"),
             stdout=file,
             stderr=subprocess.STDOUT,
