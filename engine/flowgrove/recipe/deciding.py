@@ -20,7 +20,9 @@ _REWARD_OPERATION = (
 
 def deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
     """What decides the weights, as JSON values, without the prompts' text."""
-    content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    # a section that says nothing else must look as if it had not been written
+    alone = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"distributed": "none"})})
+    content = alone.model_dump(mode="json", exclude_defaults=exclude_defaults)
     content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
     for section, keys in _OPERATION.items():
         for key in keys:
