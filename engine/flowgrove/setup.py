@@ -3,7 +3,7 @@
 import hashlib
 import json
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowgrove.plan.planner import RolloutPlan, make_plan
 from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas
@@ -46,9 +46,26 @@ class Setup:
 
         Keys at their default do not enter, so that a version with new keys resumes old runs.
         """
+        return self._hash(self._deciding)
+
+    @cached_property
+    def _deciding(self) -> dict[str, Any]:
         content = deciding(self.recipe, exclude_defaults=True)
         content["data"] |= {"prompts": self.prompts, "eval_prompts": None}
+        return content
+
+    @staticmethod
+    def _hash(content: dict[str, Any]) -> str:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether a run with this fingerprint is of this recipe. Of an engine section that decides nothing one may have
+        been written there and not here, or the other way round.
+        """
+        if self._deciding.get("engine"):
+            return fingerprint == self.fingerprint
+        without = {name: section for name, section in self._deciding.items() if name != "engine"}
+        return fingerprint in (self._hash(without), self._hash({**without, "engine": {}}))
 
     @cached_property
     def sizes(self) -> list["Setup"]:

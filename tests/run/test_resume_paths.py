@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine_cases import succeed, tiny_recipe
+from engine_cases import metrics_of, refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.recipe.loading import load_recipe
@@ -121,3 +121,21 @@ def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path, change):
     assert Setup(load_recipe(path)).fingerprint == Setup(load_recipe(path, (change,))).fingerprint
     for other in ("model.guidance_scale=2", "reward=[{name: http, url: 'http://one:2', weight: 2}]", "update.lr=1"):
         assert Setup(load_recipe(path)).fingerprint != Setup(load_recipe(path, (other,))).fingerprint
+
+
+def test_keys_that_decide_nothing_may_be_written_or_left_out_when_a_run_goes_on(tmp_path):
+    """A recipe without an engine section is that with one in which only the device is written."""
+    recipe = tiny_recipe(tmp_path, run={"iterations": 1, "eval_every": 0})
+    with_engine = recipe.read_text()
+    assert "engine:\n  device: cpu\n" in with_engine
+    without = with_engine.replace("engine:\n  device: cpu\n", "")
+    for number, (before, after) in enumerate(((with_engine, without), (without, with_engine))):
+        out = tmp_path / f"run{number}"
+        recipe.write_text(before)
+        succeed("train", recipe, "--out", out)
+        recipe.write_text(after.replace("iterations: 1", "iterations: 2"))
+        succeed("train", recipe, "--out", out)
+        assert [line["iteration"] for line in metrics_of(out)] == [0, 1]
+    assert "was written by another recipe" in refuse(
+        "train", recipe, "--out", out, "--set", "engine.share=false", "--resume", out / "checkpoints" / "step_000002"
+    )

@@ -10,7 +10,16 @@ from flowgrove.recipe.schema import Recipe
 _OPERATION = {
     "model": ("gradient_checkpointing", "vae_tiling"),
     "data": ("embedding_cache", "prompt_key"),
-    "engine": ("token_budget", "device", "backend", "attention", "compile", "cuda_graphs", "reuse_rollout_graph"),
+    "engine": (
+        "token_budget",
+        "device",
+        "backend",
+        "attention",
+        "compile",
+        "cuda_graphs",
+        "reuse_rollout_graph",
+        "distributed",
+    ),
 }
 _REWARD_OPERATION = (
     "path", "processor", "clip", "tokenizer", "file", "batch_size", "dtype", "url", "timeout", "retries", "concurrency",
@@ -20,9 +29,7 @@ _REWARD_OPERATION = (
 
 def deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
     """What decides the weights, as JSON values, without the prompts' text."""
-    # a section that says nothing else must look as if it had not been written
-    alone = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"distributed": "none"})})
-    content = alone.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
     content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
     for section, keys in _OPERATION.items():
         for key in keys:

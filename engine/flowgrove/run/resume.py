@@ -44,7 +44,7 @@ def finished(setup: Setup, out: Path) -> bool:
     try:
         state = read_state(checkpoints[-1])
         done = state["completed_iterations"]
-        if state["recipe"] != setup.fingerprint or done < setup.recipe.run.iterations:
+        if not setup.is_of(state["recipe"]) or done < setup.recipe.run.iterations:
             return False
         verify(checkpoints[-1])
     except UserError:
@@ -66,7 +66,7 @@ def choose_checkpoint(setup: Setup, out: Path, resume: str, say: Say = _log.warn
         if holds_run and not inside:
             raise UserError(f"{out} holds a run, and {chosen} is no checkpoint of it: give another --out")
         state = verify(pointed_at(chosen))
-        if inside and state["recipe"] != setup.fingerprint:
+        if inside and not setup.is_of(state["recipe"]):
             ways = f"train on from it into another --out, or resume with {out / 'recipe.yaml'}"
             raise UserError(f"{chosen} was written by another recipe: {differences(setup.recipe, out)}: {ways}")
         return chosen
@@ -75,7 +75,7 @@ def choose_checkpoint(setup: Setup, out: Path, resume: str, say: Say = _log.warn
             raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
         return None
     folder = newest_checkpoint(out, say)
-    if folder is not None and read_state(folder)["recipe"] != setup.fingerprint:
+    if folder is not None and not setup.is_of(read_state(folder)["recipe"]):
         ways = f"give another --out, or resume with {out / 'recipe.yaml'}"
         raise UserError(f"{out} holds a run of another recipe: {differences(setup.recipe, out)}: {ways}")
     return folder
