@@ -120,11 +120,12 @@ def _fail(text: str, code: int = 2, told: bool = False) -> NoReturn:
 
 
 def _told_by_the_first_rank(error: UserError) -> bool:
-    """Whether this is another rank, and the first one has the same error: all have until they are joined."""
+    """Whether another rank has the same error and tells it: all of a machine have until they are joined."""
     if os.environ.get("RANK", "0") == "0":
         return False
     torch = sys.modules.get("torch")
-    return error.everywhere or torch is None or not torch.distributed.is_initialized()
+    joined = torch is not None and torch.distributed.is_initialized()
+    return error.everywhere or (not joined and os.environ.get("LOCAL_RANK", "0") != "0")
 
 
 def _allow(python: bool) -> None:
@@ -152,7 +153,7 @@ def train(
 
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
     from flowgrove.device import pick_device
-    from flowgrove.ranks import joined
+    from flowgrove.ranks import joined, started
     from flowgrove.report.page import write_report
     from flowgrove.run.progress import TrainingDisplay
     from flowgrove.run.resume import finished
@@ -161,10 +162,15 @@ def train(
     from flowgrove.trainer import Trainer
 
     setup, folder = Setup(settings), out or Path(settings.run.out)
-    if resume == "auto" and finished(setup, folder):
-        _say(f"{folder} is finished: {settings.run.iterations} iterations; see {folder / 'report.html'}")
+    done = f"{folder} is finished: {settings.run.iterations} iterations; see {folder / 'report.html'}"
+    if resume == "auto" and started() == 1 and finished(setup, folder):
+        _say(done)
         return
     with joined(settings.engine.distributed, pick_device(settings)) as ranks, Stopping() as stopping:
+        # other machines may not see the folder: the first rank looks for all
+        if ranks.size > 1 and resume == "auto" and ranks.most(int(ranks.first and finished(setup, folder))):
+            _say(done)
+            return
         try:
             trainer = Trainer(setup, folder, resume, stopping, _say, ranks)
             with TrainingDisplay(_console, settings, trainer.completed) if ranks.first else nullcontext() as display:

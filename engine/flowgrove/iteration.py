@@ -82,7 +82,7 @@ class Stages:
         counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
         with clock("plan"):
             plans = [sized.plan(iteration) for (_, sized), count in zip(self.sizes, counts, strict=True) if count]
-            plan, buckets = plans[0], self._buckets(texts, plans)
+            plan, buckets = plans[0], ranks.together(lambda: self._buckets(texts, plans))
         forests, mine = ranks.together(lambda: self._roll_out_and_score(buckets, iteration, clock))
         with clock("credit"):
             scores = self._of_all_ranks(mine, buckets, counts, plan.leaves)
@@ -93,6 +93,8 @@ class Stages:
                 for b, forest in zip(buckets, forests, strict=True)
             ]
             stats = self.updater.run(rolled, Whole.of_credit(self.recipe, plan, credit)).gathered(ranks)
+        times = torch.tensor([list(clock.seconds.values())], dtype=torch.float64)
+        seconds = dict(zip(clock.seconds, torch.cat(ranks.gather(times)).amax(0).tolist(), strict=True))
         forwards = plan.counts.rollout_forwards if self.recipe.engine.share else plan.counts.unshared_rollout_forwards
         return {
             "iteration": iteration,
@@ -101,8 +103,8 @@ class Stages:
             "advantage_by_step": advantage_by_step(credit),
             "rollout_forwards": forwards * len(texts),
             "train_passes": stats.train_passes,
-            "seconds": clock.seconds,
-            "samples_per_second": len(scores) / sum(clock.seconds.values()),
+            "seconds": seconds,  # of the slowest rank, for which the others wait
+            "samples_per_second": len(scores) / sum(seconds.values()),
             "peak_memory_bytes": ranks.most(peak_memory(self.device)),
         }
 

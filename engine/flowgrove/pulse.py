@@ -16,11 +16,14 @@ _SILENCE = 15.0  # seconds without a count before a rank is named
 
 
 class Pulse:
-    """Context manager: inside, this rank counts under its number in `store`, and says which of `size` do not."""
+    """Context manager: inside, this rank counts under its number in `store`; the first says which of `size` do not,
+    and the second whether the first does.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, beat: float = _BEAT, silence: float = _SILENCE) -> None:
         self._store = dist.PrefixStore("pulse", store)
-        self._rank, self._others = rank, [other for other in range(size) if other != rank]
+        # one rank names another: the first, and of the first the second
+        self._rank, self._others = rank, [other for other in range(size) if other != rank == (0 if other else 1)]
         self._beat, self._silence = beat, silence
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -53,13 +56,9 @@ class Pulse:
                     if other in named:
                         _log.warning("rank %d counts again", other)
                         named.discard(other)
-                elif silent > self._silence and other not in named and self._speaks_of(other):
+                elif silent > self._silence and other not in named:
                     _log.warning("rank %d has given no sign of life for %.0f s: has it been stopped?", other, silent)
                     named.add(other)
-
-    def _speaks_of(self, other: int) -> bool:
-        """One rank names another: the first, and of the first the second."""
-        return self._rank == (0 if other != 0 else 1)
 
     def _count(self, number: int) -> None:
         self._store.set(str(self._rank), str(number))

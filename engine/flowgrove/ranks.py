@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
 from flowgrove.pulse import Pulse
 
@@ -129,7 +130,10 @@ class Ranks:
         some = [parameter for parameter, there in zip(parameters, has.tolist(), strict=True) if there]
         if not some:
             return
-        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
+        # a copy of all gradients: where one rank has no room for it, no other may wait for that one's
+        whole = self.together(
+            lambda: torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
+        )
         with _lost():
             dist.all_reduce(whole)
         for parameter, part in zip(some, whole.split([p.numel() for p in some]), strict=True):
@@ -147,6 +151,8 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             "another rank of this run has gone, and this one ends too; the same command goes on from the newest "
             f"checkpoint ({one_line(str(error), 200)})"
@@ -181,12 +187,18 @@ def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     if device.type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"torchrun started {here} processes on a machine of {gpus} GPUs: --nproc-per-node {gpus}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, size = next(dist.rendezvous("env://"))
     # torchrun keeps the store when it starts all ranks anew, and in it where those before could be reached
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    if device.type == "cuda" and size > 1:  # NCCL takes its memory now, before anything is measured
+        dist.all_reduce(torch.zeros(1, device=device))
+        torch.cuda.synchronize()
     with Pulse(store, rank, size):
         yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE))
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may have gone

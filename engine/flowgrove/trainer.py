@@ -22,6 +22,7 @@ from flowgrove.report.grids import grid_files, save_grid
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
 from flowgrove.run.folder_lock import FolderLock
+from flowgrove.run.manifest import read_state
 from flowgrove.run.metrics import MetricsLog
 from flowgrove.run.resume import choose_checkpoint, stored_budget
 from flowgrove.run.stopping import Stopped, Stopping
@@ -95,9 +96,9 @@ class Trainer:
         self.policy = ranks.together(lambda: Policy.load(recipe, pick_device(recipe), self._texts()))
         self.runner = PassRunner.of(recipe, self.policy)
         ranks.together(lambda: self._settle_budget(checkpoint))
-        self.runner.budget.tokens = int(ranks.chosen(str(self.runner.budget.tokens)) or 0)
+        self.runner.budget.resize(int(ranks.chosen(str(self.runner.budget.tokens)) or 0))
         self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping, ranks)
-        self.stages = Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks)
+        self.stages = ranks.together(lambda: Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks))
         self.completed: int = 0
         self.last_line: dict[str, Any] | None = None
         self.saved: Path | None = None  # the checkpoint of `completed`, if there is one in this folder
@@ -107,10 +108,14 @@ class Trainer:
             )
             place = checkpoint.resolve()
             self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
-        if ranks.first:
+        ranks.together(self._tidy)
+
+    def _tidy(self) -> None:
+        """Leaves the recipe in the folder, and nothing that was half written."""
+        if self.ranks.first:
             for folder in (self.out, self.out / "samples"):
                 remove_left_behind(folder)
-            write_text(self.out / "recipe.yaml", dump_recipe(recipe))
+            write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
 
     def _locked(self) -> FolderLock | None:
         """The folder's lock, which the first rank holds for all."""
@@ -134,7 +139,9 @@ class Trainer:
 
     def _settle_budget(self, checkpoint: Path | None) -> None:
         if self.ranks.first:
-            settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, self.setup.fingerprint))
+            written = "" if checkpoint is None else str(read_state(checkpoint)["recipe"])
+            own = written if self.setup.is_of(written) else self.setup.fingerprint
+            settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, own))
 
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
@@ -153,12 +160,7 @@ class Trainer:
         """
         if self.ranks.most(int(self.lock is not None and self.lock.released)):
             self.lock = self._locked()
-        log = None
-        if self.ranks.first:
-            log = MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
-            for completed, grid in grid_files(self.out).items():
-                if completed > self.completed:
-                    grid.unlink()  # of a branch that this run has left
+        log = self.ranks.together(self._open_log)
         self.stopping.hold()
         try:
             with pick_backend(self.recipe):
@@ -175,6 +177,15 @@ class Trainer:
                 log.close()
             self._release()
 
+    def _open_log(self) -> MetricsLog | None:
+        """The first rank's; what stands in the folder of a branch that this run has left goes."""
+        if not self.ranks.first:
+            return None
+        for completed, grid in grid_files(self.out).items():
+            if completed > self.completed:
+                grid.unlink()
+        return MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
+
     def _train(self, report: Report, log: MetricsLog | None) -> None:
         run = self.recipe.run
         # the checkpoint's own: a run may stop before writing it, or end later than it did
@@ -184,6 +195,7 @@ class Trainer:
             evaluated = self.evaluate(iteration) if run.eval_every and iteration % run.eval_every == 0 else None
             if self.ranks.size == 1:
                 self.stopping.let_go()
+            self._stop_together()
             with span("iteration"):
                 line = self.iterate(iteration)
             self.stopping.hold()
@@ -195,7 +207,8 @@ class Trainer:
                 self._save()
             self._finish(line, log)
             report(line)
-            self._stop_together()
+            if done < run.iterations:  # a run that is done ends as such
+                self._stop_together()
 
     def _save(self) -> Path:
         """The checkpoint of all iterations that are completed."""
@@ -214,7 +227,7 @@ class Trainer:
     def _stop_together(self) -> None:
         """Raises Stopped on all ranks where one has heard a signal; one alone stops where it stands."""
         if self.ranks.size > 1 and (request := self.ranks.most(self.stopping.request or 0)):
-            self.stopping.request = request
+            self.stopping.told(request)
             raise Stopped(request)
 
     def _finish(self, line: dict[str, Any], log: MetricsLog | None) -> None:
@@ -226,9 +239,13 @@ class Trainer:
             and (evaluated := self.evaluate(run.iterations)) is not None
         ):
             line["eval_reward"] = evaluated.weighted(self.rewards.weights)
-        if log is not None:
-            self._check_lock()
-            log.write(line)
+
+        def write() -> None:
+            if log is not None:
+                self._check_lock()
+                log.write(line)
+
+        self.ranks.together(write)
 
     def _keep_if_best(self, reward: float) -> None:
         """A checkpoint of the model that has just been evaluated, if no trained one has scored higher."""
@@ -237,9 +254,13 @@ class Trainer:
         if self.ranks.most(int(known)):
             return
         folder = self._save()
-        if self.ranks.first:
-            mark_best(folder, reward)
-            remove_older(self.out, folder, self.recipe.run.keep_last)
+
+        def keep() -> None:
+            if self.ranks.first:
+                mark_best(folder, reward)
+                remove_older(self.out, folder, self.recipe.run.keep_last)
+
+        self.ranks.together(keep)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
@@ -253,13 +274,13 @@ class Trainer:
             between = self.stopping.check if self.ranks.size == 1 else lambda: None
             held_out = self.setup.eval_prompts
             evaluated = evaluate(self.setup, self.policy, self.runner, self.rewards, held_out, between, self.ranks)
-        if self.ranks.first:
-            save_grid(
-                self.out / "samples" / f"iteration_{iteration:06d}.png",
-                evaluated,
-                self.recipe.run.eval.samples,
-                self.rewards.weights,
-            )
+        place = self.out / "samples" / f"iteration_{iteration:06d}.png"
+
+        def draw() -> None:
+            if self.ranks.first:
+                save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+
+        self.ranks.together(draw)
         if self.recipe.run.keep_best and iteration > 0:
             self._keep_if_best(evaluated.weighted(self.rewards.weights))
         return evaluated

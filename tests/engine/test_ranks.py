@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from engine_cases import checkpoints, metrics_of, refuse, succeed, tiny_recipe, write_lines
 from flowgrove.pulse import Pulse
 from flowgrove.ranks import Ranks, joined
+from flowgrove.run.summaries import update_summary
+from flowgrove.update.updater import UpdateStats
 from torchrun import DEADLINE, started, torchrun, train
 
 TELL = """
@@ -167,6 +169,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoin
         process.wait(DEADLINE)
     (saved,) = checkpoints(out)
     assert int(saved[5:]) == len(metrics_of(out))
+    assert all(set(line["seconds"]) == {"plan", "rollout", "reward", "credit", "update"} for line in metrics_of(out))
     text = (tmp_path / "log").read_text()
     assert text.count("the same command goes on from it") == 1
     assert "exitcode  : 143" in text
@@ -255,3 +258,22 @@ def test_a_world_of_one_on_nccl_trains_what_a_run_without_torchrun_does(tmp_path
     train(1, recipe, "--out", tmp_path / "one", output=tmp_path / "log")
     for line, wanted in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "alone"), strict=True):
         assert json.dumps(line["reward"]) == json.dumps(wanted["reward"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_what_several_ranks_left_on_their_gpus_is_one_line_of_numbers():
+    """All of it is in host memory then, the gradient's norm too."""
+
+    class Two(Ranks):
+        def __init__(self):
+            super().__init__(0, 2)
+
+        def gather(self, mine):
+            assert mine.device.type == "cpu"
+            return [mine, mine]
+
+    some = torch.tensor([1.0, 1.5], device="cuda")
+    stats = UpdateStats([some], [some.to(torch.int8)], [some - 1], [some[0]], [some - 1], [some[1]], 3)
+    found = update_summary(stats.gathered(Two()))
+    assert (found["ratio_mean"], found["grad_norm"], found["loss"]) == (1.25, 1.5, 2.0)

@@ -27,7 +27,9 @@ def test_every_bucket_is_the_rollout_of_a_recipe_of_that_size(monkeypatch):
     recipe = small_recipe(model=MODEL)
     policy, seen = Policy.load(recipe, CPU), []
     updater = Updater(recipe, policy, runner_of(policy, recipe))
-    monkeypatch.setattr(updater, "run", lambda parts, inner=updater.run: (seen.extend(parts), inner(parts))[1])
+    monkeypatch.setattr(
+        updater, "run", lambda parts, whole, inner=updater.run: (seen.extend(parts), inner(parts, whole))[1]
+    )
     line = Stages(Setup(recipe), policy, updater, Rewards(recipe, CPU)).run(TEXTS, 0)
     assert [part.prompts.texts for part in seen] == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
     assert line["rollout_forwards"] == seen[0].forest.plan.counts.rollout_forwards * len(TEXTS)

@@ -3,10 +3,9 @@
 import os
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 
-from subprocesses import environment
+from subprocesses import PYTHON, environment
 
 DEADLINE = 150  # seconds: two cores import torch for every rank
 
@@ -16,7 +15,7 @@ def started(ranks, *arguments, output, options=("--standalone",)):
     """torchrun with `ranks` processes of `python ARGUMENTS`, which ends with the block; what all print is in `output`.
     Yields its Popen.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
+    torchrun = [PYTHON, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
     with output.open("w") as file:
         process = subprocess.Popen(
             [*torchrun, *map(str, arguments)],

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from flowgrove.errors import UserError
 from flowgrove.recipe import schema
@@ -136,7 +135,7 @@ def _limits(metadata: tuple[Any, ...]) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
     return "" if isinstance(field.default, BaseModel) else as_yaml(field.default)
 

@@ -32,7 +32,12 @@ class Scoring:
         self.beside = device.type == "cuda" or rewards.remote
         self._pending: list[Callable[[], Tensor]] = []
         self._futures: list[Future[Tensor]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards") if self.beside else None
+        self._thread = ThreadPoolExecutor(1, "rewards", self._begin) if self.beside else None
+
+    def _begin(self) -> None:
+        """A new thread is on GPU 0, whichever this process's is."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)
 
     def __enter__(self) -> "Scoring":
         return self

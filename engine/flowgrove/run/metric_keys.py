@@ -147,7 +147,7 @@ METRICS = (
         "seconds",
         "The seconds of every stage, as {plan, rollout, reward, credit, update}, on a GPU between events of its "
         "stream. plan includes encoding the prompts. Where scoring runs beside the rollout, reward is what was left "
-        "to wait for. Evaluations and checkpoints are not in it.",
+        "to wait for. Evaluations and checkpoints are not in it. Of several ranks each stage's is the slowest one's.",
         "rollout and update take nearly all of it; the first iteration is slower.",
         "reward large: the scorer is the bottleneck; raise its batch_size or concurrency, or its server's. rollout "
         "large: rollout.tail, an earlier window, engine.cuda_graphs. update large: fewer trained steps, "

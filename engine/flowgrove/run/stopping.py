@@ -35,7 +35,8 @@ class Stopping:
         self.request: int | None = None
         self.saved: Path | None = None
         self.holding = False
-        self._leave, self._since = leave, 0.0
+        self._leave = leave
+        self._since: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
@@ -49,6 +50,11 @@ class Stopping:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+    def told(self, number: int) -> None:
+        """Another rank has heard a signal: one of this rank's own that follows is the same request."""
+        if self.request is None:
+            self.request, self._since = number, None
 
     def hold(self) -> None:
         """From now on a signal waits for `check`."""
@@ -67,7 +73,9 @@ class Stopping:
     def _hear(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.request is not None:
-            if now - self._since > _ONE_REQUEST:
+            if self._since is None:
+                self._since = now
+            elif now - self._since > _ONE_REQUEST:
                 self._leave(128 + number)
             return
         self.request, self._since = number, now

@@ -53,7 +53,8 @@ class UpdateStats:
         if not len(ratio):
             return UpdateStats()
         passes = ranks.total(self.train_passes)
-        return UpdateStats([ratio], [clipped], [log_ratio], list(loss), [drift], self.grad_norm, passes)
+        norms = list(_column(self.grad_norm))
+        return UpdateStats([ratio], [clipped], [log_ratio], list(loss), [drift], norms, passes)
 
 
 def _column(parts: list[Tensor]) -> Tensor:
