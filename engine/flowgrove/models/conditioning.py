@@ -13,7 +13,7 @@ from flowgrove.device import to_device, to_host
 
 
 def padded_length(tokens: Any) -> Any:
-    """To how many tokens a text (or an array of them) is padded: steps of 16, so that few shapes occur."""
+    """The tokens to which a text (or an array of them) is padded: steps of 16, so that few shapes occur."""
     return -(-tokens // 16) * 16
 
 

@@ -30,7 +30,7 @@ class Flux(Adapter):
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
-        """From the transformer's and the VAE's configuration."""
+        """The geometry that the transformer's and the VAE's configuration give."""
         return packed_geometry(model, autoencoder_scale(folder), part_config(folder, "transformer")["in_channels"], 512)
 
     @torch.no_grad()

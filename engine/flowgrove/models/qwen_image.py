@@ -58,7 +58,7 @@ class QwenImage(Adapter):
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
-        """From the transformer's and the VAE's configuration."""
+        """The geometry that the transformer's and the VAE's configuration give."""
         scale = 2 ** len(part_config(folder, "vae")["temperal_downsample"])
         return packed_geometry(model, scale, part_config(folder, "transformer")["in_channels"], 512)
 

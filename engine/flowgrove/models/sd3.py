@@ -28,7 +28,7 @@ class SD3(Adapter):
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
-        """From the transformer's and the VAE's configuration, and the tokenizers that are there."""
+        """The geometry that the transformer's and the VAE's configuration give, and the tokenizers that are there."""
         transformer, scale = part_config(folder, "transformer"), autoencoder_scale(folder)
         unit = scale * transformer["patch_size"]
         most = transformer["pos_embed_max_size"] * unit

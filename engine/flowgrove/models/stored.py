@@ -1,4 +1,4 @@
-"""In which precision weights are written."""
+"""The precision in which weights are written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -45,7 +45,10 @@ class Wan(Adapter):
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
-        """From the transformer's and the VAE's configuration. Raises UserError for a pipeline of Wan2.2, too."""
+        """The geometry that the transformer's and the VAE's configuration give.
+
+        Raises UserError for a pipeline of Wan2.2, too.
+        """
         index = read_index(folder)
         if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
             raise UserError(
