@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 
 from flowgrove.errors import UserError, one_line
 from flowgrove.paths import local
+from flowgrove.process import started
 
 # its notes on optional packages and its loading bars are not about the user's run
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -65,8 +66,8 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            if name != "train" and (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-                raise UserError(f"flowgrove {name} runs in one process, not in {started}: leave torchrun out")
+            if name != "train" and started() > 1:
+                raise UserError(f"flowgrove {name} runs in one process, not in {started()}: leave torchrun out")
             function(*args, **_at_home(kwargs))
         except UserError as error:
             _fail(str(error), told=_told_by_the_first_rank(error))
@@ -153,7 +154,7 @@ def train(
 
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
     from flowgrove.device import pick_device
-    from flowgrove.ranks import joined, started
+    from flowgrove.ranks import joined
     from flowgrove.report.page import write_report
     from flowgrove.run.progress import TrainingDisplay
     from flowgrove.run.resume import finished

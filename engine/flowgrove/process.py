@@ -1,4 +1,4 @@
-"""What a process needs in its environment before torch is loaded, which reads it once."""
+"""A process: what it needs in its environment before torch is loaded, which reads it once, and whether it is alone."""
 
 import os
 import sys
@@ -24,3 +24,8 @@ def settle() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def started() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

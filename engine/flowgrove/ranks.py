@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
+from flowgrove.process import started
 from flowgrove.pulse import Pulse
 
 Result = TypeVar("Result")
@@ -117,6 +118,10 @@ class Ranks:
             raise error if error is not None and rank == self.rank else ElsewhereError(f"rank {rank}: {text[1:]}")
         return result
 
+    def by_first(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` returns on the first rank, which alone does it; None on the others. Its error ends all."""
+        return self.together(lambda: work() if self.first else None)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes every gradient the sum of all ranks', in one reduction; one that no rank has stays None.
 
@@ -165,11 +170,6 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(str(error), 500)}"
-
-
-def started() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Trainer:
         checkpoint = self._checkpoint(resume, say)
         self.policy = ranks.together(lambda: Policy.load(recipe, pick_device(recipe), self._texts()))
         self.runner = PassRunner.of(recipe, self.policy)
-        ranks.together(lambda: self._settle_budget(checkpoint))
+        ranks.by_first(lambda: self._settle_budget(checkpoint))
         self.runner.budget.resize(int(ranks.chosen(str(self.runner.budget.tokens)) or 0))
         self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping, ranks)
         self.stages = ranks.together(lambda: Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks))
@@ -108,18 +108,17 @@ class Trainer:
             )
             place = checkpoint.resolve()
             self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
-        ranks.together(self._tidy)
+        ranks.by_first(self._tidy)
 
     def _tidy(self) -> None:
         """Leaves the recipe in the folder, and nothing that was half written."""
-        if self.ranks.first:
-            for folder in (self.out, self.out / "samples"):
-                remove_left_behind(folder)
-            write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
+        for folder in (self.out, self.out / "samples"):
+            remove_left_behind(folder)
+        write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
 
     def _locked(self) -> FolderLock | None:
         """The folder's lock, which the first rank holds for all."""
-        return self.ranks.together(lambda: FolderLock(self.out) if self.ranks.first else None)
+        return self.ranks.by_first(lambda: FolderLock(self.out))
 
     def _release(self) -> None:
         if self.lock is not None:
@@ -131,17 +130,14 @@ class Trainer:
 
     def _checkpoint(self, resume: str, say: Say) -> Path | None:
         """What the first rank finds to resume from."""
-        found = self.ranks.together(
-            lambda: choose_checkpoint(self.setup, self.out, resume, say) if self.ranks.first else None
-        )
+        found = self.ranks.by_first(lambda: choose_checkpoint(self.setup, self.out, resume, say))
         chosen = self.ranks.chosen(None if found is None else str(found))
         return None if chosen is None else Path(chosen)
 
     def _settle_budget(self, checkpoint: Path | None) -> None:
-        if self.ranks.first:
-            written = "" if checkpoint is None else str(read_state(checkpoint)["recipe"])
-            own = written if self.setup.is_of(written) else self.setup.fingerprint
-            settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, own))
+        written = "" if checkpoint is None else str(read_state(checkpoint)["recipe"])
+        own = written if self.setup.is_of(written) else self.setup.fingerprint
+        settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, own))
 
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
@@ -160,7 +156,7 @@ class Trainer:
         """
         if self.ranks.most(int(self.lock is not None and self.lock.released)):
             self.lock = self._locked()
-        log = self.ranks.together(self._open_log)
+        log = self.ranks.by_first(self._open_log)
         self.stopping.hold()
         try:
             with pick_backend(self.recipe):
@@ -177,10 +173,8 @@ class Trainer:
                 log.close()
             self._release()
 
-    def _open_log(self) -> MetricsLog | None:
-        """The first rank's; what stands in the folder of a branch that this run has left goes."""
-        if not self.ranks.first:
-            return None
+    def _open_log(self) -> MetricsLog:
+        """What stands in the folder of a branch that this run has left goes."""
         for completed, grid in grid_files(self.out).items():
             if completed > self.completed:
                 grid.unlink()
@@ -256,11 +250,10 @@ class Trainer:
         folder = self._save()
 
         def keep() -> None:
-            if self.ranks.first:
-                mark_best(folder, reward)
-                remove_older(self.out, folder, self.recipe.run.keep_last)
+            mark_best(folder, reward)
+            remove_older(self.out, folder, self.recipe.run.keep_last)
 
-        self.ranks.together(keep)
+        self.ranks.by_first(keep)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line."""
@@ -274,13 +267,8 @@ class Trainer:
             between = self.stopping.check if self.ranks.size == 1 else lambda: None
             held_out = self.setup.eval_prompts
             evaluated = evaluate(self.setup, self.policy, self.runner, self.rewards, held_out, between, self.ranks)
-        place = self.out / "samples" / f"iteration_{iteration:06d}.png"
-
-        def draw() -> None:
-            if self.ranks.first:
-                save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
-
-        self.ranks.together(draw)
+        place, settings = self.out / "samples" / f"iteration_{iteration:06d}.png", self.recipe.run.eval
+        self.ranks.by_first(lambda: save_grid(place, evaluated, settings.samples, self.rewards.weights))
         if self.recipe.run.keep_best and iteration > 0:
             self._keep_if_best(evaluated.weighted(self.rewards.weights))
         return evaluated

@@ -47,6 +47,13 @@ with joined("ddp", torch.device("cpu")) as ranks:
     assert ranks.chosen(None if me == 0 else "no") is None
     assert ranks.chosen("" if me == 0 else "no") == ""
     assert ranks.together(lambda: me) == me
+    assert ranks.by_first(lambda: f"rank {me}") == ("rank 0" if me == 0 else None)
+    try:
+        ranks.by_first(lambda: fails(UserError("the first one's")))
+    except UserError as error:
+        assert str(error) == "the first one's"
+    else:
+        raise AssertionError("an error of the first rank ends all")
     assert ended(lambda: me == 1 and fails(UserError("write this"))) == ("UserError", "write this")
     other = ended(lambda: me >= 1 and fails(ValueError("by mistake")))
     assert other == (("ValueError", "by mistake") if me == 1 else ("ElsewhereError", "rank 1: ValueError: by mistake"))

@@ -19,8 +19,6 @@ from flowgrove.errors import UserError
 from flowgrove.recipe import schema
 
 _NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true | false", NoneType: "null"}
-
-
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
