@@ -31,10 +31,19 @@ class ElsewhereError(RuntimeError):
 
 
 class Ranks:
-    """One rank's view of them all. `control`: their group for tensors in host memory; None: a world of one."""
+    """One rank's view of them all. `control`: their group for tensors in host memory; `store`: where they leave notes
+    for each other; None: a world of one.
+    """
 
-    def __init__(self, rank: int = 0, size: int = 1, control: "dist.ProcessGroup | None" = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        control: "dist.ProcessGroup | None" = None,
+        store: "dist.Store | None" = None,
+    ) -> None:
         self.rank, self.size, self._control = rank, size, control
+        self._notes = dist.PrefixStore("notes", store or dist.HashStore())
 
     @property
     def first(self) -> bool:
@@ -144,6 +153,14 @@ class Ranks:
         for parameter, part in zip(some, whole.split([p.numel() for p in some]), strict=True):
             parameter.grad = part.view_as(parameter)
 
+    def leave_note(self, key: str, text: str) -> None:
+        """Leaves `text` under `key` for all ranks, from any thread; nobody waits."""
+        self._notes.set(key, text.encode())
+
+    def note(self, key: str) -> str | None:
+        """What a rank has left under `key`; None: nothing yet. From any thread, at once."""
+        return self._notes.get(key).decode() if self._notes.check([key]) else None
+
     def tell(self, text: str) -> list[str]:
         """What every rank says."""
         found = self.gather(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else _NOTHING)
@@ -200,5 +217,5 @@ def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
         dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize()
     with Pulse(store, rank, size):
-        yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE), store)
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may have gone

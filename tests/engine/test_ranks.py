@@ -46,6 +46,9 @@ with joined("ddp", torch.device("cpu")) as ranks:
     assert ranks.chosen(f"rank {me} says ü") == "rank 0 says ü"
     assert ranks.chosen(None if me == 0 else "no") is None
     assert ranks.chosen("" if me == 0 else "no") == ""
+    ranks.leave_note(f"from {me}", f"{me} and ü")
+    ranks.most(0)
+    assert [ranks.note(f"from {rank}") for rank in range(4)] == ["0 and ü", "1 and ü", "2 and ü", None]
     assert ranks.together(lambda: me) == me
     assert ranks.by_first(lambda: f"rank {me}") == ("rank 0" if me == 0 else None)
     try:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,13 @@ from flowgrove.models.float64 import keep_float64
 from flowgrove.models.masters import Masters
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.recipe.schema import Recipe
+
+
+class Piece(NamedTuple):
+    """Which part of a weight of `shape` this rank has: rows of its first dimension, `start` being the first of them."""
+
+    shape: torch.Size
+    start: int
 
 
 class Weights:
@@ -38,6 +45,7 @@ class Weights:
         if recipe.model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self._masters = Masters(transformer, compute) if compute == torch.bfloat16 and passes else None
+        self.pieces: dict[str, Piece] = {}  # of the weights that are divided among ranks; the others are whole on each
         self._first = next(iter(self.trainable().values()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
