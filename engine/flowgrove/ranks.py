@@ -155,7 +155,7 @@ class Ranks:
 
     def leave_note(self, key: str, text: str) -> None:
         """Leaves `text` under `key` for all ranks, from any thread; nobody waits."""
-        self._notes.set(key, text.encode())
+        self._notes.set(key, text)
 
     def note(self, key: str) -> str | None:
         """What a rank has left under `key`; None: nothing yet. From any thread, at once."""
