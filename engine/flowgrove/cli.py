@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from flowgrove.errors import UserError, one_line
 from flowgrove.paths import local
-from flowgrove.process import started
+from flowgrove.process import is_first, rank_here, started
 
 # its notes on optional packages and its loading bars are not about the user's run
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(no_args_is_help=True, help="Measure what the parts cost on this machine.")
 app.add_typer(bench_app, name="bench")
+_ON_RANKS = ("train", "sample", "eval")  # commands that several processes of torchrun run together
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AllowPython = Annotated[
@@ -66,7 +67,7 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            if name != "train" and started() > 1:
+            if name not in _ON_RANKS and started() > 1:
                 raise UserError(f"flowgrove {name} runs in one process, not in {started()}: leave torchrun out")
             function(*args, **_at_home(kwargs))
         except UserError as error:
@@ -122,11 +123,11 @@ def _fail(text: str, code: int = 2, told: bool = False) -> NoReturn:
 
 def _told_by_the_first_rank(error: UserError) -> bool:
     """Whether another rank has the same error and tells it: all of a machine have until they are joined."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         return False
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_initialized()
-    return error.everywhere or (not joined and os.environ.get("LOCAL_RANK", "0") != "0")
+    return error.everywhere or (not joined and rank_here() != 0)
 
 
 def _allow(python: bool) -> None:
@@ -136,7 +137,7 @@ def _allow(python: bool) -> None:
 
 def _say(text: str) -> None:
     """Of several ranks of a run the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         _console.print(text, markup=False)
 
 
@@ -267,9 +268,11 @@ def sample(
     """
     from flowgrove.data.prompts import read_prompts
     from flowgrove.report.samples import write_samples
+    from flowgrove.run.finished_runs import joined_for
 
     texts = read_prompts(prompts, "--prompts")
-    count = write_samples(source, tuple(set_ or ()), texts, out, compare, checkpoint)
+    with joined_for(source, tuple(set_ or ())) as ranks:
+        count = write_samples(source, tuple(set_ or ()), texts, out, compare, checkpoint, ranks)
     _say(f"wrote {count} samples to {out}")
 
 
@@ -282,9 +285,11 @@ def eval_(
 ) -> None:
     """Score a checkpoint on the held-out prompts: mean and 95 % interval of every reward; also written to eval.json."""
     _allow(allow_python)
-    from flowgrove.run.finished_runs import evaluate_run
+    from flowgrove.run.finished_runs import evaluate_run, joined_for
 
-    for name, found in evaluate_run(run, tuple(set_ or ()), checkpoint).items():
+    with joined_for(run, tuple(set_ or ())) as ranks:
+        result = evaluate_run(run, tuple(set_ or ()), checkpoint, ranks)
+    for name, found in result.items() if ranks.first else ():
         typer.echo(f"{name:<16}{found['mean']:.4f} ± {found['confidence']:.4f}")
 
 

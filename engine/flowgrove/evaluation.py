@@ -1,6 +1,5 @@
 """Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -103,8 +102,4 @@ def evaluate(
             between()
 
     ranks.together(draw_and_score)
-    if ranks.size > 1:
-        shapes = ranks.tell(json.dumps(small[0].shape[1:]) if small else "")  # some ranks may have drawn nothing
-        small = ranks.gather(torch.cat([*small, torch.empty(0, *json.loads(max(shapes)))]))
-        scores = ranks.gather(torch.cat([*scores, torch.empty(0, len(rewards.weights)).double()]))
-    return Evaluated(torch.cat(small), repeated, torch.cat(scores))
+    return Evaluated(ranks.gather_all(small), repeated, ranks.gather_all(scores))

@@ -29,3 +29,18 @@ def settle() -> None:
 def started() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the one of them that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def started_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank_here() -> int:
+    """Which of those this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

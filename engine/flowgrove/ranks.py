@@ -4,6 +4,7 @@ What all must know (scores, errors, signals) they tell each other through host m
 lie (NCCL on GPUs). A run of one process is a world of one, in which nothing is sent.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
-from flowgrove.process import started
+from flowgrove.process import rank_here, started, started_here
 from flowgrove.pulse import Pulse
 
 Result = TypeVar("Result")
@@ -28,6 +29,11 @@ class ElsewhereError(RuntimeError):
     """What went wrong on another rank, which tells of it itself."""
 
     elsewhere = True
+
+
+def share_of(count: int, rank: int, size: int) -> slice:
+    """The part of `count` things that is rank `rank`'s of `size`."""
+    return slice(count * rank // size, count * (rank + 1) // size)
 
 
 class Ranks:
@@ -52,8 +58,7 @@ class Ranks:
 
     def share(self, count: int, rank: int | None = None) -> slice:
         """The part of `count` things that is a rank's, by default this one's: in order, each within one of the rest."""
-        mine = self.rank if rank is None else rank
-        return slice(count * mine // self.size, count * (mine + 1) // self.size)
+        return share_of(count, self.rank if rank is None else rank, self.size)
 
     def gather(self, mine: Tensor) -> list[Tensor]:
         """The tensors [n, ...] of all ranks, in host memory, in their order; n may differ, the rest may not."""
@@ -85,6 +90,14 @@ class Ranks:
             for part, piece in zip(parts, tensor.split(lengths), strict=True):
                 part.append(piece)
         return [torch.cat(part) for part in parts]
+
+    def gather_all(self, mine: Sequence[Tensor]) -> Tensor:
+        """All tensors [n, ...] of all ranks as one, in host memory, in their order; a rank may have none."""
+        if self.size == 1:
+            return torch.cat(list(mine))
+        kinds = self.tell(json.dumps([str(mine[0].dtype)[6:], *mine[0].shape[1:]]) if mine else "")
+        dtype, *shape = json.loads(max(kinds))
+        return torch.cat(self.gather(torch.cat([*mine, torch.empty(0, *shape, dtype=getattr(torch, dtype))])))
 
     def most(self, number: int) -> int:
         """The largest of all ranks' numbers."""
@@ -176,8 +189,8 @@ def _lost() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            "another rank of this run has gone, and this one ends too; the same command goes on from the newest "
-            f"checkpoint ({one_line(str(error), 200)})"
+            "another rank of this run has gone, and this one ends too; give the same command again: training goes on "
+            f"from the newest checkpoint ({one_line(str(error), 200)})"
         ) from error
 
 
@@ -204,10 +217,10 @@ def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     if device.type == "cuda":
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        here, gpus = started_here(), torch.cuda.device_count()
         if here > gpus:
             raise UserError(f"torchrun started {here} processes on a machine of {gpus} GPUs: --nproc-per-node {gpus}")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(rank_here())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, size = next(dist.rendezvous("env://"))
     # torchrun keeps the store when it starts all ranks anew, and in it where those before could be reached

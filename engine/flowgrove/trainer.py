@@ -93,7 +93,7 @@ class Trainer:
         """The model, and the state of the run so far."""
         setup, recipe, ranks = self.setup, self.recipe, self.ranks
         checkpoint = self._checkpoint(resume, say)
-        self.policy = ranks.together(lambda: Policy.load(recipe, pick_device(recipe), self._texts()))
+        self.policy = Policy.load_together(recipe, pick_device(recipe), self._texts(), ranks)
         self.runner = PassRunner.of(recipe, self.policy)
         ranks.by_first(lambda: self._settle_budget(checkpoint))
         self.runner.budget.resize(int(ranks.chosen(str(self.runner.budget.tokens)) or 0))

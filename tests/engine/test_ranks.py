@@ -235,7 +235,7 @@ def test_several_processes_of_a_run_for_one_are_refused(tmp_path, monkeypatch):
     recipe = written(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "write ddp" in refuse("train", recipe, "--out", tmp_path / "run")
-    assert "runs in one process" in refuse("eval", tmp_path)
+    assert "runs in one process" in refuse("export", tmp_path, "--out", tmp_path / "export")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,9 @@ from flowgrove.errors import UserError
 from flowgrove.models import embeddings, loading
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families import family_names, family_of
+from flowgrove.models.loading import encode_together
 from flowgrove.models.policy import Policy
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.loading import load_recipe
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
@@ -110,6 +112,34 @@ def test_each_text_is_encoded_once_in_all_runs_of_a_model(folders, tmp_path, enc
     assert encodings == [[text] for text in (*TEXTS, "")]
     Policy.load(recipe, CPU, TEXTS).encode([*reversed(TEXTS), "a new one"])
     assert encodings == [[text] for text in (*TEXTS, "", "a new one")]
+
+
+class Apart(Ranks):
+    """One of several ranks whose others store nothing where this one looks."""
+
+    def together(self, work):
+        return work()
+
+    def most(self, number):
+        return number
+
+
+@pytest.mark.parametrize(("here", "at_first", "left"), [(1, 3, 0), (2, 3, 4)])
+def test_ranks_without_a_common_folder_encode_what_their_machine_lacks(
+    folders, tmp_path, encodings, monkeypatch, here, at_first, left
+):
+    """Rank 2 of 4: its quarter, then its machine's share of the rest, and at the end whatever nobody has stored."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setenv("LOCAL_RANK", str(here - 1))
+    recipe, many = recipe_of(folders, "flux", tmp_path), [f"a red circle {number}" for number in range(11)]
+    wanted = [[text] for text in (*many, "")]
+    encode_together(recipe, CPU, torch.float32, many, Apart(2, 4))
+    assert encodings[:at_first] == wanted[6:9]
+    assert len(wanted) - len(encodings) == left
+    policy = Policy.load(recipe, CPU, many)
+    assert sorted(encodings) == sorted(wanted)
+    policy.encode(many)
+    assert len(encodings) == len(wanted)
 
 
 def test_another_text_length_or_precision_or_encoder_has_files_of_its_own(folders, tmp_path, encodings):

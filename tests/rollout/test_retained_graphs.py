@@ -137,6 +137,13 @@ def test_the_recipe_decides_whether_graphs_are_kept():
     assert room(credit={"prune": {"kind": "depth", "first": 1, "depths": 1}}).states == automatic.states
 
 
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
+    policy = policy_of()
+    alone, graph = graph_room._room_of_cpu(policy, runner_of(policy))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert graph_room._room_of_cpu(policy, runner_of(policy)) == (alone // 4, graph)
+
+
 @pytest.mark.parametrize("rows", [0, 5])
 def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
     recipe, policy = small_recipe(), policy_of()

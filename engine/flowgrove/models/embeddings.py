@@ -133,14 +133,23 @@ class StoredEncoder:
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Encodes what is not on disk yet, with one loading of the encoders."""
-        missing = [text for text in dict.fromkeys(texts) if not self._file(text).exists()]
-        if not missing:
+        missing = self.missing(texts)
+        self.store(missing, missing, warn=True)
+
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        """Which of `texts` are not on disk yet, each once."""
+        return [text for text in dict.fromkeys(texts) if not self._file(text).exists()]
+
+    def store(self, mine: list[str], missing: list[str], warn: bool) -> None:
+        """Encodes those of the `missing` texts that are `mine`; `warn`: says which of them all are cut alike."""
+        if not mine:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         adapter = self.load(self.device)
-        warn_of_cut_prompts(adapter, missing)
-        first = missing[:_FIRST]
-        for number, text in enumerate(missing):
+        if warn:
+            warn_of_cut_prompts(adapter, missing)
+        first = mine[:_FIRST]
+        for number, text in enumerate(mine):
             tensors = _without_end(adapter.encode([text]))  # alone: its bits depend on no other text
             write_file(self._file(text), partial(save_file, tensors, metadata={_DIGEST: _digest(tensors)}))
             if number == len(first) - 1:

@@ -2,7 +2,8 @@
 and its text encoders before the rest and only as long as they are needed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from flowgrove.models.embeddings import (
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder, part_names
 from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, load_part
+from flowgrove.process import is_first, rank_here, started_here
+from flowgrove.ranks import Ranks, share_of
 from flowgrove.recipe.schema import Model, Recipe
 
 
@@ -33,40 +36,80 @@ def load_model(
     """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will
     be decoded. Raises UserError.
     """
-    model, folder, family = recipe.model, model_folder(recipe.model), family_of(recipe.model.adapter)
-    diffusers.utils.logging.disable_progress_bar()
-
-    def load(place: torch.device, without: tuple[str, ...] = ()) -> Adapter:
-        try:
-            return load_adapter(family, folder, model, place, dtype, without)
-        except BaseException as error:
-            if not is_of_a_library(error):
-                raise
-            raise UserError(
-                f"model.path {model.path} does not load as a {model.adapter} pipeline: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from None
-
-    def load_encoders(place: torch.device) -> Adapter:
-        return load(place, family.parts_beside_text(folder))
-
+    family = family_of(recipe.model.adapter)
     if texts is None:
-        adapter = load(device, (*family.TEXT, "vae"))
+        adapter = _load(recipe.model, device, dtype, (*family.TEXT, "vae"))
         return adapter, adapter.encode
-    folder_of_embeddings = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
-    if folder_of_embeddings is None:
-        adapter = load(device)
-        warn_of_cut_prompts(adapter, texts)
+    stored = _stored_encoder(recipe, device, dtype)
+    if stored is None:
+        adapter = _load(recipe.model, device, dtype)
+        if is_first():
+            warn_of_cut_prompts(adapter, texts)
         return adapter, LoadedEncoder(adapter)
-    stored = StoredEncoder(
-        folder_of_embeddings, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None
-    )
     encoder: Encoder = stored
     try:
         stored.prepare([*texts, family.uncond_text] if texts else ())
     except TooManyPromptsError:
-        encoder = OffloadedEncoder(load_encoders, device)
-    return load(device, family.TEXT), encoder
+        encoder = OffloadedEncoder(stored.load, device)
+    return _load(recipe.model, device, dtype, family.TEXT), encoder
+
+
+def encode_together(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Sequence[str], ranks: Ranks
+) -> None:
+    """Before several `ranks` load a recipe's model with `texts`: each encodes its share of those whose embeddings are
+    not stored yet, where they are to be.
+
+    What a rank does not find after that, since machines have folders of their own, the ranks of its machine divide
+    once more; `load_model` encodes whatever is still missing then. Raises UserError.
+    """
+    if ranks.size == 1 or not texts:
+        return
+    stored = ranks.together(lambda: _stored_encoder(recipe, device, dtype))
+    if stored is None:
+        return
+    wanted = [*texts, family_of(recipe.model.adapter).uncond_text]
+    for rank, size in ((ranks.rank, ranks.size), (rank_here(), started_here())):
+        # all know what is missing before any of it is stored
+        missing = ranks.together(lambda: stored.missing(wanted))
+        if ranks.most(ranks.together(partial(_store_share, stored, missing, rank, size))):
+            return
+
+
+def _store_share(stored: StoredEncoder, missing: list[str], rank: int, size: int) -> bool:
+    """Stores rank `rank`'s share of what is missing; whether all of it is more than may be stored unasked."""
+    mine = missing[share_of(len(missing), rank, size)]
+    try:
+        stored.store(mine, missing, warn=rank == size - 1)  # the last rank has some where any has
+    except TooManyPromptsError:
+        return True
+    return False
+
+
+def _stored_encoder(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> StoredEncoder | None:
+    """Where a recipe's embeddings are stored; None where its encoders stay loaded."""
+    model, folder, family = recipe.model, model_folder(recipe.model), family_of(recipe.model.adapter)
+    place = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
+    if place is None:
+        return None
+
+    def load_encoders(device: torch.device) -> Adapter:
+        return _load(model, device, dtype, family.parts_beside_text(folder))
+
+    return StoredEncoder(place, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
+
+
+def _load(model: Model, device: torch.device, dtype: torch.dtype, without: tuple[str, ...] = ()) -> Adapter:
+    """What `load_adapter` gives; whatever a library raises over the folder is a UserError."""
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        return load_adapter(family_of(model.adapter), model_folder(model), model, device, dtype, without)
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
+        raise UserError(
+            f"model.path {model.path} does not load as a {model.adapter} pipeline: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def load_adapter(

@@ -4,7 +4,7 @@ What runs its passes is `runner.PassRunner`, what trains `weights.Weights`. With
 autocast, frozen weights are stored in bf16.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +23,11 @@ from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder
-from flowgrove.models.loading import load_model
+from flowgrove.models.loading import encode_together, load_model
 from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints
-from flowgrove.recipe.schema import Recipe
+from flowgrove.ranks import Ranks
+from flowgrove.recipe.schema import Model, Recipe
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -91,9 +92,7 @@ class Policy:
         Raises UserError for a missing or unsuitable model folder.
         """
         model, compute = recipe.model, COMPUTE_DTYPES[recipe.model.dtype]
-        if model.dtype not in family_of(model.adapter).dtypes:
-            why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
-            raise UserError(f"model.dtype is {model.dtype}: {why}")
+        _check_dtype(model)
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         adapter, encoder = load_model(recipe, device, compute, texts)
@@ -104,6 +103,13 @@ class Policy:
             compile_blocks(adapter.transformer)
         loaded = allocated_memory(device)
         return cls(adapter, encoder, weights, device, compute, model.guidance_scale, loaded)
+
+    @classmethod
+    def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
+        """`load` on every rank, after they have divided the encoding of the texts. An error of one ends all."""
+        ranks.together(lambda: _check_dtype(recipe.model))
+        encode_together(recipe, device, COMPUTE_DTYPES[recipe.model.dtype], texts or (), ranks)
+        return ranks.together(lambda: cls.load(recipe, device, texts))
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -197,6 +203,12 @@ class Policy:
         if self.compute_dtype == torch.bfloat16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+
+def _check_dtype(model: Model) -> None:
+    if model.dtype not in family_of(model.adapter).dtypes:
+        why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
+        raise UserError(f"model.dtype is {model.dtype}: {why}")
 
 
 def _check_cheaper_forwards(recipe: Recipe, adapter: Adapter) -> None:

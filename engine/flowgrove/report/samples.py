@@ -14,6 +14,7 @@ from flowgrove.evaluation import draw
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.ranks import Ranks
 from flowgrove.report.grids import Grid
 from flowgrove.report.side_by_side import draw_side_by_side
 from flowgrove.report.video import write_mp4
@@ -31,47 +32,66 @@ def write_samples(
     out: Path,
     compare: bool = False,
     which: str | None = None,
+    ranks: Ranks | None = None,
 ) -> int:
     """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number.
+    Each of the `ranks` draws and writes its share of the prompts, the first one also what tells of them all.
 
     `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for
     a recipe: it has one model.
     """
-    if compare and not source.is_dir():
-        raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
-    model = open_model(*open_recipe(source, overrides, which), prompts)
+    ranks = ranks or Ranks()
+
+    def check() -> None:
+        if compare and not source.is_dir():
+            raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
+
+    ranks.together(check)
+    model = open_model(*open_recipe(source, overrides, which, ranks), prompts, ranks)
     setup = Setup(model.recipe)
-    runner = PassRunner.of(model.recipe, model.policy)
-    out.mkdir(parents=True, exist_ok=True)
-    with pick_backend(model.recipe):
-        base = _write(setup, model.policy, runner, prompts, out, "_base") if compare else []
-        model.restore()
-        files = _write(setup, model.policy, runner, prompts, out, "")
+    runner = ranks.together(lambda: PassRunner.of(model.recipe, model.policy))
+    with ranks.together(lambda: pick_backend(model.recipe)):
+        base = _write(setup, model.policy, runner, prompts, out, "_base", ranks) if compare else []
+        ranks.together(model.restore)
+        tuned = _write(setup, model.policy, runner, prompts, out, "", ranks)
     samples = model.recipe.run.eval.samples
     if compare:
-        for page, start in enumerate(range(0, len(prompts), _PROMPTS_PER_PAGE)):
-            some = prompts[start : start + _PROMPTS_PER_PAGE]
-            left, right = (
-                _grid(tiles[start * samples : (start + len(some)) * samples], some, samples) for tiles in (base, files)
-            )
-            draw_side_by_side(left, right, ("base model", "trained"), out / f"compare_{page:02d}.png")
-    return len(files)
+        left, right = (ranks.gather_all(tiles).numpy() for tiles in (base, tuned))
+        ranks.by_first(lambda: _compare(left, right, prompts, samples, out))
+    return len(prompts) * samples
 
 
 def _write(
-    setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], out: Path, ending: str
-) -> list[NDArray[np.uint8]]:
-    """Draws and writes; returns a small picture of each sample."""
-    tiles: list[NDArray[np.uint8]] = []
+    setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], out: Path, ending: str, ranks: Ranks
+) -> list[Tensor]:
+    """Draws this rank's samples and writes them; returns small pictures uint8 [n, h, w, 3] of them."""
+    samples, share = setup.recipe.run.eval.samples, ranks.share(len(prompts))
+    tiles: list[Tensor] = []
     lines: list[str] = []
-    for some in draw(setup, policy, runner, prompts):
-        for sample in some:
-            prompt, number = divmod(len(lines), setup.recipe.run.eval.samples)
-            file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)
-            lines.append(json.dumps({"file": file.name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
-        tiles += list(to_bytes(shrink(some)).numpy())
-    write_text(out / f"prompts{ending}.jsonl", "".join(lines))
+
+    def work() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        for some in draw(setup, policy, runner, prompts[share], share.start):
+            for sample in some:
+                prompt, number = divmod(share.start * samples + len(lines), samples)
+                file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)
+                lines.append(json.dumps({"file": file.name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
+            tiles.append(to_bytes(shrink(some)))
+
+    ranks.together(work)
+    listed = "".join(ranks.tell("".join(lines)))
+    ranks.by_first(lambda: write_text(out / f"prompts{ending}.jsonl", listed))
     return tiles
+
+
+def _compare(base: NDArray[np.uint8], tuned: NDArray[np.uint8], prompts: list[str], samples: int, out: Path) -> None:
+    """Pages with both models' small pictures [prompts · samples, h, w, 3] side by side."""
+    for page, start in enumerate(range(0, len(prompts), _PROMPTS_PER_PAGE)):
+        some = prompts[start : start + _PROMPTS_PER_PAGE]
+        left, right = (
+            _grid(tiles[start * samples : (start + len(some)) * samples], some, samples) for tiles in (base, tuned)
+        )
+        draw_side_by_side(left, right, ("base model", "trained"), out / f"compare_{page:02d}.png")
 
 
 def _save(stem: Path, sample: Tensor, fps: int) -> Path:
@@ -86,6 +106,6 @@ def _save(stem: Path, sample: Tensor, fps: int) -> Path:
     return path
 
 
-def _grid(tiles: list[NDArray[np.uint8]], prompts: list[str], samples: int) -> Grid:
-    whole = np.stack(tiles).reshape(len(prompts), samples, *tiles[0].shape)[:, :_MOST_SAMPLES]
+def _grid(tiles: NDArray[np.uint8], prompts: list[str], samples: int) -> Grid:
+    whole = tiles.reshape(len(prompts), samples, *tiles.shape[1:])[:, :_MOST_SAMPLES]
     return Grid(whole, prompts, np.full(whole.shape[:2], np.nan))

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.models.stored import DTYPES, all_in, bf16_in
+from flowgrove.process import started
+from flowgrove.ranks import Ranks, joined
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Lora, Recipe
 from flowgrove.rewards.registry import Rewards
@@ -43,45 +46,90 @@ class Model:
         return self
 
 
-def open_recipe(source: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> tuple[Recipe, Path | None]:
+@contextmanager
+def joined_for(source: Path, overrides: tuple[str, ...] = ()) -> Iterator[Ranks]:
+    """The ranks that torchrun has started for a command that draws with `source`, a run folder or a recipe.
+
+    Such a command changes no run, so that engine.distributed need not allow it. Raises UserError.
+    """
+    if started() == 1:
+        yield Ranks()
+        return
+    recipe = load_recipe(_recipe_file(source), overrides)
+    with joined("ddp", pick_device(recipe)) as ranks:  # each holds the whole model
+        yield ranks
+
+
+def open_recipe(
+    source: Path, overrides: tuple[str, ...] = (), which: str | None = None, ranks: Ranks | None = None
+) -> tuple[Recipe, Path | None]:
     """The recipe of a run folder and one of its checkpoints, as `find_checkpoint` understands `which`, or a recipe
     file's and None; with a recipe file, `which` may name a checkpoint's folder. Raises UserError.
+
+    All `ranks` get the checkpoint that the first one finds: the run may be writing another.
     """
+    ranks = ranks or Ranks()
+    found = ranks.by_first(lambda: _checkpoint_of(source, which))
+    chosen = ranks.chosen(None if found is None else str(found))
+    recipe = ranks.together(lambda: load_recipe(_recipe_file(source), overrides))
+    return recipe, None if chosen is None else Path(chosen)
+
+
+def _check_run(run: Path) -> None:
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
+
+
+def _recipe_file(source: Path) -> Path:
+    return source / "recipe.yaml" if source.is_dir() else source
+
+
+def _checkpoint_of(source: Path, which: str | None) -> Path | None:
     if source.is_dir():
         checkpoint = find_checkpoint(source, which)
         verify(checkpoint)  # before a model is loaded
-        return load_recipe(source / "recipe.yaml", overrides), checkpoint
+        return checkpoint
     if which is not None and (which == "best" or not Path(which).exists()):
         raise UserError(f"--checkpoint {which}: {source} is no run folder: give one, or the path of a checkpoint")
-    return load_recipe(source, overrides), None if which is None else pointed_at(Path(which))
+    return None if which is None else pointed_at(Path(which))
 
 
-def open_model(recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | None = ()) -> Model:
-    """The base model of what `open_recipe` found. `texts`: prompts that it will encode; None:
+def open_model(
+    recipe: Recipe, checkpoint: Path | None, texts: Sequence[str] | None = (), ranks: Ranks | None = None
+) -> Model:
+    """The base model of what `open_recipe` found. `texts`: prompts that it will encode, or the other `ranks`; None:
     only its weights are wanted. Raises UserError.
     """
     # no copy of the reference model
     untrained = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.0})})
-    return Model(recipe, Policy.load(untrained, pick_device(recipe), texts), checkpoint)
+    policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks or Ranks())
+    return Model(recipe, policy, checkpoint)
 
 
-def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None = None) -> dict[str, dict[str, float]]:
+def evaluate_run(
+    run: Path, overrides: tuple[str, ...] = (), which: str | None = None, ranks: Ranks | None = None
+) -> dict[str, dict[str, float]]:
     """Rewards of a checkpoint (None: the newest) on the held-out prompts: {name: {mean, confidence}} (half of the 95 %
-    interval), and "weighted_sum".
+    interval), and "weighted_sum". Each of the `ranks` scores its share of the prompts; all return the same.
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
-    if not run.is_dir():
-        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
-    recipe, checkpoint = open_recipe(run, overrides, which)
-    if recipe.data.eval_prompts is None:
-        raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
+    ranks = ranks or Ranks()
+    ranks.together(lambda: _check_run(run))
+    recipe, checkpoint = open_recipe(run, overrides, which, ranks)
     setup = Setup(recipe)
-    prompts = setup.eval_prompts
-    rewards = Rewards(recipe, pick_device(recipe))
-    policy = open_model(recipe, checkpoint, prompts).restore().policy
-    with pick_backend(recipe):
-        evaluated = evaluate(setup, policy, PassRunner.of(recipe, policy), rewards, prompts)
+
+    def scored_by() -> Rewards:
+        if not setup.eval_prompts:
+            raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
+        return Rewards(recipe, pick_device(recipe))
+
+    rewards = ranks.together(scored_by)
+    model = open_model(recipe, checkpoint, setup.eval_prompts, ranks)
+    policy = ranks.together(model.restore).policy
+    runner = ranks.together(lambda: PassRunner.of(recipe, policy))
+    with ranks.together(lambda: pick_backend(recipe)):
+        evaluated = evaluate(setup, policy, runner, rewards, setup.eval_prompts, ranks=ranks)
     columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
     columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples
@@ -90,7 +138,7 @@ def evaluate_run(run: Path, overrides: tuple[str, ...] = (), which: str | None =
         per_prompt = scores.view(-1, samples).mean(1)  # pictures of one prompt are not independent
         spread = per_prompt.std().item() if len(per_prompt) > 1 else 0.0
         result[name] = {"mean": per_prompt.mean().item(), "confidence": 1.96 * spread / len(per_prompt) ** 0.5}
-    write_text(run / "eval.json", json.dumps(result, indent=2) + "\n")
+    ranks.by_first(lambda: write_text(run / "eval.json", json.dumps(result, indent=2) + "\n"))
     return result
 
 
@@ -112,8 +160,7 @@ def export_run(
             raise UserError(f"--{option} is {value}: write {', '.join(known[:-1])} or {known[-1]}")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder")
-    if not run.is_dir():
-        raise UserError(f"{run} is not a run folder: give the folder that `flowgrove train` wrote")
+    _check_run(run)
     here = ("engine.device=cpu", "engine.backend=auto", "engine.attention=auto")
     recipe, checkpoint = open_recipe(run, (*here, *overrides), which)
     family, lora = family_of(recipe.model.adapter), recipe.model.lora

@@ -11,11 +11,12 @@ from flowgrove.device import total_memory
 from flowgrove.models.policy import Policy, Velocity
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.memory import graph_bytes
+from flowgrove.process import started_here
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.setup import Setup
 
 _GPU_SHARE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
-_CPU_SHARE = 0.25
+_CPU_SHARE = 0.25  # of the machine's, for all ranks that run on it
 _LEAST_SHARE = 0.25  # smaller passes train faster packed with others, though their forward runs again
 
 
@@ -66,4 +67,4 @@ def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
         x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
         return runner.velocity(policy, x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
 
-    return int(_CPU_SHARE * total_memory(policy.device)), graph_bytes(velocity)
+    return int(_CPU_SHARE * total_memory(policy.device)) // started_here(), graph_bytes(velocity)
