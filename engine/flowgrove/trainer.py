@@ -101,6 +101,7 @@ class Trainer:
         self.stages = ranks.together(lambda: Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks))
         self.completed: int = 0
         self.last_line: dict[str, Any] | None = None
+        self.skipped = 0  # updates in a row
         self.saved: Path | None = None  # the checkpoint of `completed`, if there is one in this folder
         if checkpoint is not None:
             self.completed, self.last_line = ranks.together(
@@ -203,6 +204,7 @@ class Trainer:
             report(line)
             if done < run.iterations:  # a run that is done ends as such
                 self._stop_together()
+                self._stop_if_nothing_trains(line)
 
     def _save(self) -> Path:
         """The checkpoint of all iterations that are completed."""
@@ -223,6 +225,18 @@ class Trainer:
         if self.ranks.size > 1 and (request := self.ranks.most(self.stopping.request or 0)):
             self.stopping.told(request)
             raise Stopped(request)
+
+    def _stop_if_nothing_trains(self, line: dict[str, Any]) -> None:
+        """Raises UserError, with the last good weights saved, after run.most_skipped_updates skipped updates in a row:
+        those of iterations none of whose updates came through.
+        """
+        self.skipped = 0 if line["grad_norm"] is not None else self.skipped + line["skipped_updates"]
+        if self.skipped >= self.recipe.run.most_skipped_updates:
+            raise UserError(
+                f"{self.skipped} updates in a row were skipped, as their gradients were not finite "
+                f"(run.most_skipped_updates): saved {self._save()} with the weights before them: the same command "
+                "tries on from it, or resume an earlier one with a lower update.lr and another --out"
+            )
 
     def _finish(self, line: dict[str, Any], log: MetricsLog | None) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""

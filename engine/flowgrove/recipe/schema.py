@@ -768,6 +768,13 @@ class Run(Section):
     Source: ours.
     """
 
+    most_skipped_updates: Count = 10
+    """How many updates in a row may be skipped, because their gradient was not finite, before the run saves and ends.
+    A skipped update leaves weights, moments and averages as they are, and single ones do no harm; counted are those of
+    iterations none of whose updates came through.
+    Source: ours.
+    """
+
     eval: Evaluation = Evaluation()
     """How evaluations and `flowgrove sample` draw: with the plain ODE, from fixed noise."""
 

@@ -48,13 +48,12 @@ METRICS = (
     Metric(
         "ratio_mean",
         "The mean over all trained edges and updates of the policy ratio ρ = exp(logp_new - logp_old); logp is a mean "
-        "over latent elements. null where nothing was trained or the number is not finite; the same holds for the "
-        "eight keys below.",
+        "over latent elements. Edges whose ratio is not finite are left out; null where there are no others. The same "
+        "holds for the eight keys below.",
         "1 within update.clip_range, a little below rather than above. Exactly 1 with one update per iteration, since "
         "the first update of an iteration has ratio 1 by construction.",
-        "Further away: lower update.lr, or update.updates_per_iteration. null together with train_passes above 0: a "
-        "step was not finite and was skipped; where that repeats, resume from an earlier checkpoint with a lower "
-        "update.lr.",
+        "Further away: lower update.lr, or update.updates_per_iteration. null together with train_passes above 0: no "
+        "ratio was finite, see skipped_updates.",
     ),
     Metric(
         "ratio_min",
@@ -99,14 +98,15 @@ METRICS = (
         "the reference model.",
         "Around 0 and of either sign, because advantages of a group sum to 0; it need not fall. With update.kl_weight "
         "its mean rises slowly with the distance from the reference model.",
-        "It says nothing about quality; null means that it was not finite, see ratio_mean.",
+        "It says nothing about quality; null means that it was not finite, see skipped_updates.",
     ),
     Metric(
         "grad_norm",
-        "The L2 norm of the gradient over all trained weights before clipping, mean over the updates.",
+        "The L2 norm of the gradient over all trained weights before clipping, mean over the updates "
+        "that were not skipped.",
         "Level over the run, up to a factor of a few; its size depends on the model, and AdamW does not mind it.",
         "Single peaks are what update.max_grad_norm is for. A steady rise goes before a collapse: lower update.lr. "
-        "null: an update was not finite and was skipped. 0: no edge has an advantage, see advantage_by_step.",
+        "null: every update was skipped, or nothing was trained. 0: no edge has an advantage, see advantage_by_step.",
     ),
     Metric(
         "logp_drift",
@@ -117,6 +117,15 @@ METRICS = (
         "Near or above update.clip_range in fp32: rollout and training do not compute the same. Try "
         "engine.exact_replay: true and engine.backend: reference, engine.compile: false, engine.attention: sdpa in "
         "turn; what makes it vanish is at fault.",
+    ),
+    Metric(
+        "skipped_updates",
+        "The updates whose gradient was not finite, so that they were skipped on all ranks: weights, moments, their "
+        "count of steps and the average of update.ema_decay are what they were.",
+        "0. A single one, once in a while, does no harm.",
+        "In many iterations: lower update.lr, or take model.dtype fp32. After "
+        "run.most_skipped_updates in a row the run saves and ends; resume from an earlier checkpoint, into another "
+        "--out, with a lower update.lr.",
     ),
     Metric(
         "advantage_by_step",

@@ -39,15 +39,15 @@ def format_line(line: dict[str, Any]) -> str:
     rewards = "  ".join(f"{name} {r['mean']:.3f}±{r['std']:.3f}" for name, r in line["reward"].items())
     held_out = f"  [bold]held-out {line['eval_reward']:.3f}[/]" if "eval_reward" in line else ""
     if line["ratio_mean"] is None:
-        trained = (
-            "nothing trained: no advantage" if line["train_passes"] == 0 else "ratio not finite: the step was skipped"
-        )
+        trained = "nothing trained: no advantage" if line["train_passes"] == 0 else "ratio not finite"
     else:
         trained = (
             f"ratio {line['ratio_mean']:.5f} ({line['ratio_min']:.4f}…{line['ratio_max']:.4f})  clipped "
             f"−{line['clipped_low']:.0%} +{line['clipped_high']:.0%}"
             f"  drift {_number(line['logp_drift'], '.0e')}  grad {_number(line['grad_norm'], '.2f')}"
         )
+    if skipped := line.get("skipped_updates"):
+        trained += f"  [bold]{skipped} update{'s' if skipped > 1 else ''} skipped[/]"
     stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in line["seconds"].items() if seconds >= 0.005)
     passes = f"{line['rollout_forwards']}+{line['train_passes']}"
     return f"{line['iteration']:4d}  {rewards}{held_out}  {trained}  passes {passes}  s: {stages}"

@@ -10,6 +10,11 @@ from torch import Tensor
 from flowgrove.device import to_host
 from flowgrove.update.updater import UpdateStats
 
+_OF_EDGES = (
+    "ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high", "approx_kl", "loss", "grad_norm",
+    "logp_drift",
+)  # fmt: skip
+
 
 def reward_summary(names: list[str], scores: Tensor) -> dict[str, dict[str, float]]:
     """{name: {mean, std}} of scores [B, rewards] on the CPU."""
@@ -20,39 +25,36 @@ def reward_summary(names: list[str], scores: Tensor) -> dict[str, dict[str, floa
 
 
 def update_summary(stats: UpdateStats) -> dict[str, float | int | None]:
-    """Ratios, clip fractions, KL to the rollout's policy, gradient norm, drift;
-    None where nothing was trained or a number is not finite.
+    """Ratios, clip fractions, KL to the rollout's policy, gradient norm, drift, over edges and updates where they are
+    finite; None where there are none, and for a loss that is not finite. How many updates were skipped.
     """
     if not stats.ratio:
-        return dict.fromkeys(
-            (
-                "ratio_mean",
-                "ratio_min",
-                "ratio_max",
-                "clipped_low",
-                "clipped_high",
-                "approx_kl",
-                "loss",
-                "grad_norm",
-                "logp_drift",
-            )
-        )
+        return dict.fromkeys(_OF_EDGES) | {"skipped_updates": 0}
     ratio, clipped, log_ratio = (torch.cat(parts).double() for parts in (stats.ratio, stats.clipped, stats.log_ratio))
-    numbers = {
-        "ratio_mean": ratio.mean(),
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-        "clipped_low": (clipped < 0).double().mean(),
-        "clipped_high": (clipped > 0).double().mean(),
-        "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # Schulman's k3
-        "loss": torch.stack(stats.loss).double().sum(),
-        "grad_norm": torch.stack(stats.grad_norm).double().mean(),
-        "logp_drift": torch.cat(stats.drift).double().abs().max()
-        if stats.drift and sum(map(len, stats.drift))
-        else ratio.new_zeros(()),
-    }
-    values = to_host(torch.stack(list(numbers.values()))).tolist()
-    return {name: value if math.isfinite(value) else None for name, value in zip(numbers, values, strict=True)}
+    norms = torch.stack(stats.grad_norm or [ratio.new_zeros(0).sum()]).double()
+    drift = torch.cat(stats.drift).double().abs() if stats.drift and sum(map(len, stats.drift)) else ratio.new_zeros(1)
+    finite = ratio.isfinite()
+    numbers = (
+        _mean(ratio, finite),
+        ratio.where(finite, math.inf).min(),
+        ratio.where(finite, -math.inf).max(),
+        _mean((clipped < 0).double(), finite),
+        _mean((clipped > 0).double(), finite),
+        _mean(log_ratio.exp() - 1 - log_ratio),  # Schulman's k3
+        torch.stack(stats.loss).double().sum(),
+        _mean(norms),
+        drift.where(drift.isfinite(), -math.inf).max(),
+    )
+    skipped = torch.stack(stats.skipped).double() if stats.skipped else ratio.new_zeros(0)
+    values = to_host(torch.stack([*numbers, skipped.sum()])).tolist()
+    found = {name: value if math.isfinite(value) else None for name, value in zip(_OF_EDGES, values, strict=False)}
+    return found | {"skipped_updates": int(values[-1])}
+
+
+def _mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The mean of those that are finite, or of those that are `counted`; NaN where there are none."""
+    counted = values.isfinite() if counted is None else counted
+    return values.where(counted, 0).sum() / counted.sum()
 
 
 def peak_memory(device: torch.device) -> int:

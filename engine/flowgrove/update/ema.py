@@ -17,12 +17,17 @@ class Ema:
     def __init__(self, weights: Weights, decay: float) -> None:
         self.weights, self.decay = weights, decay
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in weights.trainable().items()}
+        self._dtypes = {average.dtype for average in self.average.values()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Follows the weights by one update."""
-        parameters = self.weights.trainable()
-        torch._foreach_lerp_([self.average[name] for name in parameters], list(parameters.values()), 1 - self.decay)
+    def update(self, found_inf: Tensor) -> None:
+        """Follows the weights by one update, or by none where the update was skipped: `found_inf`, fp32 [] on the
+        device, is 1 then. The host reads nothing: a share of 0 leaves the average as it is, to the last bit.
+        """
+        shares = {dtype: (1 - self.decay) * (1 - found_inf.to(dtype)) for dtype in self._dtypes}
+        for name, parameter in self.weights.trainable().items():
+            average = self.average[name]
+            average.lerp_(parameter, shares[average.dtype])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ class UpdateStats:
     drift: list[Tensor] = field(default_factory=list)
     grad_norm: list[Tensor] = field(default_factory=list)
     train_passes: int = 0
+    skipped: list[Tensor] = field(default_factory=list)
 
     def add(self, more: "UpdateStats") -> None:
         """Takes in what another update left."""
@@ -53,8 +54,8 @@ class UpdateStats:
         if not len(ratio):
             return UpdateStats()
         passes = ranks.total(self.train_passes)
-        norms = list(_column(self.grad_norm))
-        return UpdateStats([ratio], [clipped], [log_ratio], list(loss), [drift], norms, passes)
+        norms, skipped = list(_column(self.grad_norm)), list(_column(self.skipped))
+        return UpdateStats([ratio], [clipped], [log_ratio], list(loss), [drift], norms, passes, skipped)
 
 
 def _column(parts: list[Tensor]) -> Tensor:
@@ -151,8 +152,9 @@ class Updater:
             stats.drift.append(result.logp - rolled_logp)
 
     def _step(self, stats: UpdateStats, trained: bool, number: int) -> None:
-        """The optimiser step of update `number` of the run; a gradient that is not finite skips it on the device.
-        Without edges there is nothing to step.
+        """The optimiser step of update `number` of the run. A gradient that is not finite skips it, decided on the
+        device: weights, moments, their count of steps and the average stay as they are, on all ranks alike, as the
+        gradient is the sum of all. Without edges there is nothing to step.
         """
         if not trained:
             return
@@ -160,14 +162,16 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.update.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, number)
+        found_inf = (~torch.isfinite(norm)).to(torch.float32)
         # an attribute that every optimiser's step reads and no annotation knows
-        setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010
+        setattr(self.optimizer, "found_inf", found_inf)  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.weights.refresh()
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(found_inf)
         stats.grad_norm.append(norm)
+        stats.skipped.append(found_inf)
 
 
 def learning_rate(recipe: Recipe, number: int) -> float:
