@@ -31,6 +31,10 @@ class ElsewhereError(RuntimeError):
     elsewhere = True
 
 
+class LostError(UserError):
+    """Another rank can no longer be reached: nothing may wait for it."""
+
+
 def share_of(count: int, rank: int, size: int) -> slice:
     """The part of `count` things that is rank `rank`'s of `size`."""
     return slice(count * rank // size, count * (rank + 1) // size)
@@ -182,13 +186,13 @@ class Ranks:
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """Raises UserError where the ranks can no longer reach each other."""
+    """Raises LostError where the ranks can no longer reach each other."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(
+        raise LostError(
             "another rank of this run has gone, and this one ends too; give the same command again: training goes on "
             f"from the newest checkpoint ({one_line(str(error), 200)})"
         ) from error

@@ -15,16 +15,18 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
-from flowgrove.ranks import Ranks
+from flowgrove.ranks import LostError, Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.grids import grid_files, save_grid
 from flowgrove.rewards.registry import Rewards
-from flowgrove.run.checkpoint import Say, best_checkpoint, load_checkpoint, mark_best, remove_older, save_checkpoint
+from flowgrove.run.checkpoint import load_checkpoint
+from flowgrove.run.finding import Say, best_checkpoint, mark_best, remove_older
 from flowgrove.run.folder_lock import FolderLock
 from flowgrove.run.manifest import read_state
 from flowgrove.run.metrics import MetricsLog
 from flowgrove.run.resume import choose_checkpoint, stored_budget
+from flowgrove.run.saving import CheckpointWriter
 from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.setup import Setup
 from flowgrove.spans import span
@@ -102,11 +104,10 @@ class Trainer:
         self.completed: int = 0
         self.last_line: dict[str, Any] | None = None
         self.skipped = 0  # updates in a row
-        self.saved: Path | None = None  # the checkpoint of `completed`, if there is one in this folder
+        self.writer = CheckpointWriter(self.out, recipe.run.keep_last, ranks, self._check_lock)
+        self.saved: Path | None = None  # the checkpoint of `completed`, if one in this folder is or is being written
         if checkpoint is not None:
-            self.completed, self.last_line = ranks.together(
-                lambda: load_checkpoint(checkpoint, self.policy, self.updater)
-            )
+            self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater, ranks)
             place = checkpoint.resolve()
             self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
         ranks.by_first(self._tidy)
@@ -162,12 +163,15 @@ class Trainer:
         try:
             with pick_backend(self.recipe):
                 self._train(report, log)
+                self.writer.wait()
         except BaseException as error:
             request = self.stopping.request
             if request is None or (self.stopping.holding and not isinstance(error, Stopped)):
+                if not isinstance(error, LostError):  # what is being written is as good as it was
+                    self.writer.close()
                 raise
             self.stopping.hold()  # a reward may have turned the interruption into an error of its own
-            self.stopping.saved = self._save() if self.last_line is not None else None
+            self.stopping.saved = self._saved() if self.last_line is not None else None
             raise Stopped(request) from None
         finally:
             if log is not None:
@@ -207,18 +211,17 @@ class Trainer:
                 self._stop_if_nothing_trains(line)
 
     def _save(self) -> Path:
-        """The checkpoint of all iterations that are completed."""
+        """Begins the checkpoint of all iterations that are completed."""
         if self.saved is None:
-            self.saved = self.ranks.together(self._write_checkpoint)
+            state = (self.policy, self.updater, self.completed, self.setup.fingerprint)
+            self.saved = self.writer.begin(*state, self.last_line or {})
         return self.saved
 
-    def _write_checkpoint(self) -> Path:
-        """Written by the first rank: weights, moments and averages are the same on all."""
-        if not self.ranks.first:
-            return self.out / "checkpoints" / f"step_{self.completed:06d}"
-        self._check_lock()
-        state = (self.out, self.policy, self.updater, self.completed, self.setup.fingerprint)
-        return save_checkpoint(*state, self.recipe.run.keep_last, self.last_line or {})
+    def _saved(self) -> Path:
+        """That checkpoint, which is complete and on disk now."""
+        folder = self._save()
+        self.writer.wait()
+        return folder
 
     def _stop_together(self) -> None:
         """Raises Stopped on all ranks where one has heard a signal; one alone stops where it stands."""
@@ -234,7 +237,7 @@ class Trainer:
         if self.skipped >= self.recipe.run.most_skipped_updates:
             raise UserError(
                 f"{self.skipped} updates in a row were skipped, as their gradients were not finite "
-                f"(run.most_skipped_updates): saved {self._save()} with the weights before them: the same command "
+                f"(run.most_skipped_updates): saved {self._saved()} with the weights before them: the same command "
                 "tries on from it, or resume an earlier one with a lower update.lr and another --out"
             )
 
@@ -261,7 +264,7 @@ class Trainer:
         known = best is not None and int(best[0].name[5:]) < self.completed and best[1] >= reward
         if self.ranks.most(int(known)):
             return
-        folder = self._save()
+        folder = self._saved()
 
         def keep() -> None:
             mark_best(folder, reward)

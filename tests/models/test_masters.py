@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoint_cases import save_checkpoint
 from engine_cases import succeed, tiny_recipe
 from flowgrove.models.masters import Masters
 from flowgrove.models.policy import Policy
-from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
+from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.update.ema import Ema
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, runner_of, small_recipe

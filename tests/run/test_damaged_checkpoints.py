@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_cases import Trained
+from checkpoint_cases import Trained, save_checkpoint
 from flowgrove.errors import UserError
 from flowgrove.files import write_file
-from flowgrove.run import checkpoint as checkpoints
-from flowgrove.run.checkpoint import (
+from flowgrove.run.checkpoint import load_checkpoint
+from flowgrove.run.finding import (
+    best_checkpoint,
     find_checkpoint,
-    load_checkpoint,
     mark_best,
     newest_checkpoint,
     pointed_at,
@@ -271,7 +271,7 @@ def test_the_best_checkpoint_outlives_the_newest_ones(trained, tmp_path):
     trained.save(tmp_path, 1)
     mark_best(trained.save(tmp_path, 2), 0.5)
     for completed in (3, 4, 5):
-        checkpoints.save_checkpoint(tmp_path, trained.policy, trained.updater, completed, "print", 2, {})
+        save_checkpoint(tmp_path, trained.policy, trained.updater, completed, "print", 2, {})
     assert [folder.name for folder in valid_checkpoints(tmp_path)] == ["step_000002", "step_000004", "step_000005"]
     assert find_checkpoint(tmp_path, "best").name == "step_000002"
 
@@ -282,7 +282,7 @@ def test_the_best_of_a_branch_that_was_left_goes_with_it(trained, tmp_path):
     mark_best(trained.save(tmp_path, 5), 0.5)
     trained.save(tmp_path, 2)
     assert [folder.name for folder in valid_checkpoints(tmp_path)] == ["step_000001", "step_000002"]
-    assert checkpoints.best_checkpoint(tmp_path) is None
+    assert best_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -300,4 +300,4 @@ def test_a_damaged_note_of_the_best_counts_as_none(trained, tmp_path, text):
     trained.save(tmp_path, 1)
     (tmp_path / "best.json").write_text(text)
     trained.save(tmp_path, 2)
-    assert checkpoints.best_checkpoint(tmp_path) is None
+    assert best_checkpoint(tmp_path) is None

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import Trained
 from flowgrove.errors import UserError
-from flowgrove.run.checkpoint import load_checkpoint, newest_checkpoint
+from flowgrove.run.checkpoint import load_checkpoint
+from flowgrove.run.finding import newest_checkpoint
 
 ROUNDS, CASES, SECONDS = 12, 30, 10
 TENSORS = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors")

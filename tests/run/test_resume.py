@@ -25,7 +25,7 @@ from engine_cases import (
 )
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.grids import load_grid
-from flowgrove.run.checkpoint import best_checkpoint, find_checkpoint
+from flowgrove.run.finding import best_checkpoint, find_checkpoint
 from subprocesses import FLOWGROVE, environment
 
 ITERATIONS = 5

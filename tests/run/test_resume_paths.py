@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint_cases import save_checkpoint
 from engine_cases import metrics_of, refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.run.checkpoint import save_checkpoint, valid_checkpoints
+from flowgrove.run.finding import valid_checkpoints
 from flowgrove.run.metrics import read_metrics
 from flowgrove.run.resume import choose_checkpoint
 from flowgrove.setup import Setup

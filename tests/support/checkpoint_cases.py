@@ -8,10 +8,18 @@ import torch
 from safetensors.torch import save_file
 
 from flowgrove.models.policy import Policy
-from flowgrove.run.checkpoint import save_checkpoint
+from flowgrove.run.saving import CheckpointWriter
 from flowgrove.update.optimizers import state_tensors
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, runner_of, small_recipe
+
+
+def save_checkpoint(run, policy, updater, completed, fingerprint, keep_last, line):
+    """Returns its folder once it stands."""
+    writer = CheckpointWriter(run, keep_last)
+    folder = writer.begin(policy, updater, completed, fingerprint, line)
+    writer.wait()
+    return folder
 
 
 @dataclass

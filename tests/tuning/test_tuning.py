@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from checkpoint_cases import save_checkpoint
 from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.passes.budget import PassBudget
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.run.checkpoint import load_checkpoint, save_checkpoint
+from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.resume import stored_budget
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer

@@ -52,7 +52,7 @@ def write_samples(
     runner = ranks.together(lambda: PassRunner.of(model.recipe, model.policy))
     with ranks.together(lambda: pick_backend(model.recipe)):
         base = _write(setup, model.policy, runner, prompts, out, "_base", ranks) if compare else []
-        ranks.together(model.restore)
+        model.restore(ranks)
         tuned = _write(setup, model.policy, runner, prompts, out, "", ranks)
     samples = model.recipe.run.eval.samples
     if compare:

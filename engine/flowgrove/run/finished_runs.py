@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
@@ -26,8 +25,10 @@ from flowgrove.ranks import Ranks, joined
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Lora, Recipe
 from flowgrove.rewards.registry import Rewards
-from flowgrove.run.checkpoint import find_checkpoint, load_checkpoint, pointed_at
+from flowgrove.run.checkpoint import load_checkpoint
+from flowgrove.run.finding import find_checkpoint, pointed_at
 from flowgrove.run.manifest import verify
+from flowgrove.run.tensor_files import TensorFiles, holds
 from flowgrove.setup import Setup
 
 
@@ -39,10 +40,10 @@ class Model:
     policy: Policy
     checkpoint: Path | None
 
-    def restore(self) -> "Model":
-        """The trained weights take the base model's place."""
+    def restore(self, ranks: Ranks | None = None) -> "Model":
+        """The trained weights take the base model's place, on all `ranks` together."""
         if self.checkpoint is not None:
-            load_checkpoint(self.checkpoint, self.policy, None)
+            load_checkpoint(self.checkpoint, self.policy, None, ranks)
         return self
 
 
@@ -126,7 +127,7 @@ def evaluate_run(
 
     rewards = ranks.together(scored_by)
     model = open_model(recipe, checkpoint, setup.eval_prompts, ranks)
-    policy = ranks.together(model.restore).policy
+    policy = model.restore(ranks).policy
     runner = ranks.together(lambda: PassRunner.of(recipe, policy))
     with ranks.together(lambda: pick_backend(recipe)):
         evaluated = evaluate(setup, policy, runner, rewards, setup.eval_prompts, ranks=ranks)
@@ -198,9 +199,9 @@ def _dtypes_of_weights(adapter: Adapter, recipe: Recipe, dtype: str | None) -> d
 def _lora_layers(checkpoint: Path, lora: Lora) -> dict[str, torch.Tensor]:
     """The trained layers of a checkpoint, averaged if it has averages, without a model. Raises UserError."""
     verify(checkpoint)
-    averages = checkpoint / "ema.safetensors"
+    tensors = TensorFiles(checkpoint, "ema" if holds(checkpoint, "ema") else "weights").read()
     try:
-        return layers_of(load_file(averages if averages.is_file() else checkpoint / "weights.safetensors"), lora)
-    except (ValueError, SafetensorError) as error:
+        return layers_of(tensors, lora)
+    except ValueError as error:
         what = f"{checkpoint} holds other weights than its recipe.yaml trains ({error})"
         raise UserError(f"{what}: give the run's own folder") from None

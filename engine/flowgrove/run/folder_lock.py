@@ -32,7 +32,7 @@ class FolderLock:
         self._me: dict[str, Any] = {"host": socket.gethostname(), "process": os.getpid()}
         self.made = _missing_folders(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._take()
+        self._file, self._reading = self._take(), threading.Lock()
         self._released = threading.Event()
         threading.Thread(target=self._keep_fresh, name="folder lock", daemon=True).start()
         _mine[self.path] = self
@@ -43,8 +43,9 @@ class FolderLock:
         return self._released.is_set()
 
     def check(self) -> None:
-        """Raises UserError if another process has the folder now, as after a machine has slept."""
-        holder = _holder(self._file)
+        """Raises UserError if another process has the folder now, as after a machine has slept. From any thread."""
+        with self._reading:
+            holder = _holder(self._file)
         if not self.released and (holder != self._me or not _is_open_file(self._file, self.path)):
             who = f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
             way = "end that one, or give another --out"

@@ -1,7 +1,8 @@
 """What makes a checkpoint whole: manifest.json holds the size and SHA-256 of every tensor file, and the state once
 more.
 
-Checkpoints of format 1 are older than that: of those, what can be seen without it is checked.
+Format 2 has a file for each kind of tensors, format 3 a folder of files of several ranks. Checkpoints of format 1 are
+older than manifests: of those, what can be seen without one is checked.
 """
 
 import errno
@@ -19,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from flowgrove.errors import UserError
 from flowgrove.files import why_unreadable
 
-FORMAT = 2
-_MANIFEST, _STATE = "manifest.json", "state.json"
+WHOLE, SHARDED = 2, 3  # formats that are written
+_MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
 _ADDED_LATER = frozenset({"token_budget"})  # keys that a state of format 1 or 2 may lack
+Files = dict[str, dict[str, int | str]]  # name in the checkpoint's folder → bytes and sha256
 _RACY = 2.0  # seconds: a file changed twice within a clock's tick bears the same times
 _verified: dict[Path, tuple[object, dict[str, Any]]] = {}
 
@@ -35,12 +37,14 @@ class DamagedError(UserError):
         self.folder, self.what = folder, what
 
 
-def write_manifest(folder: Path, state: dict[str, Any]) -> None:
+def described(folder: Path, names: Iterable[str]) -> Files:
+    """What the manifest says of tensor files that have been written."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
+
+
+def write_manifest(folder: Path, state: dict[str, Any], files: Files) -> None:
     """Adds state.json and manifest.json to a folder that holds its tensor files."""
     (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    files: dict[str, dict[str, int | str]] = {f.name: {"bytes": f.stat().st_size} for f in _tensor_files(folder)}
-    for name, digest in _digests(folder, files).items():
-        files[name]["sha256"] = digest
     manifest = {"format": 1, "files": files, "state": state}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -79,7 +83,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state is None or not all(type(state.get(key)) is kind for key, kind in kinds.items()):
         raise DamagedError(folder, f"{_STATE} says too little")
     state.setdefault("format", 1)
-    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
+    if type(state["format"]) is not int or not 1 <= state["format"] <= SHARDED:
         raise DamagedError(folder, f"{_STATE} has format {state['format']!r}, which this version does not know")
     completed = state["completed_iterations"]
     if completed < 0 or (bears_a_number(folder) and completed != int(folder.name[5:])):
@@ -95,10 +99,11 @@ def _check_manifest(folder: Path, state: dict[str, Any], manifest: dict[str, Any
         raise DamagedError(folder, f"{_MANIFEST} says too little")
     if _text(state) != _text({key: value for key, value in told.items() if key in state or key not in _ADDED_LATER}):
         raise DamagedError(folder, f"{_STATE} and {_MANIFEST} contradict each other")
-    there = {file.name for file in folder.glob("*.safetensors")}
-    if "weights.safetensors" not in files or there != set(files):
-        odd = sorted((there ^ set(files)) or {"weights.safetensors"})
-        raise DamagedError(folder, f"{', '.join(odd)}: missing, or not in {_MANIFEST}")
+    there, sharded = set(tensor_files(folder)), state["format"] == SHARDED
+    needed = "weights/rank_00000.safetensors" if sharded else "weights.safetensors"
+    if needed not in files or there != set(files) or any(("/" in name) != sharded for name in files):
+        odd = sorted((there ^ set(files)) or {needed})
+        raise DamagedError(folder, f"{', '.join(odd[:4])}: missing, or not in {_MANIFEST}")
     for name, entry in files.items():
         _check_is_file(folder / name)
         if (folder / name).stat().st_size != entry.get("bytes"):
@@ -151,8 +156,12 @@ def _read_json(file: Path, missing_ok: bool = False) -> dict[str, Any] | None:
     return content
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def tensor_files(folder: Path) -> list[str]:
+    """Names of the tensor files of a checkpoint, in its folder and those below. Raises OSError."""
+    found: list[Path] = []
+    for place in folder.iterdir():
+        found += [place] if place.suffix == _TENSORS else place.iterdir() if place.is_dir() else []
+    return sorted(file.relative_to(folder).as_posix() for file in found if file.suffix == _TENSORS)
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -170,7 +179,7 @@ def _digest(file: Path) -> str:
 def _fingerprint(folder: Path) -> tuple[tuple[str, int, float], ...]:
     """(name, size, time of change) of its files, which do not change while these stay."""
     try:
-        found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+        found = [(str(file), file.stat()) for file in sorted((*folder.iterdir(), *folder.glob("*/*")))]
     except OSError:
         return ()
     return tuple((name, told.st_size, max(told.st_ctime, told.st_mtime)) for name, told in found)
@@ -183,7 +192,7 @@ def bears_a_number(folder: Path) -> bool:
 
 def _holds_nothing(folder: Path) -> bool:
     try:
-        return not any(file.name == _STATE or file.suffix == ".safetensors" for file in folder.iterdir())
+        return not (any(file.name == _STATE for file in folder.iterdir()) or tensor_files(folder))
     except PermissionError:
         return False
     except OSError:

@@ -10,7 +10,7 @@ from flowgrove.errors import UserError
 from flowgrove.recipe.deciding import deciding
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
-from flowgrove.run.checkpoint import Say, newest_checkpoint, pointed_at, valid_checkpoints
+from flowgrove.run.finding import Say, newest_checkpoint, pointed_at, valid_checkpoints
 from flowgrove.run.manifest import read_state, verify
 from flowgrove.run.metrics import read_metrics
 from flowgrove.setup import Setup
