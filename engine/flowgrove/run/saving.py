@@ -175,9 +175,14 @@ class CheckpointWriter:
                 self._ranks.leave_note(f"{job.partial.name}/{self._ranks.rank}", note)
             return
         try:
-            found = [self._write_tensors(job), *(self._note_of(rank, job) for rank in job.writers[1:])]
-            if None not in found:
-                self._complete(job, {name: entry for files in found if files for name, entry in files.items()})
+            try:
+                mine = self._write_tensors(job)
+            finally:  # nobody writes into a folder that is removed
+                others = [self._note_of(rank, job) for rank in job.writers[1:]]
+            if None not in others:
+                self._complete(
+                    job, {name: entry for files in (mine, *others) if files for name, entry in files.items()}
+                )
         finally:
             shutil.rmtree(job.partial, ignore_errors=True)
 
