@@ -48,7 +48,7 @@ class Trained:
         for parameter in self.policy.weights.trainable().values():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         self.updater.optimizer.step()
-        self.updater.ema.update()
+        self.updater.ema.update(torch.zeros(()))
 
     def scramble(self):
         """What a checkpoint does not put back stays 7."""
