@@ -168,7 +168,7 @@ def train(
     if resume == "auto" and started() == 1 and finished(setup, folder):
         _say(done)
         return
-    with joined(settings.engine.distributed, pick_device(settings)) as ranks, Stopping() as stopping:
+    with joined(settings.engine, pick_device(settings)) as ranks, Stopping() as stopping:
         # other machines may not see the folder: the first rank looks for all
         if ranks.size > 1 and resume == "auto" and ranks.most(int(ranks.first and finished(setup, folder))):
             _say(done)

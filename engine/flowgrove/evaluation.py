@@ -101,5 +101,6 @@ def evaluate(
             done += len(pictures)
             between()
 
-    ranks.together(draw_and_score)
+    with policy.weights.gathered(reference=setup.recipe.run.eval.tuned_share < 1):
+        ranks.together(draw_and_score)
     return Evaluated(ranks.gather_all(small), repeated, ranks.gather_all(scores))

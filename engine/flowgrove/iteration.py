@@ -83,7 +83,8 @@ class Stages:
         with clock("plan"):
             plans = [sized.plan(iteration) for (_, sized), count in zip(self.sizes, counts, strict=True) if count]
             plan, buckets = plans[0], ranks.together(lambda: self._buckets(texts, plans))
-        forests, mine = ranks.together(lambda: self._roll_out_and_score(buckets, iteration, clock))
+        with self.policy.weights.gathered():
+            forests, mine = ranks.together(lambda: self._roll_out_and_score(buckets, iteration, clock))
         with clock("credit"):
             scores = self._of_all_ranks(mine, buckets, counts, plan.leaves)
             credit = self._credit(plan, forests, scores, buckets, counts)

@@ -6,10 +6,12 @@ lie (NCCL on GPUs). A run of one process is a world of one, in which nothing is 
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,11 @@ from torch import Tensor, nn
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
 from flowgrove.process import rank_here, started, started_here
-from flowgrove.pulse import Pulse
+from flowgrove.pulse import ENDED, NOTES, Pulse
+from flowgrove.recipe.schema import Engine
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
 # A rank waits for the slowest reward of all the others, and that is no fault; one that has died closes its connections.
@@ -42,7 +48,7 @@ def share_of(count: int, rank: int, size: int) -> slice:
 
 class Ranks:
     """One rank's view of them all. `control`: their group for tensors in host memory; `store`: where they leave notes
-    for each other; None: a world of one.
+    for each other; None: a world of one. `mesh`: of those that divide the weights, if any do.
     """
 
     def __init__(
@@ -51,9 +57,10 @@ class Ranks:
         size: int = 1,
         control: "dist.ProcessGroup | None" = None,
         store: "dist.Store | None" = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
-        self.rank, self.size, self._control = rank, size, control
-        self._notes = dist.PrefixStore("notes", store or dist.HashStore())
+        self.rank, self.size, self._control, self.mesh = rank, size, control, mesh
+        self._notes = dist.PrefixStore(NOTES, store or dist.HashStore())
 
     @property
     def first(self) -> bool:
@@ -132,21 +139,44 @@ class Ranks:
             result = work()
         except Exception as caught:
             error = caught
-        mine = "" if error is None else _USER + str(error) if isinstance(error, UserError) else _OTHER + _named(error)
+        mine = "" if error is None else self._telling(error)
         told = self.tell(mine)
         for rank, text in enumerate(told):
             if not text:
                 continue
-            if text[0] == _USER:
-                shared = UserError(text[1:])
-                shared.everywhere = True
-                raise shared from error
-            raise error if error is not None and rank == self.rank else ElsewhereError(f"rank {rank}: {text[1:]}")
+            if text[0] == _OTHER and error is not None and rank == self.rank:
+                raise error
+            raise _told_elsewhere(text) from error
         return result
 
     def by_first(self, work: Callable[[], Result]) -> Result | None:
         """What `work` returns on the first rank, which alone does it; None on the others. Its error ends all."""
         return self.together(lambda: work() if self.first else None)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Inside the block the ranks wait for each other in collectives, which an error on one of them would leave for
+        ever: it ends all, with that rank's error.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            told = self.note(ENDED)
+            if told is not None:
+                raise _told_elsewhere(told) from error
+            if _is_lost(error):
+                raise _gone(error) from error
+            self.leave_note(ENDED, self._telling(error))
+            if isinstance(error, UserError):
+                error.everywhere = True
+            raise
+
+    def _telling(self, error: Exception) -> str:
+        if isinstance(error, UserError):
+            return _USER + str(error)
+        return f"{_OTHER}rank {self.rank}: {type(error).__name__}: {one_line(str(error), 500)}"
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes every gradient the sum of all ranks', in one reduction; one that no rank has stays None.
@@ -192,34 +222,62 @@ def _lost() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise LostError(
-            "another rank of this run has gone, and this one ends too; give the same command again: training goes on "
-            f"from the newest checkpoint ({one_line(str(error), 200)})"
-        ) from error
+        raise _gone(error) from error
+
+
+def _gone(error: BaseException) -> "LostError":
+    return LostError(
+        "another rank of this run has gone, and this one ends too; give the same command again: training goes on "
+        f"from the newest checkpoint ({one_line(str(error), 200)})"
+    )
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a collective has failed because another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 _USER, _OTHER = "u", "o"  # what the text of an error is that one rank tells the others
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(str(error), 500)}"
+def _told_elsewhere(text: str) -> Exception:
+    """The error that another rank has told: the first rank tells it to the user if it is his."""
+    if text[0] == _OTHER:
+        return ElsewhereError(text[1:])
+    error = UserError(text[1:])
+    error.everywhere = True
+    return error
+
+
+def _end_at_once(rank: int, text: str) -> None:
+    """Ends this process, whose main thread waits in a collective that will never be complete."""
+    if rank == 0 and text[0] == _USER:
+        print(f"error: {text[1:]}", file=sys.stderr, flush=True)
+    os._exit(2 if text[0] == _USER else 1)
 
 
 @contextmanager
-def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
-    """The ranks of this run, with engine.distributed and the device of this process.
+def joined(engine: Engine, device: torch.device) -> Iterator[Ranks]:
+    """The ranks of this run, as the recipe's engine section has them, with the device of this process.
 
-    Raises UserError where torchrun has started several processes of a run that is for one.
+    Raises UserError where torchrun has started several processes of a run that is for one, or another number than the
+    weights can be divided among.
     """
-    if distributed == "none" and started() > 1:
+    if engine.distributed == "none" and started() > 1:
         raise UserError(
             f"engine.distributed is none, but torchrun started {started()} processes, each of which would train for "
-            "itself: write ddp, or start the command without torchrun"
+            "itself: write ddp or fsdp2, or start the command without torchrun"
         )
-    if distributed == "none" or "RANK" not in os.environ:
+    if engine.distributed == "none" or "RANK" not in os.environ:
         yield Ranks()
         return
+    degree = engine.shard_degree or started()
+    if started() % degree:
+        raise UserError(
+            f"engine.shard_degree is {degree}, which does not divide the {started()} processes that torchrun started: "
+            "write a divisor, or null"
+        )
     if device.type == "cuda":
         here, gpus = started_here(), torch.cuda.device_count()
         if here > gpus:
@@ -230,9 +288,19 @@ def joined(distributed: str, device: torch.device) -> Iterator[Ranks]:
     # torchrun keeps the store when it starts all ranks anew, and in it where those before could be reached
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    mesh = _mesh(device, size, degree) if engine.distributed == "fsdp2" else None
     if device.type == "cuda" and size > 1:  # NCCL takes its memory now, before anything is measured
         dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize()
-    with Pulse(store, rank, size):
-        yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE), store)
+    with Pulse(store, rank, size, partial(_end_at_once, rank)):
+        yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE), store, mesh)
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may have gone
+
+
+def _mesh(device: torch.device, size: int, degree: int) -> "DeviceMesh":
+    """The ranks as copies × shards, or as shards alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if degree == size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (size // degree, degree), mesh_dim_names=("replicate", "shard"))

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from engine_cases import checkpoints, metrics_of, refuse, succeed, tiny_recipe, write_lines
-from flowgrove.pulse import Pulse
+from flowgrove.pulse import ENDED, NOTES, Pulse
 from flowgrove.ranks import Ranks, joined
+from flowgrove.recipe.schema import Engine
 from flowgrove.run.summaries import update_summary
 from flowgrove.update.updater import UpdateStats
 from torchrun import DEADLINE, started, torchrun, train
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from flowgrove.errors import UserError
 from flowgrove.ranks import ElsewhereError, joined
+from flowgrove.recipe.schema import Engine
 
 def fails(error):
     raise error
@@ -33,7 +35,7 @@ def ended(work):
     except (UserError, ElsewhereError, ValueError) as error:
         return type(error).__name__, str(error)
 
-with joined("ddp", torch.device("cpu")) as ranks:
+with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
     me = ranks.rank
     assert (ranks.size, ranks.first) == (3, me == 0)
     assert [part.tolist() for part in ranks.gather(torch.full((me, 2), me))] == [[], [[1, 1]], [[2, 2], [2, 2]]]
@@ -241,7 +243,7 @@ def test_several_processes_of_a_run_for_one_are_refused(tmp_path, monkeypatch):
 
 def test_ddp_without_torchrun_is_a_world_of_one(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with joined("ddp", torch.device("cpu")) as ranks:
+    with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
         assert ranks.together(lambda: 3) == 3
         assert not dist.is_initialized()
@@ -249,15 +251,30 @@ def test_ddp_without_torchrun_is_a_world_of_one(tmp_path, monkeypatch):
 
 def test_a_rank_that_no_longer_counts_is_named_and_one_that_is_slow_is_not(caplog):
     store = dist.HashStore()
-    with Pulse(store, 0, 3, beat=0.02, silence=0.3), Pulse(store, 2, 3, beat=0.02, silence=0.3):
-        with Pulse(store, 1, 3, beat=0.02, silence=0.3):
+
+    def pulse(rank):
+        return Pulse(store, rank, 3, pytest.fail, beat=0.02, silence=0.3, farewell=0.1)
+
+    with pulse(0), pulse(2):
+        with pulse(1):
             time.sleep(1.0)
             assert caplog.messages == []
         time.sleep(1.0)
         assert caplog.messages == ["rank 1 has given no sign of life for 0 s: has it been stopped?"]
-        with Pulse(store, 1, 3, beat=0.02, silence=0.3):
+        with pulse(1):
             time.sleep(0.5)
     assert caplog.messages[1:] == ["rank 1 counts again"]
+
+
+def test_a_rank_that_does_not_end_with_the_others_is_ended():
+    store, ended = dist.HashStore(), []
+    with Pulse(store, 1, 2, ended.append, beat=0.02, farewell=0.3):
+        time.sleep(0.2)
+        dist.PrefixStore(NOTES, store).set(ENDED, "why ü")
+        time.sleep(0.1)
+        assert ended == []
+        time.sleep(0.6)
+        assert ended == ["why ü"]
 
 
 @pytest.mark.gpu

@@ -219,9 +219,9 @@ def loads(monkeypatch):
     found = []
     load = loading.load_adapter
 
-    def counted(kind, folder, recipe, device, weights, without=()):
+    def counted(kind, folder, recipe, device, weights, without=(), divided=False):
         found.append(without)
-        return load(kind, folder, recipe, device, weights, without)
+        return load(kind, folder, recipe, device, weights, without, divided)
 
     monkeypatch.setattr(loading, "load_adapter", counted)
     return found

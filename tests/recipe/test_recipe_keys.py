@@ -76,6 +76,8 @@ DEFAULTS = {
         "cuda_graphs": False,
         "reuse_rollout_graph": "auto",
         "distributed": "none",
+        "reshard_after_forward": "auto",
+        "shard_degree": None,
     },
     "run": {
         "iterations": 300,

@@ -4,12 +4,14 @@ the blocks share their code, so one of each kind is compiled and all run faster.
 
 from torch import nn
 
+from flowgrove.models.blocks import blocks_of
+
 
 def compile_blocks(transformer: nn.Module) -> int:
     """Compiles every block of the transformer's lists of blocks, for any number of rows; returns how many.
     They compile when they first run.
     """
-    blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+    blocks = blocks_of(transformer)
     for block in blocks:
         block.compile(dynamic=True)
     return len(blocks)

@@ -24,17 +24,18 @@ from flowgrove.models.embeddings import (
 )
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder, part_names
-from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, load_part
+from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, is_quantised, load_part
+from flowgrove.models.stored import all_bf16
 from flowgrove.process import is_first, rank_here, started_here
 from flowgrove.ranks import Ranks, share_of
 from flowgrove.recipe.schema import Model, Recipe
 
 
 def load_model(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None, divided: bool = False
 ) -> tuple[Adapter, Encoder]:
     """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will
-    be decoded. Raises UserError.
+    be decoded. `divided`: the transformer stays in host memory, as its files hold it. Raises UserError.
     """
     family = family_of(recipe.model.adapter)
     if texts is None:
@@ -42,7 +43,7 @@ def load_model(
         return adapter, adapter.encode
     stored = _stored_encoder(recipe, device, dtype)
     if stored is None:
-        adapter = _load(recipe.model, device, dtype)
+        adapter = _load(recipe.model, device, dtype, divided=divided)
         if is_first():
             warn_of_cut_prompts(adapter, texts)
         return adapter, LoadedEncoder(adapter)
@@ -51,7 +52,7 @@ def load_model(
         stored.prepare([*texts, family.uncond_text] if texts else ())
     except TooManyPromptsError:
         encoder = OffloadedEncoder(stored.load, device)
-    return _load(recipe.model, device, dtype, family.TEXT), encoder
+    return _load(recipe.model, device, dtype, family.TEXT, divided), encoder
 
 
 def encode_together(
@@ -99,11 +100,13 @@ def _stored_encoder(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
     return StoredEncoder(place, load_encoders, device, MOST_UNASKED if recipe.data.embedding_cache == "auto" else None)
 
 
-def _load(model: Model, device: torch.device, dtype: torch.dtype, without: tuple[str, ...] = ()) -> Adapter:
+def _load(
+    model: Model, device: torch.device, dtype: torch.dtype, without: tuple[str, ...] = (), divided: bool = False
+) -> Adapter:
     """What `load_adapter` gives; whatever a library raises over the folder is a UserError."""
     diffusers.utils.logging.disable_progress_bar()
     try:
-        return load_adapter(family_of(model.adapter), model_folder(model), model, device, dtype, without)
+        return load_adapter(family_of(model.adapter), model_folder(model), model, device, dtype, without, divided)
     except BaseException as error:
         if not is_of_a_library(error):
             raise
@@ -114,20 +117,16 @@ def _load(model: Model, device: torch.device, dtype: torch.dtype, without: tuple
 
 def load_adapter(
     family: type[Adapter], folder: Path, model: Model, device: torch.device, weights: torch.dtype,
-    without: tuple[str, ...] = (),
+    without: tuple[str, ...] = (), divided: bool = False,
 ) -> Adapter:  # fmt: skip
     """The pipeline in `folder`, frozen, on `device`.
 
     `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for
-    one that does nothing else.
+    one that does nothing else. `divided`: the transformer stays in host memory, where it takes none of its own as long
+    as it is in the dtype of its files, and whoever divides it gives it the right one.
     """
     geometry = read_geometry(folder, model)
-    dtypes = {}
-    if weights != torch.float64:
-        if model.lora is None:  # all of it trains: masters as precise as the files
-            dtypes["transformer"] = torch.float32
-        if family.vae_dtype is not None:
-            dtypes["vae"] = family.vae_dtype
+    dtypes = _dtypes(family, folder, model, weights, divided)
     named = part_names(folder)
     _check_parts(family, folder, named)
     parts: dict[str, Any] = dict.fromkeys(family.TEXT)
@@ -137,14 +136,43 @@ def load_adapter(
             check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
     if parts.get("vae") is not None:
         check_statistics(folder / "vae", parts["vae"], family.LATENTS)
-    pipe = family.pipeline_class().from_pretrained(folder, local_files_only=True, **parts).to(device)
+    pipe = family.pipeline_class().from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
+    if divided:
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name != "transformer":
+                part.to(device)
+    else:
+        pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     if "vae" not in without and model.vae_tiling:
         pipe.vae.enable_tiling()
     return family(geometry, pipe.transformer, pipe, folder)
+
+
+def _dtypes(
+    family: type[Adapter], folder: Path, model: Model, weights: torch.dtype, divided: bool
+) -> dict[str, torch.dtype]:
+    """The parts that are not read in the dtype `weights`. Raises UserError for a quantised transformer that is to be
+    divided.
+    """
+    dtypes, transformer = {}, folder / "transformer"
+    if weights != torch.float64:
+        if model.lora is None:  # all of it trains: masters as precise as the files
+            dtypes["transformer"] = torch.float32
+        if family.vae_dtype is not None:
+            dtypes["vae"] = family.vae_dtype
+    if divided:
+        if is_quantised(transformer):
+            raise UserError(
+                f"{transformer} is stored quantised, and engine.distributed: fsdp2 divides plain weights: write ddp, "
+                "or give the model's unquantised folder"
+            )
+        if model.lora is None and all_bf16(transformer):
+            dtypes["transformer"] = torch.bfloat16
+    return dtypes
 
 
 def _check_parts(family: type[Adapter], folder: Path, named: list[str]) -> None:

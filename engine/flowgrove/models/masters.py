@@ -5,11 +5,22 @@ the same to the bit.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose weights autocast rounds
+ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose weights autocast rounds
+
+
+class Piece(NamedTuple):
+    """Which part of a weight of `shape` this rank has: rows of its first dimension, `start` being the first of them.
+    `copy`: how many lower ranks have the same part (HSDP); the first copy is 0.
+    """
+
+    shape: torch.Size
+    start: int
+    copy: int = 0
 
 
 class Masters:
@@ -23,7 +34,7 @@ class Masters:
         self.of: dict[str, nn.Parameter] = {}
         self._copies: list[Tensor] = []
         for name, copy in list(transformer.named_parameters()):
-            if copy.requires_grad and isinstance(transformer.get_submodule(name.rpartition(".")[0]), _ROUNDED):
+            if copy.requires_grad and isinstance(transformer.get_submodule(name.rpartition(".")[0]), ROUNDED):
                 master = nn.Parameter(copy.data)
                 copy.data = copy.data.to(dtype)
                 copy.register_post_accumulate_grad_hook(_to_master(master))

@@ -115,6 +115,14 @@ def is_of_a_library(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # Rust's, in tokenizers
 
 
+def is_quantised(place: Path) -> bool:
+    """Whether a part's configuration says that its weights are quantised."""
+    try:
+        return "quantization_config" in json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
     for what, title in (
         ("missing_keys", "lacks"),
@@ -130,19 +138,12 @@ def _check_tensors(place: Path, kind: Any, found: dict[str, Any]) -> None:
 
 def _reason(error: BaseException, place: Path) -> str:
     text = " ".join(str(error).split()).split(" If you want to instead")[0][:300] or type(error).__name__
-    if isinstance(error, ImportError) and _is_quantised(place):
+    if isinstance(error, ImportError) and is_quantised(place):
         return f"it is stored quantised (quantization_config), and the library for it is not installed: {text}"
     suffixes = {file.suffix for file in place.iterdir()}
     if ".safetensors" not in suffixes and suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
         return f"its weights are a pickle, which can hold programs: get or make a .safetensors of them ({text})"
     return text
-
-
-def _is_quantised(place: Path) -> bool:
-    try:
-        return "quantization_config" in json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _pointer(place: Path) -> str | None:

@@ -86,8 +86,15 @@ class Policy:
     tuned: bool = True  # False: the reference model
 
     @classmethod
-    def load(cls, recipe: Recipe, device: torch.device, texts: Iterable[str] | None = ()) -> "Policy":
-        """The policy of a recipe. `texts`: prompts that will be asked for; None: only weights will.
+    def load(
+        cls,
+        recipe: Recipe,
+        device: torch.device,
+        texts: Iterable[str] | None = (),
+        ranks: Ranks | None = None,
+    ) -> "Policy":
+        """The policy of a recipe. `texts`: prompts that will be asked for; None: only weights will. `ranks`: may
+        divide the transformer's weights.
 
         Raises UserError for a missing or unsuitable model folder.
         """
@@ -95,10 +102,13 @@ class Policy:
         _check_dtype(model)
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        adapter, encoder = load_model(recipe, device, compute, texts)
+        adapter, encoder = load_model(
+            recipe, device, compute, texts, divided=ranks is not None and ranks.mesh is not None
+        )
         use_attention(adapter, recipe.engine.attention, model, device)
         _check_cheaper_forwards(recipe, adapter)
-        weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes=texts is not None)
+        passes = texts is not None
+        weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
             compile_blocks(adapter.transformer)
         loaded = allocated_memory(device)
@@ -109,7 +119,7 @@ class Policy:
         """`load` on every rank, after they have divided the encoding of the texts. An error of one ends all."""
         ranks.together(lambda: _check_dtype(recipe.model))
         encode_together(recipe, device, COMPUTE_DTYPES[recipe.model.dtype], texts or (), ranks)
-        return ranks.together(lambda: cls.load(recipe, device, texts))
+        return ranks.together(lambda: cls.load(recipe, device, texts, ranks))
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -187,6 +197,18 @@ class Policy:
             ).chunk(2)
         guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
+
+    def idle_pass(self, backward: bool) -> None:
+        """A pass of one blank row that counts for nothing, its gradients being 0: ranks that have divided the weights
+        run their passes together, and one of them may have fewer.
+        """
+        x = torch.zeros(1, *self.adapter.latent_shape, dtype=self.state_dtype, device=self.device)
+        blank = self.adapter.blank(1, self.compute_dtype).to(self.device)
+        with self._precision(), torch.set_grad_enabled(backward):
+            sigma = torch.ones(1, dtype=torch.float32, device=self.device)
+            v = self.adapter.velocity(x, sigma, blank, self.guidance_scale)
+        if backward:
+            v.backward(torch.zeros_like(v))
 
     def decode(self, x: Tensor, together: int | None = None) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device, `together` samples at a time."""

@@ -33,14 +33,23 @@ def all_in(transformer: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]
 
 def bf16_in(folder: Path) -> dict[str, torch.dtype]:
     """bf16 for the weights that the files of an untrained transformer hold in bf16."""
-    found: dict[str, torch.dtype] = {}
+    return {name: torch.bfloat16 for name, kind in _kinds(folder).items() if kind == "BF16"}
+
+
+def all_bf16(folder: Path) -> bool:
+    """Whether the files of a transformer hold nothing but bf16."""
+    return set(_kinds(folder).values()) == {"BF16"}
+
+
+def _kinds(folder: Path) -> dict[str, str]:
+    """The dtype of every tensor in the files of a folder, as safetensors names it."""
+    found: dict[str, str] = {}
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt") as tensors:
-                kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-                found |= {name: torch.bfloat16 for name, kind in kinds.items() if kind == "BF16"}
+                found |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
-            continue  # loading will have said what is wrong with it
+            continue  # loading says what is wrong with it
     return found
 
 

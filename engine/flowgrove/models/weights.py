@@ -3,66 +3,144 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flowgrove.models.float64 import keep_float64
-from flowgrove.models.masters import Masters
+from flowgrove.models.masters import Masters, Piece
 from flowgrove.models.trainable import choose_trainable
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
 
+if TYPE_CHECKING:  # half a second that a run on one device does not need
+    from torch.distributed.device_mesh import DeviceMesh
 
-class Piece(NamedTuple):
-    """Which part of a weight of `shape` this rank has: rows of its first dimension, `start` being the first of them."""
-
-    shape: torch.Size
-    start: int
+    from flowgrove.models import sharding
 
 
 class Weights:
     """A loaded transformer, made ready for training: whatever trains has fp32 masters (float64 for model.dtype fp64).
 
     With `compute` bf16 and `passes` the passes read bf16 copies of them; `passes` False: nothing will run, so that the
-    transformer's own parameters stay the masters. Raises UserError for LoRA targets that match no layer.
+    transformer's own parameters stay the masters. With `ranks` that have a mesh the large weights are divided among
+    them: the transformer comes in host memory and goes to `device`. Raises UserError for LoRA targets that match no
+    layer.
     """
 
     def __init__(
-        self, recipe: Recipe, transformer: Any, lora_targets: tuple[str, ...], compute: torch.dtype, passes: bool
+        self,
+        recipe: Recipe,
+        transformer: Any,
+        lora_targets: tuple[str, ...],
+        compute: torch.dtype,
+        passes: bool,
+        device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         lora, master = recipe.model.lora, torch.float64 if compute == torch.float64 else torch.float32
-        self.transformer = transformer
+        self.transformer, self._ranks = transformer, ranks or Ranks()
+        mesh = self._ranks.mesh
         if master == torch.float64:
             keep_float64(transformer)
         self.reference_copy: Any = None  # frozen; LoRA needs none: without it the model is the reference
         if lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1):
-            self.reference_copy = copy.deepcopy(transformer).requires_grad_(False).to(compute)
+            self.reference_copy = self._frozen_copy(compute, divided=mesh is not None)
         choose_trainable(transformer, lora, lora_targets, recipe.run.seed)
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(master)
         if recipe.model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        self._masters = Masters(transformer, compute) if compute == torch.bfloat16 and passes else None
-        self.pieces: dict[str, Piece] = {}  # of the weights that are divided among ranks; the others are whole on each
+        # the transformer and the reference copy, where ranks divide them
+        self.sharded: list[sharding.ShardedTransformer] = []
+        # whether training passes free what they have gathered
+        self.reshards = recipe.engine.reshard_after_forward is not False
+        if mesh is not None:
+            self._divide(mesh, device, compute, master)
+        else:
+            for parameter in transformer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(master)
+        copies = compute == torch.bfloat16 and passes and not (self.sharded and lora is None)
+        self._masters = Masters(transformer, compute) if copies else None
         self._first = next(iter(self.trainable().values()))
 
+    @property
+    def pieces(self) -> dict[str, Piece]:
+        """Of the trained weights that are divided among ranks, this rank's parts; the others are whole on each."""
+        return self.sharded[0].pieces if self.sharded else {}
+
+    def _divide(self, mesh: "DeviceMesh", device: torch.device, compute: torch.dtype, master: torch.dtype) -> None:
+        from flowgrove.models.sharding import ShardedTransformer
+
+        def stored(parameter: nn.Parameter) -> torch.dtype:
+            return master if parameter.requires_grad else parameter.dtype
+
+        self.sharded.append(ShardedTransformer(self.transformer, mesh, device, compute, stored))
+        if self.reference_copy is not None:
+            self.sharded.append(ShardedTransformer(self.reference_copy, mesh, device, compute, lambda _: compute))
+
+    def _frozen_copy(self, compute: torch.dtype, divided: bool) -> Any:
+        """The transformer as it is now. One that will be divided takes no memory of its own before it is."""
+        if not divided:
+            return copy.deepcopy(self.transformer).requires_grad_(False).to(compute)
+        alike = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.transformer.parameters()}
+        return copy.deepcopy(self.transformer, memo=dict(alike))
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name → master weight, in the transformer's order. An optimiser that has changed them calls `refresh`."""
-        masters = self._masters.of if self._masters is not None else {}
+        """Name → master weight, or this rank's rows of it (see `pieces`), in the transformer's order. An optimiser that
+        has changed them calls `refresh`.
+        """
+        masters = {**(self._masters.of if self._masters is not None else {}), **self._divided}
         return {name: masters.get(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    @property
+    def _divided(self) -> dict[str, nn.Parameter]:
+        return self.sharded[0].masters if self.sharded else {}
+
+    @contextmanager
+    def gathered(self, reference: bool = False) -> Iterator[None]:
+        """Inside the block, which all ranks enter, passes wait for no other rank; with `reference` the reference
+        model's neither. Weights may stay gathered after it, until they change.
+        """
+        divided = self.sharded[: 2 if reference else 1]
+        with self._ranks.meeting():
+            for one in divided:
+                one.gather()
+        try:
+            yield
+        finally:
+            for one in divided[0 if self.reshards else 1 :]:
+                one.free()
+
+    def meet(self) -> None:
+        """From here on all ranks run their passes together."""
+        for one in self.sharded:
+            one.keep(not self.reshards)
+
+    def reduce_copies(self, last: bool) -> None:
+        """Says whether the backward to come is the last one before gradients are taken."""
+        if self.sharded:
+            self.sharded[0].reduce_copies(last)
+
+    def take_gradients(self) -> None:
+        """What backwards have left becomes the masters' gradients, wherever it lies."""
+        if self.sharded:
+            self.sharded[0].take_gradients()
 
     def drop_gradients(self) -> None:
         """Drops the gradients of masters, and of copies where a backward has failed on its way."""
         self.transformer.zero_grad(set_to_none=True)
         for master in self._masters.of.values() if self._masters is not None else ():
             master.grad = None
+        if self.sharded:
+            self.sharded[0].drop_gradients()
 
     def refresh(self) -> None:
         """The weights that passes read follow the masters."""
         if self._masters is not None:
             self._masters.refresh()
+        if self.sharded:
+            self.sharded[0].free()
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -71,10 +149,19 @@ class Weights:
             parameter.copy_(tensors[name])
         self.refresh()
 
+    @torch.no_grad()
     def exchange(self, tensors: dict[str, Tensor]) -> None:
-        """The masters and `tensors` of the same names change places: storage changes hands, nothing is copied."""
+        """The masters and `tensors` of the same names change places: storage changes hands, nothing is copied. Only
+        rows of divided weights are: FSDP knows them by their storage.
+        """
+        divided = self._divided
         for name, parameter in self.trainable().items():
-            parameter.data, tensors[name] = tensors[name], parameter.data
+            if name in divided:
+                kept = parameter.clone()
+                parameter.copy_(tensors[name])
+                tensors[name].copy_(kept)
+            else:
+                parameter.data, tensors[name] = tensors[name], parameter.data
         self.refresh()
 
     @property

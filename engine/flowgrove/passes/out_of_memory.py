@@ -13,8 +13,10 @@ again in the next iteration.
 
 A rollout repeats one step, an update all of its passes without a gradient from before, decoding and scoring the samples
 that were asked for. Evaluation and sampling are rollouts that retain nothing, with decoding after them. None of it
-changes what is computed but for the order of sums. Where sizes are measured (engine.token_budget: auto, `flowgrove
-tune`) a size that does not fit is the end of the sizes that are tried, and nothing is repeated.
+changes what is computed but for the order of sums. Where ranks have divided the weights (engine.distributed: fsdp2) a
+training pass is a meeting of all, which one of them cannot repeat: a memory that is full ends the run, and the same
+command goes on from its newest checkpoint with smaller passes. Where sizes are measured (engine.token_budget: auto,
+`flowgrove tune`) a size that does not fit is the end of the sizes that are tried, and nothing is repeated.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +25,29 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from flowgrove.device import is_out_of_memory, release_memory
+from flowgrove.errors import UserError
+from flowgrove.passes.budget import PassBudget
 
 Result = TypeVar("Result")
+
+
+class PassTooLargeError(UserError):
+    """The memory of a rank was full in a pass that all ran together. `tokens`: of the passes with which the run is to
+    go on; None: they had one row.
+    """
+
+    def __init__(self, rank: int, budget: PassBudget) -> None:
+        before = budget.tokens
+        self.tokens = budget.tokens if budget.halve() else None
+        what = f"the GPU's memory is full on rank {rank} in a training pass"
+        if self.tokens is None:
+            ways = "set engine.reshard_after_forward: true or model.gradient_checkpointing: true, or take more GPUs"
+            super().__init__(f"{what} of one row: {ways}")
+        else:
+            super().__init__(
+                f"{what} of up to {before} tokens: the same command goes on from the newest checkpoint with passes of "
+                f"{self.tokens}"
+            )
 
 
 class Remedy(NamedTuple):

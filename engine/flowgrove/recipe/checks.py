@@ -23,6 +23,25 @@ def check_meaning(recipe: Recipe) -> None:
         raise UserError(f"rollout.group_size is 1: {reason}; write 2 or more")
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
+    _check_sharding(recipe)
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    engine = recipe.engine
+    if engine.distributed != "fsdp2":
+        if engine.shard_degree is not None:
+            raise UserError(
+                f"engine.shard_degree divides weights, but engine.distributed is {engine.distributed}: "
+                "write fsdp2, or remove it"
+            )
+        return
+    for key, set_, instead in (
+        ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
+        ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
+        ("update.optimizer: adamw_8bit", recipe.update.optimizer == "adamw_8bit", "adamw"),
+    ):
+        if set_:
+            raise UserError(f"{key} does not go with engine.distributed: fsdp2: write {instead}, or ddp")
 
 
 def _check_depths(recipe: Recipe, prune: Prune) -> None:

@@ -19,6 +19,8 @@ _OPERATION = {
         "cuda_graphs",
         "reuse_rollout_graph",
         "distributed",
+        "reshard_after_forward",
+        "shard_degree",
     ),
 }
 _REWARD_OPERATION = (

@@ -686,12 +686,28 @@ class Engine(Section):
     Source: ours.
     """
 
-    # another value is refused until there is code behind it
-    distributed: Literal["none", "ddp"] = "none"
+    distributed: Literal["none", "ddp", "fsdp2"] = "none"
     """How a run is spread over the processes that torchrun starts, one for each device.
-    ddp: each trains on its share of an iteration's prompts with the whole model, and one reduction adds up the
-    gradients of an update; the result is that of one process. Made for LoRA: every device holds all that one would.
-    Source: PyTorch Distributed (2006.15704); the division of prompts is ours.
+    Each trains on its share of an iteration's prompts, and gradients are added up; the result is that of one process.
+    ddp: every device holds the whole model, and one reduction adds up the gradients of an update; made for LoRA. fsdp2:
+    weights, gradients, moments and averages are divided among the devices; made for full fine-tuning, and for LoRA on
+    models that fill a device.
+    Source: PyTorch Distributed (2006.15704), PyTorch FSDP (2304.11277); the division of prompts is ours.
+    """
+
+    reshard_after_forward: Literal["auto"] | bool = "auto"
+    """Whether fsdp2 frees a block's gathered weights when a training pass has left it, and gathers them again.
+    false: they stay gathered until they change, one gather an update, with the whole model in model.dtype on every
+    device. true: one block at a time, two gathers a pass. auto: false where the memory prediction says that it fits.
+    Rollouts and evaluations run gathered in any case.
+    Source: PyTorch FSDP2's fully_shard.
+    """
+
+    shard_degree: Count | None = None
+    """Among how many devices fsdp2 divides the weights; null: all of them.
+    The number of devices of a machine, on several machines, divides within each and adds up gradients between them
+    (HSDP): gathers then stay on the fast links, and every machine holds all weights once.
+    Source: PyTorch FSDP (2304.11277), hybrid sharding.
     """
 
 

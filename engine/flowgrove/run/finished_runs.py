@@ -23,7 +23,7 @@ from flowgrove.models.stored import DTYPES, all_in, bf16_in
 from flowgrove.process import started
 from flowgrove.ranks import Ranks, joined
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.recipe.schema import Lora, Recipe
+from flowgrove.recipe.schema import Engine, Lora, Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import find_checkpoint, pointed_at
@@ -57,7 +57,7 @@ def joined_for(source: Path, overrides: tuple[str, ...] = ()) -> Iterator[Ranks]
         yield Ranks()
         return
     recipe = load_recipe(_recipe_file(source), overrides)
-    with joined("ddp", pick_device(recipe)) as ranks:  # each holds the whole model
+    with joined(Engine(distributed="ddp"), pick_device(recipe)) as ranks:  # each holds the whole model
         yield ranks
 
 

@@ -30,10 +30,11 @@ class GraphRoom(NamedTuple):
     def of(cls, setup: Setup, policy: Policy, runner: PassRunner) -> "GraphRoom":
         """The room that engine.reuse_rollout_graph gives. `auto`: as many as by prediction fit into the device's
         memory, and passes of at least a quarter of the budget; none where the rewards decide which edges train, since
-        most graphs would then be made for nothing.
+        most graphs would then be made for nothing, and none where ranks have divided the weights: kept passes would
+        gather them in another order.
         """
         engine, prune = setup.recipe.engine, setup.recipe.credit.prune
-        if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share:
+        if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share or policy.weights.sharded:
             return NO_ROOM
         if engine.reuse_rollout_graph is True:
             return cls(sys.maxsize, 0.0)

@@ -172,14 +172,17 @@ class UpdatePasses:
             level = rows[edges.step[rows] == step.index]
             yield from (level[some] for some in self.budget.passes(tokens[level]) if edges.children[level[some]].any())
 
+    @property
+    def to_refresh(self) -> list[tuple[Rolled, MicroBatch]]:
+        """The passes that `refresh_old_logp` runs."""
+        return [batch for passes in self.batches[1:] for batch in passes] if self.refreshes_logp else []
+
     @torch.no_grad()
     def refresh_old_logp(self) -> None:
         """bf16 passes depend on their batch: later updates compare with the old policy's logp in the
         very batches that they train in.
         """
-        if not self.refreshes_logp:
-            return
-        for part, batch in (batch for passes in self.batches[1:] for batch in passes):
+        for part, batch in self.to_refresh:
             v, v_uncond, scale = part.velocity(self.runner, batch)
             states, logp = part.forest.states, part.forest.logp
             logp[batch.child] = flow_logprob(

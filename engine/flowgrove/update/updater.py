@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowgrove.device import to_host
+from flowgrove.device import is_out_of_memory, to_host
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
-from flowgrove.passes.out_of_memory import retry_smaller
+from flowgrove.passes.out_of_memory import PassTooLargeError, retry_smaller
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
 from flowgrove.spans import span
@@ -70,9 +70,13 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, policy: Policy, runner: PassRunner, ranks: Ranks | None = None) -> None:
-        self.recipe, self.weights, self.runner, self.ranks = recipe, policy.weights, runner, ranks or Ranks()
+        self.recipe, self.policy, self.runner, self.ranks = recipe, policy, runner, ranks or Ranks()
+        self.weights = policy.weights
         update = recipe.update
-        self.parameters = list(self.weights.trainable().values())
+        masters, pieces = self.weights.trainable(), self.weights.pieces
+        self.parameters = list(masters.values())
+        self._whole = [master for name, master in masters.items() if name not in pieces]
+        self._divided = [master for name, master in masters.items() if name in pieces]
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
         self.ema = None if update.ema_decay is None else Ema(self.weights, update.ema_decay)
 
@@ -87,6 +91,7 @@ class Updater:
         if not whole.plan.trained_steps:  # pruning may leave an iteration without any
             return stats
         passes = UpdatePasses(self.recipe, parts, self.runner, [size.selected for size in whole.sizes])
+        self.weights.meet()
         for number, size in enumerate(whole.sizes):
             with span(f"update {number}"):
                 stats.add(self.ranks.together(partial(self._gradient, passes, number)))
@@ -96,11 +101,49 @@ class Updater:
 
     def _gradient(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """Leaves this rank's gradient of update `number`."""
+        if self.weights.sharded:
+            with self.ranks.meeting():
+                return self._gradient_in_meetings(passes, number)
         stats = retry_smaller(lambda: self._accumulate(passes, number), lambda: passes.shrink(number))
         if number == 0:  # the old policy is still in place, and the rollout's graphs are gone
             retry_smaller(passes.refresh_old_logp, lambda: passes.shrink(1))
         passes.batches[number] = []
         return stats
+
+    def _gradient_in_meetings(self, passes: UpdatePasses, number: int) -> UpdateStats:
+        """The same where ranks have divided the weights: each runs as many passes as the one with the most. None of
+        them can be repeated by one rank alone, so that a memory that is full ends the run. Raises PassTooLargeError.
+        """
+        stats, batches = UpdateStats(), passes.batches[number]
+        try:
+            self.weights.drop_gradients()
+            most = self.ranks.most(len(batches))
+            for turn in range(most):
+                self.weights.reduce_copies(last=turn == most - 1)
+                if turn < len(batches):
+                    self._backward(*batches[turn], stats, on_policy=number == 0)
+                else:
+                    self._idle()
+            self.weights.take_gradients()
+            if number == 0:
+                own = len(passes.to_refresh)
+                most = self.ranks.most(own)
+                passes.refresh_old_logp()
+                for _ in range(most - own):
+                    self.policy.idle_pass(backward=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise PassTooLargeError(self.ranks.rank, self.runner.budget) from error
+        passes.batches[number] = []
+        return stats
+
+    def _idle(self) -> None:
+        """What `_backward` is to the other ranks."""
+        if self.recipe.update.kl_weight > 0:
+            with self.policy.reference() as reference:
+                reference.idle_pass(backward=False)
+        self.policy.idle_pass(backward=True)
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
@@ -158,8 +201,8 @@ class Updater:
         """
         if not trained:
             return
-        self.ranks.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.update.max_grad_norm)
+        self.ranks.sum_gradients(self._whole)
+        norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, number)
         found_inf = (~torch.isfinite(norm)).to(torch.float32)
@@ -172,6 +215,18 @@ class Updater:
             self.ema.update(found_inf)
         stats.grad_norm.append(norm)
         stats.skipped.append(found_inf)
+
+    def _clip(self) -> Tensor:
+        """Scales the gradients of all weights down to update.max_grad_norm; returns their norm before."""
+        most, divided = self.recipe.update.max_grad_norm, [p.grad for p in self._divided if p.grad is not None]
+        if not self.weights.pieces:
+            return torch.nn.utils.clip_grad_norm_(self.parameters, most)
+        zero = self.parameters[0].new_zeros(1)
+        mine = torch.nn.utils.get_total_norm([zero, *divided])
+        whole = torch.nn.utils.get_total_norm([zero, *(p.grad for p in self._whole if p.grad is not None)])
+        norm = torch.hypot(whole, self.weights.sharded[0].norm(mine))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
+        return norm
 
 
 def learning_rate(recipe: Recipe, number: int) -> float:
