@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from engine_cases import checkpoints, metrics_of, refuse, succeed, tiny_recipe, write_lines
 from flowgrove.pulse import ENDED, NOTES, Pulse
 from flowgrove.ranks import Ranks, joined
 from flowgrove.recipe.schema import Engine
 from flowgrove.run.summaries import update_summary
+from flowgrove.run.tensor_files import TensorFiles
 from flowgrove.update.updater import UpdateStats
 from torchrun import DEADLINE, started, torchrun, train
 
@@ -83,21 +83,36 @@ SIZES = {**LORA, "sizes": [[32, 32], [32, 16]]}
 TREE = {"steps": 5, "shift": 1.0, "window": {"strategy": "none"}, "tree": {"splits": [0, 2], "fanout": 2}}
 PRUNED = {"std": "global", "fusion_beta": 0.5, "prune": {"kind": "extreme", "keep": 1}}
 UPDATE = {"lr": 1e-3, "clip_range": 1e-3, "updates_per_iteration": 2, "ema_decay": 0.9}
+KL = {**UPDATE, "kl_weight": 0.1}
 CASES = {
-    "window, LoRA, KL": {"model": LORA, "update": {**UPDATE, "kl_weight": 0.1}},
+    "window, LoRA, KL": {"model": LORA, "update": KL},
     "tree pruned by reward": {"model": LORA, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
     "full fine-tuning, small passes": {"model": FP64, "update": UPDATE, "engine": {"token_budget": 80}},
+    "full fine-tuning, KL": {"model": {**FP64, "gradient_checkpointing": True}, "update": KL},
+    "full fine-tuning, pruned by reward": {"model": FP64, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
     "fewer prompts than ranks": {"model": LORA, "update": UPDATE, "data": {"prompts_per_iteration": 1}},
+    "full fine-tuning, fewer prompts than ranks": {
+        "model": FP64, "update": KL, "data": {"prompts_per_iteration": 1}, "run": {"eval": {"tuned_share": 0.5}},
+    },
     "two sizes": {"model": SIZES, "update": UPDATE},
+}  # fmt: skip
+MODES = {
+    "ddp": {"distributed": "ddp"},
+    "fsdp2": {"distributed": "fsdp2", "reshard_after_forward": True},
+    "fsdp2, kept gathered": {"distributed": "fsdp2", "reshard_after_forward": False},
 }
-SAMPLE = [(2, "tree pruned by reward"), (3, "two sizes")]  # what make test holds; the rest belongs to make test-long
-ALL = [(ranks, case) for ranks in (2, 3) for case in CASES]
+# what make test holds; the rest belongs to make test-long
+SAMPLE = [
+    (2, "ddp", "tree pruned by reward"), (3, "ddp", "two sizes"), (2, "fsdp2", "full fine-tuning, KL"),
+    (3, "fsdp2, kept gathered", "full fine-tuning, fewer prompts than ranks"),
+]  # fmt: skip
+ALL = [(ranks, mode, case) for ranks in (2, 3) for mode in MODES for case in CASES]
 
 
 def written(folder, iterations=3, **changes):
     """A recipe of 5 prompts an iteration, evaluated at its end."""
     data = {"prompts_per_iteration": 5, "eval_prompts": "train.txt", **changes.pop("data", {})}
-    run = {"iterations": iterations, "checkpoint_every": 0, "eval_every": 2, "seed": 5}
+    run = {"iterations": iterations, "checkpoint_every": 0, "eval_every": 2, "seed": 5, **changes.pop("run", {})}
     path = tiny_recipe(folder, data=data, run=run, **changes)
     write_lines(folder / "train.txt", SHAPES)
     return path
@@ -105,7 +120,7 @@ def written(folder, iterations=3, **changes):
 
 def last(run, name="weights"):
     """What the newest checkpoint holds."""
-    return load_file(run / "checkpoints" / checkpoints(run)[-1] / f"{name}.safetensors")
+    return TensorFiles(run / "checkpoints" / checkpoints(run)[-1], name).read()
 
 
 def assert_same(found, expected, within=1e-10):
@@ -137,16 +152,18 @@ def test_ranks_tell_each_other_values_errors_and_gradients(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "case"),
+    ("ranks", "mode", "case"),
     [
-        pytest.param(*each, id=f"{each[1]}, {each[0]} ranks", marks=() if each in SAMPLE else pytest.mark.long)
+        pytest.param(
+            *each, id=f"{each[2]}, {each[0]} ranks, {each[1]}", marks=() if each in SAMPLE else pytest.mark.long
+        )
         for each in ALL
     ],
 )
-def test_several_ranks_train_what_one_does(ranks, case, tmp_path):
+def test_several_ranks_train_what_one_does(ranks, mode, case, tmp_path):
     recipe = written(tmp_path, **CASES[case])
     succeed("train", recipe, "--out", tmp_path / "one")
-    train(ranks, recipe, "--out", tmp_path / "several", output=tmp_path / "log")
+    train(ranks, recipe, "--out", tmp_path / "several", output=tmp_path / "log", **MODES[mode])
     assert_same(tmp_path / "several", tmp_path / "one")
     lines = [line["train_passes"] for line in metrics_of(tmp_path / "one")]
     assert [line["train_passes"] for line in metrics_of(tmp_path / "several")] == lines

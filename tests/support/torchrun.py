@@ -41,8 +41,8 @@ def torchrun(ranks, *arguments, output, code=0):
     return text
 
 
-def train(ranks, recipe, *options, output, code=0):
-    """`flowgrove train` of a recipe on `ranks` ranks with engine.distributed: ddp."""
-    return torchrun(
-        ranks, "-m", "flowgrove", "train", recipe, "--set", "engine.distributed=ddp", *options, output=output, code=code
-    )
+def train(ranks, recipe, *options, output, code=0, distributed="ddp", **engine):
+    """`flowgrove train` of a recipe on `ranks` ranks with engine.distributed and other keys of that section."""
+    keys = {"distributed": distributed, **engine}
+    sets = [word for key, value in keys.items() for word in ("--set", f"engine.{key}={str(value).lower()}")]
+    return torchrun(ranks, "-m", "flowgrove", "train", recipe, *sets, *options, output=output, code=code)
