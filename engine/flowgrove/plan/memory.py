@@ -87,11 +87,8 @@ class MemoryModel:
         self._mode = FakeTensorMode()
         with self._running():
             _materialise(self.transformer, self.compute, self.master)
-            self.masters = (
-                sum(p.numel() * p.element_size() for p in Masters(self.transformer, self.compute).of.values())
-                if self.compute == torch.bfloat16
-                else 0
-            )
+            self._masters = Masters(self.transformer, self.compute).of if self.compute == torch.bfloat16 else {}
+            self.masters = sum(p.numel() * p.element_size() for p in self._masters.values())
             self.weights = sum(
                 tensor.numel() * tensor.element_size()
                 for tensor in (*self.transformer.parameters(), *self.transformer.buffers())
@@ -179,14 +176,24 @@ class MemoryModel:
         return _peak(roll, self.like_cuda)
 
     def _training(self, states: int) -> int:
-        """Gradients stay: they are counted as resident, so that the peak leaves them out."""
-        self.transformer.zero_grad(set_to_none=True)
+        """Gradients stay and are counted as resident: they are there before the pass, as of another one."""
+        trained = [
+            self._masters.get(name, weight)
+            for name, weight in self.transformer.named_parameters()
+            if weight.requires_grad
+        ]
+        for weight in trained:
+            weight.grad = torch.empty_like(weight)
 
         def train() -> None:
             v = self._velocity(states)
             v.backward(torch.empty_like(v))
 
-        return _peak(train, self.like_cuda)
+        try:
+            return _peak(train, self.like_cuda)
+        finally:
+            for weight in trained:
+                weight.grad = None
 
     def _decoding(self, pictures: int) -> int:
         """Bytes of decoding, of what is scored together, and of what scoring it takes beside it."""
@@ -294,12 +301,10 @@ def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -
 
 
 def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
-    """Most bytes alive at once while `run` runs,
-    of storages that it makes itself and that are gone when it has ended.
-    """
+    """Most bytes alive at once while `run` runs, of storages that it makes itself."""
     with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
         run()
-    return alive.most - alive.bytes
+    return alive.most
 
 
 def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> int:
@@ -316,7 +321,7 @@ def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> i
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the storages of all results."""
+    """Adds up the storages of all results that come from nowhere: what was there before is written to or viewed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,14 +329,18 @@ class _Alive(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                self._count(storage, storage.nbytes())
         return result
 
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, storage: Any, size: int) -> None:
+        key = storage._cdata
         if key in self._known:
             return
         self.bytes += size
