@@ -198,27 +198,34 @@ def plan(
     memory: Annotated[
         bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")
     ] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="plan for so many processes of torchrun; with --memory also what they send")
+    ] = 1,
 ) -> None:
     """Show steps, tree, counts and cost of an iteration; loads no model."""
+    from flowgrove.plan.division import Division
     from flowgrove.recipe.loading import load_recipe
-    from flowgrove.report.plan_view import draw_memory, draw_plan, plan_json
+    from flowgrove.report.plan_view import draw_memory, draw_plan, draw_ranks, memory_json, plan_json
     from flowgrove.setup import Setup
 
     settings = load_recipe(recipe, tuple(set_ or ()))
-    setup = Setup(settings)
+    setup, division = Setup(settings), Division.of(settings.engine, ranks)
     table, made = setup.table, setup.plan(iteration)
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
     predicted = None
     if memory:
-        from flowgrove.plan.memory import predict_memory
+        from flowgrove.plan.communication import predict
 
-        predicted = predict_memory(settings, made, device_type)
+        predicted = predict(settings, made, device_type, division)
     if as_json:
-        sys.stdout.write(json.dumps(plan_json(made)) + "\n")
+        content = plan_json(made, settings, division) | (memory_json(predicted) if predicted else {})
+        sys.stdout.write(json.dumps(content) + "\n")
     else:
         draw_plan(made, settings, Console(highlight=False), table.source)
+        if division.ranks > 1:
+            draw_ranks(made, settings, division, Console(highlight=False))
     if predicted is not None:
-        draw_memory(predicted, device_type, Console(highlight=False, stderr=as_json))
+        draw_memory(predicted, device_type, division, Console(highlight=False, stderr=as_json))
 
 
 @_command

@@ -1,4 +1,4 @@
-"""A process: what it needs in its environment before torch is loaded, which reads it once, and whether it is alone."""
+"""A process: what it needs in its environment before torch is loaded, which reads it once; which it is of how many."""
 
 import os
 import sys
@@ -29,6 +29,11 @@ def settle() -> None:
 def started() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share_of(count: int, rank: int, size: int) -> slice:
+    """The part of `count` things that is rank `rank`'s of `size`: in order, each within one of the rest."""
+    return slice(count * rank // size, count * (rank + 1) // size)
 
 
 def is_first() -> bool:

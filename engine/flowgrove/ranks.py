@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
-from flowgrove.process import rank_here, started, started_here
+from flowgrove.process import rank_here, share_of, started, started_here
 from flowgrove.pulse import ENDED, NOTES, Pulse
 from flowgrove.recipe.schema import Engine
 
@@ -39,11 +39,6 @@ class ElsewhereError(RuntimeError):
 
 class LostError(UserError):
     """Another rank can no longer be reached: nothing may wait for it."""
-
-
-def share_of(count: int, rank: int, size: int) -> slice:
-    """The part of `count` things that is rank `rank`'s of `size`."""
-    return slice(count * rank // size, count * (rank + 1) // size)
 
 
 class Ranks:

@@ -5,6 +5,7 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan, make_plan
 from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas
 from flowgrove.recipe.deciding import deciding
@@ -21,7 +22,7 @@ class Setup:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._memory: dict[str, MemoryModel] = {}
+        self._memory: dict[tuple[str, Division], MemoryModel] = {}
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -102,10 +103,11 @@ class Setup:
         recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
         return make_plan(recipe, 0, recipe_sigmas(recipe))
 
-    def memory(self, device_type: str) -> "MemoryModel":
-        """What predicts the memory of an iteration on a cpu or a cuda device."""
+    def memory(self, device_type: str, division: Division = ALONE) -> "MemoryModel":
+        """What predicts the memory of an iteration on a cpu or a cuda device, of one rank of so many."""
         from flowgrove.plan.memory import MemoryModel
 
-        if device_type not in self._memory:
-            self._memory[device_type] = MemoryModel(self.recipe, self.first_plan, device_type)
-        return self._memory[device_type]
+        key = device_type, division
+        if key not in self._memory:
+            self._memory[key] = MemoryModel(self.recipe, self.first_plan, device_type, division)
+        return self._memory[key]

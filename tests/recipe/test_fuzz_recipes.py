@@ -142,7 +142,7 @@ def plan_and_write(path, changes):
     assert parse_recipe(read_yaml(dump_recipe(recipe))) == recipe
     table = shifted_sigmas(recipe.rollout.steps, recipe.rollout.shift or 3.0)
     for iteration in (0, recipe.run.iterations - 1):
-        plan_json(make_plan(recipe, iteration, table))
+        plan_json(make_plan(recipe, iteration, table), recipe)
     return recipe
 
 

@@ -151,7 +151,7 @@ def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
     monkeypatch.setattr(
         graph_room,
         "total_memory",
-        lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room._GPU_SHARE),
+        lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room.GPU_SHARE),
     )
     found, graph = graph_room._room_of_gpu(Setup(recipe), policy, runner_of(policy))
     assert graph == memory.graph

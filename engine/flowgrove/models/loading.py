@@ -26,8 +26,8 @@ from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder, part_names
 from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, is_quantised, load_part
 from flowgrove.models.stored import all_bf16
-from flowgrove.process import is_first, rank_here, started_here
-from flowgrove.ranks import Ranks, share_of
+from flowgrove.process import is_first, rank_here, share_of, started_here
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Model, Recipe
 
 

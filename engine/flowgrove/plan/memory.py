@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +31,15 @@ from flowgrove.models.policy import COMPUTE_DTYPES
 from flowgrove.models.runner import tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.passes.packing import pack
+from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan
+from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 
 _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
 
+GPU_SHARE = 0.9  # of a GPU's memory can be planned with: the allocator's fragments and what libraries take
 LOADED = ("transformer", "master weights", "VAE", "untouched copy")  # what a policy holds before it trains
 
 
@@ -62,14 +65,21 @@ class Memory:
 
 
 class MemoryModel:
-    """A recipe's model on tensors without storage, for one kind of device. It is made once; a stage is run once for
-    every size of its largest pass. Text encoders are taken to be freed.
+    """A recipe's model on tensors without storage, for one kind of device; of several ranks, that with the most
+    prompts. It is made once; a stage is run once for every size of its largest pass. Text encoders are taken to be
+    freed.
+
+    Divided weights lie as rows on every rank. Besides, all of them are gathered in the compute dtype while a rank rolls
+    out or evaluates, and in updates too, unless those reshard: then what lies outside blocks is, and two blocks. A
+    gradient of divided weights is whole in the compute dtype, then in that of the masters, until it has been divided:
+    two blocks' worth at once.
 
     Raises UserError without configuration files, and where the model does not run as they describe it.
     """
 
-    def __init__(self, recipe: Recipe, plan: RolloutPlan, device_type: str) -> None:
-        self.recipe, self.plan, self.device_type = recipe, plan, device_type
+    def __init__(self, recipe: Recipe, plan: RolloutPlan, device_type: str, division: Division = ALONE) -> None:
+        self.recipe, self.plan, self.device_type, self.division = recipe, plan, device_type, division
+        self.prompts = max(division.prompts(recipe))
         self.folder = configuration_folder(recipe.model)
         self.geometry = max(
             (read_geometry(self.folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens
@@ -88,48 +98,98 @@ class MemoryModel:
         with self._running():
             _materialise(self.transformer, self.compute, self.master)
             self._masters = Masters(self.transformer, self.compute).of if self.compute == torch.bfloat16 else {}
-            self.masters = sum(p.numel() * p.element_size() for p in self._masters.values())
-            self.weights = sum(
-                tensor.numel() * tensor.element_size()
-                for tensor in (*self.transformer.parameters(), *self.transformer.buffers())
-            )
+            self.sizes = WeightSizes.of(self.transformer, division.shards, recipe.model.lora is not None)
             self.decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or self.compute, self.master)
             self.adapter = family(self.geometry, self.transformer, SimpleNamespace(vae=vae))
-            cond = self.adapter.blank(recipe.data.prompts_per_iteration, self.compute)
-        self.prompts = sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values())
+            cond = self.adapter.blank(self.prompts, self.compute)
+        self.embeddings = sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values())
         self.doubled = 2 if self.adapter.needs_uncond(recipe.model.guidance_scale) else 1
         self._peaks: dict[tuple[str, int], int] = {}
 
-    def at(self, tokens: int) -> Memory:
-        """The memory of an iteration whose passes hold `tokens`."""
+    def at(self, tokens: int, reshard: bool = False) -> Memory:
+        """The memory of an iteration whose passes hold `tokens`. `reshard`: updates gather divided weights block by
+        block.
+        """
         rolled, trained = self._largest_passes(tokens)
+        training = self.sizes.at_once * self.compute.itemsize if reshard else self.gathered
         counted = {
-            "training": self._once("training", trained, self._training),
-            "rollout": self._rollout(rolled),
-            "decoding": self._once("decoding", self._pictures(), self._decoding),
+            "training": self._once("training", trained, self._training) + training + self._gradients_on_their_way(),
+            "rollout": self._rollout(rolled) + self.gathered,
+            "decoding": self._once("decoding", self._pictures(), self._decoding) + self.gathered,
         }
         graph = self._once("graph", 1, self._graph)
         if self.device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
-            counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding")
-        return Memory(self.resident(tokens), counted, graph, trained * self.doubled)
+            counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding") - self.gathered
+        if self.division.ranks > 1:  # a flat copy of those that every rank has whole
+            flat = self.sizes.trained_whole * self.master.itemsize
+            counted["adding gradients up"] = flat + (0 if reshard else self.gathered)
+        if self.copies and self.recipe.run.eval.tuned_share < 1 and self.gathered:
+            counted["evaluation"] = max(counted[name] for name in counted if name.startswith("rollout")) + self.gathered
+        return Memory(self.resident(tokens, reshard), counted, graph, trained * self.doubled)
 
-    def resident(self, tokens: int) -> dict[str, int]:
+    def fitting(self, total: int, foreign: int = 0) -> "Fit | None":
+        """The largest passes whose predicted peak fits into nine tenths of `total` bytes, beside `foreign` ones, and
+        whether updates then reshard, which they do only where they must. Rows of a pass are a power of two up to what
+        engine.token_budget allows, and its tokens where it is a number. None: not even a pass of one row fits.
+        """
+        budget, row = tokens_per_pass(self.recipe, self.device_type), self.geometry.tokens * self.doubled
+        powers = [row << power for power in range(max(1, budget // row).bit_length())]
+        for tokens in reversed(powers) if self.recipe.engine.token_budget == "auto" else (budget,):
+            for reshard in (False, True) if self.gathered else (False,):
+                if self.at(tokens, reshard).peak + foreign <= GPU_SHARE * total:
+                    return Fit(tokens, reshard)
+        return None
+
+    def passes_of_update(self, tokens: int) -> int:
+        """How many passes of `tokens` an update takes."""
+        states = self._trained_states()
+        return len(pack(np.full(states, self.geometry.tokens * self.doubled), tokens))
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of all divided weights in the compute dtype."""
+        return self.sizes.gathered * self.compute.itemsize
+
+    @property
+    def copies(self) -> bool:
+        """Whether a copy of the untouched model is held; with LoRA it is the model without its layers."""
+        update, evaluation = self.recipe.update, self.recipe.run.eval
+        return self.recipe.model.lora is None and (update.kl_weight > 0 or evaluation.tuned_share < 1)
+
+    def _gradients_on_their_way(self) -> int:
+        """Bytes of gradients of divided weights before they are divided themselves."""
+        both = self.compute.itemsize + self.master.itemsize
+        return 2 * self.sizes.largest_block * both if self.sizes.trained_rows else 0
+
+    def _weights(self) -> tuple[int, int]:
+        """Bytes of the transformer as it lies on a rank, and of masters beside it."""
+        sizes, rows = self.sizes, self.sizes.trained_rows * self.master.itemsize
+        whole = [weight for name, weight in self.transformer.named_parameters() if name not in sizes.divided]
+        bytes_of_whole = sum(tensor.nbytes for tensor in (*whole, *self.transformer.buffers()))
+        masters = sum(master.nbytes for name, master in self._masters.items() if name not in sizes.divided)
+        transformer = bytes_of_whole + sizes.frozen_rows * self.compute.itemsize
+        return (transformer, masters + rows) if self.compute == torch.bfloat16 else (transformer + rows, masters)
+
+    def resident(self, tokens: int, reshard: bool = False) -> dict[str, int]:
         """Bytes of what stays all the time, by name; runs a pass only where one is recorded."""
-        recipe, plan, transformer = self.recipe, self.plan, self.transformer
-        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-        copies = recipe.model.lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1)
+        recipe, plan, sizes = self.recipe, self.plan, self.sizes
+        transformer, masters = self._weights()
+        named = self.transformer.named_parameters()
+        copy = sizes.trained_rows + sum(weight.numel() for name, weight in named if name not in sizes.divided)
+        stays_gathered = self.copies and recipe.update.kl_weight > 0 and not reshard
         levels = {end for step in plan.trained_steps for end in (step.index, step.index + 1)}
         kept = sum(plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels)
         resident = {
-            "transformer": self.weights,
-            "master weights": self.masters,
+            "transformer": transformer,
+            "master weights": masters,
             "VAE": self.decoder,
-            "untouched copy": sum(p.numel() for p in transformer.parameters()) * self.compute.itemsize if copies else 0,
-            "gradients": trained * self.master.itemsize,
-            "optimiser": trained * _OPTIMIZER_BYTES[recipe.update.optimizer],
-            "averaged weights": trained * self.master.itemsize if recipe.update.ema_decay else 0,
-            "forest": recipe.data.prompts_per_iteration * kept * self._state_bytes,
-            "prompts": self.prompts,
+            "untouched copy": copy * self.compute.itemsize if self.copies else 0,
+            "untouched copy, gathered": self.gathered if stays_gathered else 0,
+            "gradients": sizes.trained * self.master.itemsize,
+            "optimiser": sizes.trained * _OPTIMIZER_BYTES[recipe.update.optimizer],
+            "averaged weights": sizes.trained * self.master.itemsize if recipe.update.ema_decay else 0,
+            "forest": self.prompts * kept * self._state_bytes,
+            "prompts": self.embeddings,
         }
         if recipe.engine.cuda_graphs:  # recordings hold their memory for good
             resident["CUDA graphs"] = self._rollout(self._largest_passes(tokens)[0])
@@ -141,20 +201,25 @@ class MemoryModel:
 
     def _pictures(self) -> int:
         """Pictures that are decoded together."""
-        leaves = self.recipe.data.prompts_per_iteration * self.plan.leaves
+        leaves = self.prompts * self.plan.leaves
         return min(self.adapter.samples_per_decode(self.device_type), leaves)
 
     def _largest_passes(self, budget: int) -> tuple[int, int]:
         """States of the largest pass in the rollout and in training."""
-        recipe, plan, tokens = self.recipe, self.plan, self.geometry.tokens * self.doubled
-        share, prompts, counts = recipe.engine.share, recipe.data.prompts_per_iteration, plan.counts
+        tokens = self.geometry.tokens * self.doubled
 
         def largest(states: int) -> int:
             return max((len(rows) for rows in pack(np.full(states, tokens), budget)), default=1)
 
-        trained = counts.train_passes if share else counts.unshared_train_passes
+        share, plan = self.recipe.engine.share, self.plan
         levels = [step.nodes_in if share else plan.leaves for step in plan.steps]
-        return max(largest(prompts * nodes) for nodes in levels), largest(-(-prompts * trained // plan.updates))
+        return max(largest(self.prompts * nodes) for nodes in levels), largest(self._trained_states())
+
+    def _trained_states(self) -> int:
+        """States that an update trains."""
+        counts = self.plan.counts
+        trained = counts.train_passes if self.recipe.engine.share else counts.unshared_train_passes
+        return -(-self.prompts * trained // self.plan.updates)
 
     def _once(self, stage: str, size: int, count: Callable[[int], int]) -> int:
         if (stage, size) not in self._peaks:
@@ -165,7 +230,7 @@ class MemoryModel:
     def _rollout(self, states: int) -> int:
         """Bytes of a pass of the rollout, and of x, v, x' and a history of the widest level."""
         width = max(step.nodes_out for step in self.plan.steps)
-        widest = 4 * self.recipe.data.prompts_per_iteration * width * self._state_bytes
+        widest = 4 * self.prompts * width * self._state_bytes
         return self._once("rollout", states, self._rolling) + widest
 
     def _rolling(self, states: int) -> int:
@@ -200,7 +265,7 @@ class MemoryModel:
         decoded = _peak(
             lambda: self.adapter.decode(torch.empty(pictures, *self.geometry.latent_shape, dtype=self.master))
         )
-        leaves, pixels = self.recipe.data.prompts_per_iteration * self.plan.leaves, self.geometry.pixels
+        leaves, pixels = self.prompts * self.plan.leaves, self.geometry.pixels
         scored = min(leaves, max(1, PIXELS_AT_ONCE // pixels)) * pixels * 3
         return decoded + 2 * scored * torch.float32.itemsize
 
@@ -222,6 +287,13 @@ class MemoryModel:
         """Inside, tensors have no storage, and what the model's code raises is a UserError."""
         with _errors_of(self.folder), self._mode:
             yield
+
+
+class Fit(NamedTuple):
+    """Tokens of a pass, and whether updates gather divided weights block by block."""
+
+    tokens: int
+    reshard: bool
 
 
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:

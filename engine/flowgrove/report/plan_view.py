@@ -6,23 +6,46 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
-    from flowgrove.plan.memory import Memory
+    from flowgrove.plan.communication import Prediction
 
 _DRAWN_LEAVES = 32
 _STEP = ("index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out")
 
 
-def plan_json(plan: RolloutPlan) -> dict[str, Any]:
-    """The object that `flowgrove plan --json` prints."""
-    return {
+def plan_json(plan: RolloutPlan, recipe: Recipe, division: Division = ALONE) -> dict[str, Any]:
+    """The object that `flowgrove plan --json` prints; of several ranks with what the one with the most prompts and the
+    one with the fewest do.
+    """
+    content = {
         "iteration": plan.iteration,
         "window": list(plan.window),
         "steps": [{key: getattr(step, key) for key in _STEP} for step in plan.steps],
         "counts": asdict(plan.counts),
+    }
+    if division.ranks > 1:
+        most, fewest = division.work(recipe, plan)
+        content["ranks"] = {**asdict(division), "most": asdict(most), "fewest": asdict(fewest)}
+    return content
+
+
+def memory_json(predictions: "list[Prediction]") -> dict[str, Any]:
+    """What `--memory` adds to it: a list, since divided weights can be gathered in two ways."""
+    return {
+        "memory": [
+            {
+                "reshard_after_forward": found.reshard,
+                "peak": found.memory.peak,
+                **asdict(found.memory),
+                "sent": found.communication.iteration,
+                "sent_in_evaluation": found.communication.evaluation,
+            }
+            for found in predictions
+        ]
     }
 
 
@@ -87,14 +110,39 @@ def _cheaper(plan: RolloutPlan, step: Step, recipe: Recipe) -> str:
     return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "") if part)
 
 
-def draw_memory(memory: "Memory", device_type: str, console: Console) -> None:
-    """What stays and what each stage needs beside it."""
-    console.print(f"\npredicted memory of one {device_type} device ({memory.rows} rows a pass, text encoders freed)")
-    for title, parts in (("stays", memory.resident), ("beside it", memory.stages)):
-        for number, (name, size) in enumerate((name, size) for name, size in parts.items() if size):
-            console.print(f"  {'' if number else title:<11}{name:<20}{_size(size):>12}")
-    console.print(f"  [bold]{'peak':<31}{_size(memory.peak):>12}[/]")
-    console.print(f"  {'a state whose graph is kept':<31}{_size(memory.graph):>12}")
+def draw_ranks(plan: RolloutPlan, recipe: Recipe, division: Division, console: Console) -> None:
+    """What each rank does."""
+    console.print(f"\n{f'each of {division.ranks} ranks':<18}{'most':>12}{'fewest':>15}")
+    for part in zip(*(asdict(work).items() for work in division.work(recipe, plan)), strict=True):
+        (name, most), (_, fewest) = part
+        console.print(f"{name.replace('_', ' '):<18}{most:>12,}{fewest:>15,}")
+
+
+def draw_memory(predictions: "list[Prediction]", device_type: str, division: Division, console: Console) -> None:
+    """What stays, what each stage needs beside it, and of several ranks what one sends; a column for each way to gather
+    divided weights.
+    """
+    memories = [found.memory for found in predictions]
+    one = f"one {device_type} device" + (f" of {division.ranks}" if division.ranks > 1 else "")
+    console.print(f"\npredicted memory of {one} ({memories[0].rows} rows a pass, text encoders freed)")
+
+    def draw(title: str, parts: list[dict[str, int]]) -> None:
+        for number, name in enumerate(name for name in parts[0] if any(part[name] for part in parts)):
+            row(f"{'' if number else title:<11}{name}", [part[name] for part in parts])
+
+    def row(name: str, sizes: list[int], style: str = "none") -> None:
+        console.print(f"  [{style}]{name:<37}{''.join(f'{_size(size):>14}' for size in sizes)}[/]")
+
+    if len(predictions) > 1:
+        console.print(f"  [dim]{'gathered weights stay in updates, or':<37}{'all of them':>14}{'two blocks':>14}[/]")
+    draw("stays", [memory.resident for memory in memories])
+    draw("beside it", [memory.stages for memory in memories])
+    row("peak", [memory.peak for memory in memories], "bold")
+    row("a state whose graph is kept", [memory.graph for memory in memories])
+    if division.ranks > 1:
+        console.print("\npredicted bytes that it sends")
+        draw("iteration", [found.communication.iteration for found in predictions])
+        row("evaluation", [found.communication.evaluation for found in predictions])
 
 
 def _size(count: int) -> str:

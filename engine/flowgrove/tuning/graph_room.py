@@ -10,12 +10,11 @@ import torch
 from flowgrove.device import total_memory
 from flowgrove.models.policy import Policy, Velocity
 from flowgrove.models.runner import PassRunner
-from flowgrove.plan.memory import graph_bytes
+from flowgrove.plan.memory import GPU_SHARE, graph_bytes
 from flowgrove.process import started_here
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.setup import Setup
 
-_GPU_SHARE = 0.9  # of the device's memory: the allocator's fragments and what libraries take
 _CPU_SHARE = 0.25  # of the machine's, for all ranks that run on it
 _LEAST_SHARE = 0.25  # smaller passes train faster packed with others, though their forward runs again
 
@@ -57,7 +56,7 @@ def _room_of_gpu(setup: Setup, policy: Policy, runner: PassRunner) -> tuple[int,
     """(bytes for graphs beside all that a run needs with the runner's token budget, bytes of a row's graph)."""
     memory = setup.memory(policy.device.type).at(runner.budget.tokens)
     foreign = max(0, policy.bytes_when_loaded - memory.loaded)  # models of rewards
-    return int(_GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
+    return int(GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
 
 
 def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
