@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from engine_cases import refuse, strict_json, succeed, tiny_recipe
+from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.plan.communication import predict_communication
 from flowgrove.plan.division import ALONE, Division
@@ -186,6 +187,37 @@ def test_the_largest_passes_that_fit_are_found():
     assert model_of(dtype="fp32").fitting(10**12) == Fit(automatic * row, False)
     stated = model_of(Division(2, 2), dtype="fp32", engine={"token_budget": 123})
     assert stated.fitting(10**12).tokens == 123
+
+
+def test_a_recipe_says_how_ranks_divide_a_run():
+    def of(ranks, **engine):
+        return Division.of(small_recipe(engine=engine).engine, ranks)
+
+    assert (of(1), of(3, distributed="ddp"), of(3, distributed="fsdp2")) == (ALONE, Division(3), Division(3, 3))
+    assert of(6, distributed="fsdp2", shard_degree=2) == Division(6, 2)
+    with pytest.raises(UserError, match="does not divide 6 ranks"):
+        of(6, distributed="fsdp2", shard_degree=4)
+
+
+def test_a_recipe_that_leaves_nothing_open_is_predicted_in_one_way():
+    division = Division(2, 2)
+    for wanted in (True, False):
+        model = model_of(division, engine={"reshard_after_forward": wanted}, dtype="fp32")
+        assert model.ways == (wanted,)
+        assert model.fitting(10**12).reshard == wanted
+    assert model_of(Division(2), engine={"reshard_after_forward": True}, dtype="fp32").ways == (False,)
+
+
+def test_a_plan_shows_both_ways_to_gather(tmp_path):
+    recipe = tiny_recipe(tmp_path, data={"prompts_per_iteration": 4})
+    fsdp = ("--set", "engine.distributed=fsdp2", "--ranks", 2, "--memory")
+    told = succeed("plan", recipe, *fsdp).stdout
+    assert "engine.reshard_after_forward" in told
+    assert "weights gathered" in told
+    kept, resharding = strict_json(succeed("plan", recipe, *fsdp, "--json").stdout)["memory"]
+    assert (kept["reshard_after_forward"], resharding["reshard_after_forward"]) == (False, True)
+    assert kept["stages"]["training"] > resharding["stages"]["training"]
+    assert kept["sent"]["weights gathered"] < resharding["sent"]["weights gathered"]
 
 
 def test_a_plan_says_what_ranks_do(tmp_path):

@@ -81,13 +81,13 @@ def predict_communication(model: MemoryModel, tokens: int, reshard: bool = False
 
 
 def predict(recipe: Recipe, plan: RolloutPlan, device_type: str, division: Division) -> list[Prediction]:
-    """Memory of the rank that needs most, and what it sends, with the recipe's token budget: weights that are divided
-    stay gathered in updates, and then block by block. Raises UserError.
+    """Memory of the rank that needs most, and what it sends, with the recipe's token budget: for each way to gather
+    divided weights in updates that the recipe leaves open. Raises UserError.
     """
     model, tokens = MemoryModel(recipe, plan, device_type, division), tokens_per_pass(recipe, device_type)
     return [
         Prediction(reshard, model.at(tokens, reshard), predict_communication(model, tokens, reshard))
-        for reshard in ((False, True) if model.gathered else (False,))
+        for reshard in model.ways
     ]
 
 

@@ -19,11 +19,19 @@ class Division:
 
     @classmethod
     def of(cls, engine: Engine, ranks: int) -> "Division":
-        """What engine.distributed makes of so many ranks. Raises UserError where it is none and there are several."""
-        mode: str = engine.distributed
-        if mode == "none" and ranks > 1:
+        """What the recipe's engine section makes of so many ranks. Raises UserError where engine.distributed is none
+        and there are several, and where engine.shard_degree does not divide them.
+        """
+        if engine.distributed == "none" and ranks > 1:
             raise UserError(f"engine.distributed is none, which is for one rank, not {ranks}: write ddp or fsdp2")
-        return cls(ranks, ranks if mode == "fsdp2" else None)
+        if engine.distributed != "fsdp2":
+            return cls(ranks)
+        shards = engine.shard_degree or ranks
+        if ranks % shards:
+            raise UserError(
+                f"engine.shard_degree is {shards}, which does not divide {ranks} ranks: write a divisor, or null"
+            )
+        return cls(ranks, shards)
 
     def prompts(self, recipe: Recipe) -> list[int]:
         """How many prompts of an iteration each rank draws and trains: the prompts of every size are divided."""

@@ -130,15 +130,22 @@ class MemoryModel:
     def fitting(self, total: int, foreign: int = 0) -> "Fit | None":
         """The largest passes whose predicted peak fits into nine tenths of `total` bytes, beside `foreign` ones, and
         whether updates then reshard, which they do only where they must. Rows of a pass are a power of two up to what
-        engine.token_budget allows, and its tokens where it is a number. None: not even a pass of one row fits.
+        engine.token_budget allows, and its tokens where it is a number; engine.reshard_after_forward is heeded where it
+        is not auto. None: not even a pass of one row fits.
         """
         budget, row = tokens_per_pass(self.recipe, self.device_type), self.geometry.tokens * self.doubled
         powers = [row << power for power in range(max(1, budget // row).bit_length())]
         for tokens in reversed(powers) if self.recipe.engine.token_budget == "auto" else (budget,):
-            for reshard in (False, True) if self.gathered else (False,):
+            for reshard in self.ways:
                 if self.at(tokens, reshard).peak + foreign <= GPU_SHARE * total:
                     return Fit(tokens, reshard)
         return None
+
+    @property
+    def ways(self) -> tuple[bool, ...]:
+        """Whether updates may gather divided weights block by block: what engine.reshard_after_forward leaves open."""
+        wanted = self.recipe.engine.reshard_after_forward
+        return (False,) if not self.gathered else (False, True) if wanted == "auto" else (wanted,)
 
     def passes_of_update(self, tokens: int) -> int:
         """How many passes of `tokens` an update takes."""

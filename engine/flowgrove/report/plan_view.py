@@ -134,7 +134,7 @@ def draw_memory(predictions: "list[Prediction]", device_type: str, division: Div
         console.print(f"  [{style}]{name:<37}{''.join(f'{_size(size):>14}' for size in sizes)}[/]")
 
     if len(predictions) > 1:
-        console.print(f"  [dim]{'gathered weights stay in updates, or':<37}{'all of them':>14}{'two blocks':>14}[/]")
+        console.print(f"  [dim]{'engine.reshard_after_forward':<37}{'false':>14}{'true':>14}[/]")
     draw("stays", [memory.resident for memory in memories])
     draw("beside it", [memory.stages for memory in memories])
     row("peak", [memory.peak for memory in memories], "bold")
