@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
 from flowgrove.process import rank_here, share_of, started, started_here
 from flowgrove.pulse import ENDED, NOTES, Pulse
@@ -72,13 +71,13 @@ class Ranks:
             return [mine]
         mine = mine.contiguous()
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _lost():
+        with self._reaching():
             dist.all_gather(counts, torch.tensor([len(mine)]), group=self._control)
         longest = max(int(count) for count in counts)
         padded = mine.new_zeros(longest, *mine.shape[1:])
         padded[: len(mine)] = mine
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        with _lost():
+        with self._reaching():
             dist.all_gather(found, padded, group=self._control)
         return [tensor[: int(count)] for tensor, count in zip(found, counts, strict=True)]
 
@@ -154,19 +153,34 @@ class Ranks:
         ever: it ends all, with that rank's error.
         """
         try:
-            yield
+            with self._reaching():
+                yield
         except Exception as error:
-            if self.size == 1:
+            self.ended_by(error)
+            raise
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Around collectives. Raises LostError where the ranks can no longer reach each other, or the error that has
+        ended one of them.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_lost(error):
                 raise
             told = self.note(ENDED)
-            if told is not None:
-                raise _told_elsewhere(told) from error
-            if _is_lost(error):
-                raise _gone(error) from error
+            raise (_gone(error) if told is None else _told_elsewhere(told)) from error
+
+    def ended_by(self, error: Exception) -> None:
+        """Leaves word of an error that ends this rank and that the others do not have."""
+        known = isinstance(error, LostError | ElsewhereError) or (isinstance(error, UserError) and error.everywhere)
+        if self.size == 1 or known:
+            return
+        if self.note(ENDED) is None:
             self.leave_note(ENDED, self._telling(error))
-            if isinstance(error, UserError):
-                error.everywhere = True
-            raise
+        if isinstance(error, UserError):
+            error.everywhere = True
 
     def _telling(self, error: Exception) -> str:
         if isinstance(error, UserError):
@@ -181,7 +195,7 @@ class Ranks:
         if self.size == 1:
             return
         has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        with _lost():
+        with self._reaching():
             dist.all_reduce(has, dist.ReduceOp.MAX, group=self._control)
         some = [parameter for parameter, there in zip(parameters, has.tolist(), strict=True) if there]
         if not some:
@@ -190,7 +204,7 @@ class Ranks:
         whole = self.together(
             lambda: torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
         )
-        with _lost():
+        with self._reaching():
             dist.all_reduce(whole)
         for parameter, part in zip(some, whole.split([p.numel() for p in some]), strict=True):
             parameter.grad = part.view_as(parameter)
@@ -207,17 +221,6 @@ class Ranks:
         """What every rank says."""
         found = self.gather(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else _NOTHING)
         return [bytes(tensor.tolist()).decode() for tensor in found]
-
-
-@contextmanager
-def _lost() -> Iterator[None]:
-    """Raises LostError where the ranks can no longer reach each other."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise _gone(error) from error
 
 
 def _gone(error: BaseException) -> "LostError":
@@ -288,7 +291,13 @@ def joined(engine: Engine, device: torch.device) -> Iterator[Ranks]:
         dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize()
     with Pulse(store, rank, size, partial(_end_at_once, rank)):
-        yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE), store, mesh)
+        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE), store, mesh)
+        try:
+            yield ranks
+        except Exception as error:
+            ranks.ended_by(error)
+            raise
+        ranks.most(0)  # nobody is missed who has only ended earlier
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may have gone
 
 

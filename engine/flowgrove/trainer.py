@@ -15,6 +15,7 @@ from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.passes.out_of_memory import PassTooLargeError
 from flowgrove.ranks import LostError, Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
@@ -25,7 +26,7 @@ from flowgrove.run.finding import Say, best_checkpoint, mark_best, remove_older
 from flowgrove.run.folder_lock import FolderLock
 from flowgrove.run.manifest import read_state
 from flowgrove.run.metrics import MetricsLog
-from flowgrove.run.resume import choose_checkpoint, stored_budget
+from flowgrove.run.resume import choose_checkpoint, remember_budget, remembered_budget, stored_budget
 from flowgrove.run.saving import CheckpointWriter
 from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.setup import Setup
@@ -140,6 +141,8 @@ class Trainer:
         written = "" if checkpoint is None else str(read_state(checkpoint)["recipe"])
         own = written if self.setup.is_of(written) else self.setup.fingerprint
         settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, own))
+        budget = self.runner.budget
+        budget.resize(min(budget.tokens, remembered_budget(self.out) or budget.tokens))
 
     def _texts(self) -> list[str]:
         """All prompts that the run will encode."""
@@ -165,6 +168,8 @@ class Trainer:
                 self._train(report, log)
                 self.writer.wait()
         except BaseException as error:
+            if isinstance(error, PassTooLargeError) and error.tokens is not None:
+                remember_budget(self.out, error.tokens)
             request = self.stopping.request
             if request is None or (self.stopping.holding and not isinstance(error, Stopped)):
                 if not isinstance(error, LostError):  # what is being written is as good as it was

@@ -169,23 +169,108 @@ def test_several_ranks_train_what_one_does(ranks, mode, case, tmp_path):
     assert [line["train_passes"] for line in metrics_of(tmp_path / "several")] == lines
 
 
+ONE, TWO, SHARDED = (1, "ddp"), (2, "ddp"), (2, "fsdp2")
+RESUMED = [
+    (ONE, TWO),
+    (TWO, ONE),
+    (TWO, (3, "ddp")),
+    (ONE, SHARDED),
+    (SHARDED, ONE),
+    (TWO, SHARDED),
+    (SHARDED, (3, "fsdp2")),
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
-def test_a_run_goes_on_with_another_number_of_ranks(before, after, tmp_path):
-    def go(ranks, recipe, out):
+@pytest.mark.parametrize("case", ["window, LoRA, KL", "full fine-tuning, pruned by reward"])
+@pytest.mark.parametrize(("before", "after"), RESUMED)
+def test_a_run_goes_on_with_another_division(before, after, case, tmp_path):
+    def go(ranks, mode, out):
         if ranks == 1:
             succeed("train", recipe, "--out", out)
         else:
-            train(ranks, recipe, "--out", out, output=tmp_path / "log")
+            train(ranks, recipe, "--out", out, output=tmp_path / "log", **MODES[mode])
 
-    recipe = written(tmp_path, iterations=4, **CASES["window, LoRA, KL"])
-    go(1, recipe, tmp_path / "whole")
-    short = recipe.read_text()
-    recipe.write_text(short.replace("iterations: 4", "iterations: 2"))
-    go(before, recipe, tmp_path / "parts")
-    recipe.write_text(short)
-    go(after, recipe, tmp_path / "parts")
+    recipe = written(tmp_path, iterations=4, **CASES[case])
+    go(*ONE, tmp_path / "whole")
+    text = recipe.read_text()
+    recipe.write_text(text.replace("iterations: 4", "iterations: 2"))
+    go(*before, tmp_path / "parts")
+    recipe.write_text(text)
+    go(*after, tmp_path / "parts")
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_saved_and_resumed_twice_is_what_went_on_to_the_last_bit(tmp_path):
+    """k + stop + k + stop + k equals 3k on the same ranks, metrics included."""
+    recipe = written(tmp_path, iterations=3, run={"eval_every": 0}, **CASES["full fine-tuning, KL"])
+    train(2, recipe, "--out", tmp_path / "whole", output=tmp_path / "log", **MODES["fsdp2"])
+    text = recipe.read_text()
+    for iterations in (1, 2, 3):
+        recipe.write_text(text.replace("iterations: 3", f"iterations: {iterations}"))
+        train(2, recipe, "--out", tmp_path / "parts", output=tmp_path / "log", **MODES["fsdp2"])
+    for kind in ("weights", "optimizer", "ema"):
+        left, right = last(tmp_path / "parts", kind), last(tmp_path / "whole", kind)
+        assert list(left) == list(right)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    clocks = ("seconds", "samples_per_second", "peak_memory_bytes")
+    for line, wanted in zip(metrics_of(tmp_path / "parts"), metrics_of(tmp_path / "whole"), strict=True):
+        assert {k: v for k, v in line.items() if k not in clocks} == {
+            k: v for k, v in wanted.items() if k not in clocks
+        }
+
+
+@pytest.mark.long
+def test_copies_of_a_division_train_what_one_process_does(tmp_path):
+    """HSDP: two copies of weights that two ranks divide each."""
+    recipe = written(tmp_path, **CASES["full fine-tuning, KL"])
+    succeed("train", recipe, "--out", tmp_path / "one")
+    out = tmp_path / "four"
+    train(4, recipe, "--out", out, output=tmp_path / "log", distributed="fsdp2", shard_degree=2)
+    assert_same(out, tmp_path / "one")
+    (files,) = {len(list((out / "checkpoints").glob(f"*/{kind}/*"))) for kind in ("weights", "optimizer", "ema")}
+    assert files == 2  # of one copy
+
+
+@pytest.mark.long
+def test_in_bf16_lora_layers_beside_divided_weights_train_as_beside_whole_ones(tmp_path):
+    recipe = written(tmp_path, model={**LORA, "dtype": "bf16"}, update=KL)
+    for mode in ("ddp", "fsdp2"):
+        train(2, recipe, "--out", tmp_path / mode, output=tmp_path / "log", **MODES[mode])
+    left, right = last(tmp_path / "ddp"), last(tmp_path / "fsdp2")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+FULL = """
+import os, sys, torch
+from flowgrove.cli import app
+from flowgrove.models.policy import Policy
+
+velocity = Policy.velocity
+
+def full(self, x, *rest):
+    if torch.is_grad_enabled() and len(x) > 8 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return velocity(self, x, *rest)
+
+Policy.velocity = full
+app(prog_name="flowgrove")
+"""
+
+
+def test_a_memory_that_is_full_in_a_meeting_ends_all_and_the_run_goes_on_with_smaller_passes(tmp_path):
+    recipe = written(tmp_path, **CASES["full fine-tuning, KL"])
+    (tmp_path / "full.py").write_text(FULL)
+    out, log = tmp_path / "run", tmp_path / "log"
+    sets = ("--set", "engine.distributed=fsdp2", "--set", "run.eval_every=0")
+    begun = time.monotonic()
+    text = torchrun(2, tmp_path / "full.py", "train", recipe, *sets, "--out", out, output=log, code=1)
+    assert time.monotonic() - begun < 60  # of which all but ten seconds are two imports of torch
+    why = "error: the GPU's memory is full on rank 1 in a training pass of up to 4096 tokens: the same command goes on"
+    assert text.count("error: ") == text.count(why) == 1, text
+    torchrun(2, tmp_path / "full.py", "train", recipe, *sets, "--out", out, output=log)
+    assert len(metrics_of(out)) == 3
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoint(tmp_path):

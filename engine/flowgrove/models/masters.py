@@ -14,13 +14,10 @@ ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose weights 
 
 
 class Piece(NamedTuple):
-    """Which part of a weight of `shape` this rank has: rows of its first dimension, `start` being the first of them.
-    `copy`: how many lower ranks have the same part (HSDP); the first copy is 0.
-    """
+    """Which part of a weight of `shape` this rank has: rows of its first dimension, `start` being the first of them."""
 
     shape: torch.Size
     start: int
-    copy: int = 0
 
 
 class Masters:

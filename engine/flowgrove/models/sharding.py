@@ -66,9 +66,8 @@ class ShardedTransformer:
         parameters = dict(transformer.named_parameters())
         self._divided = {name: cast(DTensor, parameters[name]) for name in shapes}
         rank, self.ranks = dist.get_rank(self._shards), dist.get_world_size(self._shards)
-        copies = mesh.get_local_rank("replicate") if mesh.ndim > 1 else 0
         self.pieces = {
-            name: Piece(shape, min(shape[0], rank * -(-shape[0] // self.ranks)), copies)
+            name: Piece(shape, min(shape[0], rank * -(-shape[0] // self.ranks)))
             for name, shape in shapes.items()
             if self._divided[name].requires_grad
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
+from flowgrove.files import write_text
 from flowgrove.recipe.deciding import deciding
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
@@ -16,6 +17,7 @@ from flowgrove.run.metrics import read_metrics
 from flowgrove.setup import Setup
 
 _log = logging.getLogger("flowgrove")
+_BUDGET = "token_budget.json"
 _MOST_NAMED = 4  # keys that a message names
 
 
@@ -88,6 +90,20 @@ def stored_budget(checkpoint: Path | None, own: str) -> int | None:
     state = {} if checkpoint is None else read_state(checkpoint)
     tokens = state.get("token_budget")
     return tokens if state.get("recipe") == own and isinstance(tokens, int) and tokens > 0 else None
+
+
+def remember_budget(out: Path, tokens: int) -> None:
+    """From here on passes of the run in `out` hold no more than `tokens`."""
+    write_text(out / _BUDGET, json.dumps({"tokens": tokens}) + "\n")
+
+
+def remembered_budget(out: Path) -> int | None:
+    """What `remember_budget` wrote; None if it never did, or cannot be read."""
+    try:
+        tokens = json.loads((out / _BUDGET).read_text(encoding="utf-8"))["tokens"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return tokens if isinstance(tokens, int) and tokens > 0 else None
 
 
 def _differing(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

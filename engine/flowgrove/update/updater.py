@@ -94,16 +94,16 @@ class Updater:
         self.weights.meet()
         for number, size in enumerate(whole.sizes):
             with span(f"update {number}"):
-                stats.add(self.ranks.together(partial(self._gradient, passes, number)))
+                if self.weights.sharded:
+                    stats.add(self._gradient_in_meetings(passes, number))
+                else:
+                    stats.add(self.ranks.together(partial(self._gradient, passes, number)))
                 with span("optimizer"):
                     self._step(stats, size.trains, whole.plan.iteration * len(whole.sizes) + number)
         return stats
 
     def _gradient(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """Leaves this rank's gradient of update `number`."""
-        if self.weights.sharded:
-            with self.ranks.meeting():
-                return self._gradient_in_meetings(passes, number)
         stats = retry_smaller(lambda: self._accumulate(passes, number), lambda: passes.shrink(number))
         if number == 0:  # the old policy is still in place, and the rollout's graphs are gone
             retry_smaller(passes.refresh_old_logp, lambda: passes.shrink(1))
@@ -114,29 +114,13 @@ class Updater:
         """The same where ranks have divided the weights: each runs as many passes as the one with the most. None of
         them can be repeated by one rank alone, so that a memory that is full ends the run. Raises PassTooLargeError.
         """
-        stats, batches = UpdateStats(), passes.batches[number]
-        try:
-            self.weights.drop_gradients()
-            most = self.ranks.most(len(batches))
-            for turn in range(most):
-                self.weights.reduce_copies(last=turn == most - 1)
-                if turn < len(batches):
-                    self._backward(*batches[turn], stats, on_policy=number == 0)
-                else:
-                    self._idle()
-            self.weights.take_gradients()
-            if number == 0:
-                own = len(passes.to_refresh)
-                most = self.ranks.most(own)
-                passes.refresh_old_logp()
-                for _ in range(most - own):
-                    self.policy.idle_pass(backward=False)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise PassTooLargeError(self.ranks.rank, self.runner.budget) from error
-        passes.batches[number] = []
-        return stats
+        with self.ranks.meeting():
+            try:
+                return self._accumulate_in_meetings(passes, number)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise PassTooLargeError(self.ranks.rank, self.runner.budget) from error
 
     def _idle(self) -> None:
         """What `_backward` is to the other ranks."""
@@ -144,6 +128,26 @@ class Updater:
             with self.policy.reference() as reference:
                 reference.idle_pass(backward=False)
         self.policy.idle_pass(backward=True)
+
+    def _accumulate_in_meetings(self, passes: UpdatePasses, number: int) -> UpdateStats:
+        stats, batches = UpdateStats(), passes.batches[number]
+        self.weights.drop_gradients()
+        most = self.ranks.most(len(batches))
+        for turn in range(most):
+            self.weights.reduce_copies(last=turn == most - 1)
+            if turn < len(batches):
+                self._backward(*batches[turn], stats, on_policy=number == 0)
+            else:
+                self._idle()
+        self.weights.take_gradients()
+        if number == 0:
+            own = len(passes.to_refresh)
+            most = self.ranks.most(own)
+            passes.refresh_old_logp()
+            for _ in range(most - own):
+                self.policy.idle_pass(backward=False)
+        passes.batches[number] = []
+        return stats
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
