@@ -242,6 +242,83 @@ def test_in_bf16_lora_layers_beside_divided_weights_train_as_beside_whole_ones(t
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+COUNTED = """
+import collections, json, os, pathlib, sys
+import torch.distributed as dist
+from flowgrove.cli import app
+from flowgrove.iteration import Stages
+from flowgrove.trainer import Trainer
+from flowgrove.update.updater import Updater
+
+where, counts, depth = ["elsewhere"], collections.defaultdict(collections.Counter), [0]
+
+def counted(name, kind):
+    original = getattr(dist, name)
+    def call(*args, **kwargs):
+        if not depth[0] and (name != "all_reduce" or len(args) < 2):  # which weights have gradients is a word of ranks
+            counts[where[-1]][kind] += 1
+        depth[0] += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            depth[0] -= 1
+    setattr(dist, name, call)
+
+def inside(kind, method, stage):
+    original = getattr(kind, method)
+    def call(*args, **kwargs):
+        where.append(stage)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            where.pop()
+    setattr(kind, method, call)
+
+names = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "scatter", "all_reduce": "sum"}
+names |= {"all_gather_single": "gather", "reduce_scatter_single": "scatter"}  # as newer versions have it
+for name, kind in names.items():
+    if hasattr(dist, name):
+        counted(name, kind)
+inside(Trainer, "iterate", "gathering")
+inside(Stages, "_roll_out_and_score", "rollout")
+inside(Updater, "run", "update")
+inside(Updater, "_step", "step")
+try:
+    app(prog_name="flowgrove", standalone_mode=False)
+finally:
+    if os.environ["RANK"] == "0":
+        pathlib.Path(sys.argv[0]).with_suffix(".json").write_text(json.dumps(counts))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [("ddp", "tree pruned by reward"), ("fsdp2", "full fine-tuning"), ("fsdp2, kept gathered", "full fine-tuning")],
+)
+def test_what_ranks_send_each_other_is_counted(mode, case, tmp_path):
+    """Of one iteration with two updates of one pass each, of a transformer with U units that are gathered as one."""
+    cases = {**CASES, "full fine-tuning": {"model": FP64, "update": UPDATE}}
+    recipe = written(tmp_path, iterations=1, run={"eval_every": 0}, **cases[case])
+    (tmp_path / "counted.py").write_text(COUNTED)
+    sets = [word for key, value in MODES[mode].items() for word in ("--set", f"engine.{key}={str(value).lower()}")]
+    sets += ["--set", "engine.token_budget=100000"]
+    torchrun(2, tmp_path / "counted.py", "train", recipe, *sets, "--out", tmp_path / "run", output=tmp_path / "log")
+    counts = json.loads((tmp_path / "counted.json").read_text())
+    assert "rollout" not in counts  # no pass of it waits for another rank
+    if mode == "ddp":
+        assert counts == {"step": {"sum": 2}}
+        return
+    units = counts["gathering"]["gather"]
+    assert units == 4  # three blocks and what is around them
+    # norms and tables are added up beside; one number a rank is the norm of its part
+    assert counts["step"] == {"sum": 2, "gather": 2}
+    assert counts["update"]["scatter"] == 2 * units
+    kept = mode == "fsdp2, kept gathered"
+    # what the rollout has gathered serves the first update; else blocks come for the way there and the way back
+    assert counts["update"]["gather"] == (units if kept else 2 * (2 * units - 1)), counts
+
+
 FULL = """
 import os, sys, torch
 from flowgrove.cli import app

@@ -101,6 +101,7 @@ class ShardedTransformer:
     def keep(self, gathered: bool) -> None:
         """Whether weights that a pass has gathered stay until they are freed."""
         self._root.set_reshard_after_forward(not gathered)
+        self._root.set_reshard_after_forward(False, recurse=False)  # what is around the blocks is needed first again
         self._root.set_reshard_after_backward(not gathered)
 
     def reduce_copies(self, last: bool) -> None:
