@@ -1,5 +1,8 @@
 """What ranks are left with: prompts, passes, rows of weights, memory, and what they send."""
 
+import json
+import re
+
 import pytest
 from torch import nn
 
@@ -12,7 +15,10 @@ from flowgrove.plan.memory import Fit, MemoryModel
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.ranks import Ranks
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.setup import Setup
 from policy_cases import CPU, small_recipe
+from torchrun import torchrun
 
 LORA = {"rank": 2, "alpha": 4}
 SD3 = {"adapter": "sd3", "path": "tiny", "gradient_checkpointing": True}
@@ -249,3 +255,42 @@ def test_a_plan_says_what_ranks_do(tmp_path):
     assert memory["sent"]["gradients added up"] > 0
     alone = strict_json(succeed("plan", recipe, "--json").stdout)
     assert not {"ranks", "memory"} & set(alone)
+
+
+HELD = """
+import json
+import sys
+from pathlib import Path
+
+from flowgrove.device import pick_device
+from flowgrove.models.policy import Policy
+from flowgrove.ranks import joined
+from flowgrove.recipe.loading import load_recipe
+
+recipe = load_recipe(Path(sys.argv[1]), tuple(sys.argv[2:]))
+with joined(recipe.engine, pick_device(recipe)) as ranks:
+    weights = Policy.load(recipe, pick_device(recipe), (), ranks).weights
+    divided = weights.sharded[0]._divided
+    trained = {name: weight.numel() for name, weight in weights.trainable().items()}
+    found = {
+        "trained": sum(trained.values()),
+        "trained_rows": sum(trained[name] for name in weights.pieces),
+        "frozen_rows": sum(w.to_local().numel() for name, w in divided.items() if name not in weights.pieces),
+        "names": sorted(divided),
+    }
+    if ranks.first:
+        print("held", json.dumps(found))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_rows_are_those_that_fsdp_gives_the_first_rank(tmp_path, lora):
+    recipe = tiny_recipe(tmp_path, model={"lora": lora, "dtype": "bf16"}, engine={"distributed": "fsdp2"})
+    (tmp_path / "held.py").write_text(HELD)
+    text = torchrun(2, tmp_path / "held.py", recipe, output=tmp_path / "log")
+    found = json.loads(re.search("^held (.*)$", text, re.MULTILINE)[1])
+    setup = Setup(load_recipe(recipe))
+    sizes = setup.memory("cpu", Division(2, 2)).sizes
+    assert found.pop("names") == sorted(sizes.divided)
+    assert found == {name: getattr(sizes, name) for name in found}
