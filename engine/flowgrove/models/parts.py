@@ -15,6 +15,7 @@ import transformers
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
+from flowgrove.hub import DATA_ONLY, named_program
 from flowgrove.models.folders import read_index
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -48,9 +49,13 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     if not place.is_dir():
         what = f"{folder} has no folder {name}, which its model_index.json names"
         raise UserError(f"{what}: download the whole pipeline folder")
+    if (program := named_program(place)) is not None:
+        what = f"{place / 'config.json'} names {program} as its attention, a program that would be downloaded"
+        raise UserError(f"{what}: remove it")
     try:
         if not issubclass(kind, torch.nn.Module):
-            return kind.from_pretrained(place, local_files_only=True)
+            auto = issubclass(kind, transformers.ProcessorMixin)  # its parts are of Auto classes
+            return kind.from_pretrained(place, **(DATA_ONLY if auto else {"local_files_only": True}))
         options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
         if issubclass(kind, transformers.PreTrainedModel):  # diffusers names the tensor itself
             part, found = kind.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **options)

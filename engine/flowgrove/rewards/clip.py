@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from flowgrove.device import to_device
 from flowgrove.errors import UserError
+from flowgrove.hub import DATA_ONLY, named_program
 from flowgrove.rewards.preprocess import read_preprocess
 from flowgrove.rewards.weights import DTYPES, DType, Source, misfit
 
@@ -88,6 +89,8 @@ def load_clip(reward: str, model: Path, processor: Path, device: torch.device, d
     """A CLIPModel in `model`, read as `processor` says; both are folders in the layout of `transformers`."""
     from transformers import CLIPModel
 
+    if (program := named_program(model)) is not None:
+        raise misfit(reward, model, f"its config.json names {program} as attention, which would be downloaded")
     loaded = load_strictly(reward, model, CLIPModel, model, local_files_only=True)
     return Clip(
         loaded, load_tokenizer(reward, processor), read_preprocess(processor, reward), device, dtype, batch_size
@@ -118,7 +121,7 @@ def load_tokenizer(reward: str, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **DATA_ONLY)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(
             f"reward {reward}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:120]}): "
