@@ -38,8 +38,11 @@ def assign_credit(
     first_prompt: int = 0,
 ) -> dict[int, EdgeCredit]:
     """Step index → credit of its edges. scores: float64 [prompts, leaves, rewards]; path_logp [prompts, leaves]:
-    only for fusion_beta ≠ 0.
+    only for fusion_beta ≠ 0. A prompt with a score that is not finite enters nothing, and no edge of it trains.
     """
+    scored: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(1, 2)))
+    numbers = [first_prompt + number for number, whole in enumerate(scored.tolist()) if whole]
+    scores, path_logp = scores[scored], None if path_logp is None else path_logp[scored]
     prompts = len(scores)
     terms = (
         [(1.0, scores @ np.array(weights))]
@@ -52,9 +55,13 @@ def assign_credit(
         advantage = np.zeros((prompts, step.nodes_out))
         for weight, reward in terms:
             advantage += weight * normalised(fused(reward, step.nodes_out, path_logp, credit.fusion_beta), credit.std)
-        selected = np.array([plan.kept_edges(step, first_prompt + prompt) for prompt in range(prompts)])
+        selected = np.array([plan.kept_edges(step, number) for number in numbers])
         below = kept.reshape(prompts, step.nodes_out, -1).any(-1)
-        result[step.index] = EdgeCredit(np.clip(advantage, -credit.adv_clip, credit.adv_clip), selected & below)
+        shape = (len(scored), step.nodes_out)
+        of_all = EdgeCredit(np.zeros(shape), np.zeros(shape, dtype=np.bool_))
+        of_all.advantage[scored] = np.clip(advantage, -credit.adv_clip, credit.adv_clip)
+        of_all.trains[scored] = selected & below
+        result[step.index] = of_all
     return result
 
 

@@ -12,6 +12,7 @@ from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import round_half_up
 from flowgrove.ranks import Ranks
+from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.pixels import shrink
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
@@ -25,16 +26,17 @@ EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 @dataclass(frozen=True)
 class Evaluated:
     """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores
-    float64 [prompts · samples, rewards].
+    float64 [prompts · samples, rewards]; NaN in all of a prompt's that could not be scored.
     """
 
     pictures: Tensor
     prompts: list[str]
     scores: Tensor
 
-    def weighted(self, weights: list[float]) -> float:
-        """Mean over pictures of the weighted sum of rewards."""
-        return float((self.scores @ torch.tensor(weights, dtype=torch.float64)).mean())
+    def weighted(self, weights: list[float]) -> float | None:
+        """Mean over the pictures that were scored of the weighted sum of rewards; None if there are none."""
+        scored = self.scores[self.scores.isfinite().all(1)]
+        return float((scored @ torch.tensor(weights, dtype=torch.float64)).mean()) if len(scored) else None
 
 
 def draw(
@@ -82,10 +84,12 @@ def evaluate(
     prompts: list[str],
     between: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
+    faults: Faults | None = None,
 ) -> Evaluated:
     """Samples the held-out prompts and scores them, some at a time; `between` is called after each, and may raise.
 
-    Each of the `ranks` takes its share of the prompts; all return all pictures and scores.
+    Each of the `ranks` takes its share of the prompts; all return all pictures and scores. What could not be scored is
+    an error, or with `faults` noted there.
     """
     ranks = ranks or Ranks()
     samples, share = setup.recipe.run.eval.samples, ranks.share(len(prompts))
@@ -96,11 +100,14 @@ def evaluate(
     def draw_and_score() -> None:
         done = share.start * samples
         for pictures in draw(setup, policy, runner, prompts[share], share.start):
-            scores.append(rewards(pictures, repeated[done : done + len(pictures)]))
-            small.append(to_host(shrink(pictures)))
+            scores.append(rewards(pictures, repeated[done : done + len(pictures)], faults))
+            small.append(to_host(shrink(pictures)).nan_to_num())
             done += len(pictures)
             between()
 
     with policy.weights.gathered(reference=setup.recipe.run.eval.tuned_share < 1):
         ranks.together(draw_and_score)
-    return Evaluated(ranks.gather_all(small), repeated, ranks.gather_all(scores))
+    found = ranks.gather_all(scores)
+    of_prompts = found.view(-1, samples * found.shape[1])
+    of_prompts[~of_prompts.isfinite().all(1)] = torch.nan
+    return Evaluated(ranks.gather_all(small), repeated, found)

@@ -13,6 +13,7 @@ from flowgrove.models.policy import Policy, Prompts
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.ranks import Ranks
+from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring
 from flowgrove.rollout.forest import Forest, leaf_path_logp
@@ -24,6 +25,14 @@ from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater
 from flowgrove_kernels import StepCoefficients
+
+
+class NothingScoredError(Exception):
+    """Not one prompt of an iteration could be scored, for this `reason`; nothing was trained."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -77,16 +86,21 @@ class Stages:
         self.room = GraphRoom.of(setup, largest, self.runner) if room is None else room
 
     def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
-        """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all."""
+        """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all.
+
+        Prompts that cannot be scored are left out. Raises NothingScoredError if that is all of them.
+        """
         clock, ranks = Clock(self.device), self.ranks
         counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
         with clock("plan"):
             plans = [sized.plan(iteration) for (_, sized), count in zip(self.sizes, counts, strict=True) if count]
             plan, buckets = plans[0], ranks.together(lambda: self._buckets(texts, plans))
+        faults = Faults()
         with self.policy.weights.gathered():
-            forests, mine = ranks.together(lambda: self._roll_out_and_score(buckets, iteration, clock))
+            forests, mine = ranks.together(lambda: self._roll_out_and_score(buckets, iteration, clock, faults))
         with clock("credit"):
             scores = self._of_all_ranks(mine, buckets, counts, plan.leaves)
+            scored = self._scored(scores, plan.leaves, buckets, forests, faults, iteration)
             credit = self._credit(plan, forests, scores, buckets, counts)
         with clock("update"):
             rolled = [
@@ -99,7 +113,8 @@ class Stages:
         forwards = plan.counts.rollout_forwards if self.recipe.engine.share else plan.counts.unshared_rollout_forwards
         return {
             "iteration": iteration,
-            "reward": reward_summary(list(self.rewards.scorers), scores),
+            "reward": reward_summary(list(self.rewards.scorers), scores[scored.repeat_interleave(plan.leaves)]),
+            "dropped_prompts": int((~scored).sum()),
             **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
             "rollout_forwards": forwards * len(texts),
@@ -125,13 +140,37 @@ class Stages:
             first += len(some)
         return buckets
 
-    def _roll_out_and_score(self, buckets: list[Bucket], iteration: int, clock: Clock) -> tuple[list[Forest], Tensor]:
+    def _roll_out_and_score(
+        self, buckets: list[Bucket], iteration: int, clock: Clock, faults: Faults
+    ) -> tuple[list[Forest], Tensor]:
         """A forest of every bucket; scores float64 [leaves, rewards] of all their leaves, on the CPU."""
-        with Scoring(self.rewards, self.runner, self.device, self._stream) as scoring:
+        with Scoring(self.rewards, self.runner, self.device, self._stream, faults) as scoring:
             with clock("rollout"):
                 forests = self._roll_out(buckets, scoring, iteration)
             with clock("reward"):
                 return forests, scoring.scores() if buckets else torch.empty(0, len(self.rewards.weights)).double()
+
+    def _scored(
+        self, scores: Tensor, leaves: int, buckets: list[Bucket], forests: list[Forest], faults: Faults, iteration: int
+    ) -> Tensor:
+        """Which of all prompts have a score of every leaf, bool [prompts] on the CPU. The rest is dropped: nothing of
+        it trains, and its states are blank, since those that are not finite would spoil whatever shares a pass.
+
+        Raises NothingScoredError on all ranks where none is left.
+        """
+        scored = scores.view(-1, leaves * scores.shape[1]).isfinite().all(1)
+        left_out = 0
+        for bucket, forest in zip(buckets, forests, strict=True):
+            unscored = (~scored[bucket.numbers]).nonzero().flatten().tolist()
+            forest.blank(unscored)
+            left_out += len(unscored)
+        if not scored.any():
+            try:
+                self.ranks.together(faults.raise_first)
+            except Exception as error:
+                raise NothingScoredError(error) from error
+        faults.tell(f"iteration {iteration}", left_out)
+        return scored
 
     def _of_all_ranks(self, mine: Tensor, buckets: list[Bucket], counts: list[int], each: int) -> Tensor:
         """`each` rows a prompt, in host memory: those of this rank's buckets → those of all prompts, by number."""

@@ -11,7 +11,7 @@ from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import remove_left_behind, write_text
-from flowgrove.iteration import Stages
+from flowgrove.iteration import NothingScoredError, Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
@@ -20,6 +20,7 @@ from flowgrove.ranks import LostError, Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.grids import grid_files, save_grid
+from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import Say, best_checkpoint, mark_best, remove_older
@@ -239,12 +240,18 @@ class Trainer:
         those of iterations none of whose updates came through.
         """
         self.skipped = 0 if line["grad_norm"] is not None else self.skipped + line["skipped_updates"]
-        if self.skipped >= self.recipe.run.most_skipped_updates:
+        if self.skipped < self.recipe.run.most_skipped_updates:
+            return
+        saved = self._saved()
+
+        def end() -> None:
             raise UserError(
                 f"{self.skipped} updates in a row were skipped, as their gradients were not finite "
-                f"(run.most_skipped_updates): saved {self._saved()} with the weights before them: the same command "
-                "tries on from it, or resume an earlier one with a lower update.lr and another --out"
+                f"(run.most_skipped_updates): saved {saved} with the weights before them: the same command tries on "
+                "from it, or resume an earlier one with a lower update.lr and another --out"
             )
+
+        self.ranks.together(end)
 
     def _finish(self, line: dict[str, Any], log: MetricsLog | None) -> None:
         """Writes an iteration's line; the last one carries the final model's evaluation."""
@@ -278,19 +285,34 @@ class Trainer:
         self.ranks.by_first(keep)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
-        """One iteration; returns its metrics line."""
-        return self.stages.run(self._prompts(iteration), iteration)
+        """One iteration; returns its metrics line. What is done before it is saved if none of its prompts is scored."""
+        try:
+            return self.stages.run(self._prompts(iteration), iteration)
+        except NothingScoredError as nothing:
+            if self.last_line is None or not isinstance(nothing.reason, UserError):
+                raise nothing.reason from None
+            ended = UserError(f"{nothing.reason}; saved {self._saved()}: the same command goes on from it")
+            ended.everywhere = nothing.reason.everywhere
+            raise ended from None
 
     def evaluate(self, iteration: int) -> Evaluated | None:
-        """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts."""
+        """Held-out reward and a sample grid of the model after `iteration` updates; None without held-out prompts.
+
+        Those that could not be scored are left out, with a warning.
+        """
         if not self.setup.eval_prompts:
             return None
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
             between = self.stopping.check if self.ranks.size == 1 else lambda: None
             held_out = self.setup.eval_prompts
-            evaluated = evaluate(self.setup, self.policy, self.runner, self.rewards, held_out, between, self.ranks)
+            faults = Faults()
+            model = (self.setup, self.policy, self.runner)
+            evaluated = evaluate(*model, self.rewards, held_out, between, self.ranks, faults)
+        reward = evaluated.weighted(self.rewards.weights)
+        lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples
+        faults.tell(f"the evaluation after {iteration} iterations", lost)
         place, settings = self.out / "samples" / f"iteration_{iteration:06d}.png", self.recipe.run.eval
         self.ranks.by_first(lambda: save_grid(place, evaluated, settings.samples, self.rewards.weights))
-        if self.recipe.run.keep_best and iteration > 0:
-            self._keep_if_best(evaluated.weighted(self.rewards.weights))
+        if self.recipe.run.keep_best and iteration > 0 and reward is not None:
+            self._keep_if_best(reward)
         return evaluated

@@ -3,6 +3,7 @@ set two of them side by side.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
         "columns": columns,
         "prompts": prompts,
         "numbers": chosen.tolist(),
-        "scores": scores.tolist(),
+        "scores": [[score if math.isfinite(score) else None for score in row] for row in scores.tolist()],
     }
     info.add_itxt("flowgrove", json.dumps(layout))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def _is_whole(line: dict[str, Any], recipe: Recipe) -> bool:
         if not isinstance(told, dict):
             return False
         numbers += [told.get("mean"), told.get("std")]
-    if "eval_reward" in line:
+    if line.get("eval_reward") is not None:  # null: no held-out prompt could be scored
         numbers.append(line["eval_reward"])
     if any(value is not None for value in ratios):
         numbers += ratios
@@ -119,8 +119,8 @@ def evaluations(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """(completed iterations, held-out reward):
     a line's evaluation comes before its update, the last line's after it.
     """
-    found = [(line["iteration"], line["eval_reward"]) for line in lines if "eval_reward" in line]
-    if len(found) > 1 and "eval_reward" in lines[-1]:
+    found = [(line["iteration"], line["eval_reward"]) for line in lines if line.get("eval_reward") is not None]
+    if len(found) > 1 and lines[-1].get("eval_reward") is not None:
         found[-1] = (found[-1][0] + 1, found[-1][1])
     return found
 

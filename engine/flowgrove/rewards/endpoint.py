@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import Field
 
 from flowgrove.errors import UserError
+from flowgrove.rewards.faults import RewardError
 
 if TYPE_CHECKING:
     import httpx2
@@ -114,6 +115,7 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)))
+            unreachable = True
             try:
                 status, answer = self._try(client, body)
             except TimeoutError:
@@ -128,17 +130,17 @@ class Endpoint:
             else:
                 if status == 200:
                     return self._parse(answer)
-                trouble = f"answered {status} {self._shown(answer.decode('utf-8', 'replace'))!r}"
+                unreachable, trouble = False, f"answered {status} {self._shown(answer.decode('utf-8', 'replace'))!r}"
                 if status != 429 and status < 500:
                     raise self.error(trouble)
-        raise self.error(f"{trouble}, {self.retries + 1} times" if self.retries else trouble)
+        raise self.error(f"{trouble}, {self.retries + 1} times" if self.retries else trouble, unreachable)
 
-    def error(self, trouble: str) -> UserError:
-        return UserError(
-            f"reward {self.reward}: {self.url} {trouble}: start or repair the server, or correct the recipe"
-        )
+    def error(self, trouble: str, unreachable: bool = False) -> RewardError:
+        """What is told of an exchange that gave nothing, after all tries."""
+        text = f"reward {self.reward}: {self.url} {trouble}: start or repair the server, or correct the recipe"
+        return RewardError(text, asked_again=True, unreachable=unreachable)
 
-    def nonsense(self, answer: Any, wanted: str) -> UserError:
+    def nonsense(self, answer: Any, wanted: str) -> RewardError:
         """The error for an answer of another form than `wanted`."""
         try:
             text = answer if isinstance(answer, str) else json.dumps(answer)

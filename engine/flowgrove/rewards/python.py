@@ -10,6 +10,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from flowgrove.device import is_out_of_memory, to_host
 from flowgrove.errors import UserError, one_line
 from flowgrove.paths import local
+from flowgrove.rewards.endpoint import Seconds
+from flowgrove.rewards.faults import RewardError
 
 ALLOW = "FLOWGROVE_ALLOW_PYTHON"
 _EXITS = {name: getattr(os, name) for name in ("_exit", "abort")}
@@ -29,18 +32,39 @@ class PythonReward:
     tensor, an array or a list.
 
     Pictures are fp32 on the run's device, some of an iteration's at a time. With `video: true` it gets videos [B, F, 3,
-    H, W] whole.
+    H, W] whole. `timeout`: seconds after which a call is left to itself, in a thread that nothing can end, and its
+    pictures have no score; null: it may take as long as it likes.
     """
 
-    def __init__(self, file: str, function: str = "score", video: bool = False) -> None:
+    def __init__(self, file: str, function: str = "score", video: bool = False, timeout: Seconds | None = None) -> None:
         if os.environ.get(ALLOW) != "1":
             raise UserError(
                 f"reward python runs the code in {file}: if you trust it, pass --allow-python or set {ALLOW}=1"
             )
         self.path, self.takes_video = local(file, "reward python: file"), video
-        self.function = self._load(function)
+        self.function, self.timeout = self._load(function), timeout
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        if self.timeout is None:
+            return self._score(pictures, prompts)
+        stream = torch.cuda.current_stream(pictures.device) if pictures.device.type == "cuda" else None
+        found: Future[Tensor] = Future()
+
+        def work() -> None:  # a thread has its own device, stream and gradient mode
+            try:
+                with torch.no_grad(), torch.cuda.stream(stream):
+                    found.set_result(self._score(pictures, prompts))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=work, name="reward python", daemon=True).start()
+        try:
+            return found.result(self.timeout)
+        except TimeoutError:
+            trouble = f"gave nothing within {self.timeout:g} s (timeout) and is left to itself"
+            raise RewardError(f"reward python: {self.path} {trouble}", asked_again=True) from None
+
+    def _score(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         try:
             with _no_way_out():
                 scores = self.function(pictures.clone(), list(prompts))  # what it changes is its own
@@ -50,7 +74,7 @@ class PythonReward:
         except BaseException as error:
             if is_out_of_memory(error):  # fewer pictures at a time may fit
                 raise
-            raise self._failed(error) from error
+            raise RewardError(self._failed(error)) from error
 
     def _load(self, function: str) -> Callable[[Tensor, list[str]], Any]:
         spec = importlib.util.spec_from_file_location(f"flowgrove_reward_{self.path.stem}", self.path)
@@ -66,7 +90,7 @@ class PythonReward:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise self._failed(error) from error
+            raise UserError(self._failed(error)) from error
         if not callable(found):
             defined = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
             near = difflib.get_close_matches(function, defined, n=1) or defined[:1]
@@ -76,7 +100,7 @@ class PythonReward:
             )
         return found
 
-    def _failed(self, error: BaseException) -> UserError:
+    def _failed(self, error: BaseException) -> str:
         """One line that says where in the file it happened."""
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.path)
@@ -87,7 +111,7 @@ class PythonReward:
             text = one_line(str(error), 200)
         except Exception:  # an exception of its own may not even have a text
             text = ""
-        return UserError(f"reward python: {where}: {type(error).__name__}: {text}")
+        return f"reward python: {where}: {type(error).__name__}: {text}"
 
 
 def _numbers(scores: Any, count: int) -> Tensor:
@@ -104,23 +128,34 @@ def _numbers(scores: Any, count: int) -> Tensor:
     return torch.tensor(host.double().tolist(), dtype=torch.float64)
 
 
+_guarded: set[int] = set()  # threads
+_guarding = threading.Lock()
+
+
 @contextmanager
 def _no_way_out() -> Iterator[None]:
-    """Inside it this thread's os._exit and os.abort raise SystemExit: they would end the run without a word."""
+    """Inside it this thread's os._exit and os.abort raise SystemExit: they would end the run without a word. Several
+    threads may be inside, those that were left to themselves too.
+    """
     process, thread = os.getpid(), threading.get_ident()
 
     def refusing(name: str) -> Callable[..., None]:
         def leave(*arguments: Any) -> None:
-            if (os.getpid(), threading.get_ident()) != (process, thread):  # a child that the function forked
+            if os.getpid() != process or threading.get_ident() not in _guarded:  # a child that the function forked
                 _EXITS[name](*arguments)
             raise SystemExit(f"it called os.{name}")
 
         return leave
 
-    for name in _EXITS:
-        setattr(os, name, refusing(name))
+    with _guarding:
+        _guarded.add(thread)
+        for name in _EXITS:
+            setattr(os, name, refusing(name))
     try:
         yield
     finally:
-        for name, function in _EXITS.items():
-            setattr(os, name, function)
+        with _guarding:
+            _guarded.discard(thread)
+            if not _guarded:
+                for name, function in _EXITS.items():
+                    setattr(os, name, function)

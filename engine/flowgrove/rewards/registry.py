@@ -17,6 +17,7 @@ from flowgrove.errors import UserError, one_line
 from flowgrove.recipe.schema import Recipe, Reward
 from flowgrove.rewards.aesthetic import AestheticReward
 from flowgrove.rewards.clip_score import ClipScoreReward
+from flowgrove.rewards.faults import Faults, RewardError, ask_for_each, fault_of, groups_of, named_if_slow
 from flowgrove.rewards.hpsv2 import HPSv2Reward
 from flowgrove.rewards.http import HttpReward
 from flowgrove.rewards.image_reward import ImageRewardReward
@@ -77,16 +78,48 @@ class Rewards:
                 check(prompts)
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(
+        self, pictures: Tensor, prompts: list[str], faults: Faults | None = None, finite: Tensor | None = None
+    ) -> Tensor:
         """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] → scores float64 [B, rewards] on the CPU.
 
-        Raises UserError for pictures or scores that are not finite: never a silent 0.
+        Neighbours of one prompt are its group. With `faults` a group that has no finite score from every reward, or a
+        picture that is not finite, has NaN, and why is noted there; without, it is the error. `finite` [B] on the
+        device: whether the pictures' latents are. Raises UserError for mistakes in the recipe.
         """
-        if not bool(to_host(torch.isfinite(pictures).all())):
-            raise UserError(
+        drawn = torch.isfinite(pictures).flatten(1).all(1)
+        drawn = to_host(drawn if finite is None else drawn & finite)
+        groups = groups_of(prompts)
+        good = [group for group in groups if bool(drawn[group].all())]
+        if len(good) < len(groups):
+            lost = UserError(
                 "the model drew pictures that are not numbers: resume from an earlier checkpoint with a lower update.lr"
             )
-        return torch.stack([_scores(name, scorer, pictures, prompts) for name, scorer in self.scorers.items()], dim=1)
+            if faults is None:
+                raise lost
+            faults.note(lost)
+            scores = torch.full((len(prompts), len(self.scorers)), torch.nan, dtype=torch.float64)
+            rows = [row for group in good for row in range(group.start, group.stop)]
+            if rows:
+                scores[rows] = self._of_finite(pictures[rows], [prompts[row] for row in rows], faults)
+            return scores
+        return self._of_finite(pictures, prompts, faults)
+
+    def _of_finite(self, pictures: Tensor, prompts: list[str], faults: Faults | None) -> Tensor:
+        columns = []
+        for name, scorer in self.scorers.items():
+
+            def ask(some: slice, name: str = name, scorer: Scorer = scorer) -> Tensor:
+                with named_if_slow(name):
+                    return _scores(name, scorer, pictures[some], prompts[some])
+
+            try:
+                columns.append(ask(slice(0, len(prompts))))
+            except Exception as error:
+                if faults is None:
+                    raise
+                columns.append(ask_for_each(name, ask, groups_of(prompts), fault_of(error), faults))
+        return torch.stack(columns, dim=1)
 
 
 def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -100,12 +133,12 @@ def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> 
     if scores.shape != (len(prompts),):
         shape = list(scores.shape)
         what = f"scores of shape {shape} for {len(prompts)} pictures"
-        raise UserError(f"reward {name} gave {what}: it must give one finite number each")
+        raise RewardError(f"reward {name} gave {what}: it must give one finite number each")
     if wrong := [(number, score) for number, score in enumerate(scores.tolist()) if not math.isfinite(score)]:
         number, score = wrong[0]
         first = f"the first {score} for {one_line(prompts[number], 60)!r}"
         what = f"{len(wrong)} of {len(prompts)} scores that are not finite, {first}"
-        raise UserError(f"reward {name} gave {what}: it must give one finite number each")
+        raise RewardError(f"reward {name} gave {what}: it must give one finite number each")
     return scores if whole else scores.view(-1, frames).mean(1)
 
 

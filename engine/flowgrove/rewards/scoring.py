@@ -10,6 +10,7 @@ from torch import Tensor
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
+from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import span
 
@@ -26,9 +27,15 @@ class Scoring:
     """
 
     def __init__(
-        self, rewards: Rewards, runner: PassRunner, device: torch.device, stream: "torch.cuda.Stream | None" = None
+        self,
+        rewards: Rewards,
+        runner: PassRunner,
+        device: torch.device,
+        stream: "torch.cuda.Stream | None" = None,
+        faults: Faults | None = None,
     ) -> None:
         self.rewards, self.runner, self.device, self._stream = rewards, runner, device, stream
+        self.faults = faults
         self.beside = device.type == "cuda" or rewards.remote
         self._pending: list[Callable[[], Tensor]] = []
         self._futures: list[Future[Tensor]] = []
@@ -51,7 +58,7 @@ class Scoring:
         what went wrong with one of those is raised.
         """
         if self._thread is None:
-            self._pending.append(lambda: score_leaves(policy, self.runner, self.rewards, leaves, prompts))
+            self._pending.append(lambda: score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults))
             return
         if len(self._futures) >= _WAITING:
             self._futures[-_WAITING].result()
@@ -63,21 +70,30 @@ class Scoring:
         self._futures.append(self._thread.submit(work, self._score, policy, leaves, prompts, ready))
 
     def scores(self) -> Tensor:
-        """The scores of everything submitted, in order: float64 [leaves, rewards] on the CPU."""
+        """The scores of everything submitted, in order: float64 [leaves, rewards] on the CPU. With `faults` those
+        of prompts that could not be scored are NaN (see `Rewards`).
+        """
         return torch.cat([work() for work in self._pending] + [future.result() for future in self._futures])
 
     def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
         if self._stream is None or ready is None:
-            return score_leaves(policy, self.runner, self.rewards, leaves, prompts)
+            return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             leaves.record_stream(self._stream)
-            return score_leaves(policy, self.runner, self.rewards, leaves, prompts)
+            return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
 
 
-def score_leaves(policy: Policy, runner: PassRunner, rewards: Rewards, leaves: Tensor, prompts: list[str]) -> Tensor:
-    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each;
-    decoded and scored some at a time.
+def score_leaves(
+    policy: Policy,
+    runner: PassRunner,
+    rewards: Rewards,
+    leaves: Tensor,
+    prompts: list[str],
+    faults: Faults | None = None,
+) -> Tensor:
+    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a
+    time. With `faults` those of prompts that could not be scored are NaN (see `Rewards`).
     """
     some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
 
@@ -85,7 +101,7 @@ def score_leaves(policy: Policy, runner: PassRunner, rewards: Rewards, leaves: T
         with span("decode"):
             pictures = runner.decode(policy, leaves[mine])
         with span("score"):
-            return rewards(pictures, prompts[mine])
+            return rewards(pictures, prompts[mine], faults, torch.isfinite(leaves[mine]).flatten(1).all(1))
 
     def fewer() -> bool:
         nonlocal some

@@ -87,6 +87,19 @@ class Forest:
             before += part.prompts
         return whole
 
+    def blank(self, prompts: list[int]) -> None:
+        """Clears the states of prompts that do not train, and gives up all graphs: in a pass that others share, a row
+        that is not finite spoils the gradient even where its own is 0.
+        """
+        if not prompts:
+            return
+        self.retained.clear()
+        for level, first in self.first_row.items():
+            count = nodes_at(self.plan, level)
+            for prompt in prompts:
+                rows = slice(first + prompt * count, first + (prompt + 1) * count)
+                self.states[rows], self.logp[rows] = 0, 0
+
     def keep(self, level: int, x: Tensor, logp: Tensor | None) -> None:
         """Takes in a level: its distinct states, if training needs them, and the logp of the edges into them (None for
         the roots).

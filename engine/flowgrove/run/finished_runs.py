@@ -24,6 +24,7 @@ from flowgrove.process import started
 from flowgrove.ranks import Ranks, joined
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Engine, Lora, Recipe
+from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import find_checkpoint, pointed_at
@@ -111,7 +112,8 @@ def evaluate_run(
     run: Path, overrides: tuple[str, ...] = (), which: str | None = None, ranks: Ranks | None = None
 ) -> dict[str, dict[str, float]]:
     """Rewards of a checkpoint (None: the newest) on the held-out prompts: {name: {mean, confidence}} (half of the 95 %
-    interval), and "weighted_sum". Each of the `ranks` scores its share of the prompts; all return the same.
+    interval), and "weighted_sum". Each of the `ranks` scores its share of the prompts; all return the same. A prompt
+    that cannot be scored is left out, with a warning.
 
     Written to eval.json in the run folder. Raises UserError for a recipe without held-out prompts.
     """
@@ -129,10 +131,16 @@ def evaluate_run(
     model = open_model(recipe, checkpoint, setup.eval_prompts, ranks)
     policy = model.restore(ranks).policy
     runner = ranks.together(lambda: PassRunner.of(recipe, policy))
+    faults = Faults()
     with ranks.together(lambda: pick_backend(recipe)):
-        evaluated = evaluate(setup, policy, runner, rewards, setup.eval_prompts, ranks=ranks)
-    columns = dict(zip(rewards.scorers, evaluated.scores.T, strict=True))
-    columns["weighted_sum"] = evaluated.scores @ torch.tensor(rewards.weights, dtype=torch.float64)
+        evaluated = evaluate(setup, policy, runner, rewards, setup.eval_prompts, ranks=ranks, faults=faults)
+    scored = evaluated.scores.isfinite().all(1)
+    if not scored.any():
+        ranks.together(faults.raise_first)
+    faults.tell("the evaluation", int((~scored).sum()) // setup.recipe.run.eval.samples)
+    found = evaluated.scores[scored]
+    columns = dict(zip(rewards.scorers, found.T, strict=True))
+    columns["weighted_sum"] = found @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples
     result = {}
     for name, scores in columns.items():

@@ -27,8 +27,9 @@ METRICS = (
     ),
     Metric(
         "reward",
-        "Of every reward, mean and standard deviation (of the population) over all samples of the iteration, as "
-        "{name: {mean, std}}: raw scores of pictures that were drawn with exploration noise.",
+        "Of every reward, mean and standard deviation (of the population) over all samples of the iteration, without "
+        "those of dropped_prompts, as {name: {mean, std}}: raw scores of pictures that were drawn with exploration "
+        "noise.",
         "The mean rises over tens of iterations. It jumps with the prompts of an iteration and where the window moves, "
         "and need not lie near eval_reward, which has other prompts, no noise and often more steps.",
         "Flat: look at advantage_by_step and ratio_max, then raise update.lr or data.prompts_per_iteration. Falling: "
@@ -36,10 +37,20 @@ METRICS = (
         "update.kl_weight.",
     ),
     Metric(
+        "dropped_prompts",
+        "The prompts whose whole group was left out, as a picture of it was not finite or a reward gave no score for "
+        "it after all tries; a warning says which and why. They enter no other number, and no normalisation.",
+        "0 in nearly every iteration.",
+        "See the warning: a server that is overloaded (lower concurrency, raise timeout and retries), a prompt that "
+        "the reward refuses, or with `not numbers` a model that has diverged. If all prompts of an iteration are "
+        "dropped the run saves and ends.",
+    ),
+    Metric(
         "eval_reward",
         "The weighted sum of the rewards on data.eval_prompts, mean over all pictures, which the plain ODE draws from "
         "fixed noise. In iterations that run.eval_every names, of the model before the iteration; on the last line, "
-        "of the final model. The first is the base model's. With update.ema_decay the averaged weights are evaluated.",
+        "of the final model. The first is the base model's. With update.ema_decay the averaged weights are evaluated. "
+        "Prompts that could not be scored are left out, with a warning; null: that was all of them.",
         "It rises with reward. This is the curve to judge a run by: prompts, noise and sampler stay the same.",
         "reward rises and eval_reward does not: the policy has learnt the training prompts or the noise; take more "
         "prompts, or fewer iterations. Both rise and pictures look worse: reward hacking; set update.kl_weight, add a "

@@ -37,7 +37,7 @@ class TrainingDisplay:
 def format_line(line: dict[str, Any]) -> str:
     """One iteration on one line: reward, ratio, clip fractions, drift, passes, stage seconds, held-out reward."""
     rewards = "  ".join(f"{name} {r['mean']:.3f}±{r['std']:.3f}" for name, r in line["reward"].items())
-    held_out = f"  [bold]held-out {line['eval_reward']:.3f}[/]" if "eval_reward" in line else ""
+    held_out = f"  [bold]held-out {_number(line['eval_reward'], '.3f')}[/]" if "eval_reward" in line else ""
     if line["ratio_mean"] is None:
         trained = "nothing trained: no advantage" if line["train_passes"] == 0 else "ratio not finite"
     else:
@@ -48,10 +48,12 @@ def format_line(line: dict[str, Any]) -> str:
         )
     if skipped := line.get("skipped_updates"):
         trained += f"  [bold]{skipped} update{'s' if skipped > 1 else ''} skipped[/]"
+    if dropped := line.get("dropped_prompts"):
+        trained += f"  [bold]{dropped} prompt{'s' if dropped > 1 else ''} dropped[/]"
     stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in line["seconds"].items() if seconds >= 0.005)
     passes = f"{line['rollout_forwards']}+{line['train_passes']}"
     return f"{line['iteration']:4d}  {rewards}{held_out}  {trained}  passes {passes}  s: {stages}"
 
 
 def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+    return "unknown" if value is None else format(value, form)
