@@ -9,18 +9,27 @@ import pytest
 import torch
 from test_ranks import CASES, assert_same, last, written
 
-from engine_cases import checkpoints, flowgrove, metrics_of, succeed, tiny_recipe, weights_of
+from engine_cases import checkpoints, flowgrove, metrics_of, refuse, succeed, tiny_recipe, weights_of, write_lines
 from flowgrove.credit import assign_credit
+from flowgrove.iteration import NothingScoredError, Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.recipe.schema import Credit
+from flowgrove.report.grids import load_grid
+from flowgrove.rewards import faults
+from flowgrove.rewards.faults import RewardError
+from flowgrove.rewards.registry import Rewards
+from flowgrove.rollout import loop
 from flowgrove.rollout.loop import rollout
 from flowgrove.run.summaries import update_summary
+from flowgrove.setup import Setup
 from flowgrove.update.optimizers import state_tensors
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
 from host_reads import count_host_reads
 from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
-from torchrun import torchrun
+from torchrun import torchrun, train
+from update_cases import Recorder
 
 # One number of a gradient is not finite, on the last rank, in some updates.
 POISON = """
@@ -155,16 +164,207 @@ def test_single_skipped_updates_end_no_run(tmp_path, monkeypatch):
     assert result.stderr.count("1 update skipped") == 3
 
 
-def test_an_update_that_one_rank_spoils_is_skipped_on_all(tmp_path, monkeypatch):
-    recipe = written(tmp_path, **CASES["window, LoRA, KL"])
-    spoil = POISON.format(updates={(1, 0)}, value="nan")
-    (tmp_path / "spoilt.py").write_text(spoil + COMMAND)
+# Prompts that are left out
+
+PICKY = """
+import os
+from pathlib import Path
+
+def score(pictures, prompts):
+    switch = Path(__file__).with_suffix(".off")
+    if any("purple" in prompt for prompt in prompts) or switch.exists():
+        raise ValueError("not these")
+    return [0.0] * len(prompts)
+"""
+SHAPES_AND_PICKY = [{"name": "shapes"}, {"name": "python", "file": "picky.py", "weight": 0.5}]
+
+
+@pytest.fixture
+def picky(tmp_path, monkeypatch):
+    """A reward that refuses one of the prompts, and all of them while its switch is there."""
+    monkeypatch.setattr(faults, "_WAIT", 0.0)
+    monkeypatch.setenv("FLOWGROVE_ALLOW_PYTHON", "1")
+    (tmp_path / "picky.py").write_text(PICKY)
+    return tmp_path / "picky.off"
+
+
+def test_several_ranks_skip_and_leave_out_what_one_does(tmp_path, picky, monkeypatch):
+    """One rank spoils an update, and one has a prompt that cannot be scored, which is held out too."""
+    case = {**CASES["tree pruned by reward"], "credit": {"std": "global", "prune": {"kind": "extreme", "keep": 1}}}
+    recipe = written(tmp_path, reward=SHAPES_AND_PICKY, **case)
+    (tmp_path / "spoilt.py").write_text(POISON.format(updates={(1, 0)}, value="nan") + COMMAND)
     poison(monkeypatch, {(1, 0)})
-    monkeypatch.setenv("WORLD_SIZE", "1")
     succeed("train", recipe, "--out", tmp_path / "one")
     options = ("--set", "engine.distributed=ddp", "--out", tmp_path / "several")
     torchrun(2, tmp_path / "spoilt.py", "train", recipe, *options, output=tmp_path / "log")
     assert_same(tmp_path / "several", tmp_path / "one")
-    assert [line["skipped_updates"] for line in metrics_of(tmp_path / "several")] == [0, 1, 0]
+    lines = metrics_of(tmp_path / "several")
+    assert [(line["skipped_updates"], line["dropped_prompts"]) for line in lines] == [(0, 1), (1, 1), (0, 1)]
     steps = {float(tensor) for key, tensor in last(tmp_path / "several", "optimizer").items() if key.endswith("/step")}
     assert steps == {5.0}
+    text = (tmp_path / "log").read_text()
+    assert text.count("leaves out 1 prompt: reward python") == 3 + 3  # iterations, evaluations
+
+
+@pytest.mark.long
+def test_ranks_of_which_none_scores_anything_end_with_one_line_and_a_checkpoint(tmp_path, picky):
+    recipe = written(tmp_path, reward=SHAPES_AND_PICKY, **CASES["tree pruned by reward"])
+    options = ("train", recipe, "--set", "engine.distributed=ddp", "--out", tmp_path / "run")
+    (tmp_path / "switched.py").write_text(
+        "from pathlib import Path\nfrom flowgrove.iteration import Stages\n\nrun = Stages.run\n\n"
+        "def switched(self, texts, iteration):\n    if iteration == 1:\n"
+        f"        Path({str(picky)!r}).touch()\n    return run(self, texts, iteration)\n\n"
+        f"Stages.run = switched\n\n{COMMAND}"
+    )
+    text = torchrun(2, tmp_path / "switched.py", *options, output=tmp_path / "log", code=1)
+    assert text.count("error: ") == 1
+    assert "not these; saved" in " ".join(text.split())
+    assert checkpoints(tmp_path / "run") == ["step_000001"]
+    picky.unlink()
+    train(2, *options[1:], output=tmp_path / "log")
+    assert len(metrics_of(tmp_path / "run")) == 3
+
+
+def test_what_is_left_out_enters_no_number_of_the_iteration(tmp_path, picky, caplog):
+    recipe = written(tmp_path, reward=SHAPES_AND_PICKY, **CASES["tree pruned by reward"])
+    succeed("train", recipe, "--out", tmp_path / "run")
+    for line in metrics_of(tmp_path / "run"):
+        assert line["dropped_prompts"] == 1
+        assert line["reward"]["python"] == {"mean": 0.0, "std": 0.0}
+        assert line["train_passes"] > 0
+        assert math.isfinite(line.get("eval_reward", 0.0))
+    told = [message for message in caplog.messages if "leaves out" in message]
+    assert len(told) == 3 + 3
+    assert all("1 prompt: reward python:" in line and "not these" in line for line in told)
+
+
+def test_a_run_of_which_no_prompt_is_scored_saves_ends_and_goes_on(tmp_path, picky, monkeypatch):
+    recipe = tiny_recipe(
+        tmp_path, reward=SHAPES_AND_PICKY, run={"iterations": 3, "checkpoint_every": 0, "eval_every": 0}
+    )
+    succeed("train", recipe, "--out", tmp_path / "whole")
+    run = Stages.run
+
+    def switched(self, texts, iteration):
+        if iteration == 2:
+            picky.touch()
+        return run(self, texts, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, "run", switched)
+        text = ended("train", recipe, "--out", tmp_path / "run")
+    assert "not these; saved" in text
+    assert str(tmp_path / "run" / "checkpoints" / "step_000002") in text
+    assert len(metrics_of(tmp_path / "run")) == 2
+    picky.unlink()
+    succeed("train", recipe, "--out", tmp_path / "run")
+    assert differing(weights_of(tmp_path / "run", 3), weights_of(tmp_path / "whole", 3)) == []
+
+
+def test_a_reward_that_is_broken_from_the_start_ends_the_run_with_its_own_line(tmp_path, picky):
+    picky.touch()
+    recipe = tiny_recipe(tmp_path, reward=SHAPES_AND_PICKY, run={"eval_every": 0})
+    text = refuse("train", recipe, "--out", tmp_path / "run")
+    assert text.endswith("picky.py, line 8: ValueError: not these")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_evaluation_without_scores_is_recorded_as_missing_and_the_run_goes_on(tmp_path, picky, caplog):
+    recipe = tiny_recipe(tmp_path, reward=SHAPES_AND_PICKY, run={"iterations": 2, "eval_every": 1, "keep_best": True})
+    write_lines(tmp_path / "eval.txt", ["a purple square at the centre"])
+    result = succeed("train", recipe, "--out", tmp_path / "run")
+    assert [line["eval_reward"] for line in metrics_of(tmp_path / "run")] == [None, None]
+    assert "held-out unknown" in result.stderr
+    assert sum("the evaluation after" in message for message in caplog.messages) == 3
+    assert (tmp_path / "run" / "report.html").exists()
+    assert load_grid(tmp_path / "run" / "samples" / "iteration_000001.png").scores.tolist() == [
+        [pytest.approx(math.nan, nan_ok=True)]
+    ]
+    assert "not these" in refuse("eval", tmp_path / "run")
+    write_lines(tmp_path / "eval.txt", ["a purple square at the centre", "a red cross at the top left"])
+    assert "±" in succeed("eval", tmp_path / "run").stdout
+
+
+def spoil_velocity(monkeypatch, prompt):
+    """The velocity of a prompt (its number) is not finite after the first step, and so are all its later states."""
+    denoise = loop.denoise
+
+    def spoilt(runner, policy, prompts, states, kind, longest, differentiable=False):
+        done = denoise(runner, policy, prompts, states, kind, longest, differentiable)
+        rows = (states.prompt == prompt).repeat_interleave(kind.fanout)
+        if float(states.sigma[0]) < 1:
+            done.x_next[rows] = math.nan
+            done.logp[rows] = math.nan
+        return done
+
+    monkeypatch.setattr(loop, "denoise", spoilt)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{}, {"reuse_rollout_graph": True}, {"exact_replay": True}, {"share": False}],
+    ids=["states", "graphs", "replay", "unshared"],
+)
+def test_a_velocity_that_is_not_finite_drops_its_prompt_and_spoils_no_other(engine, monkeypatch):
+    """The gradients are those of an iteration in which a reward refuses the same prompt."""
+    recipe = small_recipe(engine={"device": "cpu", **engine}, update={"kl_weight": 0.1, "updates_per_iteration": 2})
+
+    class Refusing:
+        def __call__(self, pictures, prompts):
+            if TEXTS[1] in prompts:
+                raise RewardError("not this one")
+            return pictures.mean((1, 2, 3))
+
+    class Bright:
+        def __call__(self, pictures, prompts):
+            return pictures.mean((1, 2, 3))
+
+    monkeypatch.setattr(faults, "_WAIT", 0.0)
+    gradients, lines = [], []
+    for spoilt in (False, True):
+        policy = Policy.load(recipe, CPU, TEXTS)
+        rewards, recorder = Rewards(recipe, CPU), Recorder(recipe, policy)
+        rewards.scorers = {"bright": Bright() if spoilt else Refusing()}
+        if spoilt:
+            spoil_velocity(monkeypatch, 1)
+        lines.append(Stages(Setup(recipe), policy, recorder, rewards).run(TEXTS, 0))
+        gradients.append(recorder.gradients)
+    assert [line["dropped_prompts"] for line in lines] == [1, 1]
+    assert lines[0]["reward"]["bright"] == pytest.approx(lines[1]["reward"]["bright"])
+    for refused, spoilt in zip(*gradients, strict=True):
+        assert all(torch.isfinite(gradient).all() for gradient in spoilt)
+        assert any(gradient.any() for gradient in spoilt)
+        assert max(float((a - b).abs().max()) for a, b in zip(refused, spoilt, strict=True)) < 1e-12
+
+
+def test_a_model_that_draws_no_numbers_at_all_ends_the_run(monkeypatch):
+    recipe = small_recipe()
+    policy = Policy.load(recipe, CPU, TEXTS)
+    updater = Updater(recipe, policy, PassRunner.of(recipe, policy))
+    for prompt in range(len(TEXTS)):
+        spoil_velocity(monkeypatch, prompt)
+    with pytest.raises(NothingScoredError, match="not numbers"):
+        Stages(Setup(recipe), policy, updater, Rewards(recipe, CPU)).run(TEXTS, 0)
+
+
+@pytest.mark.parametrize(
+    "credit", [{}, {"std": "global"}, {"prune": {"kind": "extreme", "keep": 1}}, {"fusion_beta": 0.5}]
+)
+def test_the_credit_of_other_prompts_is_that_of_an_iteration_without_the_one_left_out(credit):
+    recipe = small_recipe(
+        rollout={"group_size": 4}, credit={**Credit().model_dump(), **credit}, update={"step_fraction": 0.5}
+    )
+    plan, _ = plan_and_coefficients(recipe)
+    random = np.random.default_rng(0)
+    scores, path_logp = random.random((1, 5, plan.leaves, 2)), random.random((1, 5, plan.leaves))
+    scores[0, 4, 1, 0] = math.nan
+    whole = assign_credit(plan, recipe.credit, scores[0], [1.0, 0.5], path_logp[0])
+    alone = assign_credit(plan, recipe.credit, scores[0, :4], [1.0, 0.5], path_logp[0, :4])
+    for index, edges in whole.items():
+        assert not edges.trains[4].any()
+        assert not edges.advantage[4].any()
+        assert np.array_equal(edges.trains[:4], alone[index].trains)
+        assert np.array_equal(edges.advantage[:4], alone[index].advantage)
+    first = assign_credit(plan, recipe.credit, np.flip(scores[0], 0), [1.0, 0.5], np.flip(path_logp[0], 0))
+    rest = assign_credit(plan, recipe.credit, np.flip(scores[0, :4], 0), [1.0, 0.5], np.flip(path_logp[0, :4], 0), 1)
+    assert all(np.array_equal(first[index].trains[1:], rest[index].trains) for index in rest)

@@ -402,8 +402,8 @@ def second_rank(torchrun_pid):
 
 def test_an_error_on_one_rank_is_told_once(tmp_path):
     (tmp_path / "picky.py").write_text(
-        "import os\n\ndef score(pictures, prompts):\n"
-        "    if os.environ['RANK'] == '1':\n        raise ValueError('not these')\n    return [0.0] * len(prompts)\n"
+        "import os\n\nif os.environ['RANK'] == '1':\n    raise ValueError('not these')\n\n"
+        "def score(pictures, prompts):\n    return [0.0] * len(prompts)\n"
     )
     recipe = written(
         tmp_path, reward=[{"name": "python", "file": "picky.py", "function": "score"}], update=UPDATE, model=LORA
