@@ -6,9 +6,8 @@ dispatch mode adds up what is alive.
 """
 
 import json
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
@@ -31,6 +27,7 @@ from flowgrove.models.policy import COMPUTE_DTYPES
 from flowgrove.models.runner import tokens_per_pass
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.passes.packing import pack
+from flowgrove.plan.allocations import graph_bytes, peak_bytes
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.plan.weight_sizes import WeightSizes
@@ -245,7 +242,7 @@ class MemoryModel:
         def roll() -> Tensor:
             return self._velocity(states)
 
-        return _peak(roll, self.like_cuda)
+        return peak_bytes(roll, self.like_cuda)
 
     def _training(self, states: int) -> int:
         """Gradients stay and are counted as resident: they are there before the pass, as of another one."""
@@ -262,14 +259,14 @@ class MemoryModel:
             v.backward(torch.empty_like(v))
 
         try:
-            return _peak(train, self.like_cuda)
+            return peak_bytes(train, self.like_cuda)
         finally:
             for weight in trained:
                 weight.grad = None
 
     def _decoding(self, pictures: int) -> int:
         """Bytes of decoding, of what is scored together, and of what scoring it takes beside it."""
-        decoded = _peak(
+        decoded = peak_bytes(
             lambda: self.adapter.decode(torch.empty(pictures, *self.geometry.latent_shape, dtype=self.master))
         )
         leaves, pixels = self.prompts * self.plan.leaves, self.geometry.pixels
@@ -306,30 +303,6 @@ class Fit(NamedTuple):
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
     """Peak memory of an iteration on one device, with the recipe's token budget. Raises UserError."""
     return MemoryModel(recipe, plan, device_type).at(tokens_per_pass(recipe, device_type))
-
-
-@contextmanager
-def _norms_in_fp32() -> Iterator[None]:
-    """Autocast computes norms in fp32 on a GPU, but not on the CPU, whose rules the tensors without storage follow.
-
-    The functions themselves are exchanged: a mode would be off where checkpoints recompute.
-    """
-    kept = {name: getattr(functional, name) for name in ("layer_norm", "group_norm", "rms_norm")}
-
-    def in_fp32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-            return norm(*args, **kwargs)
-
-        return run
-
-    try:
-        for name, norm in kept.items():
-            setattr(functional, name, in_fp32(norm))
-        yield
-    finally:
-        for name, norm in kept.items():
-            setattr(functional, name, norm)
 
 
 @contextmanager
@@ -377,56 +350,3 @@ def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -
             if isinstance(constant, Tensor):
                 setattr(part, name, torch.empty(constant.shape, dtype=constant.dtype))
     return total
-
-
-def _peak(run: Callable[[], object], like_cuda: bool = False) -> int:
-    """Most bytes alive at once while `run` runs, of storages that it makes itself."""
-    with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
-        run()
-    return alive.most
-
-
-def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> int:
-    """What a row more holds as long as the differentiable velocity of a pass lives;
-    `velocity` takes the pass's rows.
-    """
-    held = []
-    for rows in (1, 2):
-        with _Alive() as alive, _norms_in_fp32() if like_cuda else nullcontext():
-            result = velocity(rows)
-            held.append(alive.bytes)
-            del result
-    return held[1] - held[0]
-
-
-class _Alive(TorchDispatchMode):
-    """Adds up the storages of all results that come from nowhere: what was there before is written to or viewed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.most = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage(), 0)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._count(storage, storage.nbytes())
-        return result
-
-    def _count(self, storage: Any, size: int) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self.bytes += size
-        self.most = max(self.most, self.bytes)
-
-        def gone(_: object) -> None:
-            if self._known.pop(key, None) is not None:
-                self.bytes -= size
-
-        self._known[key] = weakref.ref(storage, gone)

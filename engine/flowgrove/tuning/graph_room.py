@@ -10,7 +10,8 @@ import torch
 from flowgrove.device import total_memory
 from flowgrove.models.policy import Policy, Velocity
 from flowgrove.models.runner import PassRunner
-from flowgrove.plan.memory import GPU_SHARE, graph_bytes
+from flowgrove.plan.allocations import graph_bytes
+from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.process import started_here
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.setup import Setup
