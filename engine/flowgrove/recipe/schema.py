@@ -422,9 +422,9 @@ class Reward(_Said):
     cosine of CLIP ViT-L/14. hpsv2 (path, processor, batch_size, dtype): HPSv2.1. http (url, video, batch_size, timeout,
     retries, concurrency, max_answer_mb, key_variable): a server of yours. image_reward (path, tokenizer, batch_size,
     dtype): ImageReward-v1.0. jpeg_size (quality, bigger): kilobytes. pickscore (path, processor, batch_size, dtype):
-    PickScore. python (file, function, video): a function of yours, with --allow-python. shapes: the embedded pipeline's
-    checker. unified_reward (url, model, instruction, max_tokens, timeout, retries, concurrency, key_variable): a judge
-    behind an OpenAI-compatible server.
+    PickScore. python (file, function, video, timeout): a function of yours, with --allow-python. shapes: the embedded
+    pipeline's checker. unified_reward (url, model, instruction, max_tokens, timeout, retries, concurrency,
+    key_variable): a judge behind an OpenAI-compatible server.
     Source: HPSv2 (2306.09341), PickScore (2305.01569), ImageReward (2304.05977), CLIPScore (2104.08718), UnifiedReward
     (2503.05236), LAION-5B (2210.08402); http, python, jpeg_size, shapes: ours.
     """
