@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import Trained
+from divided import Divided, save
 from flowgrove.errors import UserError
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import newest_checkpoint
 
 ROUNDS, CASES, SECONDS = 12, 30, 10
-TENSORS = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors")
-FILES = (*TENSORS, "state.json", "manifest.json")
+TENSORS = ".safetensors"
 VALUES = (
     None,
     True,
@@ -41,10 +41,15 @@ VALUES = (
 )
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
+@pytest.fixture(scope="module", params=["one process", "two ranks"])
+def two(tmp_path_factory, request):
     """A run folder with the checkpoints of 1 and 2 iterations, what each of them holds, and a policy to load them."""
-    trained, run, kept = Trained.small(), tmp_path_factory.mktemp("two") / "run", {}
+    run, kept = tmp_path_factory.mktemp("two") / "run", {}
+    if request.param == "two ranks":
+        for completed in (1, 2):
+            save(run, completed, 2)
+        return Divided().of(0), run, {1: 1, 2: 2}
+    trained = Trained.small()
     for completed in (1, 2):
         trained.advance(completed)
         trained.save(run, completed)
@@ -52,11 +57,17 @@ def two(tmp_path_factory):
     return trained, run, kept
 
 
+def files_of(folder, ending=""):
+    return sorted(
+        str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name.endswith(ending)
+    )
+
+
 # Each damages `new`, beside the whole checkpoint `old`, and may leave it as it was
 
 
 def flip(rng, new, old):
-    file = new / rng.choice(FILES)
+    file = new / rng.choice(files_of(new))
     content = bytearray(file.read_bytes())
     for _ in range(rng.choice((1, 1, 1, 9))):
         place = rng.randrange(rng.choice((len(content), min(len(content), 400))))
@@ -65,7 +76,7 @@ def flip(rng, new, old):
 
 
 def overwrite(rng, new, old):
-    file = new / rng.choice(FILES)
+    file = new / rng.choice(files_of(new))
     content = bytearray(file.read_bytes())
     start = rng.randrange(len(content))
     end = rng.randrange(start, len(content)) + 1
@@ -74,7 +85,7 @@ def overwrite(rng, new, old):
 
 
 def resize(rng, new, old):
-    file = new / rng.choice(FILES)
+    file = new / rng.choice(files_of(new))
     content = file.read_bytes()
     file.write_bytes(
         rng.choice(
@@ -84,17 +95,17 @@ def resize(rng, new, old):
 
 
 def vanish(rng, new, old):
-    for name in rng.sample(FILES, rng.randrange(1, 5)):
+    for name in rng.sample(files_of(new), rng.randrange(1, 5)):
         (new / name).unlink()
 
 
 def take_from_the_other(rng, new, old):
-    for name in rng.sample(FILES, rng.randrange(1, 6)):
+    for name in rng.sample(files_of(new), rng.randrange(1, 6)):
         shutil.copy(old / name, new / name)
 
 
 def swap(rng, new, old):
-    first, second = rng.sample(TENSORS, 2)
+    first, second = rng.sample(files_of(new, TENSORS), 2)
     content = (new / first).read_bytes()
     (new / first).write_bytes((new / second).read_bytes())
     (new / second).write_bytes(content)
@@ -102,7 +113,7 @@ def swap(rng, new, old):
 
 def rewrite(rng, new, old):
     """A whole file of other tensors."""
-    file = new / rng.choice(TENSORS)
+    file = new / rng.choice(files_of(new, TENSORS))
     tensors = load_file(file)
     name = rng.choice(sorted(tensors))
     tensor = tensors.pop(name)
@@ -159,7 +170,7 @@ def other_text(rng, new, old):
 
 def misplace(rng, new, old):
     """Something that is no file, or one more."""
-    file = new / rng.choice(FILES)
+    file = new / rng.choice(files_of(new))
     kind = rng.randrange(5)
     if kind == 4:
         shutil.copy(file, new / rng.choice(("more.safetensors", "notes.txt")))

@@ -110,6 +110,15 @@ class Divided:
             for name, tensor in held.items()
         )
 
+    @property
+    def updater(self):
+        return self
+
+    def scramble(self):
+        """What a checkpoint does not put back stays 7."""
+        for tensor in self.held().values():
+            tensor.fill_(7)
+
     def _wanted(self, name, seed):
         kind, weight, *rest = name.split("/")
         if rest == ["step"]:
