@@ -147,6 +147,9 @@ def train(
     set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default: the recipe's run.out")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint folder")] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="go on with changed rewards, learning rate and the like; the model stays")
+    ] = False,
     allow_python: AllowPython = False,
 ) -> None:
     """Train a model as a recipe says."""
@@ -174,7 +177,7 @@ def train(
             _say(done)
             return
         try:
-            trainer = Trainer(setup, folder, resume, stopping, _say, ranks)
+            trainer = Trainer(setup, folder, resume, stopping, _say, ranks, force)
             with TrainingDisplay(_console, settings, trainer.completed) if ranks.first else nullcontext() as display:
                 trainer.run(display.update if display is not None else lambda line: None)
         except Stopped:

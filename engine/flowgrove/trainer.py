@@ -54,7 +54,8 @@ class _HeldUpdater(Updater):
 
 
 class Trainer:
-    """One run in one folder, which no other run may have meanwhile. `resume`: "auto", "never" or a checkpoint folder.
+    """One run in one folder, which no other run may have meanwhile. `resume`: "auto", "never" or a checkpoint folder;
+    `force`: also one that was trained with other settings (`choose_checkpoint`).
 
     `stopping` tells when to save and end; `say` takes what the user should know. Of several `ranks` the first writes
     the folder, and a signal to any of them ends all after the same iteration.
@@ -68,6 +69,7 @@ class Trainer:
         stopping: Stopping | None = None,
         say: Say = _log.warning,
         ranks: Ranks | None = None,
+        force: bool = False,
     ) -> None:
         keep_freed_memory()
         self.setup, self.recipe, self.out = setup, setup.recipe, out
@@ -75,7 +77,7 @@ class Trainer:
         self.rewards = self.ranks.together(self._check)
         self.lock = self._locked()
         try:
-            self._load(resume, say)
+            self._load(resume, say, force)
         except BaseException:
             self._release()
             raise
@@ -93,10 +95,10 @@ class Trainer:
         pick_backend(self.recipe)
         return rewards
 
-    def _load(self, resume: str, say: Say) -> None:
+    def _load(self, resume: str, say: Say, force: bool) -> None:
         """The model, and the state of the run so far."""
         setup, recipe, ranks = self.setup, self.recipe, self.ranks
-        checkpoint = self._checkpoint(resume, say)
+        checkpoint = self._checkpoint(resume, say, force)
         self.policy = Policy.load_together(recipe, pick_device(recipe), self._texts(), ranks)
         self.runner = PassRunner.of(recipe, self.policy)
         ranks.by_first(lambda: self._settle_budget(checkpoint))
@@ -108,16 +110,23 @@ class Trainer:
         self.skipped = 0  # updates in a row
         self.writer = CheckpointWriter(self.out, recipe.run.keep_last, ranks, self._check_lock)
         self.saved: Path | None = None  # the checkpoint of `completed`, if one in this folder is or is being written
+        self.changes = False  # whether the checkpoints in the folder are of another recipe than this one
         if checkpoint is not None:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater, ranks)
             place = checkpoint.resolve()
-            self.saved = self.out / "checkpoints" / place.name if place.parent.parent == self.out.resolve() else None
+            if place.parent.parent == self.out.resolve():
+                self.saved = self.out / "checkpoints" / place.name
+                self.changes = not setup.is_of(read_state(checkpoint)["recipe"])
         ranks.by_first(self._tidy)
 
     def _tidy(self) -> None:
         """Leaves the recipe in the folder, and nothing that was half written."""
         for folder in (self.out, self.out / "samples"):
             remove_left_behind(folder)
+        if not self.changes:
+            self._write_recipe()
+
+    def _write_recipe(self) -> None:
         write_text(self.out / "recipe.yaml", dump_recipe(self.recipe))
 
     def _locked(self) -> FolderLock | None:
@@ -132,9 +141,9 @@ class Trainer:
         if self.lock is not None:
             self.lock.check()
 
-    def _checkpoint(self, resume: str, say: Say) -> Path | None:
+    def _checkpoint(self, resume: str, say: Say, force: bool) -> Path | None:
         """What the first rank finds to resume from."""
-        found = self.ranks.by_first(lambda: choose_checkpoint(self.setup, self.out, resume, say))
+        found = self.ranks.by_first(lambda: choose_checkpoint(self.setup, self.out, resume, say, force))
         chosen = self.ranks.chosen(None if found is None else str(found))
         return None if chosen is None else Path(chosen)
 
@@ -221,6 +230,10 @@ class Trainer:
         if self.saved is None:
             state = (self.policy, self.updater, self.completed, self.setup.fingerprint)
             self.saved = self.writer.begin(*state, self.last_line or {})
+            if self.changes:  # the recipe in the folder is always that of its newest checkpoint
+                self.writer.wait()
+                self.ranks.by_first(self._write_recipe)
+                self.changes = False
         return self.saved
 
     def _saved(self) -> Path:

@@ -26,6 +26,8 @@ from engine_cases import (
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.grids import load_grid
 from flowgrove.run.finding import best_checkpoint, find_checkpoint
+from flowgrove.setup import Setup
+from flowgrove.trainer import Trainer
 from subprocesses import FLOWGROVE, environment
 
 ITERATIONS = 5
@@ -279,6 +281,52 @@ def test_another_recipe_does_not_go_into_the_same_folder(whole, recipe, override
         assert f"resume with {whole / 'recipe.yaml'}" in line
     assert "give another --out" in by_name
     assert contents(whole) == before
+
+
+def test_a_run_goes_on_with_what_force_lets_change(whole, recipe, cut):
+    """The folder keeps the recipe of its newest checkpoint, so that a kill before the next one changes nothing."""
+    run = cut(4, 4)
+    options = ("--out", run, "--set", "update.lr=2e-4", "--set", "update.clip_range=2e-3")
+    line = refuse("train", recipe, *options)
+    assert line.endswith("or --force to go on with the recipe as it is now")
+    result = succeed("train", recipe, *options, "--force")
+    told = result.stderr.splitlines()[0]
+    assert "update.lr is 0.0002 instead of the run's 0.0001, update.clip_range is 0.002" in told
+    assert load_recipe(run / "recipe.yaml").update.lr == 2e-4
+    assert timeless(metrics_of(run))[:4] == timeless(metrics_of(whole))[:4]
+    found, expected = weights_of(run, ITERATIONS), weights_of(whole, ITERATIONS)
+    assert any(not torch.equal(found[name], weight) for name, weight in expected.items())
+    assert "finished" in succeed("train", recipe, *options).stderr
+    older = run / "checkpoints" / "step_000002"
+    assert "or --force has changed a key since" in refuse("train", recipe, *options, "--resume", older)
+
+
+LASTING = {
+    "model.lora={rank: 2, alpha: 4}": "model.lora is {",
+    "model.guidance_scale=2": "model.guidance_scale is 2.0",
+    "update.optimizer=adamw_8bit": 'update.optimizer is "adamw_8bit"',
+    "update.ema_decay=0.9": "update.ema_decay is 0.9 instead of the run's null",
+}
+
+
+@pytest.mark.parametrize("override", LASTING)
+def test_force_does_not_change_what_checkpoints_hold(whole, recipe, override):
+    before = contents(whole)
+    line = refuse("train", recipe, "--out", whole, "--force", "--set", "update.lr=2e-4", "--set", override)
+    assert f"--force cannot change what its checkpoints hold: {LASTING[override]}" in line
+    assert "update.lr" not in line
+    assert contents(whole) == before
+
+
+def test_a_forced_run_that_is_stopped_before_its_next_checkpoint_changes_nothing(whole, recipe, cut):
+    run = cut(4, 4)
+    before = (run / "recipe.yaml").read_bytes()
+    changed = load_recipe(recipe, ("update.lr=2e-4",))
+    trainer = Trainer(Setup(changed), run, force=True, say=lambda _: None)
+    trainer._release()
+    assert (run / "recipe.yaml").read_bytes() == before
+    succeed("train", recipe, "--out", run)
+    assert_same_run(run, whole)
 
 
 def test_other_prompts_in_the_same_file_are_named(tmp_path):

@@ -21,21 +21,16 @@ _BUDGET = "token_budget.json"
 _MOST_NAMED = 4  # keys that a message names
 
 
-def differences(recipe: Recipe, out: Path) -> str:
-    """The keys in which `recipe` is another than that of the run in `out`, with both values, as one phrase."""
-    file = out / "recipe.yaml"
-    try:
-        here, there = (deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(file)))
-    except (UserError, OSError):
-        return f"its {file} cannot be read, so that the keys that differ are not known"
+def differences(recipe: Recipe, out: Path) -> list[tuple[str, Any, Any]]:
+    """The keys in which `recipe` is another than that of the run in `out`, with both values.
+
+    Raises UserError or OSError if that one cannot be read.
+    """
+    here, there = (deciding(one, exclude_defaults=False) for one in (recipe, load_recipe(out / "recipe.yaml")))
     for content in (here, there):
         for key in ("prompts", "eval_prompts"):
             content["data"].pop(key, None)
-    found = list(_differing(here, there))
-    named = [f"{key} is {_shown(own)} instead of the run's {_shown(old)}" for key, own, old in found[:_MOST_NAMED]]
-    if len(found) > _MOST_NAMED:
-        named.append(f"{len(found) - _MOST_NAMED} more keys differ")
-    return ", ".join(named) or "data.prompts holds other prompts than when it began"
+    return list(_differing(here, there))
 
 
 def finished(setup: Setup, out: Path) -> bool:
@@ -54,8 +49,11 @@ def finished(setup: Setup, out: Path) -> bool:
     return any(line["iteration"] == done - 1 for line in read_metrics(out))
 
 
-def choose_checkpoint(setup: Setup, out: Path, resume: str, say: Say = _log.warning) -> Path | None:
-    """The checkpoint to start from; `say` names damaged ones that were passed over.
+def choose_checkpoint(
+    setup: Setup, out: Path, resume: str, say: Say = _log.warning, force: bool = False
+) -> Path | None:
+    """The checkpoint to start from; `say` names damaged ones that were passed over, and what is another in the recipe
+    where `force` lets a run go on with that.
 
     Raises UserError if `out` holds a run that may not be touched, or `resume` names no checkpoint.
     """
@@ -70,7 +68,7 @@ def choose_checkpoint(setup: Setup, out: Path, resume: str, say: Say = _log.warn
         state = verify(pointed_at(chosen))
         if inside and not setup.is_of(state["recipe"]):
             ways = f"train on from it into another --out, or resume with {out / 'recipe.yaml'}"
-            raise UserError(f"{chosen} was written by another recipe: {differences(setup.recipe, out)}: {ways}")
+            _check_changes(setup.recipe, out, f"{chosen} was written by another recipe", ways, say if force else None)
         return chosen
     if resume == "never":
         if holds_run:
@@ -79,8 +77,43 @@ def choose_checkpoint(setup: Setup, out: Path, resume: str, say: Say = _log.warn
     folder = newest_checkpoint(out, say)
     if folder is not None and not setup.is_of(read_state(folder)["recipe"]):
         ways = f"give another --out, or resume with {out / 'recipe.yaml'}"
-        raise UserError(f"{out} holds a run of another recipe: {differences(setup.recipe, out)}: {ways}")
+        _check_changes(setup.recipe, out, f"{out} holds a run of another recipe", ways, say if force else None)
     return folder
+
+
+def _check_changes(recipe: Recipe, out: Path, what: str, ways: str, say: Say | None) -> None:
+    """Raises UserError for another recipe than that of the run in `out`, unless `say` is given, which is told of it,
+    and its checkpoints mean the same in both.
+    """
+    try:
+        found = differences(recipe, out)
+    except (UserError, OSError):
+        file = out / "recipe.yaml"
+        raise UserError(
+            f"{what}: its {file} cannot be read, so that the keys that differ are not known: {ways}"
+        ) from None
+    lasting = [one for one in found if _is_lasting(*one)]
+    if lasting:
+        if say is None:
+            raise UserError(f"{what}: {_phrase(found)}: {ways}")
+        raise UserError(f"{what}, and --force cannot change what its checkpoints hold: {_phrase(lasting)}: {ways}")
+    if say is None:
+        raise UserError(f"{what}: {_phrase(found)}: {ways}, or --force to go on with the recipe as it is now")
+    say(f"{what}: going on all the same, as --force says: {_phrase(found)}")
+
+
+def _is_lasting(key: str, own: Any, old: Any) -> bool:
+    """Whether a checkpoint holds other tensors, or means other things with them, when this key has changed."""
+    if key == "update.ema_decay":
+        return (own is None) != (old is None)
+    return key == "update.optimizer" or key.partition(".")[0] == "model"
+
+
+def _phrase(found: list[tuple[str, Any, Any]]) -> str:
+    named = [f"{key} is {_shown(own)} instead of the run's {_shown(old)}" for key, own, old in found[:_MOST_NAMED]]
+    if len(found) > _MOST_NAMED:
+        named.append(f"{len(found) - _MOST_NAMED} more keys differ")
+    return ", ".join(named) or "data.prompts holds other prompts than when it began, or --force has changed a key since"
 
 
 def stored_budget(checkpoint: Path | None, own: str) -> int | None:
