@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flowgrove.models.weights import Piece
+from flowgrove.models.masters import Piece
 from flowgrove.ranks import Ranks
 from flowgrove.run.saving import CheckpointWriter
 from flowgrove.update.ema import Ema

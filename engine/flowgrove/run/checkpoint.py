@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError
+from flowgrove.models.masters import Piece
 from flowgrove.models.policy import Policy
-from flowgrove.models.weights import Piece
 from flowgrove.ranks import Ranks
 from flowgrove.run.manifest import DamagedError, read_state, verify
 from flowgrove.run.tensor_files import TensorFiles, holds, piece_of, weight_of

@@ -4,6 +4,7 @@ complete and on disk.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.files import follow_umask, partial_name
+from flowgrove.models.masters import Piece
 from flowgrove.models.policy import Policy
-from flowgrove.models.weights import Piece
+from flowgrove.pulse import ENDED
 from flowgrove.ranks import Ranks
 from flowgrove.run.checkpoint import held_tensors
 from flowgrove.run.finding import point_latest, remove, remove_older
@@ -33,7 +35,9 @@ from flowgrove.update.updater import Updater
 
 _LEFT_BEHIND = re.compile(r"\.?step_\d+.*\.partial")
 _ASK_AGAIN = 0.02  # seconds until a thread or another rank's note is looked for again
-_LONGEST = 60.0  # seconds that a run of several ranks which ends with an error gives its checkpoint
+# seconds that a run of several ranks which ends with an error gives its checkpoint; one that leaves others in a
+# collective, whose processes soon end, has less time
+_LONGEST, _LONGEST_IN_A_MEETING = 60.0, 8.0
 _FAILED = ""  # the note of a rank that has an error, which it tells itself
 
 
@@ -55,10 +59,10 @@ class CheckpointWriter:
     """Writes checkpoints/step_NNNNNN of a run (NNNNNN: completed iterations), moves `latest`, and removes all but the
     newest `keep_last` and the best.
 
-    A thread writes while the training goes on, one checkpoint at a time. Of several `ranks` each writes the pieces that
-    no lower rank has, and the first what is whole and the manifest; their threads leave notes for the first one's, so
-    that no collective runs beside the training's. `check` raises UserError where the run folder is no longer ours. All
-    methods are for all ranks together.
+    A thread writes while the training goes on, one checkpoint at a time. Of several `ranks` each writes its pieces (of
+    copies the first) and the first rank what is whole and the manifest; their threads leave notes for the first one's,
+    so that no collective runs beside the training's. `check` raises UserError where the run folder is no longer ours.
+    All methods are for all ranks together.
     """
 
     def __init__(
@@ -87,13 +91,14 @@ class CheckpointWriter:
         }
         parts = ranks.tell(_named(policy, pieces))
         writers = [rank for rank, part in enumerate(parts) if parts.index(part) == rank]
+        writes = ranks.rank in writers
         made = ranks.by_first(lambda: self._make_room(folder))
         partial = folder.with_name(ranks.chosen(None if made is None else made.name) or "")
-        tensors = ranks.together(lambda: self._copied(policy, updater) if ranks.rank in writers else {})
+        tensors = ranks.together(lambda: self._copied(policy, updater) if writes else {})
         job = _Job(folder, partial, state, tensors, pieces, writers)
         self._pending = True
         self._thread = None
-        if ranks.rank in writers:
+        if writes:
             self._thread = Thread(target=self._work, args=(job,), name="checkpoint", daemon=True)
             self._thread.start()
         return folder
@@ -111,8 +116,10 @@ class CheckpointWriter:
         """Lets what was begun end, for a run that ends with an error of its own; of several ranks one may have gone
         without a word, and then nobody waits for it for long.
         """
-        until = time.monotonic() + _LONGEST
-        while self._writes() and (self._ranks.size == 1 or time.monotonic() < until):
+        ranks = self._ranks
+        longest = math.inf if ranks.size == 1 else _LONGEST if ranks.note(ENDED) is None else _LONGEST_IN_A_MEETING
+        until = time.monotonic() + longest
+        while self._writes() and time.monotonic() < until:
             pass
 
     def _writes(self) -> bool:

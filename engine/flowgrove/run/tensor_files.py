@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from flowgrove.models.weights import Piece
+from flowgrove.models.masters import Piece
 from flowgrove.run.manifest import DamagedError, tensor_files, unreadable
 
 
