@@ -139,5 +139,39 @@ def test_ranks_that_are_killed_go_on_from_a_whole_checkpoint(whole, recipe, tmp_
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
+SLOW = """
+import time
+from flowgrove.run import saving
+write = saving.write_pieces
+def slow(folder, kind, tensors, pieces, rank):
+    if rank == 1:
+        print("rank 1 writes", flush=True)
+        time.sleep(600)
+    return write(folder, kind, tensors, pieces, rank)
+saving.write_pieces = slow
+from flowgrove.cli import app
+app()
+"""
+
+
+@pytest.mark.long
+def test_a_rank_that_is_killed_while_it_writes_is_waited_for_by_nobody(recipe, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = ("--set", "engine.distributed=fsdp2", "--set", "run.iterations=1", "--out", run)
+    with started(2, tmp_path / "slow.py", "train", recipe, *options, output=log) as process:
+        until = time.monotonic() + DEADLINE
+        while "rank 1 writes" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (second,) = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(second, signal.SIGKILL)
+        process.wait(20)
+    assert "another rank of this run has gone" in log.read_text()
+    assert newest(run) is None
+
+
 def newest(run):
     return newest_checkpoint(run) if (run / "checkpoints").is_dir() else None

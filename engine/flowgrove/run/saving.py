@@ -224,7 +224,8 @@ class CheckpointWriter:
         if job.folder.exists() or job.folder.is_symlink():
             before = job.folder.rename(partial_name(job.folder))
         job.partial.rename(job.folder)
-        _sync(job.folder.parent)
+        for place in (job.folder.parent, self._run):
+            _sync(place)
         if before is not None:
             remove(before)
         point_latest(self._run, job.folder.name)
