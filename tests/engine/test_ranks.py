@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from flowgrove.recipe.schema import Engine
 from flowgrove.run.summaries import update_summary
 from flowgrove.run.tensor_files import TensorFiles
 from flowgrove.update.updater import UpdateStats
-from torchrun import DEADLINE, started, torchrun, train
+from torchrun import DEADLINE, process_of, started, torchrun, train
 
 TELL = """
 import torch
@@ -356,7 +355,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoin
     options = ("--set", "engine.distributed=ddp", "--set", "run.eval_every=0", "--out", out)
     with started(2, "-m", "flowgrove", "train", recipe, *options, output=tmp_path / "log") as process:
         wait_for_lines(out, 2, process, tmp_path / "log")
-        os.kill(second_rank(process.pid), signal.SIGTERM)
+        os.kill(process_of(1, process.pid), signal.SIGTERM)
         process.wait(DEADLINE)
     (saved,) = checkpoints(out)
     assert int(saved[5:]) == len(metrics_of(out))
@@ -378,7 +377,7 @@ def test_torchrun_starts_all_anew_when_one_is_killed_and_they_go_on(tmp_path):
     train = ("-m", "flowgrove", "train", recipe, "--set", "engine.distributed=ddp", "--out", out)
     with started(2, *train, output=tmp_path / "log", options=(*options, "--max-restarts", "1")) as process:
         wait_for_lines(out, 3, process, tmp_path / "log")
-        os.kill(second_rank(process.pid), signal.SIGKILL)
+        os.kill(process_of(1, process.pid), signal.SIGKILL)
         assert process.wait(DEADLINE) == 0, (tmp_path / "log").read_text()
     assert "another rank of this run has gone" in (tmp_path / "log").read_text()
     assert_same(out, tmp_path / "one")
@@ -391,13 +390,6 @@ def wait_for_lines(out, count, process, log):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until
         time.sleep(0.1)
-
-
-def second_rank(torchrun_pid):
-    """The process of rank 1."""
-    children = Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text().split()
-    (found,) = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    return found
 
 
 def test_an_error_on_one_rank_is_told_once(tmp_path):

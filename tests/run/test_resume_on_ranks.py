@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from engine_cases import checkpoints, metrics_of, succeed, timeless, tiny_recipe
 from flowgrove.run.finding import newest_checkpoint
 from flowgrove.run.manifest import verify
 from flowgrove.run.tensor_files import TensorFiles
-from torchrun import DEADLINE, started, train
+from torchrun import DEADLINE, process_of, started, train
 
 ITERATIONS = 4
 KINDS = ("weights", "optimizer", "ema")
@@ -129,9 +128,8 @@ def test_ranks_that_are_killed_go_on_from_a_whole_checkpoint(whole, recipe, tmp_
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < until
             time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for child in children:
-            os.kill(int(child), signal.SIGKILL)
+        for rank in (0, 1):
+            os.kill(process_of(rank, process.pid), signal.SIGKILL)
         process.wait(DEADLINE)
     assert newest(run) is not None
     go(FSDP, recipe, run)
@@ -165,9 +163,7 @@ def test_a_rank_that_is_killed_while_it_writes_is_waited_for_by_nobody(recipe, t
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until
             time.sleep(0.05)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (second,) = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-        os.kill(second, signal.SIGKILL)
+        os.kill(process_of(1, process.pid), signal.SIGKILL)
         process.wait(20)
     assert "another rank of this run has gone" in log.read_text()
     assert newest(run) is None

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 from subprocesses import PYTHON, environment
 
@@ -46,3 +47,10 @@ def train(ranks, recipe, *options, output, code=0, distributed="ddp", **engine):
     keys = {"distributed": distributed, **engine}
     sets = [word for key, value in keys.items() for word in ("--set", f"engine.{key}={str(value).lower()}")]
     return torchrun(ranks, "-m", "flowgrove", "train", recipe, *sets, *options, output=output, code=code)
+
+
+def process_of(rank, torchrun):
+    """The process of a rank that torchrun, itself process `torchrun`, has started."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if b"\0RANK=%d\0" % rank in Path(f"/proc/{pid}/environ").read_bytes()]
+    return found
