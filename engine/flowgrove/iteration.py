@@ -11,6 +11,7 @@ from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_
 from flowgrove.device import to_host
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.division import Division
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.ranks import Ranks
 from flowgrove.rewards.faults import Faults
@@ -83,7 +84,10 @@ class Stages:
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
         largest = max((sized for sized, _ in self.sizes), key=lambda sized: sized.adapter.geometry.tokens)
-        self.room = GraphRoom.of(setup, largest, self.runner) if room is None else room
+        self.room = self._room(setup, largest) if room is None else room
+
+    def _room(self, setup: Setup, largest: Policy) -> GraphRoom:
+        return GraphRoom.of(setup, largest, self.runner, Division.of(setup.recipe.engine, self.ranks.size))
 
     def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
         """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all.

@@ -16,6 +16,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.out_of_memory import PassTooLargeError
+from flowgrove.plan.division import Division
 from flowgrove.ranks import LostError, Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
@@ -32,7 +33,7 @@ from flowgrove.run.saving import CheckpointWriter
 from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.setup import Setup
 from flowgrove.spans import span
-from flowgrove.tuning.token_budget import settle_token_budget
+from flowgrove.tuning.token_budget import settle_meetings, settle_token_budget
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater, UpdateStats
 
@@ -102,7 +103,8 @@ class Trainer:
         self.policy = Policy.load_together(recipe, pick_device(recipe), self._texts(), ranks)
         self.runner = PassRunner.of(recipe, self.policy)
         ranks.by_first(lambda: self._settle_budget(checkpoint))
-        self.runner.budget.resize(int(ranks.chosen(str(self.runner.budget.tokens)) or 0))
+        self.runner.budget.resize(ranks.most(self.runner.budget.tokens if ranks.first else 0))
+        self.policy.weights.reshards = bool(ranks.most(int(ranks.first and self.policy.weights.reshards)))
         self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping, ranks)
         self.stages = ranks.together(lambda: Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks))
         self.completed: int = 0
@@ -150,7 +152,9 @@ class Trainer:
     def _settle_budget(self, checkpoint: Path | None) -> None:
         written = "" if checkpoint is None else str(read_state(checkpoint)["recipe"])
         own = written if self.setup.is_of(written) else self.setup.fingerprint
-        settle_token_budget(self.setup, self.policy, self.runner, stored_budget(checkpoint, own))
+        division = Division.of(self.recipe.engine, self.ranks.size)
+        settle = settle_meetings if self.policy.weights.sharded else settle_token_budget
+        settle(self.setup, self.policy, self.runner, stored_budget(checkpoint, own), division)
         budget = self.runner.budget
         budget.resize(min(budget.tokens, remembered_budget(self.out) or budget.tokens))
 

@@ -45,16 +45,16 @@ def calls(monkeypatch):
 def like_a_gpu(monkeypatch):
     """Token budget and room for graphs are settled on the CPU as they are on a GPU."""
 
-    def settle(setup, policy, runner, stored):
-        runner.budget.resize(token_budget.measured_budget(setup, policy, runner))
+    def settle(setup, policy, runner, stored, division):
+        runner.budget.resize(token_budget.measured_budget(setup, policy, runner, division))
 
     monkeypatch.setattr("flowgrove.trainer.settle_token_budget", settle)
     monkeypatch.setattr(graph_room, "_room_of_cpu", lambda *_: pytest.fail("asked the model itself"))
     of = graph_room.GraphRoom.of.__func__
 
-    def as_on_a_gpu(cls, setup, policy, runner):
-        monkeypatch.setattr(graph_room, "_room_of_cpu", lambda *both: graph_room._room_of_gpu(setup, *both))
-        return of(cls, setup, policy, runner)
+    def as_on_a_gpu(cls, setup, policy, runner, division):
+        monkeypatch.setattr(graph_room, "_room_of_cpu", lambda *both: graph_room._room_of_gpu(setup, *both, division))
+        return of(cls, setup, policy, runner, division)
 
     monkeypatch.setattr(graph_room.GraphRoom, "of", classmethod(as_on_a_gpu))
 

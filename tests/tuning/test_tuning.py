@@ -13,6 +13,7 @@ from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.passes.budget import PassBudget
+from flowgrove.plan.division import Division
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.resume import stored_budget
@@ -26,6 +27,7 @@ from flowgrove.tuning.token_budget import (
     cached_budget,
     fastest_rows,
     measured_budget,
+    settle_meetings,
     settle_token_budget,
 )
 from flowgrove.tuning.tune import Candidate, choose
@@ -109,7 +111,7 @@ def test_a_budget_holds_the_rows_that_fit_and_leaves_nothing_behind(guidance, mo
 
     monkeypatch.setattr(policy.adapter, "velocity", velocity)
     if guidance == 1:  # predicting takes seconds: once is enough
-        monkeypatch.setattr(token_budget, "room_beside", lambda setup, policy: torch.empty(0))
+        monkeypatch.setattr(token_budget, "room_beside", lambda setup, policy, division: torch.empty(0))
     monkeypatch.setattr(token_budget, "NEAR", -10.0)  # every doubling gains enough ...
     monkeypatch.setattr(token_budget, "first_near_best", max)  # ... and the largest is taken: no clock decides
     tokens = measured_budget(Setup(small_recipe()), policy, runner_of(policy))
@@ -141,7 +143,9 @@ def test_passes_are_what_training_runs(monkeypatch):
 def gpu(monkeypatch):
     """A stand-in for a policy on a GPU and its runner, which is measured at 777 tokens; and how often it was."""
     asked = []
-    monkeypatch.setattr(token_budget, "measured_budget", lambda setup, policy, runner: asked.append(setup) or 777)
+    monkeypatch.setattr(
+        token_budget, "measured_budget", lambda setup, policy, runner, division: asked.append(setup) or 777
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device.type + " 1")
     return SimpleNamespace(device=torch.device("cuda"), budget=PassBudget(5, 1, 1), asked=asked)
 
@@ -403,3 +407,30 @@ def test_a_run_on_a_gpu_is_measured_and_kept_and_tuning_records_graphs(tmp_path,
     assert "recorded: " in text
     assert torch.cuda.get_device_name() in text
     succeed("train", tmp_path / "mine_tuned.yaml", "--out", tmp_path / "tuned")
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "expected"),
+    [
+        (1 << 40, "auto", False), (1 << 40, True, True), (0, "auto", None),
+    ],
+)  # fmt: skip
+def test_passes_that_are_meetings_are_predicted(total, wanted, expected, monkeypatch):
+    """On a GPU no pass is run for it: ranks would have to agree on each."""
+    engine = {"distributed": "fsdp2", "reshard_after_forward": wanted}
+    setup, division = Setup(small_recipe(engine=engine)), Division(2, 2)
+    weights, runner = SimpleNamespace(reshards=None), SimpleNamespace(budget=PassBudget(1, 1, 1))
+    policy = SimpleNamespace(
+        device=torch.device("cuda"), weights=weights, bytes_when_loaded=0,
+        adapter=SimpleNamespace(geometry=SimpleNamespace(tokens=20)),
+    )  # fmt: skip
+    monkeypatch.setattr(token_budget, "total_memory", lambda device: total)
+    if expected is None:
+        with pytest.raises(UserError, match="does not hold a training pass of one row"):
+            settle_meetings(setup, policy, runner, None, division)
+        return
+    settle_meetings(setup, policy, runner, None, division)
+    assert 16384 // 2 < runner.budget.tokens <= 16384
+    assert weights.reshards is expected
+    settle_meetings(setup, policy, runner, 777, division)
+    assert runner.budget.tokens == 777

@@ -11,6 +11,7 @@ from flowgrove.device import total_memory
 from flowgrove.models.policy import Policy, Velocity
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.allocations import graph_bytes
+from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.process import started_here
 from flowgrove.rollout.retained_graphs import RetainedGraphs
@@ -27,7 +28,7 @@ class GraphRoom(NamedTuple):
     share: float
 
     @classmethod
-    def of(cls, setup: Setup, policy: Policy, runner: PassRunner) -> "GraphRoom":
+    def of(cls, setup: Setup, policy: Policy, runner: PassRunner, division: Division = ALONE) -> "GraphRoom":
         """The room that engine.reuse_rollout_graph gives. `auto`: as many as by prediction fit into the device's
         memory, and passes of at least a quarter of the budget; none where the rewards decide which edges train, since
         most graphs would then be made for nothing, and none where ranks have divided the weights: kept passes would
@@ -41,7 +42,7 @@ class GraphRoom(NamedTuple):
         if prune is not None and prune.kind != "depth":
             return NO_ROOM
         on_cpu = policy.device.type == "cpu"
-        room, graph = _room_of_cpu(policy, runner) if on_cpu else _room_of_gpu(setup, policy, runner)
+        room, graph = _room_of_cpu(policy, runner) if on_cpu else _room_of_gpu(setup, policy, runner, division)
         return cls(max(0, room // graph), _LEAST_SHARE)
 
     def retained_graphs(self, policy: Policy, runner: PassRunner) -> "RetainedGraphs | None":
@@ -53,9 +54,9 @@ class GraphRoom(NamedTuple):
 NO_ROOM = GraphRoom(0, 0.0)
 
 
-def _room_of_gpu(setup: Setup, policy: Policy, runner: PassRunner) -> tuple[int, int]:
+def _room_of_gpu(setup: Setup, policy: Policy, runner: PassRunner, division: Division) -> tuple[int, int]:
     """(bytes for graphs beside all that a run needs with the runner's token budget, bytes of a row's graph)."""
-    memory = setup.memory(policy.device.type).at(runner.budget.tokens)
+    memory = setup.memory(policy.device.type, division).at(runner.budget.tokens)
     foreign = max(0, policy.bytes_when_loaded - memory.loaded)  # models of rewards
     return int(GPU_SHARE * total_memory(policy.device)) - memory.peak - foreign, memory.graph
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrove.device import is_out_of_memory
+from flowgrove.device import is_out_of_memory, total_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner, tokens_per_pass
-from flowgrove.plan.memory import LOADED
+from flowgrove.plan.division import ALONE, Division
+from flowgrove.plan.memory import LOADED, Fit
 from flowgrove.recipe.schema import Recipe
 from flowgrove.setup import Setup
 from flowgrove.tuning.pass_times import NEAR, Passes, Work, first_near_best
@@ -59,7 +60,9 @@ def no_room() -> UserError:
     )
 
 
-def settle_token_budget(setup: Setup, policy: Policy, runner: PassRunner, stored: int | None) -> None:
+def settle_token_budget(
+    setup: Setup, policy: Policy, runner: PassRunner, stored: int | None, division: Division = ALONE
+) -> None:
     """engine.token_budget: auto: `stored` by the run's checkpoint; else, on a GPU, what was found for this recipe on
     such a device before, or is found now.
 
@@ -72,13 +75,32 @@ def settle_token_budget(setup: Setup, policy: Policy, runner: PassRunner, stored
         key = cache_key(recipe, torch.cuda.get_device_name(policy.device))
         stored = cached_budget(key)
         if stored is None:
-            stored = measured_budget(setup, policy, runner)
+            stored = measured_budget(setup, policy, runner, division)
             cache_budget(key, stored)
     if stored is not None:
         runner.budget.resize(stored)
 
 
-def measured_budget(setup: Setup, policy: Policy, runner: PassRunner) -> int:
+def settle_meetings(setup: Setup, policy: Policy, runner: PassRunner, stored: int | None, division: Division) -> None:
+    """The same where ranks have divided the weights, and whether updates reshard (engine.reshard_after_forward: auto).
+    On a GPU both are predicted, since passes that are timed would be meetings; on a CPU, whose memory is not only ours,
+    passes are as large as ever, and nothing reshards unasked.
+
+    Raises UserError if a training pass of one row does not fit.
+    """
+    engine, kind = setup.recipe.engine, policy.device.type
+    fit: Fit | None = Fit(tokens_per_pass(setup.recipe, kind), engine.reshard_after_forward is True)
+    if kind == "cuda":
+        model = setup.memory(kind, division)
+        foreign = max(0, policy.bytes_when_loaded - model.at(policy.adapter.geometry.tokens).loaded)
+        fit = model.fitting(total_memory(policy.device), foreign)  # beside models of rewards
+    if fit is None:
+        raise no_room()
+    policy.weights.reshards = fit.reshard
+    runner.budget.resize(stored if stored is not None and engine.token_budget == "auto" else fit.tokens)
+
+
+def measured_budget(setup: Setup, policy: Policy, runner: PassRunner, division: Division = ALONE) -> int:
     """Tokens per pass that take the passes of iteration 0 through the policy's model fastest, beside all that a run
     keeps in memory. Raises UserError.
     """
@@ -89,7 +111,7 @@ def measured_budget(setup: Setup, policy: Policy, runner: PassRunner) -> int:
         return work.seconds(passes.timed(rows, _REPEATS))
 
     try:
-        beside = room_beside(setup, policy)
+        beside = room_beside(setup, policy, division)
         rows = fastest_rows(measure, work.widest)
         del beside
     except RuntimeError as error:
@@ -102,9 +124,9 @@ def measured_budget(setup: Setup, policy: Policy, runner: PassRunner) -> int:
     return rows * passes.tokens
 
 
-def room_beside(setup: Setup, policy: Policy) -> Tensor:
+def room_beside(setup: Setup, policy: Policy, division: Division = ALONE) -> Tensor:
     """As many bytes as a run keeps besides model and gradients: the optimiser's, averages, forest, prompts."""
-    resident = setup.memory(policy.device.type).resident(tokens_per_pass(setup.recipe, policy.device.type))
+    resident = setup.memory(policy.device.type, division).resident(tokens_per_pass(setup.recipe, policy.device.type))
     size = sum(size for name, size in resident.items() if name not in (*LOADED, "gradients"))
     return torch.empty(size, dtype=torch.uint8, device=policy.device)
 
