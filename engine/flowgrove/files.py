@@ -5,6 +5,7 @@ That other name is nobody else's, so that two jobs may write the same file: the 
 permissions that the user's umask gives to new files, whatever the library that writes it asks for.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -61,6 +62,11 @@ def follow_umask(folder: Path) -> None:
         if file.is_file() and not file.is_symlink():
             with suppress(OSError):
                 file.chmod(permissions)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written because its disk or the user's share of it is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def why_unreadable(file: Path, error: OSError) -> str:

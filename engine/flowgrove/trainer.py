@@ -10,7 +10,7 @@ from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
-from flowgrove.files import remove_left_behind, write_text
+from flowgrove.files import is_full, remove_left_behind, write_text
 from flowgrove.iteration import NothingScoredError, Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
@@ -301,6 +301,15 @@ class Trainer:
 
         self.ranks.by_first(keep)
 
+    def _write_grid(self, place: Path, evaluated: Evaluated, samples: int) -> None:
+        """A full disk costs the grid and not the run, for which there may be room again before it needs any."""
+        try:
+            save_grid(place, evaluated, samples, self.rewards.weights)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            _log.warning("%s is not written: %s; free some space", place, error.strerror)
+
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line. What is done before it is saved if none of its prompts is scored."""
         try:
@@ -329,7 +338,7 @@ class Trainer:
         lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples
         faults.tell(f"the evaluation after {iteration} iterations", lost)
         place, settings = self.out / "samples" / f"iteration_{iteration:06d}.png", self.recipe.run.eval
-        self.ranks.by_first(lambda: save_grid(place, evaluated, settings.samples, self.rewards.weights))
+        self.ranks.by_first(lambda: self._write_grid(place, evaluated, settings.samples))
         if self.recipe.run.keep_best and iteration > 0 and reward is not None:
             self._keep_if_best(reward)
         return evaluated

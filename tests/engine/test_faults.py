@@ -2,14 +2,27 @@
 run and what is saved then.
 """
 
+import errno
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_ranks import CASES, assert_same, last, written
 
-from engine_cases import checkpoints, flowgrove, metrics_of, refuse, succeed, tiny_recipe, weights_of, write_lines
+from engine_cases import (
+    checkpoints,
+    flowgrove,
+    metrics_of,
+    refuse,
+    succeed,
+    timeless,
+    tiny_recipe,
+    weights_of,
+    write_lines,
+)
 from flowgrove.credit import assign_credit
 from flowgrove.iteration import NothingScoredError, Stages
 from flowgrove.models.policy import Policy
@@ -21,6 +34,7 @@ from flowgrove.rewards.faults import RewardError
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout import loop
 from flowgrove.rollout.loop import rollout
+from flowgrove.run.metrics import MetricsLog
 from flowgrove.run.summaries import update_summary
 from flowgrove.setup import Setup
 from flowgrove.update.optimizers import state_tensors
@@ -368,3 +382,88 @@ def test_the_credit_of_other_prompts_is_that_of_an_iteration_without_the_one_lef
     first = assign_credit(plan, recipe.credit, np.flip(scores[0], 0), [1.0, 0.5], np.flip(path_logp[0], 0))
     rest = assign_credit(plan, recipe.credit, np.flip(scores[0, :4], 0), [1.0, 0.5], np.flip(path_logp[0, :4], 0), 1)
     assert all(np.array_equal(first[index].trains[1:], rest[index].trains) for index in rest)
+
+
+# Full disks
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("written_by", ["metrics line", "report"])
+def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(written_by, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    succeed("train", recipe, "--out", tmp_path / "whole")
+    write, page = MetricsLog.write, "flowgrove.report.page.write_text"
+
+    def second_fails(self, line):
+        if line["iteration"] == 1:
+            full()
+        write(self, line)
+
+    with monkeypatch.context() as patch:
+        if written_by == "report":
+            patch.setattr(page, full)
+        else:
+            patch.setattr(MetricsLog, "write", second_fails)
+        assert "No space left on device; free some space" in ended("train", recipe, "--out", tmp_path / "run")
+    left = checkpoints(tmp_path / "run")[-1]
+    assert (tmp_path / "run" / "latest").resolve().name == left
+    assert not [path for path in (tmp_path / "run").rglob("*") if "partial" in path.name]
+    succeed("train", recipe, "--out", tmp_path / "run")
+    assert timeless(metrics_of(tmp_path / "run")) == timeless(metrics_of(tmp_path / "whole"))
+    assert differing(weights_of(tmp_path / "run", 3), weights_of(tmp_path / "whole", 3)) == []
+
+
+def test_a_full_disk_costs_a_grid_and_not_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("flowgrove.report.grids.write_file", full)
+    succeed("train", tiny_recipe(tmp_path), "--out", tmp_path / "run")
+    assert len(metrics_of(tmp_path / "run")) == 3
+    assert sum("is not written: No space left on device" in message for message in caplog.messages) == 3
+    assert not list((tmp_path / "run" / "samples").iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("a mistake")])
+def test_a_grid_that_fails_for_another_reason_ends_the_run(error, tmp_path, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("flowgrove.report.grids.write_file", fails)
+    result = flowgrove("train", tiny_recipe(tmp_path), "--out", tmp_path / "run")
+    assert result.exit_code == (2 if isinstance(error, OSError) else 1)
+
+
+def test_a_full_disk_costs_tensorboard_and_not_the_run(tmp_path, monkeypatch, caplog, capfd):
+    """Its thread has no trace printed, and its error comes with the next line."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write, written = RecordWriter.write, []
+
+    def fills(self, data):
+        written.append(data)
+        return write(self, data) if len(written) < 5 else full()
+
+    monkeypatch.setattr(RecordWriter, "write", fills)
+    hook = threading.excepthook
+    recipe = tiny_recipe(tmp_path, run={"iterations": 4, "eval_every": 0, "log": ["jsonl", "tensorboard"]})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    assert len(metrics_of(tmp_path / "run")) == 4
+    assert [message for message in caplog.messages if message.startswith("TensorBoard gets no more metrics: No space")]
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is hook
+
+
+def test_a_full_disk_under_the_embeddings_is_one_line_and_leaves_no_half_file(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, data={"embedding_cache": str(tmp_path / "cache")})
+
+    def half(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowgrove.models.embeddings.save_file", half)
+        text = refuse("train", recipe, "--out", tmp_path / "run")
+    assert all(part in text for part in ("No space left", str(tmp_path / "cache"), "data.embedding_cache"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    succeed("train", recipe, "--out", tmp_path / "run")

@@ -151,7 +151,11 @@ class StoredEncoder:
         first = mine[:_FIRST]
         for number, text in enumerate(mine):
             tensors = _without_end(adapter.encode([text]))  # alone: its bits depend on no other text
-            write_file(self._file(text), partial(save_file, tensors, metadata={_DIGEST: _digest(tensors)}))
+            try:
+                write_file(self._file(text), partial(save_file, tensors, metadata={_DIGEST: _digest(tensors)}))
+            except SafetensorError as error:
+                ways = "free some space, or name another folder as data.embedding_cache"
+                raise UserError(f"cannot write embeddings to {self.folder}: {error}; {ways}") from None
             if number == len(first) - 1:
                 self._check_room(first, len(missing))
         del adapter

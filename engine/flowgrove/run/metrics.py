@@ -3,11 +3,16 @@ Nothing here needs torch.
 """
 
 import json
+import logging
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flowgrove.files import write_text
+
+_log = logging.getLogger("flowgrove")
 
 
 class MetricsLog:
@@ -17,9 +22,11 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.lines = _cut_back(self.path, first_iteration)  # complete lines in the file
         self.board: Any = None
+        self._tell_of_thread = threading.excepthook
         if "tensorboard" in kinds:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = self._thread_failed
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_iteration)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -34,13 +41,26 @@ class MetricsLog:
             os.truncate(self.path, whole)  # a full disk leaves no half of a line
             raise
         self.lines += 1
-        if self.board is not None:
-            for name, value in _flat(line):
-                self.board.add_scalar(name, value, line["iteration"])
+        self._to_board(lambda board: [board.add_scalar(*one, line["iteration"]) for one in _flat(line)])
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        self._to_board(lambda board: board.close())
+        threading.excepthook = self._tell_of_thread
+
+    def _to_board(self, work: Callable[[Any], object]) -> None:
+        """TensorBoard shows what metrics.jsonl holds: without room for it the run goes on."""
+        if self.board is None:
+            return
+        try:
+            work(self.board)
+        except OSError as error:
+            self.board = None
+            _log.warning("TensorBoard gets no more metrics: %s; metrics.jsonl does", error.strerror or error)
+
+    def _thread_failed(self, failed: Any) -> None:
+        """TensorBoard's thread has its errors raised anew when the next line is written: they need no trace besides."""
+        if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+            self._tell_of_thread(failed)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
