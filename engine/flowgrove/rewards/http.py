@@ -2,7 +2,7 @@
 
 Asked in batches, POST {"prompts": [...], "images": [base64 PNG, ...]}, or with `video: true` {"prompts": [...],
 "videos": [[base64 PNG per frame], ...]}; the server answers {"scores": [one finite number each]}. Whatever else it does
-ends the run with one line: a reward that failed is never a 0.
+is an error of one line, for which its prompts are left out: a reward that failed is never a 0.
 """
 
 import math
