@@ -8,8 +8,8 @@ on passes. In an update every pass is a meeting of all ranks, because its gradie
 weights stay gathered until they change, or, with `reshard_after_forward`, no longer than their block computes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -58,6 +58,8 @@ class ShardedTransformer:
             for buffer in unit.buffers():
                 buffer.data = buffer.data.to(device)
             fully_shard(unit, mesh=mesh, mp_policy=precision, ignored_params=whole)
+        # nothing writes into a velocity
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._root = cast(FSDPModule, transformer)
         self._units = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:  # gradients are sums, not means; neither setting is recursive
@@ -78,17 +80,8 @@ class ShardedTransformer:
             if divided.requires_grad
         }
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Inside the block all weights are whole, and a pass waits for nobody. All ranks enter it."""
-        self.gather()
-        try:
-            yield
-        finally:
-            self.free()
-
     def gather(self) -> None:
-        """Makes all weights whole until they are freed."""
+        """Makes all weights whole until they are freed: a pass then waits for nobody. All ranks do."""
         self.keep(True)
         for unit in self._units:
             unit.unshard()

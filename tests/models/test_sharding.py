@@ -1,0 +1,167 @@
+"""Weights that FSDP2 divides give the velocities and gradients of whole ones: here in a world of one rank, where all of
+its machinery runs and nothing is sent. tests/engine/test_ranks.py has several.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from flowgrove.errors import UserError
+from flowgrove.models.policy import Policy
+from flowgrove.ranks import Ranks
+from policy_cases import CPU, encoded, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
+
+KINDS = {
+    "full": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "lora": {"lora": {"rank": 4, "alpha": 8}},
+    "lora, checkpointed": {"lora": {"rank": 4, "alpha": 8}, "gradient_checkpointing": True},
+}
+ROUNDING = {"bf16": 1e-2, "fp32": 1e-5}
+
+
+@pytest.fixture
+def ranks():
+    """A world of one whose weights are divided all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder_of(name):
+        if name not in made:
+            made[name] = write_pipeline(name, tmp_path_factory.mktemp(name) / "model")
+        return made[name]
+
+    return folder_of
+
+
+def passes(policy):
+    """Velocities of two training passes with a pass for nothing between them, and the gradients they add up to."""
+    generator, prompts, found = torch.Generator().manual_seed(0), encoded(policy), []
+    policy.weights.meet()
+    for turn in range(2):
+        x = torch.randn(3, *policy.adapter.latent_shape, generator=generator, dtype=policy.state_dtype)
+        v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.2]), prompts, torch.tensor([0, 1, 2])).v
+        v.backward(torch.randn(v.shape, generator=generator, dtype=policy.state_dtype).to(v.dtype))
+        found.append(v.detach())
+        if turn == 0:
+            policy.idle_pass(backward=True)
+    policy.weights.take_gradients()
+    return found, {name: p.grad for name, p in policy.weights.trainable().items()}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "wan"])
+def test_every_family_computes_what_it_does_with_whole_weights(family, kind, dtype, folders, ranks):
+    model = {"path": "tiny"} if family == "sd3" else {**MODELS[family], "path": str(folders(family))}
+    model = {**model, "adapter": family, "dtype": dtype, "gradient_checkpointing": False, **KINDS[kind]}
+    recipe = small_recipe(model=model, engine={"distributed": "fsdp2"})
+    whole, divided = Policy.load(recipe, CPU), Policy.load(recipe, CPU, (), ranks)
+    assert divided.weights.sharded
+    assert list(whole.weights.trainable()) == list(divided.weights.trainable())
+    with torch.no_grad():
+        for policy in (whole, divided):
+            for name, parameter in policy.weights.trainable().items():
+                if "lora_B" in name:
+                    parameter.fill_(0.03)
+            policy.weights.refresh()
+    for reshards in (True, False):
+        divided.weights.reshards = reshards
+        (expected, plain), (found, gradients) = passes(whole), passes(divided)
+        assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
+        for name, gradient in plain.items():
+            assert (gradient is None) == (gradients[name] is None), name
+            if gradient is not None:  # what many blocks leave for one layer is added up in another order
+                assert float((gradient - gradients[name]).norm()) <= ROUNDING[dtype] * float(gradient.norm()), name
+        for policy in (whole, divided):
+            policy.weights.drop_gradients()
+            policy.weights.refresh()
+
+
+def test_what_is_small_stays_whole(ranks):
+    recipe = small_recipe(model={"dtype": "bf16"}, engine={"distributed": "fsdp2"})
+    weights = Policy.load(recipe, CPU, (), ranks).weights
+    whole = set(weights.trainable()) - set(weights.pieces)
+    assert whole
+    assert all("norm" in name for name in whole), whole
+    assert all(tensor.dtype == torch.float32 for tensor in weights.trainable().values())
+    lora = Policy.load(
+        small_recipe(model={"dtype": "bf16", "lora": {"rank": 2, "alpha": 2}}, engine={"distributed": "fsdp2"}),
+        CPU, (), ranks,
+    ).weights  # fmt: skip
+    assert lora.sharded
+    assert not lora.pieces
+
+
+def test_weights_and_averages_change_places(ranks):
+    """Passes read what the masters hold, also after rows were copied under FSDP's hands."""
+    policy = Policy.load(small_recipe(engine={"distributed": "fsdp2"}), CPU, (), ranks)
+    weights, x = policy.weights, torch.ones(1, *policy.adapter.latent_shape, dtype=policy.state_dtype)
+
+    def velocity():
+        with torch.no_grad(), weights.gathered():
+            return policy.velocity(x, torch.tensor([0.5]), encoded(policy), torch.tensor([0])).v
+
+    before, other = velocity(), {name: 0.5 * p.detach() for name, p in weights.trainable().items()}
+    weights.exchange(other)
+    between = velocity()
+    assert not torch.equal(between, before)
+    weights.exchange(other)
+    assert torch.equal(velocity(), before)
+    weights.load({name: 0.5 * p.detach() for name, p in weights.trainable().items()})
+    assert torch.equal(velocity(), between)
+
+
+def test_the_reference_model_stays_as_it_was(ranks):
+    recipe = small_recipe(update={"kl_weight": 0.1}, engine={"distributed": "fsdp2"})
+    policy = Policy.load(recipe, CPU, (), ranks)
+    weights, x = policy.weights, torch.ones(1, *policy.adapter.latent_shape, dtype=policy.state_dtype)
+
+    def velocities():
+        with torch.no_grad(), weights.gathered(reference=True), policy.reference() as reference:
+            each = (policy, reference)
+            return [one.velocity(x, torch.tensor([0.5]), encoded(policy), torch.tensor([0])).v for one in each]
+
+    before = velocities()
+    assert torch.equal(*before)
+    with torch.no_grad():
+        for parameter in weights.trainable().values():
+            parameter.mul_(0.5)
+    weights.refresh()
+    tuned, reference = velocities()
+    assert torch.equal(reference, before[1])
+    assert not torch.equal(tuned, reference)
+
+
+def test_quantised_weights_are_not_divided(ranks, monkeypatch):
+    monkeypatch.setattr("flowgrove.models.loading.is_quantised", lambda place: True)
+    with pytest.raises(UserError, match=r"is stored quantised.*write ddp"):
+        Policy.load(small_recipe(engine={"distributed": "fsdp2"}), CPU, (), ranks)
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "instead"),
+    [
+        ("engine", {"reuse_rollout_graph": True}, "write auto, or ddp"),
+        ("engine", {"cuda_graphs": True}, "write false, or ddp"),
+        ("update", {"optimizer": "adamw_8bit"}, "write adamw, or ddp"),
+        ("engine", {"distributed": "ddp", "shard_degree": 2}, "write fsdp2, or remove it"),
+    ],
+)
+def test_what_does_not_go_with_divided_weights_is_refused(section, keys, instead):
+    from flowgrove.recipe.checks import check_meaning
+
+    sections = {"engine": {"distributed": "fsdp2"}}
+    sections[section] = {**sections.get(section, {}), **keys}
+    with pytest.raises(UserError, match=instead):
+        check_meaning(small_recipe(**sections))
