@@ -91,6 +91,18 @@ def test_memory_for_the_copy_is_taken_once(tmp_path):
     assert all(torch.equal(found[name], p.data) for name, p in divided.parameters.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_of_a_gpu_the_copy_is_pinned_and_made_before_the_training_goes_on(tmp_path):
+    writer, divided = CheckpointWriter(tmp_path, 9), Divided(device="cuda").of(1)
+    folder = begun(writer, divided, 1)
+    divided.of(2)
+    writer.wait()
+    assert all(copy.is_pinned() for copy in writer._copies.values())
+    load_checkpoint(folder, divided.policy, divided)
+    assert divided.holds(1)
+
+
 # What fails
 
 

@@ -60,17 +60,17 @@ class Divided:
     tensor is the rows of one that depends on `seed` and the name alone.
     """
 
-    def __init__(self, rank=0, size=1, dtype=torch.float32, average=True, copies=1):
+    def __init__(self, rank=0, size=1, dtype=torch.float32, average=True, copies=1, device="cpu"):
         self.rank, self.size = rank // copies, size // copies
         self.pieces, parameters = {}, {}
         for name, shape in SHAPES.items():
             start, end = (0, shape[0]) if name in WHOLE or self.size == 1 else self._rows(shape[0])
-            parameters[name] = nn.Parameter(torch.zeros(end - start, *shape[1:], dtype=dtype))
+            parameters[name] = nn.Parameter(torch.zeros(end - start, *shape[1:], dtype=dtype, device=device))
             if self.size > 1 and name not in WHOLE:
                 self.pieces[name] = Piece(torch.Size(shape), start)
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters.values(), fused=True)
-        self.policy = SimpleNamespace(weights=self, device=torch.device("cpu"))
+        self.policy = SimpleNamespace(weights=self, device=torch.device(device))
         self.ema = Ema(self, 0.5) if average else None
         self.runner = SimpleNamespace(budget=SimpleNamespace(tokens=4096))
 
@@ -106,7 +106,7 @@ class Divided:
         """To the bit."""
         held = self.held()
         return len(self.optimizer.state) == len(SHAPES) and all(
-            tensor.dtype == self._wanted(name, seed).dtype and torch.equal(tensor, self._wanted(name, seed))
+            tensor.dtype == self._wanted(name, seed).dtype and torch.equal(tensor.cpu(), self._wanted(name, seed))
             for name, tensor in held.items()
         )
 
