@@ -317,6 +317,7 @@ class Trainer:
         except NothingScoredError as nothing:
             if self.last_line is None or not isinstance(nothing.reason, UserError):
                 raise nothing.reason from None
+            self.stopping.hold()
             ended = UserError(f"{nothing.reason}; saved {self._saved()}: the same command goes on from it")
             ended.everywhere = nothing.reason.everywhere
             raise ended from None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_ranks import CASES, assert_same, last, written
+from test_ranks import CASES, FP64, assert_same, last, written
 
 from engine_cases import (
     checkpoints,
@@ -45,28 +45,27 @@ from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
 from torchrun import torchrun, train
 from update_cases import Recorder
 
-# One number of a gradient is not finite, on the last rank, in some updates.
+# One number of a gradient is not finite, on the last rank, in some updates: (iteration, update) of two each.
 POISON = """
 import os
 from flowgrove.update.updater import Updater
 
-whole = Updater._gradient
+step = Updater._step
 
-def poisoned(self, passes, number):
-    stats = whole(self, passes, number)
+def poisoned(self, stats, trained, number):
     last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    if last and (passes.parts[0].forest.plan.iteration, number) in {updates}:
+    if last and divmod(number, 2) in {updates}:
         self.parameters[3].grad.view(-1)[0] = float("{value}")
-    return stats
+    step(self, stats, trained, number)
 
-Updater._gradient = poisoned
+Updater._step = poisoned
 """
 COMMAND = "from flowgrove.cli import app\n\napp()\n"
 
 
 def poison(monkeypatch, updates, value="nan"):
     """Inside this process."""
-    monkeypatch.setattr(Updater, "_gradient", Updater._gradient)  # put back afterwards
+    monkeypatch.setattr(Updater, "_step", Updater._step)  # put back afterwards
     exec(POISON.format(updates=set(updates), value=value), {})
 
 
@@ -202,14 +201,16 @@ def picky(tmp_path, monkeypatch):
     return tmp_path / "picky.off"
 
 
-def test_several_ranks_skip_and_leave_out_what_one_does(tmp_path, picky, monkeypatch):
+@pytest.mark.parametrize("distributed", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_several_ranks_skip_and_leave_out_what_one_does(distributed, tmp_path, picky, monkeypatch):
     """One rank spoils an update, and one has a prompt that cannot be scored, which is held out too."""
     case = {**CASES["tree pruned by reward"], "credit": {"std": "global", "prune": {"kind": "extreme", "keep": 1}}}
+    case["model"] = FP64 if distributed == "fsdp2" else case["model"]
     recipe = written(tmp_path, reward=SHAPES_AND_PICKY, **case)
     (tmp_path / "spoilt.py").write_text(POISON.format(updates={(1, 0)}, value="nan") + COMMAND)
     poison(monkeypatch, {(1, 0)})
     succeed("train", recipe, "--out", tmp_path / "one")
-    options = ("--set", "engine.distributed=ddp", "--out", tmp_path / "several")
+    options = ("--set", f"engine.distributed={distributed}", "--out", tmp_path / "several")
     torchrun(2, tmp_path / "spoilt.py", "train", recipe, *options, output=tmp_path / "log")
     assert_same(tmp_path / "several", tmp_path / "one")
     lines = metrics_of(tmp_path / "several")

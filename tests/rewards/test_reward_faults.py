@@ -106,6 +106,26 @@ def test_a_reward_that_is_broken_is_not_asked_for_every_prompt():
         found.raise_first()
 
 
+def test_a_reward_that_scored_nothing_is_not_asked_for_the_rest_of_the_iteration():
+    picky = Picky(lambda prompts, call: throw(ValueError("a mistake")))
+    _, found = scored(picky)
+    asked = len(picky.calls)
+    assert left_out(scored(picky, found=found)[0]) == PROMPTS
+    assert len(picky.calls) == asked
+    scored(picky)
+    assert len(picky.calls) == 2 * asked
+
+
+def test_errors_that_lead_in_a_circle_are_errors():
+    def circle(prompts, call):
+        error = RuntimeError("round and round")
+        error.__cause__ = ValueError("and")
+        error.__cause__.__cause__ = error
+        raise error
+
+    assert left_out(scored(Picky(circle))[0]) == PROMPTS
+
+
 def test_the_other_rewards_are_not_asked_again():
     good = Picky()
     scores, _ = scored(good, bad("raises"))

@@ -38,11 +38,13 @@ class RewardError(UserError):
 
 class Faults:
     """What went wrong in one iteration or evaluation on this rank. `errors`: by what they say, in the order in which
-    they came.
+    they came; `given_up`: the rewards that gave no score for any of the prompts that they were asked for together, and
+    are not asked for the rest.
     """
 
     def __init__(self) -> None:
         self.errors: dict[str, Exception] = {}
+        self.given_up: set[str] = set()
 
     def note(self, error: Exception, reward: str = "") -> None:
         """Keeps it, once; an error that is no line for the user is of this `reward`."""
@@ -75,7 +77,7 @@ def ask_for_each(reward: str, ask: Ask, groups: list[slice], error: Exception, f
     that cannot be scored. `ask` gives the scores of a slice.
     """
     scores = torch.full((groups[-1].stop,), torch.nan, dtype=torch.float64)
-    left, failed = list(groups), fault_of(error)
+    left, failed, in_a_row = list(groups), fault_of(error), 0
     rounds = 1 if isinstance(failed, RewardError) and failed.asked_again else 2
     for number in range(rounds):
         if number:
@@ -95,6 +97,8 @@ def ask_for_each(reward: str, ask: Ask, groups: list[slice], error: Exception, f
         if not left:
             return scores
     faults.note(failed, reward)
+    if in_a_row >= _IN_A_ROW and bool(scores.isnan().all()):
+        faults.given_up.add(reward)
     return scores
 
 
@@ -103,9 +107,11 @@ def fault_of(error: Exception) -> Exception:
     recipe, a GPU that has failed; and the interruption that a reward has turned into an error of its own.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    seen: list[BaseException] = []
+    while cause is not None and not any(cause is one for one in seen):  # they may lead in a circle
         if isinstance(cause, KeyboardInterrupt):
             raise cause
+        seen.append(cause)
         cause = cause.__cause__ or cause.__context__
     recipes = isinstance(error, UserError) and not isinstance(error, RewardError)
     if recipes or is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):

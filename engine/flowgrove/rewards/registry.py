@@ -113,6 +113,9 @@ class Rewards:
                 with named_if_slow(name):
                     return _scores(name, scorer, pictures[some], prompts[some])
 
+            if faults is not None and name in faults.given_up:
+                columns.append(torch.full((len(prompts),), torch.nan, dtype=torch.float64))
+                continue
             try:
                 columns.append(ask(slice(0, len(prompts))))
             except Exception as error:
