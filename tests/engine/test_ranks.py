@@ -130,8 +130,10 @@ def assert_same(found, expected, within=1e-10):
         assert max(float((left[key] - right[key]).abs().max()) for key in left) < within
     for line, wanted in zip(metrics_of(found), metrics_of(expected), strict=True):
         assert list(line) == list(wanted)
-        for key in ("reward", "rollout_forwards", "advantage_by_step", "eval_reward", "clipped_low", "clipped_high"):
+        for key in ("reward", "rollout_forwards", "eval_reward", "clipped_low", "clipped_high"):
             assert line.get(key) == wanted.get(key), key
+        # with credit.fusion_beta it hangs on the log-probabilities of weights that differ in their last bits
+        assert line["advantage_by_step"] == pytest.approx(wanted["advantage_by_step"], rel=1e-9)
         for key in ("ratio_mean", "ratio_min", "ratio_max", "loss", "grad_norm"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-9, abs=1e-12), key
 
@@ -450,12 +452,20 @@ def test_a_rank_that_does_not_end_with_the_others_is_ended():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_a_world_of_one_on_nccl_trains_what_a_run_without_torchrun_does(tmp_path):
-    recipe = written(tmp_path, engine={"device": "cuda"}, update=UPDATE, model={**LORA, "dtype": "fp32"})
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_world_of_one_on_nccl_trains_what_a_run_without_torchrun_does(mode, dtype, tmp_path):
+    """With fsdp2 gradients are added up in another order, so that its rewards are those to the last bit at first."""
+    model = {**(LORA if mode == "ddp" else FP64), "dtype": dtype}
+    engine = {"device": "cuda", "reuse_rollout_graph": False, "token_budget": 16384}
+    recipe = written(tmp_path, engine=engine, update=KL, model=model)
     succeed("train", recipe, "--out", tmp_path / "alone")
-    train(1, recipe, "--out", tmp_path / "one", output=tmp_path / "log")
-    for line, wanted in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "alone"), strict=True):
-        assert json.dumps(line["reward"]) == json.dumps(wanted["reward"])
+    train(1, recipe, "--out", tmp_path / "one", output=tmp_path / "log", **MODES[mode])
+    lines, wanted = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "alone")
+    assert len(lines) == len(wanted) == 3
+    exact = 3 if mode == "ddp" else 1
+    assert [line["reward"] for line in lines[:exact]] == [line["reward"] for line in wanted[:exact]]
+    assert lines[0]["grad_norm"] == pytest.approx(wanted[0]["grad_norm"], rel=0.05 if dtype == "bf16" else 1e-3)
 
 
 @pytest.mark.gpu
