@@ -170,38 +170,6 @@ def test_several_ranks_train_what_one_does(ranks, mode, case, tmp_path):
     assert [line["train_passes"] for line in metrics_of(tmp_path / "several")] == lines
 
 
-ONE, TWO, SHARDED = (1, "ddp"), (2, "ddp"), (2, "fsdp2")
-RESUMED = [
-    (ONE, TWO),
-    (TWO, ONE),
-    (TWO, (3, "ddp")),
-    (ONE, SHARDED),
-    (SHARDED, ONE),
-    (TWO, SHARDED),
-    (SHARDED, (3, "fsdp2")),
-]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("case", ["window, LoRA, KL", "full fine-tuning, pruned by reward"])
-@pytest.mark.parametrize(("before", "after"), RESUMED)
-def test_a_run_goes_on_with_another_division(before, after, case, tmp_path):
-    def go(ranks, mode, out):
-        if ranks == 1:
-            succeed("train", recipe, "--out", out)
-        else:
-            train(ranks, recipe, "--out", out, output=tmp_path / "log", **MODES[mode])
-
-    recipe = written(tmp_path, iterations=4, **CASES[case])
-    go(*ONE, tmp_path / "whole")
-    text = recipe.read_text()
-    recipe.write_text(text.replace("iterations: 4", "iterations: 2"))
-    go(*before, tmp_path / "parts")
-    recipe.write_text(text)
-    go(*after, tmp_path / "parts")
-    assert_same(tmp_path / "parts", tmp_path / "whole")
-
-
 @pytest.mark.long
 def test_saved_and_resumed_twice_is_what_went_on_to_the_last_bit(tmp_path):
     """k + stop + k + stop + k equals 3k on the same ranks, metrics included."""

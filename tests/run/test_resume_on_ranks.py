@@ -1,5 +1,5 @@
 """Runs whose weights are divided among ranks go on: to the last bit on the same ranks, to rounding on any others, and
-every command reads their checkpoints (issue 15).
+every command reads their checkpoints.
 """
 
 import os
