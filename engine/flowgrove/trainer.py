@@ -24,7 +24,7 @@ from flowgrove.report.grids import grid_files, save_grid
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
-from flowgrove.run.finding import Say, best_checkpoint, mark_best, remove_older
+from flowgrove.run.finding import Say, best_checkpoint, mark_best, remove_older, remove_unfinished
 from flowgrove.run.folder_lock import FolderLock
 from flowgrove.run.manifest import read_state
 from flowgrove.run.metrics import MetricsLog
@@ -125,6 +125,7 @@ class Trainer:
         """Leaves the recipe in the folder, and nothing that was half written."""
         for folder in (self.out, self.out / "samples"):
             remove_left_behind(folder)
+        remove_unfinished(self.out)
         if not self.changes:
             self._write_recipe()
 
@@ -181,6 +182,7 @@ class Trainer:
             with pick_backend(self.recipe):
                 self._train(report, log)
                 self.writer.wait()
+                self.ranks.by_first(self._remove_older)
         except BaseException as error:
             if isinstance(error, PassTooLargeError) and error.tokens is not None:
                 remember_budget(self.out, error.tokens)
@@ -239,6 +241,11 @@ class Trainer:
                 self.ranks.by_first(self._write_recipe)
                 self.changes = False
         return self.saved
+
+    def _remove_older(self) -> None:
+        """What the last save has not come to, where a kill ended it."""
+        if self.saved is not None:
+            remove_older(self.out, self.saved, self.recipe.run.keep_last)
 
     def _saved(self) -> Path:
         """That checkpoint, which is complete and on disk now."""

@@ -20,7 +20,7 @@ from flowgrove.errors import UserError
 from flowgrove.ranks import ElsewhereError
 from flowgrove.run import saving
 from flowgrove.run.checkpoint import load_checkpoint
-from flowgrove.run.finding import newest_checkpoint, pointed_at, valid_checkpoints
+from flowgrove.run.finding import newest_checkpoint, pointed_at, remove_older, remove_unfinished, valid_checkpoints
 from flowgrove.run.manifest import verify
 from flowgrove.run.saving import CheckpointWriter
 from subprocesses import PYTHON, environment
@@ -250,6 +250,36 @@ def test_what_killed_ranks_left_goes_with_the_next_save(tmp_path):
         (left / kind / "rank_00001.safetensors").write_bytes(b"half")
     save(tmp_path, 5, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_a_checkpoint_that_goes_loses_its_name_first(tmp_path, monkeypatch):
+    """A kill then leaves no half of one under that name, and whoever has the folder next removes the rest."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    save(tmp_path, 1, 2)
+    save(tmp_path, 2, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_older(tmp_path, tmp_path / "checkpoints" / "step_000002", 1)
+    assert [path.name for path in valid_checkpoints(tmp_path)] == ["step_000002"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    remove_unfinished(tmp_path)
+    assert checkpoints(tmp_path) == ["step_000002"]
+
+
+def test_what_a_kill_has_left_of_checkpoints_goes_when_the_run_goes_on(whole, tmp_path):
+    """Also where nothing is left to train and so nothing to save."""
+    recipe, expected = whole
+    run = tmp_path / "run"
+    shutil.copytree(expected, run, symlinks=True)
+    (run / "report.html").unlink()
+    (run / "checkpoints" / ".step_000003.77-00ff00ff.partial").mkdir()
+    assert checkpoints(expected) == ["step_000001", "step_000002", "step_000003"]
+    succeed("train", recipe, "--set", "run.keep_last=1", "--out", run)
+    assert checkpoints(run) == ["step_000003"]
 
 
 KILLED = """

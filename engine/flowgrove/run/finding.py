@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ from flowgrove.run.manifest import DamagedError, bears_a_number, verify
 
 Say = Callable[[str], None]
 _BEST = "best.json"
+_LEFT_BEHIND = re.compile(r"\.?step_\d+.*\.partial")
 _log = logging.getLogger("flowgrove")
 
 
@@ -110,6 +112,8 @@ def remove_older(run: Path, newest: Path, keep_last: int) -> None:
     later ones are of a branch that a resumed run has left.
     """
     checkpoints, best = valid_checkpoints(run), best_checkpoint(run)
+    if newest not in checkpoints:  # the user has named it otherwise
+        return
     place = checkpoints.index(newest)
     older = [folder for folder in checkpoints[: max(0, place + 1 - keep_last)] if best is None or folder != best[0]]
     for other in (*older, *checkpoints[place + 1 :]):
@@ -134,11 +138,21 @@ def point_latest(run: Path, name: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint, or whatever bears its name."""
+    """Removes a checkpoint, or whatever bears its name, which it loses first: no half of one is ever called so."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(OSError):
+        if bears_a_number(folder):
+            folder = folder.rename(partial_name(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what runs that were killed have left of checkpoints; for whoever has the folder for himself."""
+    for left in (run / "checkpoints").glob("*.partial"):
+        if _LEFT_BEHIND.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _choices(checkpoints: list[Path]) -> str:

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +27,11 @@ from flowgrove.models.policy import Policy
 from flowgrove.pulse import ENDED
 from flowgrove.ranks import Ranks
 from flowgrove.run.checkpoint import held_tensors
-from flowgrove.run.finding import point_latest, remove, remove_older
+from flowgrove.run.finding import point_latest, remove, remove_older, remove_unfinished
 from flowgrove.run.manifest import SHARDED, WHOLE, Files, described, write_manifest
 from flowgrove.run.tensor_files import piece_of, write_pieces, write_tensors
 from flowgrove.update.updater import Updater
 
-_LEFT_BEHIND = re.compile(r"\.?step_\d+.*\.partial")
 _ASK_AGAIN = 0.02  # seconds until a thread or another rank's note is looked for again
 # seconds that a run of several ranks which ends with an error gives its checkpoint; one that leaves others in a
 # collective, whose processes soon end, has less time
@@ -137,9 +135,7 @@ class CheckpointWriter:
         with _one_line(folder):
             self._check()
             folder.parent.mkdir(parents=True, exist_ok=True)
-            for left in folder.parent.iterdir():  # by runs that were killed: whoever saves has the folder for himself
-                if _LEFT_BEHIND.fullmatch(left.name):
-                    shutil.rmtree(left, ignore_errors=True)
+            remove_unfinished(self._run)
             partial = partial_name(folder)
             partial.mkdir()
             return partial
