@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,3 +55,26 @@ def process_of(rank, torchrun):
     children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
     (found,) = [int(pid) for pid in children if b"\0RANK=%d\0" % rank in Path(f"/proc/{pid}/environ").read_bytes()]
     return found
+
+
+@contextmanager
+def started_by_hand(ranks, *arguments, folder):
+    """`ranks` processes of `python ARGUMENTS` that nothing watches, as where each is on a machine of its own; what
+    rank N prints is in FOLDER/N.log. They end with the block. Yields their Popen.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    try:
+        for rank in range(ranks):
+            numbers = {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(ranks)}
+            env = environment(OMP_NUM_THREADS="1", MASTER_ADDR="localhost", MASTER_PORT=port, **numbers)
+            with (folder / f"{rank}.log").open("w") as file:
+                command = [PYTHON, *map(str, arguments)]
+                processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
