@@ -11,6 +11,9 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
 INTERPRETED := tests/kernels/test_op_flow_step.py tests/kernels/test_op_flow_logprob.py tests/kernels/test_op_grpo_loss.py tests/kernels/test_op_clean_estimate.py tests/kernels/test_noise.py
+# what tests have measured is noted with them
+NOTED := -o junit_family=xunit1
+ALL_INTERPRETED := tests/kernels/test_op_*.py tests/kernels/test_noise.py tests/kernels/test_every_backend.py
 
 .PHONY: install quickstart test test-long test-gpu gpu-kit bench lint format docs clean
 
@@ -30,11 +33,13 @@ test: $(STAMP)
 	$(PYTEST) -m "not gpu and not long" --durations=10
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu and not long" -k triton $(INTERPRETED)
 
+# tests/LONG.md tells what came out, also where a test has failed.
 test-long: $(STAMP)
 	mkdir -p test-results
-	$(PYTEST) -m "not gpu" -v --junitxml=test-results/$$(date +%Y-%m-%d).xml
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" -v -k triton tests/kernels/test_op_*.py tests/kernels/test_noise.py tests/kernels/test_every_backend.py \
-		--junitxml=test-results/$$(date +%Y-%m-%d)-interpreted.xml
+	results=test-results/$$(date +%Y-%m-%d); \
+	$(PYTEST) -m "not gpu" -v $(NOTED) --junitxml=$$results.xml; first=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" -v -k triton $(ALL_INTERPRETED) $(NOTED) --junitxml=$$results-interpreted.xml; second=$$?; \
+	$(BIN)/python profiling/long_tests.py $$results.xml $$results-interpreted.xml && test $$first = 0 && test $$second = 0
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
