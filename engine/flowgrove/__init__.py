@@ -18,6 +18,7 @@ Imports run one way, from a line of this table to the lines below it or along on
     plan rewards
     models tiny
     passes spans
+    joining
     device machine ranks
     recipe data
     paths

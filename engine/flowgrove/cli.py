@@ -83,7 +83,7 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
             from flowgrove.run.last_resort import tell
 
             if getattr(error, "elsewhere", False):
-                raise typer.Exit(1) from None
+                _leave(1)
             if not is_out_of_memory(error):
                 _fail(tell(error), 1)
             _fail(
@@ -94,7 +94,7 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
         except KeyboardInterrupt as interruption:
             with suppress(OSError):  # the terminal may be gone
                 _say(f"interrupted{'' if not interruption.args else f' ({interruption})'}")
-            raise typer.Exit(getattr(interruption, "exit_code", 130)) from None
+            _leave(getattr(interruption, "exit_code", 130))
 
     return group.command(name, help=_unwrapped(function.__doc__ or ""))(run)
 
@@ -118,6 +118,17 @@ def _at_home(given: dict[str, Any]) -> dict[str, Any]:
 def _fail(text: str, code: int = 2, told: bool = False) -> NoReturn:
     if not told:
         _console.print(f"[bold red]error:[/] {escape(one_line(text))}")
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the command. A rank of several leaves at once: groups of ranks some of which have gone do not come apart."""
+    torch = sys.modules.get("torch")
+    if started() > 1 and torch is not None and torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
     raise typer.Exit(code) from None
 
 
@@ -158,7 +169,7 @@ def train(
 
     settings = load_recipe(recipe, tuple(set_ or ()))  # before the slow imports: a mistake is answered at once
     from flowgrove.device import pick_device
-    from flowgrove.ranks import joined
+    from flowgrove.joining import joined
     from flowgrove.report.page import write_report
     from flowgrove.run.progress import TrainingDisplay
     from flowgrove.run.resume import finished

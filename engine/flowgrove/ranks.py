@@ -5,12 +5,8 @@ lie (NCCL on GPUs). A run of one process is a world of one, in which nothing is 
 """
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,16 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError, one_line
-from flowgrove.process import rank_here, share_of, started, started_here
-from flowgrove.pulse import ENDED, NOTES, Pulse
-from flowgrove.recipe.schema import Engine
+from flowgrove.process import share_of
+from flowgrove.pulse import ENDED, GONE, NOTES, OTHER, USER, gone_line
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
-# A rank waits for the slowest reward of all the others, and that is no fault; one that has died closes its connections.
-_PATIENCE = timedelta(hours=12)
 
 
 class ElsewhereError(RuntimeError):
@@ -55,6 +48,7 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self._control, self.mesh = rank, size, control, mesh
         self._notes = dist.PrefixStore(NOTES, store or dist.HashStore())
+        self._told: Exception | None = None  # an error of this rank that all others have been told
 
     @property
     def first(self) -> bool:
@@ -138,7 +132,8 @@ class Ranks:
         for rank, text in enumerate(told):
             if not text:
                 continue
-            if text[0] == _OTHER and error is not None and rank == self.rank:
+            if text[0] == OTHER and error is not None and rank == self.rank:
+                self._told = error
                 raise error
             raise _told_elsewhere(text) from error
         return result
@@ -173,19 +168,21 @@ class Ranks:
             raise (_gone(error) if told is None else _told_elsewhere(told)) from error
 
     def ended_by(self, error: Exception) -> None:
-        """Leaves word of an error that ends this rank and that the others do not have."""
-        known = isinstance(error, LostError | ElsewhereError) or (isinstance(error, UserError) and error.everywhere)
-        if self.size == 1 or known:
+        """Leaves word of an error that ends this rank and that the others do not have. That one of them has gone, each
+        finds out for itself or, if it waits where nothing tells it, by this.
+        """
+        known = isinstance(error, ElsewhereError) or (isinstance(error, UserError) and error.everywhere)
+        if self.size == 1 or known or error is self._told:
             return
         if self.note(ENDED) is None:
             self.leave_note(ENDED, self._telling(error))
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and not isinstance(error, LostError):
             error.everywhere = True
 
     def _telling(self, error: Exception) -> str:
         if isinstance(error, UserError):
-            return _USER + str(error)
-        return f"{_OTHER}rank {self.rank}: {type(error).__name__}: {one_line(str(error), 500)}"
+            return USER + str(error)
+        return f"{OTHER}rank {self.rank}: {type(error).__name__}: {one_line(str(error), 500)}"
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes every gradient the sum of all ranks', in one reduction; one that no rank has stays None.
@@ -224,10 +221,7 @@ class Ranks:
 
 
 def _gone(error: BaseException) -> "LostError":
-    return LostError(
-        "another rank of this run has gone, and this one ends too; give the same command again: training goes on "
-        f"from the newest checkpoint ({one_line(str(error), 200)})"
-    )
+    return LostError(f"{gone_line('another rank')} ({one_line(str(error), 200)})")
 
 
 def _is_lost(error: Exception) -> bool:
@@ -235,76 +229,13 @@ def _is_lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-_USER, _OTHER = "u", "o"  # what the text of an error is that one rank tells the others
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def _told_elsewhere(text: str) -> Exception:
     """The error that another rank has told: the first rank tells it to the user if it is his."""
-    if text[0] == _OTHER:
+    if text[0] == OTHER:
         return ElsewhereError(text[1:])
-    error = UserError(text[1:])
+    error = LostError(text[1:]) if text[0] == GONE else UserError(text[1:])
     error.everywhere = True
     return error
-
-
-def _end_at_once(rank: int, text: str) -> None:
-    """Ends this process, whose main thread waits in a collective that will never be complete."""
-    if rank == 0 and text[0] == _USER:
-        print(f"error: {text[1:]}", file=sys.stderr, flush=True)
-    os._exit(2 if text[0] == _USER else 1)
-
-
-@contextmanager
-def joined(engine: Engine, device: torch.device) -> Iterator[Ranks]:
-    """The ranks of this run, as the recipe's engine section has them, with the device of this process.
-
-    Raises UserError where torchrun has started several processes of a run that is for one, or another number than the
-    weights can be divided among.
-    """
-    if engine.distributed == "none" and started() > 1:
-        raise UserError(
-            f"engine.distributed is none, but torchrun started {started()} processes, each of which would train for "
-            "itself: write ddp or fsdp2, or start the command without torchrun"
-        )
-    if engine.distributed == "none" or "RANK" not in os.environ:
-        yield Ranks()
-        return
-    degree = engine.shard_degree or started()
-    if started() % degree:
-        raise UserError(
-            f"engine.shard_degree is {degree}, which does not divide the {started()} processes that torchrun started: "
-            "write a divisor, or null"
-        )
-    if device.type == "cuda":
-        here, gpus = started_here(), torch.cuda.device_count()
-        if here > gpus:
-            raise UserError(f"torchrun started {here} processes on a machine of {gpus} GPUs: --nproc-per-node {gpus}")
-        torch.cuda.set_device(rank_here())
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun keeps the store when it starts all ranks anew, and in it where those before could be reached
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-    mesh = _mesh(device, size, degree) if engine.distributed == "fsdp2" else None
-    if device.type == "cuda" and size > 1:  # NCCL takes its memory now, before anything is measured
-        dist.all_reduce(torch.zeros(1, device=device))
-        torch.cuda.synchronize()
-    with Pulse(store, rank, size, partial(_end_at_once, rank)):
-        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=_PATIENCE), store, mesh)
-        try:
-            yield ranks
-        except Exception as error:
-            ranks.ended_by(error)
-            raise
-        ranks.most(0)  # nobody is missed who has only ended earlier
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that may have gone
-
-
-def _mesh(device: torch.device, size: int, degree: int) -> "DeviceMesh":
-    """The ranks as copies × shards, or as shards alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if degree == size:
-        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (size // degree, degree), mesh_dim_names=("replicate", "shard"))

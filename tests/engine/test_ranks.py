@@ -3,15 +3,19 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from engine_cases import checkpoints, metrics_of, refuse, succeed, tiny_recipe, write_lines
-from flowgrove.pulse import ENDED, NOTES, Pulse
-from flowgrove.ranks import Ranks, joined
+from flowgrove.joining import agreed_name, joined
+from flowgrove.pulse import ENDED, NOTES, Pulse, this_process
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Engine
 from flowgrove.run.summaries import update_summary
 from flowgrove.run.tensor_files import TensorFiles
@@ -22,7 +26,8 @@ TELL = """
 import torch
 from torch import nn
 from flowgrove.errors import UserError
-from flowgrove.ranks import ElsewhereError, joined
+from flowgrove.joining import joined
+from flowgrove.ranks import ElsewhereError
 from flowgrove.recipe.schema import Engine
 
 def fails(error):
@@ -397,13 +402,15 @@ def test_a_rank_that_no_longer_counts_is_named_and_one_that_is_slow_is_not(caplo
         return Pulse(store, rank, 3, pytest.fail, beat=0.02, silence=0.3, farewell=0.1)
 
     with pulse(0), pulse(2):
-        with pulse(1):
+        with pulse(1) as stopped:
             time.sleep(1.0)
             assert caplog.messages == []
-        time.sleep(1.0)
-        assert caplog.messages == ["rank 1 has given no sign of life for 0 s: has it been stopped?"]
-        with pulse(1):
-            time.sleep(0.5)
+            stopped._over.set()
+            time.sleep(1.0)
+            assert caplog.messages == ["rank 1 has given no sign of life for 0 s: has it been stopped?"]
+            with pulse(1):
+                time.sleep(0.5)
+        time.sleep(0.6)  # its part is over
     assert caplog.messages[1:] == ["rank 1 counts again"]
 
 
@@ -416,6 +423,42 @@ def test_a_rank_that_does_not_end_with_the_others_is_ended():
         assert ended == []
         time.sleep(0.6)
         assert ended == ["why ü"]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_rank_whose_process_has_gone_ends_the_run_unless_its_part_was_over(left):
+    """Whoever waits for it on a GPU is told by nothing else."""
+    store, ended = dist.HashStore(), []
+    place = this_process().rpartition(" ")[0]
+    assert place
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with Pulse(store, 0, 2, ended.append, beat=0.02, farewell=0.2):
+        with Pulse(store, 1, 2, pytest.fail, beat=0.02, process=f"{place} {other.pid}") as second:
+            time.sleep(0.3)
+            if not left:
+                second._over.set()
+            assert ended == []
+            if not left:
+                other.kill()
+                other.wait()
+                time.sleep(0.5)
+        other.kill()
+        other.wait()
+        time.sleep(0.5)
+        assert len(ended) == (0 if left else 1)
+    assert left or ended[0].startswith("grank 1 of this run has gone")
+
+
+def test_all_ranks_agree_on_a_name_that_those_before_them_did_not_have():
+    """In a store with all that those before have written, and whatever torchrun counts."""
+    store, names = dist.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda rank: agreed_name(store, rank, 4), range(4), timeout=30))
+        assert len(set(found)) == 1
+        names.append(found[0])
+    assert len(set(names)) == 3
+    assert agreed_name(store, 0, 1) not in names
 
 
 @pytest.mark.gpu

@@ -155,6 +155,7 @@ def test_quantised_weights_are_not_divided(ranks, monkeypatch):
         ("engine", {"reuse_rollout_graph": True}, "write auto, or ddp"),
         ("engine", {"cuda_graphs": True}, "write false, or ddp"),
         ("update", {"optimizer": "adamw_8bit"}, "write adamw, or ddp"),
+        ("update", {"optimizer": "apex_fused_adam"}, "write adamw, or ddp"),
         ("engine", {"distributed": "ddp", "shard_degree": 2}, "write fsdp2, or remove it"),
     ],
 )

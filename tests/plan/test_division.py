@@ -264,7 +264,7 @@ from pathlib import Path
 
 from flowgrove.device import pick_device
 from flowgrove.models.policy import Policy
-from flowgrove.ranks import joined
+from flowgrove.joining import joined
 from flowgrove.recipe.loading import load_recipe
 
 recipe = load_recipe(Path(sys.argv[1]), tuple(sys.argv[2:]))

@@ -3,11 +3,13 @@
 """
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ from flowgrove.ranks import ElsewhereError
 from flowgrove.run import saving
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import newest_checkpoint, pointed_at, remove_older, remove_unfinished, valid_checkpoints
+from flowgrove.run.host_copies import packed
 from flowgrove.run.manifest import verify
 from flowgrove.run.saving import CheckpointWriter
+from flowgrove.run.tensor_files import write_tensors
 from subprocesses import PYTHON, environment
 
 
@@ -82,11 +86,11 @@ def test_one_is_written_at_a_time_and_none_is_lost(tmp_path, gate):
 def test_memory_for_the_copy_is_taken_once(tmp_path):
     writer, divided = CheckpointWriter(tmp_path, 9), Divided().of(1)
     begun(writer, divided, 1)
-    kept = {name: copy.data_ptr() for name, copy in writer._copies.items()}
+    kept = {name: copy.data_ptr() for name, copy in writer._copies._held.items()}
     assert set(kept) == set(divided.held())
     begun(writer, divided.of(2), 2)
     writer.wait()
-    assert {name: copy.data_ptr() for name, copy in writer._copies.items()} == kept
+    assert {name: copy.data_ptr() for name, copy in writer._copies._held.items()} == kept
     found = load_file(tmp_path / "checkpoints" / "step_000002" / "weights.safetensors")
     assert all(torch.equal(found[name], p.data) for name, p in divided.parameters.items())
 
@@ -98,7 +102,7 @@ def test_of_a_gpu_the_copy_is_pinned_and_made_before_the_training_goes_on(tmp_pa
     folder = begun(writer, divided, 1)
     divided.of(2)
     writer.wait()
-    assert all(copy.is_pinned() for copy in writer._copies.values())
+    assert all(copy.is_pinned() for copy in writer._copies._held.values())
     load_checkpoint(folder, divided.policy, divided)
     assert divided.holds(1)
 
@@ -362,3 +366,31 @@ def test_a_run_killed_while_its_thread_writes_goes_on_to_the_same_bits(whole, tm
     assert newest_checkpoint(run).name == "step_000001"
     succeed("train", recipe, "--out", run)
     assert_same(run, expected)
+
+
+def test_copies_of_a_gpus_tensors_lie_in_few_blocks_of_a_power_of_two():
+    """Each is in one block, none overlap, and little is left over."""
+    generator = random.Random(0)
+    for _ in range(20):
+        sizes = [generator.randrange(1, 3 << 28) for _ in range(generator.randrange(1, 60))]
+        blocks, places = packed(sizes)
+        assert all(block & (block - 1) == 0 for block in blocks)
+        taken = sorted(
+            (place.block, place.start, place.start + size) for size, place in zip(sizes, places, strict=True)
+        )
+        assert all(end <= blocks[block] for block, _, end in taken)
+        assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(taken))
+    small = [generator.randrange(1, 1 << 26) for _ in range(400)]
+    blocks, _ = packed(small)
+    assert sum(blocks) < 1.1 * sum(small) + (1 << 29)
+
+
+def test_a_checkpoint_is_written_from_parts_of_one_block(tmp_path):
+    block = torch.zeros(4096, dtype=torch.uint8)
+    tensors = {"a": block[:12].view(torch.float32), "b": block[512:552].view(torch.float32).view(2, 5)}
+    tensors["a"].fill_(1.0)
+    tensors["b"].fill_(2.0)
+    write_tensors(tmp_path, "weights", tensors)
+    found = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "weights.safetensors").stat().st_size < 1024

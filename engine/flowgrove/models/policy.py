@@ -204,9 +204,11 @@ class Policy:
         """
         x = torch.zeros(1, *self.adapter.latent_shape, dtype=self.state_dtype, device=self.device)
         blank = self.adapter.blank(1, self.compute_dtype).to(self.device)
+        # an adapter of its own, since an adapter keeps what it finds of its transformer, which may lie in rows now
+        adapter = self.adapter.on(self.adapter.transformer)
         with self._precision(), torch.set_grad_enabled(backward):
             sigma = torch.ones(1, dtype=torch.float32, device=self.device)
-            v = self.adapter.velocity(x, sigma, blank, self.guidance_scale)
+            v = adapter.velocity(x, sigma, blank, self.guidance_scale)
         if backward:
             v.backward(torch.zeros_like(v))
 

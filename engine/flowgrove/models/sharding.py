@@ -10,7 +10,7 @@ weights stay gathered until they change, or, with `reshard_after_forward`, no lo
 
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -96,6 +96,12 @@ class ShardedTransformer:
         self._root.set_reshard_after_forward(not gathered)
         self._root.set_reshard_after_forward(False, recurse=False)  # what is around the blocks is needed first again
         self._root.set_reshard_after_backward(not gathered)
+        # FSDP writes down every forward until a backward, and so without end of a model that has none, or in a rollout
+        for unit in self._units:
+            state = unit._get_fsdp_state()
+            for group in _groups_of(state):
+                getattr(group.comm_ctx, "post_forward_order", []).clear()  # not there before the first forward
+                group._post_forward_indices.clear()
 
     def reduce_copies(self, last: bool) -> None:
         """Whether the backward to come is the last one before gradients are taken: only then copies of the division add
@@ -120,9 +126,15 @@ class ShardedTransformer:
         """√(Σ mine²) over the ranks among which weights are divided, added up in their order on each: the same bits
         everywhere, copies included. On the device, without a wait by the host.
         """
-        every = mine.new_empty(self.ranks)
-        dist.all_gather_into_tensor(every, mine.reshape(1), group=self._shards)
-        return every.square().sum().sqrt()
+        every = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(every, mine, group=self._shards)
+        return torch.stack(every).square().sum().sqrt()
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """The groups of weights of one unit; before torch 2.12 a unit has one at most."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [group for group in (groups if groups is not None else [state._fsdp_param_group]) if group is not None]
 
 
 def _divides(transformer: nn.Module, name: str, as_computed: bool) -> bool:

@@ -82,7 +82,10 @@ class Weights:
     def _frozen_copy(self, compute: torch.dtype, divided: bool) -> Any:
         """The transformer as it is now. One that will be divided takes no memory of its own before it is."""
         if not divided:
-            return copy.deepcopy(self.transformer).requires_grad_(False).to(compute)
+            whole = copy.deepcopy(self.transformer).requires_grad_(False)
+            for parameter in whole.parameters():  # and no buffers, which autocast rounds in neither model
+                parameter.data = parameter.data.to(compute)
+            return whole
         alike = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.transformer.parameters()}
         return copy.deepcopy(self.transformer, memo=dict(alike))
 

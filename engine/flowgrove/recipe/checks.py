@@ -38,7 +38,7 @@ def _check_sharding(recipe: Recipe) -> None:
     for key, set_, instead in (
         ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
         ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
-        ("update.optimizer: adamw_8bit", recipe.update.optimizer == "adamw_8bit", "adamw"),
+        (f"update.optimizer: {recipe.update.optimizer}", recipe.update.optimizer != "adamw", "adamw"),
     ):
         if set_:
             raise UserError(f"{key} does not go with engine.distributed: fsdp2: write {instead}, or ddp")

@@ -14,6 +14,7 @@ from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import evaluate
 from flowgrove.files import follow_umask, partial_name, write_text
+from flowgrove.joining import joined
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.families import family_of
 from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
@@ -21,7 +22,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.models.stored import DTYPES, all_in, bf16_in
 from flowgrove.process import started
-from flowgrove.ranks import Ranks, joined
+from flowgrove.ranks import Ranks
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Engine, Lora, Recipe
 from flowgrove.rewards.faults import Faults

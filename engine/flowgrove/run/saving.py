@@ -28,6 +28,7 @@ from flowgrove.pulse import ENDED
 from flowgrove.ranks import Ranks
 from flowgrove.run.checkpoint import held_tensors
 from flowgrove.run.finding import point_latest, remove, remove_older, remove_unfinished
+from flowgrove.run.host_copies import HostCopies
 from flowgrove.run.manifest import SHARDED, WHOLE, Files, described, write_manifest
 from flowgrove.run.tensor_files import piece_of, write_pieces, write_tensors
 from flowgrove.update.updater import Updater
@@ -67,7 +68,7 @@ class CheckpointWriter:
         self, run: Path, keep_last: int, ranks: Ranks | None = None, check: Callable[[], None] = lambda: None
     ) -> None:
         self._run, self._keep_last, self._ranks, self._check = run, keep_last, ranks or Ranks(), check
-        self._copies: dict[str, Tensor] = {}
+        self._copies = HostCopies()
         self._pending = False
         self._thread: Thread | None = None  # of a rank that writes
         self._error: Exception | None = None
@@ -143,23 +144,19 @@ class CheckpointWriter:
     def _copied(self, policy: Policy, updater: Updater) -> dict[str, dict[str, Tensor]]:
         """What this rank writes, in host memory that is kept for the next time; on a GPU one wait for all."""
         pieces, found = policy.weights.pieces, held_tensors(policy, updater)
-        copies = {}
-        for kind, tensors in found.items():
-            copies[kind] = {
-                name: self._copy(f"{kind}/{name}", tensor)
-                for name, tensor in tensors.items()
-                if not pieces
-                or (tensor.numel() and (self._ranks.first or piece_of(pieces, name, tensor.ndim) is not None))
-            }
+        mine = {
+            (kind, name): tensor
+            for kind, tensors in found.items()
+            for name, tensor in tensors.items()
+            if not pieces or (tensor.numel() and (self._ranks.first or piece_of(pieces, name, tensor.ndim) is not None))
+        }
+        copies = self._copies.of({f"{kind}/{name}": tensor for (kind, name), tensor in mine.items()})
         if policy.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        return copies
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        held = self._copies.get(name)
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return held.copy_(tensor, non_blocking=True)
+        written: dict[str, dict[str, Tensor]] = {kind: {} for kind in found}
+        for kind, name in mine:
+            written[kind][name] = copies[f"{kind}/{name}"]
+        return written
 
     def _work(self, job: _Job) -> None:
         """What the thread does: whatever goes wrong is told by `wait`."""

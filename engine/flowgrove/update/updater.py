@@ -228,7 +228,8 @@ class Updater:
         zero = self.parameters[0].new_zeros(1)
         mine = torch.nn.utils.get_total_norm([zero, *divided])
         whole = torch.nn.utils.get_total_norm([zero, *(p.grad for p in self._whole if p.grad is not None)])
-        norm = torch.hypot(whole, self.weights.sharded[0].norm(mine))
+        with self.ranks.meeting():
+            norm = torch.hypot(whole, self.weights.sharded[0].norm(mine))
         torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
         return norm
 
