@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -291,6 +292,47 @@ def test_what_ranks_send_each_other_is_counted(mode, case, tmp_path):
     kept = mode == "fsdp2, kept gathered"
     # what the rollout has gathered serves the first update; else blocks come for the way there and the way back
     assert counts["update"]["gather"] == (units if kept else 2 * (2 * units - 1)), counts
+
+
+DIGESTS = """
+import hashlib
+from flowgrove.cli import app
+from flowgrove.trainer import Trainer
+
+run = Trainer.run
+
+def told(trainer, *rest):
+    run(trainer, *rest)
+    weights, pieces = trainer.policy.weights.trainable(), trainer.policy.weights.pieces
+    parts = [(name, pieces[name].start if name in pieces else 0, p) for name, p in weights.items()]
+    parts += [(name, start, trainer.updater.ema.average[name]) for name, start, _ in parts]
+    digests = [hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for *_, p in parts]
+    said = trainer.ranks.tell(
+        " ".join(f"{name}:{start}:{digest}" for (name, start, _), digest in zip(parts, digests, strict=True))
+    )
+    words = [word.rsplit(":", 1) for text in said for word in text.split()]
+    alike = {key: {digest for other, digest in words if other == key} for key, _ in words}
+    assert all(len(digests) <= 2 for digests in alike.values())  # the weight's, its average's
+    if trainer.ranks.first:
+        print("parts", len(alike), "heard", len(words))
+
+Trainer.run = told
+app(prog_name="flowgrove")
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "engine"), [(3, "ddp"), (3, "fsdp2"), (4, "fsdp2")])
+def test_what_several_ranks_hold_of_the_same_rows_has_the_same_bits(ranks, engine, tmp_path):
+    """Weights and averages that are whole on every rank, and with 4 ranks those of two copies of a division."""
+    recipe = written(tmp_path, iterations=5, **CASES["full fine-tuning, pruned by reward"])
+    (tmp_path / "digests.py").write_text(DIGESTS)
+    sets = ["--set", f"engine.distributed={engine}", *(["--set", "engine.shard_degree=2"] if ranks == 4 else [])]
+    text = torchrun(
+        ranks, tmp_path / "digests.py", "train", recipe, *sets, "--out", tmp_path / "run", output=tmp_path / "log"
+    )
+    parts, heard = map(int, re.search(r"parts (\d+) heard (\d+)", text).groups())
+    assert heard > parts > 0
 
 
 FULL = """
