@@ -104,7 +104,7 @@ class Trainer:
         self.runner = PassRunner.of(recipe, self.policy)
         ranks.by_first(lambda: self._settle_budget(checkpoint))
         self.runner.budget.resize(ranks.most(self.runner.budget.tokens if ranks.first else 0))
-        self.policy.weights.reshards = bool(ranks.most(int(ranks.first and self.policy.weights.reshards)))
+        self.policy.weights.reshard(bool(ranks.most(int(ranks.first and self.policy.weights.reshards))))
         self.updater = _HeldUpdater(recipe, self.policy, self.runner, self.stopping, ranks)
         self.stages = ranks.together(lambda: Stages(setup, self.policy, self.updater, self.rewards, ranks=ranks))
         self.completed: int = 0

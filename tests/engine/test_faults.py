@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_ranks import CASES, FP64, assert_same, last, written
 
 from engine_cases import (
     checkpoints,
@@ -42,6 +41,7 @@ from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
 from host_reads import count_host_reads
 from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
+from rank_cases import CASES, FP64, assert_same, last, written
 from torchrun import torchrun, train
 from update_cases import Recorder
 

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_ranks import CASES, MODES, assert_same, wait_for_lines, written
 
 from engine_cases import checkpoints, metrics_of, succeed, tiny_recipe
 from flowgrove.run.manifest import verify
 from killing import ALONE, STAGES
+from rank_cases import CASES, MODES, assert_same, wait_for_lines, written
 from subprocesses import environment, python
 from torchrun import DEADLINE, process_of, started, started_by_hand, torchrun, train
 

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine_cases import checkpoints, metrics_of, refuse, succeed, tiny_recipe, write_lines
+from engine_cases import checkpoints, metrics_of, refuse, succeed
 from flowgrove.joining import agreed_name, joined
 from flowgrove.pulse import ENDED, NOTES, Pulse, this_process
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Engine
 from flowgrove.run.summaries import update_summary
-from flowgrove.run.tensor_files import TensorFiles
 from flowgrove.update.updater import UpdateStats
+from rank_cases import CASES, FP64, KL, LORA, MODES, UPDATE, assert_same, last, wait_for_lines, written
 from torchrun import DEADLINE, process_of, started, torchrun, train
 
 TELL = """
@@ -78,70 +77,12 @@ with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
         print("all is told")
 """
 
-SHAPES = [
-    "a red circle at the centre", "a blue square at the top left", "a green cross at the top right",
-    "a yellow triangle at the centre", "a purple circle at the bottom left",
-]  # fmt: skip
-FP64 = {"adapter": "sd3", "path": "tiny", "dtype": "fp64", "gradient_checkpointing": False}
-LORA = {**FP64, "lora": {"rank": 2, "alpha": 4}}
-SIZES = {**LORA, "sizes": [[32, 32], [32, 16]]}
-TREE = {"steps": 5, "shift": 1.0, "window": {"strategy": "none"}, "tree": {"splits": [0, 2], "fanout": 2}}
-PRUNED = {"std": "global", "fusion_beta": 0.5, "prune": {"kind": "extreme", "keep": 1}}
-UPDATE = {"lr": 1e-3, "clip_range": 1e-3, "updates_per_iteration": 2, "ema_decay": 0.9}
-KL = {**UPDATE, "kl_weight": 0.1}
-CASES = {
-    "window, LoRA, KL": {"model": LORA, "update": KL},
-    "tree pruned by reward": {"model": LORA, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
-    "full fine-tuning, small passes": {"model": FP64, "update": UPDATE, "engine": {"token_budget": 80}},
-    "full fine-tuning, KL": {"model": {**FP64, "gradient_checkpointing": True}, "update": KL},
-    "full fine-tuning, pruned by reward": {"model": FP64, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
-    "fewer prompts than ranks": {"model": LORA, "update": UPDATE, "data": {"prompts_per_iteration": 1}},
-    "full fine-tuning, fewer prompts than ranks": {
-        "model": FP64, "update": KL, "data": {"prompts_per_iteration": 1}, "run": {"eval": {"tuned_share": 0.5}},
-    },
-    "two sizes": {"model": SIZES, "update": UPDATE},
-}  # fmt: skip
-MODES = {
-    "ddp": {"distributed": "ddp"},
-    "fsdp2": {"distributed": "fsdp2", "reshard_after_forward": True},
-    "fsdp2, kept gathered": {"distributed": "fsdp2", "reshard_after_forward": False},
-}
 # what make test holds; the rest belongs to make test-long
 SAMPLE = [
     (2, "ddp", "tree pruned by reward"), (3, "ddp", "two sizes"), (2, "fsdp2", "full fine-tuning, KL"),
     (3, "fsdp2, kept gathered", "full fine-tuning, fewer prompts than ranks"),
 ]  # fmt: skip
 ALL = [(ranks, mode, case) for ranks in (2, 3) for mode in MODES for case in CASES]
-
-
-def written(folder, iterations=3, **changes):
-    """A recipe of 5 prompts an iteration, evaluated at its end."""
-    data = {"prompts_per_iteration": 5, "eval_prompts": "train.txt", **changes.pop("data", {})}
-    run = {"iterations": iterations, "checkpoint_every": 0, "eval_every": 2, "seed": 5, **changes.pop("run", {})}
-    path = tiny_recipe(folder, data=data, run=run, **changes)
-    write_lines(folder / "train.txt", SHAPES)
-    return path
-
-
-def last(run, name="weights"):
-    """What the newest checkpoint holds."""
-    return TensorFiles(run / "checkpoints" / checkpoints(run)[-1], name).read()
-
-
-def assert_same(found, expected, within=1e-10):
-    """Weights and averages to rounding, rewards to the last bit, every other number nearly."""
-    for name in ("weights", "ema"):
-        left, right = last(found, name), last(expected, name)
-        assert list(left) == list(right)
-        assert max(float((left[key] - right[key]).abs().max()) for key in left) < within
-    for line, wanted in zip(metrics_of(found), metrics_of(expected), strict=True):
-        assert list(line) == list(wanted)
-        for key in ("reward", "rollout_forwards", "eval_reward", "clipped_low", "clipped_high"):
-            assert line.get(key) == wanted.get(key), key
-        # with credit.fusion_beta it hangs on the log-probabilities of weights that differ in their last bits
-        assert line["advantage_by_step"] == pytest.approx(wanted["advantage_by_step"], rel=1e-9)
-        for key in ("ratio_mean", "ratio_min", "ratio_max", "loss", "grad_norm"):
-            assert line[key] == pytest.approx(wanted[key], rel=1e-9, abs=1e-12), key
 
 
 def test_shares_are_in_order_and_within_one_of_each_other():
@@ -400,15 +341,6 @@ def test_torchrun_starts_all_anew_when_one_is_killed_and_they_go_on(tmp_path):
     assert_same(out, tmp_path / "one")
 
 
-def wait_for_lines(out, count, process, log):
-    """Until the run has written so many metrics lines."""
-    until = time.monotonic() + DEADLINE
-    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < count:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
 def test_an_error_on_one_rank_is_told_once(tmp_path):
     (tmp_path / "picky.py").write_text(
         "import os\n\nif os.environ['RANK'] == '1':\n    raise ValueError('not these')\n\n"
@@ -473,7 +405,7 @@ def test_a_rank_whose_process_has_gone_ends_the_run_unless_its_part_was_over(lef
     store, ended = dist.HashStore(), []
     place = this_process().rpartition(" ")[0]
     assert place
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    other = subprocess.Popen(["sleep", "60"])
     with Pulse(store, 0, 2, ended.append, beat=0.02, farewell=0.2):
         with Pulse(store, 1, 2, pytest.fail, beat=0.02, process=f"{place} {other.pid}") as second:
             time.sleep(0.3)

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_ranks import TREE, wait_for_lines
 
 from engine_cases import metrics_of, tiny_recipe
 from flowgrove.run.finding import valid_checkpoints
 from flowgrove.run.manifest import verify
+from rank_cases import TREE, wait_for_lines
 from subprocesses import FLOWGROVE, environment
 from torchrun import DEADLINE, process_of, started
 

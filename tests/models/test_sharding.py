@@ -76,7 +76,7 @@ def test_every_family_computes_what_it_does_with_whole_weights(family, kind, dty
                     parameter.fill_(0.03)
             policy.weights.refresh()
     for reshards in (True, False):
-        divided.weights.reshards = reshards
+        divided.weights.reshard(reshards)
         (expected, plain), (found, gradients) = passes(whole), passes(divided)
         assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
         for name, gradient in plain.items():

@@ -86,6 +86,7 @@ DEFAULTS = {
         "checkpoint_every": 50,
         "keep_last": 3,
         "keep_best": False,
+        "most_skipped_updates": 10,
         "eval_every": 25,
         "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0},
         "log": ["jsonl", "tensorboard"],

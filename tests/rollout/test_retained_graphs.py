@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowgrove.credit import assign_credit
+from flowgrove.plan.division import ALONE
 from flowgrove.plan.memory import predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.rollout.loop import rollout
@@ -153,11 +154,11 @@ def test_a_gpu_keeps_what_fits_beside_all_else(rows, monkeypatch):
         "total_memory",
         lambda device: int((memory.peak + (rows + 0.5) * memory.graph) / graph_room.GPU_SHARE),
     )
-    found, graph = graph_room._room_of_gpu(Setup(recipe), policy, runner_of(policy))
+    found, graph = graph_room._room_of_gpu(Setup(recipe), policy, runner_of(policy), ALONE)
     assert graph == memory.graph
     assert found // graph == rows
     beside = replace(policy, bytes_when_loaded=memory.loaded + 3 * graph)  # three states' worth of reward models
-    assert graph_room._room_of_gpu(Setup(recipe), beside, runner_of(policy))[0] // graph == rows - 3
+    assert graph_room._room_of_gpu(Setup(recipe), beside, runner_of(policy), ALONE)[0] // graph == rows - 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -38,7 +38,7 @@ def test_it_resumes_where_it_stopped(folder):
             expected["rollout_forwards"],
             expected["train_passes"],
         )
-        assert list(line) == list(expected)
+        assert [key for key in line if key in expected] == list(expected)  # newer ones have come between
     for name in ("weights", "ema"):
         found = load_file(folder / "run" / "checkpoints" / "step_000004" / f"{name}.safetensors")
         wanted, start = (

@@ -115,6 +115,10 @@ class Weights:
             for one in divided[0 if self.reshards else 1 :]:
                 one.free()
 
+    def reshard(self, reshards: bool) -> None:
+        """Whether training passes free what they have gathered."""
+        self.reshards = reshards
+
     def meet(self) -> None:
         """From here on all ranks run their passes together."""
         for one in self.sharded:

@@ -128,8 +128,20 @@ def _numbers(scores: Any, count: int) -> Tensor:
     return torch.tensor(host.double().tolist(), dtype=torch.float64)
 
 
-_guarded: set[int] = set()  # threads
+_guarded: dict[int, int] = {}  # threads, and the process that each is one of
 _guarding = threading.Lock()
+
+
+def _refusing(name: str) -> Callable[..., None]:
+    def leave(*arguments: Any) -> None:
+        if _guarded.get(threading.get_ident()) != os.getpid():  # another thread, or a child that the function forked
+            _EXITS[name](*arguments)
+        raise SystemExit(f"it called os.{name}")
+
+    return leave
+
+
+_REFUSED = {name: _refusing(name) for name in _EXITS}
 
 
 @contextmanager
@@ -137,25 +149,16 @@ def _no_way_out() -> Iterator[None]:
     """Inside it this thread's os._exit and os.abort raise SystemExit: they would end the run without a word. Several
     threads may be inside, those that were left to themselves too.
     """
-    process, thread = os.getpid(), threading.get_ident()
-
-    def refusing(name: str) -> Callable[..., None]:
-        def leave(*arguments: Any) -> None:
-            if os.getpid() != process or threading.get_ident() not in _guarded:  # a child that the function forked
-                _EXITS[name](*arguments)
-            raise SystemExit(f"it called os.{name}")
-
-        return leave
-
+    thread = threading.get_ident()
     with _guarding:
-        _guarded.add(thread)
-        for name in _EXITS:
-            setattr(os, name, refusing(name))
+        _guarded[thread] = os.getpid()
+        for name, refused in _REFUSED.items():
+            setattr(os, name, refused)
     try:
         yield
     finally:
         with _guarding:
-            _guarded.discard(thread)
+            del _guarded[thread]
             if not _guarded:
                 for name, function in _EXITS.items():
                     setattr(os, name, function)

@@ -96,7 +96,7 @@ def settle_meetings(setup: Setup, policy: Policy, runner: PassRunner, stored: in
         fit = model.fitting(total_memory(policy.device), foreign)  # beside models of rewards
     if fit is None:
         raise no_room()
-    policy.weights.reshards = fit.reshard
+    policy.weights.reshard(fit.reshard)
     runner.budget.resize(stored if stored is not None and engine.token_budget == "auto" else fit.tokens)
 
 
