@@ -62,7 +62,8 @@ class Pulse:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(2 * self._beat)
+        # a thread that still waits for a slow answer when the process ends would take it down with a crash
+        self._thread.join(60 * self._beat)
         with suppress(Exception):  # the store may have gone
             self._store.set(f"process of {self._rank}", _LEFT)
 

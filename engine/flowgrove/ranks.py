@@ -6,7 +6,7 @@ lie (NCCL on GPUs). A run of one process is a world of one, in which nothing is 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -164,7 +164,7 @@ class Ranks:
         except RuntimeError as error:
             if not _is_lost(error):
                 raise
-            told = self.note(ENDED)
+            told = self._ended()
             raise (_gone(error) if told is None else _told_elsewhere(told)) from error
 
     def ended_by(self, error: Exception) -> None:
@@ -174,10 +174,18 @@ class Ranks:
         known = isinstance(error, ElsewhereError) or (isinstance(error, UserError) and error.everywhere)
         if self.size == 1 or known or error is self._told:
             return
-        if self.note(ENDED) is None:
-            self.leave_note(ENDED, self._telling(error))
+        with suppress(RuntimeError):  # whoever kept the notes may have gone
+            if self.note(ENDED) is None:
+                self.leave_note(ENDED, self._telling(error))
         if isinstance(error, UserError) and not isinstance(error, LostError):
             error.everywhere = True
+
+    def _ended(self) -> str | None:
+        """The note of what has ended the run; None: there is none, or whoever kept the notes has gone."""
+        try:
+            return self.note(ENDED)
+        except RuntimeError:
+            return None
 
     def _telling(self, error: Exception) -> str:
         if isinstance(error, UserError):
