@@ -17,6 +17,7 @@ from flowgrove.errors import UserError
 from flowgrove.process import rank_here, started, started_here
 from flowgrove.pulse import OTHER, Pulse
 from flowgrove.ranks import Ranks
+from flowgrove.recipe.checks import shards_of
 from flowgrove.recipe.schema import Engine
 
 if TYPE_CHECKING:
@@ -42,12 +43,7 @@ def joined(engine: Engine, device: torch.device) -> Iterator[Ranks]:
     if engine.distributed == "none" or "RANK" not in os.environ:
         yield Ranks()
         return
-    degree = engine.shard_degree or started()
-    if started() % degree:
-        raise UserError(
-            f"engine.shard_degree is {degree}, which does not divide the {started()} processes that torchrun started: "
-            "write a divisor, or null"
-        )
+    degree = shards_of(engine, started())
     if device.type == "cuda":
         here, gpus = started_here(), torch.cuda.device_count()
         if here > gpus:

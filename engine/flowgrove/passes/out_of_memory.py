@@ -26,27 +26,25 @@ import torch
 
 from flowgrove.device import is_out_of_memory, release_memory
 from flowgrove.errors import UserError
-from flowgrove.passes.budget import PassBudget
 
 Result = TypeVar("Result")
 
 
 class PassTooLargeError(UserError):
-    """The memory of a rank was full in a pass that all ran together. `tokens`: of the passes with which the run is to
-    go on; None: they had one row.
+    """The memory of a rank was full in a pass of up to `before` tokens that all ran together. `tokens`: of the passes
+    with which the run is to go on; None: they had one row.
     """
 
-    def __init__(self, rank: int, budget: PassBudget) -> None:
-        before = budget.tokens
-        self.tokens = budget.tokens if budget.halve() else None
+    def __init__(self, rank: int, before: int, tokens: int | None) -> None:
+        self.tokens = tokens
         what = f"the GPU's memory is full on rank {rank} in a training pass"
-        if self.tokens is None:
+        if tokens is None:
             ways = "set engine.reshard_after_forward: true or model.gradient_checkpointing: true, or take more GPUs"
             super().__init__(f"{what} of one row: {ways}")
         else:
             super().__init__(
                 f"{what} of up to {before} tokens: the same command goes on from the newest checkpoint with passes of "
-                f"{self.tokens}"
+                f"{tokens}"
             )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from flowgrove.errors import UserError
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.process import share_of
+from flowgrove.recipe.checks import shards_of
 from flowgrove.recipe.schema import Engine, Recipe
 
 
@@ -26,12 +27,7 @@ class Division:
             raise UserError(f"engine.distributed is none, which is for one rank, not {ranks}: write ddp or fsdp2")
         if engine.distributed != "fsdp2":
             return cls(ranks)
-        shards = engine.shard_degree or ranks
-        if ranks % shards:
-            raise UserError(
-                f"engine.shard_degree is {shards}, which does not divide {ranks} ranks: write a divisor, or null"
-            )
-        return cls(ranks, shards)
+        return cls(ranks, shards_of(engine, ranks))
 
     def prompts(self, recipe: Recipe) -> list[int]:
         """How many prompts of an iteration each rank draws and trains: the prompts of every size are divided."""

@@ -4,7 +4,7 @@ For recipes from files; the planner itself takes any of these.
 """
 
 from flowgrove.errors import UserError
-from flowgrove.recipe.schema import Prune, Recipe
+from flowgrove.recipe.schema import Engine, Prune, Recipe
 from flowgrove.recipe.windows import pruned_depths, window_steps
 
 _LOOKED_AT = 1000  # iterations
@@ -24,6 +24,16 @@ def check_meaning(recipe: Recipe) -> None:
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
+
+
+def shards_of(engine: Engine, ranks: int) -> int:
+    """Among how many of so many ranks engine.shard_degree divides the weights. Raises UserError for no divisor."""
+    shards = engine.shard_degree or ranks
+    if ranks % shards:
+        raise UserError(
+            f"engine.shard_degree is {shards}, which does not divide {ranks} ranks: write a divisor, or null"
+        )
+    return shards
 
 
 def _check_sharding(recipe: Recipe) -> None:

@@ -120,7 +120,9 @@ class Updater:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                raise PassTooLargeError(self.ranks.rank, self.runner.budget) from error
+                budget = self.runner.budget
+                before, smaller = budget.tokens, budget.halve()
+                raise PassTooLargeError(self.ranks.rank, before, budget.tokens if smaller else None) from error
 
     def _idle(self) -> None:
         """What `_backward` is to the other ranks."""
