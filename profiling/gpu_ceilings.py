@@ -4,49 +4,21 @@ matrix product. One JSON object on stdout.
 
 import json
 import platform
-import statistics
 import subprocess
 
 import torch
 
 from flowgrove.machine import describe, pick_device
-from flowgrove.spans import Totals
-
-_REPEATS = 10
+from flowgrove.rates.measuring import copy_rate, matrix_rate
 
 
 def main() -> None:
     """Takes the GPU where there is one."""
     device = pick_device("auto")
-    small = device.type == "cpu"
     found = {**describe(device), "python": platform.python_version(), "driver": _driver(), **_memory(device)}
-    found["copy_gb_per_s"] = _copy(device, 2**24 if small else 2**31)
-    found["matmul_tflop_per_s"] = _product(device, 512 if small else 8192)
+    found["copy_gb_per_s"] = round(copy_rate(device, None if device.type == "cpu" else 2**31) / 1e9, 1)
+    found["matmul_tflop_per_s"] = round(matrix_rate(device, torch.bfloat16) / 1e12, 2)
     print(json.dumps(found))
-
-
-def _seconds(device: torch.device, work) -> float:
-    """The median of `_REPEATS` after one that is not timed."""
-    work()
-    spent = []
-    for _ in range(_REPEATS):
-        totals = Totals(device)
-        with totals("work"):
-            work()
-        spent.append(totals.seconds["work"])
-    return statistics.median(spent)
-
-
-def _copy(device: torch.device, elements: int) -> float:
-    """Bytes read and written, of fp32 random numbers."""
-    source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
-    return round(8e-9 * elements / _seconds(device, lambda: target.copy_(source)), 1)
-
-
-def _product(device: torch.device, size: int) -> float:
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    return round(2e-12 * size**3 / _seconds(device, lambda: a @ b), 2)
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -17,7 +17,8 @@ Imports run one way, from a line of this table to the lines below it or along on
     rollout credit
     plan rewards
     models tiny
-    passes spans
+    passes rates
+    spans
     joining
     device machine ranks
     recipe data

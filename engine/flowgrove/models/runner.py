@@ -17,6 +17,7 @@ from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.passes.recordings import Recordings, Tensors
 from flowgrove.recipe.schema import Cache, Recipe
 
+CACHED_ATTENTION = r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"  # the layers that rollout.cache extrapolates
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
 
 
@@ -84,7 +85,7 @@ class PassRunner:
         config = TaylorSeerCacheConfig(
             cache_interval=cache.interval, disable_cache_before_step=cache.order + 1, max_order=cache.order,
             taylor_factors_dtype=policy.compute_dtype,
-            cache_identifiers=[r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"],
+            cache_identifiers=[CACHED_ATTENTION],
         )  # fmt: skip
         transformer = policy.weights.transformer
         transformer.enable_cache(config)

@@ -1,35 +1,21 @@
 """How much memory a run needs, before it runs: the model's own code on tensors without storage, with every allocation
-counted.
-
-Nothing is loaded: configuration files give the shapes, PyTorch's FakeTensorMode runs forward and backward, and a
-dispatch mode adds up what is alive.
+counted by a dispatch mode, which adds up what is alive.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from flowgrove.errors import UserError
-from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.families import configuration_folder, family_of, read_geometry
-from flowgrove.models.masters import Masters
-from flowgrove.models.parts import is_of_a_library, part_class
-from flowgrove.models.policy import COMPUTE_DTYPES
 from flowgrove.models.runner import tokens_per_pass
-from flowgrove.models.trainable import choose_trainable
 from flowgrove.passes.packing import pack
 from flowgrove.plan.allocations import graph_bytes, peak_bytes
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan
+from flowgrove.plan.unloaded import UnloadedModel
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
@@ -61,7 +47,7 @@ class Memory:
         return sum(self.resident[name] for name in LOADED)
 
 
-class MemoryModel:
+class MemoryModel(UnloadedModel):
     """A recipe's model on tensors without storage, for one kind of device; of several ranks, that with the most
     prompts. It is made once; a stage is run once for every size of its largest pass. Text encoders are taken to be
     freed.
@@ -75,32 +61,14 @@ class MemoryModel:
     """
 
     def __init__(self, recipe: Recipe, plan: RolloutPlan, device_type: str, division: Division = ALONE) -> None:
-        self.recipe, self.plan, self.device_type, self.division = recipe, plan, device_type, division
+        super().__init__(recipe)
+        self.plan, self.device_type, self.division = plan, device_type, division
         self.prompts = max(division.prompts(recipe))
-        self.folder = configuration_folder(recipe.model)
-        self.geometry = max(
-            (read_geometry(self.folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens
-        )
-        self.compute = COMPUTE_DTYPES[recipe.model.dtype]
-        self.master = torch.float64 if self.compute == torch.float64 else torch.float32
         self.like_cuda = device_type == "cuda" and self.compute == torch.bfloat16
-        family = family_of(recipe.model.adapter)
-        with torch.device("meta"):
-            self.transformer = _from_config(self.folder, "transformer")
-            choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
-            vae = _from_config(self.folder, "vae")
-        if recipe.model.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        self._mode = FakeTensorMode()
-        with self._running():
-            _materialise(self.transformer, self.compute, self.master)
-            self._masters = Masters(self.transformer, self.compute).of if self.compute == torch.bfloat16 else {}
-            self.sizes = WeightSizes.of(self.transformer, division.shards, recipe.model.lora is not None)
-            self.decoder = _materialise(vae.requires_grad_(False), family.vae_dtype or self.compute, self.master)
-            self.adapter = family(self.geometry, self.transformer, SimpleNamespace(vae=vae))
+        self.sizes = WeightSizes.of(self.transformer, division.shards, recipe.model.lora is not None)
+        with self.running():
             cond = self.adapter.blank(self.prompts, self.compute)
         self.embeddings = sum(tensor.untyped_storage().nbytes() for tensor in cond.tensors.values())
-        self.doubled = 2 if self.adapter.needs_uncond(recipe.model.guidance_scale) else 1
         self._peaks: dict[tuple[str, int], int] = {}
 
     def at(self, tokens: int, reshard: bool = False) -> Memory:
@@ -170,7 +138,7 @@ class MemoryModel:
         sizes, rows = self.sizes, self.sizes.trained_rows * self.master.itemsize
         whole = [weight for name, weight in self.transformer.named_parameters() if name not in sizes.divided]
         bytes_of_whole = sum(tensor.nbytes for tensor in (*whole, *self.transformer.buffers()))
-        masters = sum(master.nbytes for name, master in self._masters.items() if name not in sizes.divided)
+        masters = sum(master.nbytes for name, master in self.masters.items() if name not in sizes.divided)
         transformer = bytes_of_whole + sizes.frozen_rows * self.compute.itemsize
         return (transformer, masters + rows) if self.compute == torch.bfloat16 else (transformer + rows, masters)
 
@@ -186,7 +154,7 @@ class MemoryModel:
         resident = {
             "transformer": transformer,
             "master weights": masters,
-            "VAE": self.decoder,
+            "VAE": self.vae_bytes,
             "untouched copy": copy * self.compute.itemsize if self.copies else 0,
             "untouched copy, gathered": self.gathered if stays_gathered else 0,
             "gradients": sizes.trained * self.master.itemsize,
@@ -227,7 +195,7 @@ class MemoryModel:
 
     def _once(self, stage: str, size: int, count: Callable[[int], int]) -> int:
         if (stage, size) not in self._peaks:
-            with self._running():
+            with self.running():
                 self._peaks[stage, size] = count(size)
         return self._peaks[stage, size]
 
@@ -240,14 +208,14 @@ class MemoryModel:
     def _rolling(self, states: int) -> int:
         @torch.no_grad()
         def roll() -> Tensor:
-            return self._velocity(states)
+            return self.velocity(states)
 
         return peak_bytes(roll, self.like_cuda)
 
     def _training(self, states: int) -> int:
         """Gradients stay and are counted as resident: they are there before the pass, as of another one."""
         trained = [
-            self._masters.get(name, weight)
+            self.masters.get(name, weight)
             for name, weight in self.transformer.named_parameters()
             if weight.requires_grad
         ]
@@ -255,7 +223,7 @@ class MemoryModel:
             weight.grad = torch.empty_like(weight)
 
         def train() -> None:
-            v = self._velocity(states)
+            v = self.velocity(states)
             v.backward(torch.empty_like(v))
 
         try:
@@ -274,23 +242,7 @@ class MemoryModel:
         return decoded + 2 * scored * torch.float32.itemsize
 
     def _graph(self, _: int) -> int:
-        return graph_bytes(self._velocity, self.like_cuda)
-
-    def _velocity(self, states: int) -> Tensor:
-        rows = states * self.doubled
-        cond = self.adapter.blank(1, self.compute)
-        expanded = Conditioning(
-            {name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()}
-        )
-        x = torch.empty(rows, *self.geometry.latent_shape, dtype=self.master)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.compute == torch.bfloat16):
-            return self.adapter.velocity(x, torch.empty(rows), expanded, 1.0)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Inside, tensors have no storage, and what the model's code raises is a UserError."""
-        with _errors_of(self.folder), self._mode:
-            yield
+        return graph_bytes(self.velocity, self.like_cuda)
 
 
 class Fit(NamedTuple):
@@ -303,50 +255,3 @@ class Fit(NamedTuple):
 def predict_memory(recipe: Recipe, plan: RolloutPlan, device_type: str) -> Memory:
     """Peak memory of an iteration on one device, with the recipe's token budget. Raises UserError."""
     return MemoryModel(recipe, plan, device_type).at(tokens_per_pass(recipe, device_type))
-
-
-@contextmanager
-def _errors_of(folder: Path) -> Iterator[None]:
-    """What the model's code raises inside the block is a UserError: it does not run with its configuration."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_of_a_library(error):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"the model in {folder} does not run as its configuration files describe it ({reason})"
-        raise UserError(f"{what}: download the folder anew") from error
-
-
-def _from_config(folder: Path, part: str) -> Any:
-    """An untrained model of a part's class and configuration. Raises UserError."""
-    kind, file = part_class(folder, part), folder / part / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("_class_name", kind.__name__) != kind.__name__:
-            raise ValueError(f"it is that of a {config['_class_name']}")
-        return kind.from_config(config)
-    except Exception as error:  # what libraries raise over foreign settings has many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{file} describes no {kind.__name__} ({reason}): download the folder anew") from None
-
-
-def _materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> int:
-    """Gives a module on the meta device tensors of the mode that is on; returns their bytes."""
-    total = 0
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                dtype = trained if parameter.requires_grad else frozen
-                part._parameters[name] = nn.Parameter(
-                    torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
-                )
-                total += parameter.numel() * dtype.itemsize
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-                total += buffer.numel() * buffer.dtype.itemsize
-        for name, constant in vars(part).items():
-            if isinstance(constant, Tensor):
-                setattr(part, name, torch.empty(constant.shape, dtype=constant.dtype))
-    return total

@@ -153,7 +153,7 @@ class RolloutPlan:
         """Exact, but for `extreme` pruning, which depends on the rewards:
         there as many leaves as it keeps, spread over the tree.
         """
-        kept_leaf = self._countable_leaves()
+        kept_leaf = self.countable_leaves
         trained_edges, passes = 0, 0
         for step in self.trained_steps:
             edges = [child for child, kept in enumerate(self.kept_edges(step, 0, kept_leaf)) if kept]
@@ -169,7 +169,8 @@ class RolloutPlan:
             unshared_train_passes=trained_edges,
         )
 
-    def _countable_leaves(self) -> Callable[[int], bool] | None:
+    @property
+    def countable_leaves(self) -> Callable[[int], bool] | None:
         """Stand-ins for the leaves that pruning by reward keeps: as many, spread over the tree as far as can be."""
         if self.prune is None or self.prune.kind == "depth":
             return None

@@ -2,6 +2,8 @@
 need not run them again.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,7 +41,19 @@ def first_update_states(plan: RolloutPlan, step: Step, prompts: range) -> NDArra
     """[prompts, nodes_in]: the states with an edge that the first update trains, as far as the plan can tell.
     `prompts`: their numbers in the iteration.
     """
+    return _states(plan, step, prompts, 0, None)
+
+
+def states_in_update(plan: RolloutPlan, step: Step, prompts: range, update: int) -> NDArray[np.bool_]:
+    """The same of any update, with stand-ins for the leaves that pruning by reward keeps, as a plan counts them."""
+    return _states(plan, step, prompts, update, plan.countable_leaves)
+
+
+def _states(
+    plan: RolloutPlan, step: Step, prompts: range, update: int, kept_leaf: Callable[[int], bool] | None
+) -> NDArray[np.bool_]:
     if not step.trained:
         return np.zeros((len(prompts), step.nodes_in), dtype=bool)
-    edges = np.array([plan.kept_edges(step, prompt) for prompt in prompts]) & edges_in_update(plan, step, 0)
+    edges = np.array([plan.kept_edges(step, prompt, kept_leaf) for prompt in prompts])
+    edges &= edges_in_update(plan, step, update)
     return np.logical_or.reduce(edges.reshape(len(prompts), step.nodes_in, step.fanout), axis=-1)

@@ -1,0 +1,56 @@
+"""What a measurement of a model's passes holds for: its architecture, its size, its dtype and the settings that it ran
+with. No tensors, no model.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from flowgrove.models.families import configuration_folder
+from flowgrove.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Identity:
+    """`architecture`: a hash of the transformer's and the VAE's configuration and of what trains; `size`: of pictures
+    and prompts, and whether guidance doubles rows; `settings`: engine.attention, compile and cuda_graphs, and
+    model.gradient_checkpointing.
+    """
+
+    name: str
+    architecture: str
+    size: str
+    dtype: str
+    settings: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """Names all of it."""
+        return _hash([self.architecture, self.size, self.dtype, self.settings])
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Identity":
+        """That of a recipe's model at the recipe's height and width. Raises UserError without configuration files."""
+        model, engine, folder = recipe.model, recipe.engine, configuration_folder(recipe.model)
+        configs = [
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
+        ]
+        size = [model.height, model.width, model.frames, model.text_tokens, model.guidance_scale > 1]
+        pixels = f" {model.height}×{model.width}" if model.height and model.width else ""
+        return cls(
+            name=f"{model.path}{pixels} {model.dtype}",
+            architecture=_hash([model.adapter, configs, model.lora and model.lora.model_dump(mode="json")]),
+            size=_hash(size),
+            dtype=model.dtype,
+            settings={
+                "attention": "sdpa" if engine.attention == "auto" else engine.attention,
+                "compile": str(engine.compile),
+                "cuda_graphs": str(engine.cuda_graphs),
+                "gradient_checkpointing": str(model.gradient_checkpointing),
+            },
+        )
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

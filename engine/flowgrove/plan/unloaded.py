@@ -1,0 +1,135 @@
+"""A recipe's model on tensors without storage: configuration files give the shapes, PyTorch's FakeTensorMode runs the
+model's own code. Memory and FLOPs are counted on it before anything is loaded.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from flowgrove.errors import UserError
+from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.families import configuration_folder, family_of, read_geometry
+from flowgrove.models.geometry import Geometry
+from flowgrove.models.masters import Masters
+from flowgrove.models.parts import is_of_a_library, part_class
+from flowgrove.models.policy import COMPUTE_DTYPES
+from flowgrove.models.trainable import choose_trainable
+from flowgrove.recipe.schema import Recipe
+
+
+class UnloadedModel:
+    """Transformer, adapter and VAE of a recipe, made ready for training as a policy has them, at the largest of its
+    sizes. What runs on them runs inside `running()`.
+
+    `compute`: the dtype of passes; `master`: that of states and trained weights; `masters`: of bf16 passes, the trained
+    weights by name; `vae_bytes`: of the VAE's weights; `doubled`: rows of a state in a pass, 2 where guidance takes an
+    unconditional velocity. Raises UserError without configuration files, and where the model does not run as they
+    describe it.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = configuration_folder(recipe.model)
+        self.geometry = max(
+            (read_geometry(self.folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens
+        )
+        self.compute = COMPUTE_DTYPES[recipe.model.dtype]
+        self.master = torch.float64 if self.compute == torch.float64 else torch.float32
+        family = family_of(recipe.model.adapter)
+        with torch.device("meta"):
+            self.transformer = model_from_config(self.folder, "transformer")
+            choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
+            vae = model_from_config(self.folder, "vae")
+        if recipe.model.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self._mode = FakeTensorMode()
+        with self.running():
+            materialise(self.transformer, self.compute, self.master)
+            self.masters = Masters(self.transformer, self.compute).of if self.compute == torch.bfloat16 else {}
+            self.vae_bytes = materialise(vae.requires_grad_(False), family.vae_dtype or self.compute, self.master)
+            self.adapter = family(self.geometry, self.transformer, SimpleNamespace(vae=vae))
+        self.doubled = 2 if self.adapter.needs_uncond(recipe.model.guidance_scale) else 1
+
+    def sized(self, geometry: Geometry) -> Self:
+        """This model at another size."""
+        other = copy.copy(self)
+        other.geometry, other.adapter = geometry, self.adapter.at(geometry)
+        return other
+
+    def velocity(self, states: int) -> Tensor:
+        """The velocity of a pass of so many states, each of the longest prompt; with guidance of both rows of each."""
+        return self.velocity_of_rows(states * self.doubled)
+
+    def velocity_of_rows(self, rows: int) -> Tensor:
+        """The velocity of a pass of so many rows."""
+        cond = self.adapter.blank(1, self.compute)
+        expanded = Conditioning(
+            {name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()}
+        )
+        x = torch.empty(rows, *self.geometry.latent_shape, dtype=self.master)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.compute == torch.bfloat16):
+            return self.adapter.velocity(x, torch.empty(rows), expanded, 1.0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, tensors have no storage, and what the model's code raises is a UserError."""
+        with _errors_of(self.folder), self._mode:
+            yield
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """What the model's code raises inside the block is a UserError: it does not run with its configuration."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_of_a_library(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"the model in {folder} does not run as its configuration files describe it ({reason})"
+        raise UserError(f"{what}: download the folder anew") from error
+
+
+def model_from_config(folder: Path, part: str) -> Any:
+    """An untrained model of a part's class and configuration. Raises UserError."""
+    kind, file = part_class(folder, part), folder / part / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"it is that of a {config['_class_name']}")
+        if issubclass(kind, PreTrainedModel):
+            return kind(kind.config_class.from_dict(config))
+        return kind.from_config(config)
+    except Exception as error:  # what libraries raise over foreign settings has many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file} describes no {kind.__name__} ({reason}): download the folder anew") from None
+
+
+def materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> int:
+    """Gives a module on the meta device tensors of the mode that is on; returns their bytes."""
+    total = 0
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                dtype = trained if parameter.requires_grad else frozen
+                part._parameters[name] = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
+                )
+                total += parameter.numel() * dtype.itemsize
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                total += buffer.numel() * buffer.dtype.itemsize
+        for name, constant in vars(part).items():
+            if isinstance(constant, Tensor):
+                setattr(part, name, torch.empty(constant.shape, dtype=constant.dtype))
+    return total
