@@ -18,12 +18,11 @@ Imports run one way, from a line of this table to the lines below it or along on
     plan rewards
     models tiny
     passes rates
-    spans
     joining
     device machine ranks
     recipe data
     paths
-    errors files hub process pulse
+    errors files hub process pulse spans
 """
 
 from flowgrove.process import settle

@@ -18,6 +18,7 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
+from flowgrove.spans import span
 
 _PROMPTS_AT_ONCE = 32
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
@@ -55,17 +56,18 @@ def draw(
     some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
     for start in range(0, len(prompts), some):
         encoded = policy.encode(prompts[start : start + some])
-        forest = rollout(
-            plan,
-            coefficients,
-            policy,
-            encoded,
-            runner,
-            seed=recipe.run.seed,
-            iteration=EVAL_ITERATION,
-            first_prompt=first_prompt + start,
-            tuned_steps=tuned_steps,
-        )
+        with span("rollout"):
+            forest = rollout(
+                plan,
+                coefficients,
+                policy,
+                encoded,
+                runner,
+                seed=recipe.run.seed,
+                iteration=EVAL_ITERATION,
+                first_prompt=first_prompt + start,
+                tuned_steps=tuned_steps,
+            )
         yield runner.decode(policy, forest.leaves)
 
 
@@ -100,14 +102,16 @@ def evaluate(
     def draw_and_score() -> None:
         done = share.start * samples
         for pictures in draw(setup, policy, runner, prompts[share], share.start):
-            scores.append(rewards(pictures, repeated[done : done + len(pictures)], faults))
+            with span("reward", rows=len(pictures)):
+                scores.append(rewards(pictures, repeated[done : done + len(pictures)], faults))
             small.append(to_host(shrink(pictures)).nan_to_num())
             done += len(pictures)
             between()
 
-    with policy.weights.gathered(reference=setup.recipe.run.eval.tuned_share < 1):
-        ranks.together(draw_and_score)
-    found = ranks.gather_all(scores)
-    of_prompts = found.view(-1, samples * found.shape[1])
-    of_prompts[~of_prompts.isfinite().all(1)] = torch.nan
-    return Evaluated(ranks.gather_all(small), repeated, found)
+    with span("evaluation"):
+        with policy.weights.gathered(reference=setup.recipe.run.eval.tuned_share < 1):
+            ranks.together(draw_and_score)
+        found = ranks.gather_all(scores)
+        of_prompts = found.view(-1, samples * found.shape[1])
+        of_prompts[~of_prompts.isfinite().all(1)] = torch.nan
+        return Evaluated(ranks.gather_all(small), repeated, found)

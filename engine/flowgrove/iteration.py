@@ -21,7 +21,7 @@ from flowgrove.rollout.forest import Forest, leaf_path_logp
 from flowgrove.rollout.loop import rollout
 from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
 from flowgrove.setup import Setup
-from flowgrove.spans import Clock
+from flowgrove.spans import Clock, span
 from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater
@@ -94,6 +94,10 @@ class Stages:
 
         Prompts that cannot be scored are left out. Raises NothingScoredError if that is all of them.
         """
+        with span(f"iteration {iteration}"):
+            return self._run(texts, iteration)
+
+    def _run(self, texts: list[str], iteration: int) -> dict[str, Any]:
         clock, ranks = Clock(self.device), self.ranks
         counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
         with clock("plan"):

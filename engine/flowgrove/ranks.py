@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flowgrove.errors import UserError, one_line
 from flowgrove.process import share_of
 from flowgrove.pulse import ENDED, GONE, NOTES, OTHER, USER, gone_line
+from flowgrove.spans import COMMUNICATION, span
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,7 +64,10 @@ class Ranks:
         """The tensors [n, ...] of all ranks, in host memory, in their order; n may differ, the rest may not."""
         if self.size == 1:
             return [mine]
-        mine = mine.contiguous()
+        with span("gather", COMMUNICATION):
+            return self._gathered(mine.contiguous())
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self._reaching():
             dist.all_gather(counts, torch.tensor([len(mine)]), group=self._control)
@@ -197,8 +201,11 @@ class Ranks:
 
         Weight decay would move a weight whose gradient is 0 instead.
         """
-        if self.size == 1:
-            return
+        if self.size > 1:
+            with span("sum_gradients", COMMUNICATION):
+                self._sum_gradients(parameters)
+
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
         with self._reaching():
             dist.all_reduce(has, dist.ReduceOp.MAX, group=self._control)

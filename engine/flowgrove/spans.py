@@ -1,18 +1,123 @@
-"""Named ranges: one name for torch.profiler, for Nsight (NVTX) and for the stage timings. Names nest:
-iteration/rollout/step 7/transformer.
+"""Named ranges of work: one name for torch.profiler, for Nsight (NVTX), for the stage timings and for whoever listens.
+Names nest: iteration 12/rollout/step 7/transformer.
+
+A range has a kind, which is its NVTX category and gives its colour, and says how much it works on: model rows, and the
+tokens of these. While nothing listens it costs a name and nothing else; whether an NVTX tool does is settled when the
+process first asks, since NVTX loads a tool with its first call and never after it.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd import profiler
+
+DOMAIN = "flowgrove"
+STAGE, TRANSFORMER, OPS, DECODE, REWARD, OPTIMIZER, COMMUNICATION = (
+    "stage", "transformer", "ops", "decode", "reward", "optimizer", "communication",
+)  # fmt: skip
+COLORS = {  # ARGB; told apart by colour-blind readers as well (Okabe and Ito)
+    STAGE: 0xFF999999,
+    TRANSFORMER: 0xFF0072B2,
+    OPS: 0xFFE69F00,
+    DECODE: 0xFF56B4E9,
+    REWARD: 0xFF009E73,
+    OPTIMIZER: 0xFFCC79A7,
+    COMMUNICATION: 0xFFD55E00,
+}
+SIZES = np.dtype([("rows", np.int64), ("tokens", np.int64)])  # the payload of a range that has rows or tokens
 
 _path: ContextVar[str] = ContextVar("span_path", default="")
-_totals: ContextVar["Totals | None"] = ContextVar("span_totals", default=None)
+_listeners: ContextVar[tuple["Listener", ...]] = ContextVar("span_listeners", default=())
+
+
+class Span:
+    """A range that ends with its `with` block. `path`: its parents' names and its own, joined by "/"; `kind` is a key
+    of COLORS; `rows` go through the model or an op, at a cost of `tokens` (see `Prompts`); 0: not said.
+    """
+
+    __slots__ = ("_inside", "_token", "kind", "name", "path", "rows", "tokens")
+
+    def __init__(self, name: str, kind: str = STAGE, rows: int = 0, tokens: int = 0) -> None:
+        self.name, self.kind, self.rows, self.tokens = name, kind, rows, tokens
+
+    def __enter__(self) -> "Span":
+        parent = _path.get()
+        self.path = f"{parent}/{self.name}" if parent else self.name
+        self._token = _path.set(self.path)
+        self._inside: ExitStack | None = None
+        listeners = _listeners.get()
+        if listeners or profiler._is_profiler_enabled or _domain() is not None:
+            try:
+                self._inside = self._told_to(listeners)
+            except BaseException:
+                _path.reset(self._token)
+                raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._inside is not None:
+                self._inside.__exit__(*error)
+        finally:
+            _path.reset(self._token)
+
+    def _told_to(self, listeners: tuple["Listener", ...]) -> ExitStack:
+        """What ends with the range."""
+        with ExitStack() as inside:
+            if profiler._is_profiler_enabled:
+                inside.enter_context(torch.profiler.record_function(self.path))
+            if (domain := _domain()) is not None:
+                sizes = np.array((self.rows, self.tokens), SIZES) if self.rows or self.tokens else None
+                domain.push_range(domain.get_event_attributes(self.path, COLORS[self.kind], self.kind, sizes))
+                inside.callback(domain.pop_range)
+            for listener in listeners:
+                inside.enter_context(listener(self))
+            return inside.pop_all()
+
+
+span = Span
+Listener = Callable[[Span], AbstractContextManager[object]]
+
+
+@cache
+def _domain() -> Any:
+    """The NVTX domain; None where no tool has been loaded into this process, or the nvtx package is not installed."""
+    try:
+        import nvtx
+    except ImportError:
+        return None
+    domain = nvtx.get_domain(DOMAIN)
+    return domain if isinstance(domain, nvtx.Domain) else None
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside the block `listener` is called with every range that begins, also in threads that take this context with
+    them; what it returns is entered then, and left when the range ends.
+    """
+    token = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """No listener hears of the ranges inside the block: a CUDA graph would record their events instead of timing them,
+    and what is recorded once runs many times.
+    """
+    token = _listeners.set(())
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
 
 
 class Totals:
@@ -51,37 +156,11 @@ class Totals:
 
 
 @contextmanager
-def span(name: str) -> Iterator[None]:
-    """A range that ends with the block; its full name is its parents' names and its own, joined by "/"."""
-    parent = _path.get()
-    full = f"{parent}/{name}" if parent else name
-    token, totals = _path.set(full), _totals.get()
-    try:
-        with torch.profiler.record_function(full), _nvtx_range(name), nullcontext() if totals is None else totals(name):
-            yield
-    finally:
-        _path.reset(token)
-
-
-@contextmanager
 def span_totals(device: torch.device) -> Iterator[Totals]:
     """Adds up the spans of each name inside the block."""
     totals = Totals(device)
-    token = _totals.set(totals)
-    try:
+    with listening(lambda one: totals(one.name)):
         yield totals
-    finally:
-        _totals.reset(token)
-
-
-@contextmanager
-def untimed() -> Iterator[None]:
-    """Spans inside the block are not added up: a CUDA graph would record their events instead of timing them."""
-    token = _totals.set(None)
-    try:
-        yield
-    finally:
-        _totals.reset(token)
 
 
 class Clock:
@@ -99,18 +178,3 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage."""
         return self._totals.seconds
-
-
-def _nvtx_range(name: str) -> AbstractContextManager[Any]:
-    annotate = _annotate()
-    return nullcontext() if annotate is None else annotate(name, domain="flowgrove")
-
-
-@cache
-def _annotate() -> Any:
-    """The nvtx package's context manager, if it is installed: it costs next to nothing while no profiler listens."""
-    try:
-        from nvtx import annotate
-    except ImportError:
-        return None
-    return annotate

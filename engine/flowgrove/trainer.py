@@ -32,7 +32,6 @@ from flowgrove.run.resume import choose_checkpoint, remember_budget, remembered_
 from flowgrove.run.saving import CheckpointWriter
 from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.setup import Setup
-from flowgrove.spans import span
 from flowgrove.tuning.token_budget import settle_meetings, settle_token_budget
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater, UpdateStats
@@ -216,8 +215,7 @@ class Trainer:
             if self.ranks.size == 1:
                 self.stopping.let_go()
             self._stop_together()
-            with span("iteration"):
-                line = self.iterate(iteration)
+            line = self.iterate(iteration)
             self.stopping.hold()
             if evaluated is not None:
                 line["eval_reward"] = evaluated.weighted(self.rewards.weights)

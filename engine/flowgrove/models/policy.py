@@ -28,6 +28,7 @@ from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Model, Recipe
+from flowgrove.spans import span
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -55,6 +56,10 @@ class Prompts:
     def longest(self, prompts: Ints) -> int:
         """Tokens of the longest text of these prompts."""
         return int(self.lengths[prompts].max())
+
+    def tokens_of(self, prompts: Ints) -> int:
+        """Tokens that a row of each of these prompts costs together."""
+        return int(self.tokens[prompts].sum())
 
     def __getitem__(self, some: slice) -> "Prompts":
         return Prompts(self.texts[some], self.cond[some], self.uncond, self.lengths[some], self.tokens[some])
@@ -157,7 +162,8 @@ class Policy:
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         rows = to_device(torch.tensor([place[text] for text in texts]), self.device)
-        whole = self.encoder([*distinct, self.adapter.uncond_text] if self.doubles else distinct)
+        with span("encode", rows=len(distinct)):
+            whole = self.encoder([*distinct, self.adapter.uncond_text] if self.doubles else distinct)
         cond, uncond = whole[rows], whole[len(distinct) :].without_padding() if self.doubles else None
         lengths, size = cond.lengths(), self.adapter.geometry
         longer = lengths if uncond is None else np.maximum(lengths, uncond.lengths())

@@ -16,6 +16,7 @@ from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.passes.recordings import Recordings, Tensors
 from flowgrove.recipe.schema import Cache, Recipe
+from flowgrove.spans import DECODE, span
 
 CACHED_ATTENTION = r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"  # the layers that rollout.cache extrapolates
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
@@ -59,7 +60,8 @@ class PassRunner:
         """
         pixels = policy.adapter.geometry.pixels
         shrink = Shrink({FEWER_SAMPLES: lambda: self.budget.halve_samples(pixels)})
-        return retry_smaller(lambda: policy.decode(x, self.budget.samples(pixels)), shrink)
+        with span("decode", DECODE, len(x)):
+            return retry_smaller(lambda: policy.decode(x, self.budget.samples(pixels)), shrink)
 
     @property
     def records(self) -> bool:

@@ -13,6 +13,7 @@ from flowgrove.models.masters import Masters, Piece
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
+from flowgrove.spans import COMMUNICATION, span
 
 if TYPE_CHECKING:  # half a second that a run on one device does not need
     from torch.distributed.device_mesh import DeviceMesh
@@ -108,7 +109,8 @@ class Weights:
         divided = self.sharded[: 2 if reference else 1]
         with self._ranks.meeting():
             for one in divided:
-                one.gather()
+                with span("gather_weights", COMMUNICATION):
+                    one.gather()
         try:
             yield
         finally:

@@ -26,6 +26,7 @@ from flowgrove.rewards.pickscore import PickScoreReward
 from flowgrove.rewards.python import PythonReward
 from flowgrove.rewards.shapes import ShapesReward
 from flowgrove.rewards.unified_reward import UnifiedReward
+from flowgrove.spans import REWARD, span
 
 
 class Scorer(Protocol):
@@ -110,7 +111,7 @@ class Rewards:
         for name, scorer in self.scorers.items():
 
             def ask(some: slice, name: str = name, scorer: Scorer = scorer) -> Tensor:
-                with named_if_slow(name):
+                with span(name, REWARD, len(prompts[some])), named_if_slow(name):
                     return _scores(name, scorer, pictures[some], prompts[some])
 
             if faults is not None and name in faults.given_up:

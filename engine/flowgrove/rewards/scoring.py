@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Scoring:
         self._pending: list[Callable[[], Tensor]] = []
         self._futures: list[Future[Tensor]] = []
         self._thread = ThreadPoolExecutor(1, "rewards", self._begin) if self.beside else None
+        self._context = copy_context()  # of the iteration, not of the rollout that submits
 
     def _begin(self) -> None:
         """A new thread is on GPU 0, whichever this process's is."""
@@ -66,8 +68,8 @@ class Scoring:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.device))
-        work = copy_context().run
-        self._futures.append(self._thread.submit(work, self._score, policy, leaves, prompts, ready))
+        work = partial(self._context.run, self._score, policy, leaves, prompts, ready)
+        self._futures.append(self._thread.submit(work))
 
     def scores(self) -> Tensor:
         """The scores of everything submitted, in order: float64 [leaves, rewards] on the CPU. With `faults` those
@@ -76,12 +78,13 @@ class Scoring:
         return torch.cat([work() for work in self._pending] + [future.result() for future in self._futures])
 
     def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
-        if self._stream is None or ready is None:
-            return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            leaves.record_stream(self._stream)
-            return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
+        with span("reward", rows=len(leaves)):
+            if self._stream is None or ready is None:
+                return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                leaves.record_stream(self._stream)
+                return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
 
 
 def score_leaves(
@@ -98,10 +101,8 @@ def score_leaves(
     some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
 
     def score(mine: slice) -> Tensor:
-        with span("decode"):
-            pictures = runner.decode(policy, leaves[mine])
-        with span("score"):
-            return rewards(pictures, prompts[mine], faults, torch.isfinite(leaves[mine]).flatten(1).all(1))
+        pictures = runner.decode(policy, leaves[mine])
+        return rewards(pictures, prompts[mine], faults, torch.isfinite(leaves[mine]).flatten(1).all(1))
 
     def fewer() -> bool:
         nonlocal some

@@ -12,7 +12,7 @@ from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Tensors
-from flowgrove.spans import span, untimed
+from flowgrove.spans import OPS, TRANSFORMER, span, untimed
 from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_step
 
 
@@ -20,6 +20,7 @@ from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_s
 class States:
     """R states before a step: x [R, ...], sigma fp32 [R], prompt [R], coefficient rows [R], the noise key of their
     R·fanout children (None: no noise), and the clean estimate of the step before [R, ...] where the solver takes one.
+    `tokens` that they cost a pass, counted on the host; 0: not counted.
     """
 
     x: Tensor
@@ -28,6 +29,7 @@ class States:
     coef: StepCoefficients
     key: NoiseKey | None
     history: Tensor | None
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def denoise(
     """One pass; `longest`: tokens of its longest text."""
     if differentiable or not runner.records:
         return _denoise(runner, policy, prompts, states, kind, longest, differentiable)
-    with span("transformer"):
+    with span("transformer", TRANSFORMER, len(states.x), states.tokens):
         return _replay(runner, policy, prompts, states, kind, longest)
 
 
@@ -80,7 +82,7 @@ def _replay(
         alone = Prompts([], mine, other, prompts.lengths, prompts.tokens)
         row = torch.arange(rows, device=x.device)
         noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
-        with untimed():
+        with untimed(), span("recording"):
             states = States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history)
             done = _denoise(runner, policy, alone, states, kind, longest, False)
         return done.x_next, done.logp, done.estimate
@@ -105,10 +107,11 @@ def _denoise(
     runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int,
     differentiable: bool,
 ) -> Denoised:  # fmt: skip
-    with span("transformer"), torch.set_grad_enabled(differentiable):
+    rows = len(states.x)
+    with span("transformer", TRANSFORMER, rows, states.tokens), torch.set_grad_enabled(differentiable):
         velocity = runner.velocity(policy, states.x, states.sigma, prompts, states.prompt, longest)
     v, uncond = velocity.v.detach(), None if velocity.uncond is None else velocity.uncond.detach()
-    with span("flow_step"), torch.no_grad():
+    with span("flow_step", OPS, rows), torch.no_grad():
         x_next, logp = flow_step(
             states.x, v, states.coef, key=states.key, history=states.history, fanout=kind.fanout,
             sibling_correlation=kind.sibling_correlation, v_uncond=uncond, guidance_scale=velocity.scale,

@@ -116,7 +116,9 @@ class _Level:
                 )
             sigma = torch.full((len(rows),), step.sigma, dtype=torch.float32, device=x.device)
             coef = self.coefficients[torch.full((len(rows),), step.index, device=x.device)]
-            states = States(x[index], sigma, prompt[index], coef, key, None if estimate is None else estimate[index])
+            before = None if estimate is None else estimate[index]
+            tokens = prompts.tokens_of(host_prompt[rows])
+            states = States(x[index], sigma, prompt[index], coef, key, before, tokens)
             with self.runner.cache_name(f"{number} of {len(rows)} rows"):
                 longest = prompts.longest(host_prompt[rows])
                 done = denoise(self.runner, policy, prompts, states, kind, longest, retains)

@@ -31,6 +31,7 @@ from flowgrove.run.finding import point_latest, remove, remove_older, remove_unf
 from flowgrove.run.host_copies import HostCopies
 from flowgrove.run.manifest import SHARDED, WHOLE, Files, described, write_manifest
 from flowgrove.run.tensor_files import piece_of, write_pieces, write_tensors
+from flowgrove.spans import span
 from flowgrove.update.updater import Updater
 
 _ASK_AGAIN = 0.02  # seconds until a thread or another rank's note is looked for again
@@ -78,6 +79,10 @@ class CheckpointWriter:
 
         Raises UserError, also for what went wrong with the one before.
         """
+        with span("checkpoint"):
+            return self._begin(policy, updater, completed, fingerprint, line)
+
+    def _begin(self, policy: Policy, updater: Updater, completed: int, fingerprint: str, line: dict[str, Any]) -> Path:
         self.wait()
         ranks, pieces = self._ranks, dict(policy.weights.pieces)
         folder = self._run / "checkpoints" / f"step_{completed:06d}"
@@ -161,7 +166,7 @@ class CheckpointWriter:
     def _work(self, job: _Job) -> None:
         """What the thread does: whatever goes wrong is told by `wait`."""
         try:
-            with _one_line(job.folder):
+            with span("write_checkpoint"), _one_line(job.folder):
                 self._write(job)
         except Exception as error:
             self._error = error

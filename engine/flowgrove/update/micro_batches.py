@@ -36,6 +36,9 @@ class MicroBatch:
     prompts: Ints  # `prompt` on the host
     velocity: Velocity | None
 
+    def __len__(self) -> int:
+        return len(self.prompts)
+
 
 def micro_batches(
     edges: Edges,

@@ -18,7 +18,7 @@ from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rollout.forest import Forest, RetainedPass
-from flowgrove.spans import span
+from flowgrove.spans import OPS, TRANSFORMER, Span, span
 from flowgrove.update.edges import Edges, UpdateSize, edges_of_update, update_sizes
 from flowgrove.update.micro_batches import MicroBatch, micro_batches
 from flowgrove_kernels import StepCoefficients, flow_logprob
@@ -40,15 +40,22 @@ class Rolled:
     @torch.no_grad()
     def reference_velocity(self, runner: PassRunner, batch: MicroBatch) -> Velocity:
         """The reference model's, of the same rows in the same pass."""
-        with span("reference"), self.policy.reference() as reference:
+        with self._range("reference", batch), self.policy.reference() as reference:
             return self._velocity(runner, reference, batch)
 
     def velocity(self, runner: PassRunner, batch: MicroBatch) -> Velocity:
         """The velocity of a pass; the rollout's own where its graph was retained."""
         if batch.velocity is not None:
             return batch.velocity
-        with span("transformer"):
+        with self._range("transformer", batch):
             return self._velocity(runner, self.policy, batch)
+
+    def tokens_of(self, batch: MicroBatch) -> int:
+        """Tokens of a pass."""
+        return self.prompts.tokens_of(batch.prompts)
+
+    def _range(self, name: str, batch: MicroBatch) -> Span:
+        return span(name, TRANSFORMER, len(batch), self.tokens_of(batch))
 
     def _velocity(self, runner: PassRunner, policy: Policy, batch: MicroBatch) -> Velocity:
         return runner.velocity(
@@ -183,17 +190,19 @@ class UpdatePasses:
         very batches that they train in.
         """
         for part, batch in self.to_refresh:
-            v, v_uncond, scale = part.velocity(self.runner, batch)
-            states, logp = part.forest.states, part.forest.logp
-            logp[batch.child] = flow_logprob(
-                states[batch.state],
-                v,
-                states[batch.child],
-                batch.coef,
-                child_offsets=batch.offsets,
-                v_uncond=v_uncond,
-                guidance_scale=scale,
-            )
+            with span("old_logp", rows=len(batch), tokens=part.tokens_of(batch)):
+                v, v_uncond, scale = part.velocity(self.runner, batch)
+                states, logp = part.forest.states, part.forest.logp
+                with span("flow_logprob", OPS, len(batch)):
+                    logp[batch.child] = flow_logprob(
+                        states[batch.state],
+                        v,
+                        states[batch.child],
+                        batch.coef,
+                        child_offsets=batch.offsets,
+                        v_uncond=v_uncond,
+                        guidance_scale=scale,
+                    )
 
 
 def _rows_of(one: RetainedPass, forest: Forest, edges: Edges) -> Ints:

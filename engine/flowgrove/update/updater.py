@@ -15,7 +15,7 @@ from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import PassTooLargeError, retry_smaller
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
-from flowgrove.spans import span
+from flowgrove.spans import COMMUNICATION, OPS, OPTIMIZER, TRANSFORMER, span
 from flowgrove.update.ema import Ema
 from flowgrove.update.micro_batches import MicroBatch
 from flowgrove.update.optimizers import make_optimizer
@@ -98,7 +98,7 @@ class Updater:
                     stats.add(self._gradient_in_meetings(passes, number))
                 else:
                     stats.add(self.ranks.together(partial(self._gradient, passes, number)))
-                with span("optimizer"):
+                with span("optimizer", OPTIMIZER):
                     self._step(stats, size.trains, whole.plan.iteration * len(whole.sizes) + number)
         return stats
 
@@ -126,10 +126,11 @@ class Updater:
 
     def _idle(self) -> None:
         """What `_backward` is to the other ranks."""
-        if self.recipe.update.kl_weight > 0:
-            with self.policy.reference() as reference:
-                reference.idle_pass(backward=False)
-        self.policy.idle_pass(backward=True)
+        with span("idle_pass", TRANSFORMER):
+            if self.recipe.update.kl_weight > 0:
+                with self.policy.reference() as reference:
+                    reference.idle_pass(backward=False)
+            self.policy.idle_pass(backward=True)
 
     def _accumulate_in_meetings(self, passes: UpdatePasses, number: int) -> UpdateStats:
         stats, batches = UpdateStats(), passes.batches[number]
@@ -138,7 +139,7 @@ class Updater:
         for turn in range(most):
             self.weights.reduce_copies(last=turn == most - 1)
             if turn < len(batches):
-                self._backward(*batches[turn], stats, on_policy=number == 0)
+                self._pass(turn, *batches[turn], stats, on_policy=number == 0)
             else:
                 self._idle()
         self.weights.take_gradients()
@@ -147,7 +148,8 @@ class Updater:
             most = self.ranks.most(own)
             passes.refresh_old_logp()
             for _ in range(most - own):
-                self.policy.idle_pass(backward=False)
+                with span("idle_pass", TRANSFORMER):
+                    self.policy.idle_pass(backward=False)
         passes.batches[number] = []
         return stats
 
@@ -155,10 +157,15 @@ class Updater:
         """The gradient of update `number`, from nothing."""
         self.weights.drop_gradients()
         stats = UpdateStats()
-        for part, batch in passes.batches[number]:
-            self._backward(part, batch, stats, on_policy=number == 0)
+        for turn, (part, batch) in enumerate(passes.batches[number]):
+            self._pass(turn, part, batch, stats, on_policy=number == 0)
         passes.drop_graphs()
         return stats
+
+    def _pass(self, turn: int, part: Rolled, batch: MicroBatch, stats: UpdateStats, on_policy: bool) -> None:
+        """Pass number `turn` of the update, forward and backward."""
+        with span(f"pass {turn}", rows=len(batch), tokens=part.tokens_of(batch)):
+            self._backward(part, batch, stats, on_policy)
 
     def _backward(self, part: Rolled, batch: MicroBatch, stats: UpdateStats, on_policy: bool) -> None:
         update, plan, states = self.recipe.update, part.forest.plan, part.forest.states
@@ -179,7 +186,7 @@ class Updater:
             v_ref, uncond_ref, scale = part.reference_velocity(self.runner, batch)
             reference = guided(v_ref, uncond_ref, scale or 1.0, part.policy.state_dtype)
         v, v_uncond, scale = part.velocity(self.runner, batch)
-        with span("grpo_loss"):
+        with span("grpo_loss", OPS, len(batch)):
             result, grad_v, grad_uncond = grpo_loss_and_grad(
                 x, v, states[batch.child], batch.coef, None if on_policy else rolled_logp, batch.advantage,
                 batch.weight, clip_range=update.clip_range, child_offsets=batch.offsets,
@@ -187,12 +194,12 @@ class Updater:
                 sibling_correlation=plan.sibling_correlation if guard else 0.0, v_ref=reference,
                 kl_weight=update.kl_weight, v_uncond=v_uncond, guidance_scale=scale,
             )  # fmt: skip
-        with span("backward"):
+        with span("backward", TRANSFORMER, len(batch), part.tokens_of(batch)):
             if v_uncond is None:
                 v.backward(grad_v)
             else:
                 torch.autograd.backward([v, v_uncond], [grad_v, grad_uncond])
-        stats.train_passes += len(batch.state)
+        stats.train_passes += len(batch)
         stats.loss.append(result.loss.detach())
         stats.ratio.append(result.ratio)
         stats.clipped.append(result.clipped)
@@ -230,7 +237,7 @@ class Updater:
         zero = self.parameters[0].new_zeros(1)
         mine = torch.nn.utils.get_total_norm([zero, *divided])
         whole = torch.nn.utils.get_total_norm([zero, *(p.grad for p in self._whole if p.grad is not None)])
-        with self.ranks.meeting():
+        with self.ranks.meeting(), span("norm", COMMUNICATION):
             norm = torch.hypot(whole, self.weights.sharded[0].norm(mine))
         torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
         return norm
