@@ -39,6 +39,23 @@ class Evaluated:
         scored = self.scores[self.scores.isfinite().all(1)]
         return float((scored @ torch.tensor(weights, dtype=torch.float64)).mean()) if len(scored) else None
 
+    def estimates(self, names: list[str], weights: list[float], samples: int) -> dict[str, dict[str, float]]:
+        """{reward: {mean, confidence}} and "weighted_sum", of `samples` pictures a prompt: means over the prompts that
+        were scored, and half of their 95 % confidence intervals, in which a prompt counts once, since its pictures are
+        not independent. 0 with a single prompt, which tells nothing of the spread; empty if no prompt was scored.
+        """
+        found = self.scores[self.scores.isfinite().all(1)]
+        if not len(found):
+            return {}
+        columns = dict(zip(names, found.T, strict=True))
+        columns["weighted_sum"] = found @ torch.tensor(weights, dtype=torch.float64)
+        estimates = {}
+        for name, scores in columns.items():
+            per_prompt = scores.view(-1, samples).mean(1)
+            spread = per_prompt.std().item() if len(per_prompt) > 1 else 0.0
+            estimates[name] = {"mean": per_prompt.mean().item(), "confidence": 1.96 * spread / len(per_prompt) ** 0.5}
+        return estimates
+
 
 def draw(
     setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], first_prompt: int = 0

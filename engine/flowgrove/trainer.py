@@ -218,7 +218,7 @@ class Trainer:
             line = self.iterate(iteration)
             self.stopping.hold()
             if evaluated is not None:
-                line["eval_reward"] = evaluated.weighted(self.rewards.weights)
+                line |= self._held_out(evaluated)
             done = iteration + 1
             self.completed, self.last_line, self.saved = done, line, None
             if done == run.iterations or (run.checkpoint_every and done % run.checkpoint_every == 0):
@@ -283,7 +283,7 @@ class Trainer:
             and run.eval_every
             and (evaluated := self.evaluate(run.iterations)) is not None
         ):
-            line["eval_reward"] = evaluated.weighted(self.rewards.weights)
+            line |= self._held_out(evaluated)
 
         def write() -> None:
             if log is not None:
@@ -291,6 +291,16 @@ class Trainer:
                 log.write(line)
 
         self.ranks.together(write)
+
+    def _held_out(self, evaluated: Evaluated) -> dict[str, Any]:
+        """What a line tells of an evaluation."""
+        names, weights = list(self.rewards.scorers), self.rewards.weights
+        found = evaluated.estimates(names, weights, self.recipe.run.eval.samples)
+        return {
+            "eval_reward": evaluated.weighted(weights),
+            "eval_reward_confidence": found["weighted_sum"]["confidence"] if found else None,
+            "eval_rewards": {name: found[name] for name in names if found},
+        }
 
     def _keep_if_best(self, reward: float) -> None:
         """A checkpoint of the model that has just been evaluated, if no trained one has scored higher."""

@@ -1,4 +1,4 @@
-"""The report of a run: pictures that show something, a page that names them,
+"""The report of a run: pictures that show something, one page that needs no other file,
 and sample grids that can be read back (issue 2, DESIGN §3.3).
 """
 
@@ -17,7 +17,8 @@ from flowgrove.evaluation import Evaluated
 from flowgrove.recipe.loading import dump_recipe, load_recipe
 from flowgrove.report.figures import literal, pyplot, save_figure
 from flowgrove.report.grids import Grid, in_common, load_grid, save_grid
-from flowgrove.report.page import evaluations, write_report
+from flowgrove.report.lines import evaluations
+from flowgrove.report.page import write_report
 from flowgrove.report.side_by_side import draw_side_by_side
 
 LINE = {
@@ -29,22 +30,30 @@ LINE = {
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: its tags, its pictures, all its links, its text, and the text of <pre>."""
+    """What a browser makes of a page before any script runs: its tags, all its links, its title, the scripts' texts,
+    and the run that its JSON tells of.
+    """
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.pictures, self.links, self.text, self.recipe, self.inside = [], [], [], "", "", None
+        self.tags, self.links, self.title, self.scripts, self.inside = [], [], "", [], None
         self.feed(path.read_text(encoding="utf-8"))
+        (data,) = (text for text in self.scripts if text.startswith("{"))
+        (self.run,) = json.loads(data)["runs"]
+        self.facts = {name: f"{value} ({note})" for name, value, note in self.run["facts"]}
 
     def handle_starttag(self, tag, attrs):
         self.inside = tag
         self.tags.append(tag)
         self.links += [value for key, value in attrs if key in ("src", "href")]
-        self.pictures += [value for key, value in attrs if (tag, key) == ("img", "src")]
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_data(self, data):
-        self.text += data
-        self.recipe += data if self.inside == "pre" else ""
+        if self.inside == "title":
+            self.title += data
+        if self.inside == "script":
+            self.scripts[-1] += data
 
     def handle_endtag(self, tag):
         self.inside = None
@@ -80,42 +89,51 @@ def synthetic_run(folder, lines, **changes):
 # The page
 
 
-def test_plots_and_grids_are_there_and_not_blank(run):
+def test_the_two_pictures_are_there_and_not_blank(run):
     pictures = {path.name for path in run.glob("*.png")}
-    assert {"reward.png", "before_after.png"} <= pictures
+    assert pictures == {"reward.png", "before_after.png"}
     for name in pictures:
         assert shows_something(run / name), name
     assert len({(run / name).read_bytes() for name in pictures}) == len(pictures)
 
 
-def test_the_page_names_every_picture_and_nothing_outside_the_folder(run):
+def test_the_page_needs_no_other_file(run):
     page = Page(run / "report.html")
-    assert sorted(page.pictures) == sorted(path.name for path in run.glob("*.png"))
-    assert len(page.pictures) >= 2
-    assert page.links == page.pictures
+    assert page.links == []
+    assert "link" not in page.tags
+    assert "img" not in page.tags
+    assert all(grid["src"].startswith("data:image/png;base64,") for grid in page.run["pictures"]["grids"])
 
 
-def test_text_of_the_recipe_is_text_and_not_markup(run):
+def test_the_library_inside_the_page_comes_with_its_licence(run):
+    library = max(Page(run / "report.html").scripts, key=len)
+    assert library.lstrip().startswith("/**\n* plotly.js")
+    assert "Licensed under the MIT license" in library[:400]
+
+
+def test_text_of_the_recipe_and_names_of_folders_are_text_and_not_markup(run):
     page = Page(run / "report.html")
-    assert not {"script", "b"} & set(page.tags)
-    assert page.recipe == (run / "recipe.yaml").read_text(encoding="utf-8")
-    assert NASTY in yaml.safe_load(page.recipe)["data"]["prompts"]
-    assert page.text.count(f"run {NASTY}") >= 2  # title and heading
+    assert {tag: page.tags.count(tag) for tag in ("script", "b")} == {"script": 6, "b": 0}
+    assert page.run["recipe"]["yaml"] == (run / "recipe.yaml").read_text(encoding="utf-8")
+    assert NASTY in yaml.safe_load(page.run["recipe"]["yaml"])["data"]["prompts"]
+    assert page.title == f"run {NASTY} · Flowgrove"
+    assert page.run["name"] == f"run {NASTY}"
 
 
 def test_the_page_tells_the_held_out_reward_before_and_after(run):
-    lines, text = metrics_of(run), Page(run / "report.html").text
-    assert f"{lines[0]['eval_reward']:.3f}" in text
-    assert f"{lines[-1]['eval_reward']:.3f}" in text
+    lines, told = metrics_of(run), Page(run / "report.html").facts["Held-out reward"]
+    assert f"{lines[0]['eval_reward']:.3f} → {lines[-1]['eval_reward']:.3f}" in told
+    assert f"± {lines[-1]['eval_reward_confidence']:.3f}" in told
 
 
 def test_a_run_that_never_evaluated_has_a_report_without_a_before_and_after(tmp_path):
     recipe = synthetic_run(tmp_path / "run", [LINE | {"iteration": n} for n in range(3)])
     assert write_report(recipe, tmp_path / "run") == tmp_path / "run" / "report.html"
     page = Page(tmp_path / "run" / "report.html")
-    assert "reward.png" in page.pictures
-    assert "before_after.png" not in page.pictures
-    assert all(shows_something(tmp_path / "run" / name) for name in page.pictures)
+    assert page.run["pictures"] == {"grids": [], "common": [], "changed": False}
+    assert page.facts["Held-out reward"].startswith("not evaluated")
+    assert [path.name for path in (tmp_path / "run").glob("*.png")] == ["reward.png"]
+    assert shows_something(tmp_path / "run" / "reward.png")
 
 
 @pytest.mark.parametrize("clip", [1e-3, [1e-4, 5e-4]])
@@ -258,8 +276,11 @@ def test_before_and_after_show_what_has_the_same_prompts_and_seeds(tmp_path, cha
     grids_in(run, *saved)
     write_report(recipe, run)
     page = Page(run / "report.html")
-    assert ("before_after.png" in page.pictures) == (run / "before_after.png").exists() == (rows > 0)
-    assert ("the held-out prompts changed in between" in page.text) == told
+    assert len(page.run["pictures"]["common"]) == rows
+    assert (run / "before_after.png").exists() == (rows > 0)
+    assert ("the held-out prompts changed in between" in page.facts["Held-out reward"]) == told
+    grids = page.run["pictures"]["grids"]
+    assert all(grids[0]["prompts"][a] == grids[-1]["prompts"][b] for a, b in page.run["pictures"]["common"])
     common = in_common(*(load_grid(path) for path in sorted((run / "samples").glob("*.png"))))
     assert (0 if common is None else len(common[0].prompts)) == rows
     if common is not None:
@@ -282,8 +303,9 @@ def test_a_run_that_resumes_with_fewer_held_out_prompts_ends_with_a_report(tmp_p
     (tmp_path / "eval.txt").write_text(EVAL_PROMPTS[1] + "\n")
     succeed("train", recipe, "--out", tmp_path / "run", "--set", "run.iterations=2")
     page = Page(tmp_path / "run" / "report.html")
-    assert "before_after.png" not in page.pictures  # that prompt had another seed
-    assert "the held-out prompts changed in between" in page.text
+    assert not (tmp_path / "run" / "before_after.png").exists()  # that prompt had another seed
+    assert page.run["pictures"]["common"] == []
+    assert "the held-out prompts changed in between" in page.facts["Held-out reward"]
 
 
 FOREIGN = [
@@ -306,7 +328,8 @@ def test_lines_that_are_damaged_or_of_others_are_passed_over(tmp_path):
         recipe = synthetic_run(tmp_path / name, [])
         (tmp_path / name / "metrics.jsonl").write_bytes("\n".join(texts).encode() + b"\n\xff\xfe\n")
         write_report(recipe, tmp_path / name)
-        pages.append(Page(tmp_path / name / "report.html").text.split("Recipe")[0].replace(name, ""))
+        told = Page(tmp_path / name / "report.html").run
+        pages.append({key: value for key, value in told.items() if key not in ("name", "recipe")})
     assert pages[0] == pages[1]
 
 
@@ -324,7 +347,7 @@ def test_pictures_of_others_among_the_grids_are_passed_over(tmp_path):
     Image.new("RGB", (8, 8)).save(run / "samples" / "iteration_last.png")
     (run / "samples" / "iteration_000009.png").write_bytes(b"no picture")
     write_report(recipe, run)
-    assert "after 3 iterations" not in Page(run / "report.html").text  # it stands in the picture
+    assert [grid["done"] for grid in Page(run / "report.html").run["pictures"]["grids"]] == [0, 3]
     assert shows_something(run / "before_after.png")
 
 

@@ -40,14 +40,21 @@ class Grid:
         return {key: row for row, key in enumerate(zip(self.numbers, self.prompts, strict=True))}
 
 
-def in_common(first: Grid, second: Grid) -> tuple[Grid, Grid] | None:
-    """What two grids show of the same prompts and seeds; None if there is nothing."""
+def rows_in_common(first: Grid, second: Grid) -> list[tuple[int, int]]:
+    """Pairs of rows of two grids that show the same prompt and seeds in pictures of one size."""
+    if first.tiles.shape[2:] != second.tiles.shape[2:]:
+        return []
     if first.numbers and second.numbers:
         others = second.rows()
-        same = [(row, others[key]) for key, row in first.rows().items() if key in others]
-    else:  # one is from before numbers were kept: only rows of unchanged lists are sure to match
-        same = [(row, row) for row in range(len(first.prompts))] if first.prompts == second.prompts else []
-    if not same or first.tiles.shape[2:] != second.tiles.shape[2:]:
+        return [(row, others[key]) for key, row in first.rows().items() if key in others]
+    # one is from before numbers were kept: only rows of unchanged lists are sure to match
+    return [(row, row) for row in range(len(first.prompts))] if first.prompts == second.prompts else []
+
+
+def in_common(first: Grid, second: Grid) -> tuple[Grid, Grid] | None:
+    """What two grids show of the same prompts and seeds; None if there is nothing."""
+    same = rows_in_common(first, second)
+    if not same:
         return None
     columns = min(first.tiles.shape[1], second.tiles.shape[1])
     return first.part([row for row, _ in same], columns), second.part([row for _, row in same], columns)

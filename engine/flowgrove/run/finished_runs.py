@@ -135,19 +135,11 @@ def evaluate_run(
     faults = Faults()
     with ranks.together(lambda: pick_backend(recipe)):
         evaluated = evaluate(setup, policy, runner, rewards, setup.eval_prompts, ranks=ranks, faults=faults)
-    scored = evaluated.scores.isfinite().all(1)
-    if not scored.any():
-        ranks.together(faults.raise_first)
-    faults.tell("the evaluation", int((~scored).sum()) // setup.recipe.run.eval.samples)
-    found = evaluated.scores[scored]
-    columns = dict(zip(rewards.scorers, found.T, strict=True))
-    columns["weighted_sum"] = found @ torch.tensor(rewards.weights, dtype=torch.float64)
     samples = recipe.run.eval.samples
-    result = {}
-    for name, scores in columns.items():
-        per_prompt = scores.view(-1, samples).mean(1)  # pictures of one prompt are not independent
-        spread = per_prompt.std().item() if len(per_prompt) > 1 else 0.0
-        result[name] = {"mean": per_prompt.mean().item(), "confidence": 1.96 * spread / len(per_prompt) ** 0.5}
+    result = evaluated.estimates(list(rewards.scorers), rewards.weights, samples)
+    if not result:
+        ranks.together(faults.raise_first)
+    faults.tell("the evaluation", int(evaluated.scores.isnan().any(1).sum()) // samples)
     ranks.by_first(lambda: write_text(run / "eval.json", json.dumps(result, indent=2) + "\n"))
     return result
 

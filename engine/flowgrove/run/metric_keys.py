@@ -1,6 +1,7 @@
 """What every key of a metrics line means: `flowgrove metrics` prints it and `make docs` writes it to docs/metrics.md.
 
-The lines are put together in iteration.py from summaries.py, credit.py and spans.py, and trainer.py adds eval_reward.
+The lines are put together in iteration.py from summaries.py, credit.py and spans.py, and trainer.py adds what an
+evaluation found.
 """
 
 import difflib
@@ -55,6 +56,22 @@ METRICS = (
         "reward rises and eval_reward does not: the policy has learnt the training prompts or the noise; take more "
         "prompts, or fewer iterations. Both rise and pictures look worse: reward hacking; set update.kl_weight, add a "
         "second reward, or draw with run.eval.tuned_share 0.8. It jumps: raise run.eval.samples.",
+    ),
+    Metric(
+        "eval_reward_confidence",
+        "Half of the 95 % confidence interval of eval_reward, as `flowgrove eval` gives it: 1.96 standard errors of "
+        "the mean over prompts, in which the pictures of a prompt count once. 0 with a single prompt, which tells "
+        "nothing of the spread; null with eval_reward.",
+        "Small beside what eval_reward gains over the run. Since prompts and noise stay the same, a change between two "
+        "evaluations is known better than either of them.",
+        "As wide as the gain: take more data.eval_prompts; a larger run.eval.samples helps less, since prompts differ "
+        "more than pictures of one prompt.",
+    ),
+    Metric(
+        "eval_rewards",
+        "The same of every reward by itself, as {name: {mean, confidence}}: raw scores, not weighted.",
+        "Every reward rises, or stays level where its weight is small.",
+        "One rises and another falls: the model trades one for the other; change the weights of reward.",
     ),
     Metric(
         "ratio_mean",

@@ -1,0 +1,56 @@
+"""The metrics lines of a run as its report reads them: those of its recipe, and what they tell of the reward."""
+
+from pathlib import Path
+from typing import Any
+
+from flowgrove.recipe.schema import Recipe
+from flowgrove.run.metrics import read_metrics
+
+Line = dict[str, Any]
+
+
+def whole_lines(recipe: Recipe, folder: Path) -> list[Line]:
+    """The lines of metrics.jsonl that have what a report draws; others come from another program or recipe."""
+    return [line for line in read_metrics(folder) if _is_whole(line, recipe)]
+
+
+def total_reward(recipe: Recipe, line: Line) -> float:
+    """The weighted sum of an iteration's mean rewards."""
+    return sum(reward.weight * line["reward"][reward.name]["mean"] for reward in recipe.reward)
+
+
+def evaluated_lines(lines: list[Line]) -> list[tuple[int, Line]]:
+    """(completed iterations, line) of the lines that have a held-out reward: a line's evaluation comes before its
+    update, the last line's after it.
+    """
+    found = [(line["iteration"], line) for line in lines if line.get("eval_reward") is not None]
+    if len(found) > 1 and lines[-1].get("eval_reward") is not None:
+        found[-1] = (found[-1][0] + 1, found[-1][1])
+    return found
+
+
+def evaluations(lines: list[Line]) -> list[tuple[int, float]]:
+    """(completed iterations, held-out reward)."""
+    return [(done, line["eval_reward"]) for done, line in evaluated_lines(lines)]
+
+
+def _is_whole(line: Line, recipe: Recipe) -> bool:
+    optional = ("ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high")  # null where nothing was trained
+    seconds, rewards, steps = line.get("seconds"), line.get("reward"), line.get("advantage_by_step", {})
+    if not (isinstance(seconds, dict) and isinstance(rewards, dict) and isinstance(steps, dict)):
+        return False
+    ratios = [line.get(key) for key in optional]
+    numbers = [line.get(key) for key in ("rollout_forwards", "train_passes", "peak_memory_bytes")]
+    numbers += [*seconds.values(), *steps.values()]
+    for reward in recipe.reward:
+        told = rewards.get(reward.name)
+        if not isinstance(told, dict):
+            return False
+        numbers += [told.get("mean"), told.get("std")]
+    if line.get("eval_reward") is not None:  # null: no held-out prompt could be scored
+        numbers.append(line["eval_reward"])
+    if any(value is not None for value in ratios):
+        numbers += ratios
+    elif not all(key in line for key in optional):
+        return False
+    return all(isinstance(value, int | float) for value in numbers) and all(step.isdecimal() for step in steps)
