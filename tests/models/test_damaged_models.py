@@ -14,6 +14,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.folders import TINY
 from flowgrove.models.parts import load_part
 from flowgrove.models.policy import Policy
+from flowgrove.plan.unloaded import model_from_config
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 
@@ -306,6 +307,30 @@ def test_a_plan_of_memory_over_a_damaged_configuration_is_one_line(copied, tmp_p
     file.unlink() if content is None else file.write_text(content)
     recipe = tiny_recipe(tmp_path, model={"path": str(folder)})
     assert str(folder) in refuse("plan", recipe, "--memory")
+
+
+ENDLESS = [
+    ("sd3", "transformer", "num_layers", 2**40),
+    ("flux", "transformer", "num_single_layers", 1e12),
+    ("qwen_image", "text_encoder", "num_hidden_layers", 2**40),
+    ("qwen_image", "vae", "num_res_blocks", 2**40),
+    ("sd3", "vae", "layers_per_block", [2, 2**40]),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "key", "count"), ENDLESS)
+def test_a_model_without_an_end_is_not_built(copied, name, part, key, count):
+    folder = copied(name)
+    file = folder / part / "config.json"
+    settings = json.loads(file.read_text())
+    inner = settings if key in settings else settings["text_config"]
+    inner[key] = count
+    file.write_text(json.dumps(settings))
+    wanted = rf"{part}/config.json says {key} .*, which no model has: download the file anew"
+    with pytest.raises(UserError, match=wanted):
+        load_part(folder, part, torch.float32)
+    with pytest.raises(UserError, match=wanted):
+        model_from_config(folder, part)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\0", b"", b"abc"])

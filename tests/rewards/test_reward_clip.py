@@ -266,6 +266,15 @@ def test_weights_that_lack_a_tensor_are_refused_where_the_library_would_draw_it(
     assert all(part in text for part in ("clip_score", str(folder), "post_layernorm"))
 
 
+def test_a_configuration_without_an_end_is_one_line(tmp_path):
+    folder = clip_folder(tmp_path / "endless")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["vision_config"]["num_hidden_layers"] = 2**40
+    (folder / "config.json").write_text(json.dumps(settings))
+    text = user_error(rewards_of, {"name": "clip_score", "path": str(folder)})
+    assert "says num_hidden_layers 1099511627776, which no model has" in text
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"])
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"[]", b'{"size": 28}'])
 def test_broken_files_are_one_line(tmp_path, file, content):

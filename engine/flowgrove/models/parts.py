@@ -15,7 +15,7 @@ import transformers
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
-from flowgrove.hub import DATA_ONLY, named_program
+from flowgrove.hub import DATA_ONLY, endless_count, named_program
 from flowgrove.models.folders import read_index
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -52,6 +52,7 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     if (program := named_program(place)) is not None:
         what = f"{place / 'config.json'} names {program} as its attention, a program that would be downloaded"
         raise UserError(f"{what}: remove it")
+    check_counts(place)
     try:
         if not issubclass(kind, torch.nn.Module):
             auto = issubclass(kind, transformers.ProcessorMixin)  # its parts are of Auto classes
@@ -68,6 +69,12 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
         raise UserError(_pointer(place) or what) from None
     _check_tensors(place, kind, found)
     return part
+
+
+def check_counts(place: Path) -> None:
+    """Raises UserError where a part's configuration asks for more layers than any model has."""
+    if (count := endless_count(place)) is not None:
+        raise UserError(f"{place / 'config.json'} says {count}, which no model has: download the file anew")
 
 
 def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:

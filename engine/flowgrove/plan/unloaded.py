@@ -20,7 +20,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families import configuration_folder, family_of, read_geometry
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.masters import Masters
-from flowgrove.models.parts import is_of_a_library, part_class
+from flowgrove.models.parts import check_counts, is_of_a_library, part_class
 from flowgrove.models.policy import COMPUTE_DTYPES
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.recipe.schema import Recipe
@@ -102,6 +102,7 @@ def _errors_of(folder: Path) -> Iterator[None]:
 def model_from_config(folder: Path, part: str) -> Any:
     """An untrained model of a part's class and configuration. Raises UserError."""
     kind, file = part_class(folder, part), folder / part / "config.json"
+    check_counts(file.parent)
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if config.get("_class_name", kind.__name__) != kind.__name__:

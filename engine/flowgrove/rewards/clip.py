@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from flowgrove.device import to_device
 from flowgrove.errors import UserError
-from flowgrove.hub import DATA_ONLY, named_program
+from flowgrove.hub import DATA_ONLY, endless_count, named_program
 from flowgrove.rewards.preprocess import read_preprocess
 from flowgrove.rewards.weights import DTYPES, DType, Source, misfit
 
@@ -91,6 +91,8 @@ def load_clip(reward: str, model: Path, processor: Path, device: torch.device, d
 
     if (program := named_program(model)) is not None:
         raise misfit(reward, model, f"its config.json names {program} as attention, which would be downloaded")
+    if (count := endless_count(model)) is not None:
+        raise misfit(reward, model, f"its config.json says {count}, which no model has")
     loaded = load_strictly(reward, model, CLIPModel, model, local_files_only=True)
     return Clip(
         loaded, load_tokenizer(reward, processor), read_preprocess(processor, reward), device, dtype, batch_size
