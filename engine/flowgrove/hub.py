@@ -35,8 +35,8 @@ def named_program(folder: Path) -> str | None:
 
 
 def endless_count(folder: Path) -> str | None:
-    """"key value" of a number of layers or blocks that no model has, in the configuration of a part; None: there is none.
-    Libraries would build such a model until the memory is full.
+    """A number of layers or blocks that no model has, in the configuration of a part, as "key value"; None: there is
+    none. Libraries would build such a model until the memory is full.
     """
 
     def is_endless(key: str, value: Any) -> bool:
