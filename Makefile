@@ -15,7 +15,7 @@ INTERPRETED := tests/kernels/test_op_flow_step.py tests/kernels/test_op_flow_log
 NOTED := -o junit_family=xunit1
 ALL_INTERPRETED := tests/kernels/test_op_*.py tests/kernels/test_noise.py tests/kernels/test_every_backend.py
 
-.PHONY: install quickstart test test-long test-gpu gpu-kit bench lint format docs clean
+.PHONY: install quickstart test test-long test-gpu gpu-kit bench figures lint format docs clean
 
 install: $(STAMP)
 
@@ -50,6 +50,11 @@ gpu-kit:
 
 bench: $(STAMP)
 	$(BIN)/python profiling/bench_ops.py
+
+# Plots, tables and numbers of README and docs from profiling/figures/*.csv. RUN=runs/quickstart-42 takes the quickstart's
+# figures from that run, MEMORY=1 predicts the memory of the shipped recipes anew.
+figures: $(STAMP)
+	$(BIN)/python profiling/make_figures.py $(if $(RUN),--run $(RUN)) $(if $(MEMORY),--memory)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
 from flowgrove.data.prompts import prompts_of_iteration
 from flowgrove.device import pick_backend
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.report.page import evaluations
+from flowgrove.report.lines import evaluations
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning.pass_times import Passes

@@ -1,0 +1,9 @@
+"""What README and docs show of profiling/figures/*.csv: the tables, the numbers in their sentences, and the plots.
+
+`registry` says how a table, a sentence or a plot is registered; every module below it registers those of one kind when
+it is imported; `pages` puts them into the pages, `drawings` draws. `profiling/make_figures.py` is the command.
+"""
+
+from doc_figures import busy_machine, engine, ops, quickstart, recipes, row_times, scaling
+
+__all__ = ["busy_machine", "engine", "ops", "quickstart", "recipes", "row_times", "scaling"]
