@@ -9,11 +9,14 @@ from contextvars import copy_context
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from flowgrove import spans
 from flowgrove.credit import assign_credit
+from flowgrove.ranks import Ranks
 from flowgrove.rollout.loop import rollout
-from flowgrove.spans import DECODE, TRANSFORMER, Clock, listening, span, span_totals, untimed
+from flowgrove.spans import COMMUNICATION, DECODE, TRANSFORMER, Clock, listening, span, span_totals, untimed
 from flowgrove.update.passes import Rolled
 from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
 from update_cases import Recorder
@@ -103,6 +106,25 @@ def test_several_listeners_and_totals_hear_of_the_same_ranges():
     assert paths == ["update 0", "update 0/backward"] * 2
     assert list(totals.seconds) == ["update 0", "backward"]
     assert totals.seconds["update 0"] >= totals.seconds["backward"] >= 0.02
+
+
+def test_collectives_are_communication(monkeypatch):
+    heard = []
+    gathered = []
+    monkeypatch.setattr(dist, "all_gather", lambda found, mine, group: [part.copy_(mine) for part in found])
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: gathered.append(tensor))
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    with listening(lambda one: heard.append((one.path, one.kind)) or nullcontext()):
+        Ranks().gather(torch.ones(1))
+        Ranks().sum_gradients([weight])
+        assert heard == [], "a run of one process sends nothing"
+        assert Ranks(0, 2).most(3) == 3
+        Ranks(0, 2).sum_gradients([weight])
+    assert heard[0] == ("gather", COMMUNICATION)
+    assert heard[1] == ("sum_gradients", COMMUNICATION)
+    assert set(heard[2:]) == {("sum_gradients/gather", COMMUNICATION)}
+    assert len(gathered) == 2
 
 
 def test_a_listener_that_fails_leaves_no_range_begun():
