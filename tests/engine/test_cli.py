@@ -217,6 +217,11 @@ def test_held_out_reward_is_on_the_first_and_the_last_line_and_every_eval_every(
     assert before.prompts == after.prompts == list(EVAL_PROMPTS)
     assert before.scores.mean() == pytest.approx(lines[0]["eval_reward"])
     assert after.scores.mean() == pytest.approx(lines[-1]["eval_reward"])
+    for line, grid in ((lines[0], before), (lines[-1], after)):  # of two prompts the deviation is their distance / √2
+        first, second = grid.scores.mean(1)
+        width = 1.96 * abs(first - second) / 2
+        assert line["eval_reward_confidence"] == pytest.approx(width)
+        assert line["eval_rewards"] == {"shapes": pytest.approx({"mean": line["eval_reward"], "confidence": width})}
 
 
 def test_training_prints_a_line_per_iteration_and_where_the_report_is(trained, run):

@@ -14,19 +14,12 @@ from PIL import Image
 from engine_cases import EVAL_PROMPTS, metrics_of, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated
-from flowgrove.recipe.loading import dump_recipe, load_recipe
 from flowgrove.report.figures import literal, pyplot, save_figure
 from flowgrove.report.grids import Grid, in_common, load_grid, save_grid
 from flowgrove.report.lines import evaluations
 from flowgrove.report.page import write_report
 from flowgrove.report.side_by_side import draw_side_by_side
-
-LINE = {
-    "iteration": 0, "reward": {"shapes": {"mean": 0.5, "std": 0.1}}, "ratio_mean": 1.0, "ratio_min": 0.9,
-    "ratio_max": 1.1, "clipped_low": 0.1, "clipped_high": 0.1, "approx_kl": 1e-6, "grad_norm": 0.3, "logp_drift": 0.0,
-    "rollout_forwards": 20, "train_passes": 10, "seconds": {"rollout": 0.5, "update": 1.0}, "samples_per_second": 5.0,
-    "peak_memory_bytes": 2**30,
-}  # fmt: skip
+from report_cases import LINE, grids_in, synthetic_run
 
 
 class Page(HTMLParser):
@@ -75,15 +68,6 @@ def run(tmp_path_factory):
     recipe = tiny_recipe(folder, run={"iterations": 3, "eval_every": 2, "eval": {"samples": 2}, "checkpoint_every": 0})
     succeed("train", recipe, "--out", folder / f"run {NASTY}")
     return folder / f"run {NASTY}"
-
-
-def synthetic_run(folder, lines, **changes):
-    """A run folder as training leaves it, with metrics of our choice and no grids; and its recipe."""
-    recipe = load_recipe(tiny_recipe(folder.parent, **changes))
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return recipe
 
 
 # The page
@@ -242,19 +226,6 @@ def test_the_grids_of_a_run_hold_the_same_prompts_before_and_after(run):
 
 
 # Evaluations of other prompts, and what others wrote
-
-
-def grids_in(folder, *evaluations):
-    """Saves (iteration, prompts, samples) as grids of a run."""
-    for iteration, prompts, samples in evaluations:
-        texts = [text for text in prompts for _ in range(samples)]
-        pictures = torch.rand(len(texts), 3, 8, 12, generator=torch.Generator().manual_seed(iteration))
-        given = Evaluated(
-            pictures,
-            texts,
-            torch.rand(len(texts), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(iteration)),
-        )
-        save_grid(folder / "samples" / f"iteration_{iteration:06d}.png", given, samples, [1.0])
 
 
 LETTERS = [f"a red circle, number {number}" for number in range(12)]

@@ -176,7 +176,8 @@ def often_dropped(recipe: Recipe, lines: list[Line]) -> Finding | None:
     return Finding(
         "dropped", "warning", "dropped_prompts", "Prompts are dropped",
         f"{dropped} of {len(lines) * prompts} prompts could not be scored, and trained nothing.",
-        "The log names the reason: for a reward behind a URL lower its concurrency or raise its timeout and retries.",
+        "The log names the reason. Of a reward behind a url lower the concurrency, or raise timeout and retries; where "
+        "pictures are not finite, lower update.lr.",
     )  # fmt: skip
 
 

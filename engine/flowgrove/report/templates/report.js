@@ -138,9 +138,12 @@ function draw() {
   arrange(document.getElementById("report"), items);
 }
 
+// `seconds`: what the last drawing took.
 page.render = function (runs) {
+  const start = performance.now();
   state.runs = runs;
   draw();
+  page.seconds = (performance.now() - start) / 1000;
 };
 
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
