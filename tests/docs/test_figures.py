@@ -134,7 +134,10 @@ def test_what_a_page_has_lost_is_named(before, after, says, copy):
 @pytest.mark.parametrize("name", CSVS)
 def test_a_csv_is_shown_or_said_to_be_raw(name):
     shown = name in SHOWN or drawings.plotter(name) is not None
-    assert shown != (name in drawings.RAW)
+    assert shown != (name in drawings.RAW), (
+        "register a table or sentence of it (profiling/doc_figures/registry.py), or a plot (DRAWN in its drawings.py), "
+        "or say in RAW there why there is none; not both"
+    )
 
 
 @pytest.mark.parametrize("name", PICTURES)
