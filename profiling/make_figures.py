@@ -28,7 +28,10 @@ def main() -> None:
     if options.memory:
         plan_memory.write_memory()
     if options.run is not None:
-        quickstart.take_run(options.run)
+        try:
+            quickstart.take_run(options.run)
+        except ValueError as error:
+            parser.error(str(error))
     changed = [path.relative_to(ROOT).as_posix() for path in drawings.redraw()]
     for page in pages.pages():
         text = pages.renewed(page)

@@ -6,12 +6,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from doc_figures.registry import FOLDER, ROOT, Row, Rows, numbers
+from doc_figures.registry import FOLDER, ROOT, Rows, numbers
 from flowgrove.bench.table import write_columns
 
 REWARD, BEFORE_AFTER = "quickstart_reward.csv", "quickstart_before_after.png"
 _COLUMNS = ("seed", "iterations_behind", "training_reward", "held_out_reward")
-_TRAIN, _HELD_OUT = "#8fa8c8", "#1f4e8c"
 
 
 def take_run(run: Path, root: Path = ROOT) -> None:
@@ -45,37 +44,20 @@ def take_run(run: Path, root: Path = ROOT) -> None:
     draw_side_by_side(before, after, names, root / FOLDER / BEFORE_AFTER)
 
 
-def held_out(rows: Rows) -> list[Row]:
-    return [row for row in rows if row["held_out_reward"] is not None]
+def rewards(rows: Rows, key: str) -> list[tuple[int, float]]:
+    """(iterations behind, reward)."""
+    return [(row["iterations_behind"], row[key]) for row in rows if row[key] is not None]
 
 
 def plot_reward(rows: Rows, path: Path) -> None:
     """The reward over iterations, of training prompts and of held-out ones."""
-    from flowgrove.report.figures import pyplot, save_figure
+    from flowgrove.report.reward_curve import draw_rewards
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    trained = [row for row in rows if row["training_reward"] is not None]
-    for drawn, key, style in (
-        (trained, "training_reward", {"color": _TRAIN, "label": "training prompts, with exploration noise"}),
-        (
-            held_out(rows),
-            "held_out_reward",
-            {"color": _HELD_OUT, "marker": "o", "label": "held-out prompts, fixed seeds"},
-        ),
-    ):
-        axes.plot([row["iterations_behind"] for row in drawn], [row[key] for row in drawn], **style)
-    for row, below in ((held_out(rows)[0], 14), (held_out(rows)[-1], -8)):
-        point = row["iterations_behind"], row["held_out_reward"]
-        axes.annotate(f"{point[1]:.3f}", point, (0, -below), textcoords="offset points", ha="center", color=_HELD_OUT)
-    axes.set(xlabel="iteration", ylabel="reward")
-    axes.margins(y=0.12)
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6")
-    save_figure(figure, path)
+    draw_rewards(rewards(rows, "training_reward"), rewards(rows, "held_out_reward"), "reward", path)
 
 
 @numbers("README.md", REWARD)
 def readme(rows: Rows) -> Iterator[tuple[str, ...]]:
-    first, last = (f"{held_out(rows)[place]['held_out_reward']:.2f}".removeprefix("0") for place in (0, -1))
+    held_out = rewards(rows, "held_out_reward")
+    first, last = (f"{held_out[place][1]:.2f}".removeprefix("0") for place in (0, -1))
     yield "[its reward](profiling/figures/quickstart_reward.png) rises from {} to {};", first, last

@@ -9,18 +9,19 @@ from flowgrove.report.figures import literal, pyplot, save_figure
 from flowgrove.report.lines import Line, evaluations, total_reward
 
 _TRAIN, _HELD_OUT = "#8fa8c8", "#1f4e8c"
+Points = list[tuple[int, float]]
 
 
 def draw_reward_curve(lines: list[Line], recipe: Recipe, path: Path) -> None:
-    """Training and held-out reward; the first and the last held-out reward stand in numbers."""
+    """Training and held-out reward of a run."""
+    training = [(line["iteration"], total_reward(recipe, line)) for line in lines]
+    draw_rewards(training, evaluations(lines), " + ".join(reward.name for reward in recipe.reward), path)
+
+
+def draw_rewards(training: Points, held_out: Points, name: str, path: Path) -> None:
+    """(iteration, reward) of both kinds of prompts; the first and the last held-out reward stand in numbers."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(
-        [line["iteration"] for line in lines],
-        [total_reward(recipe, line) for line in lines],
-        color=_TRAIN,
-        label="training prompts, with exploration noise",
-    )
-    held_out = evaluations(lines)
+    axes.plot(*zip(*training, strict=True), color=_TRAIN, label="training prompts, with exploration noise")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=_HELD_OUT, marker="o", label="held-out prompts, fixed seeds")
         for place in {0, len(held_out) - 1}:
@@ -34,7 +35,7 @@ def draw_reward_curve(lines: list[Line], recipe: Recipe, path: Path) -> None:
                 color=_HELD_OUT,
             )
     axes.set(xlabel="iteration")
-    axes.set_ylabel(**literal(" + ".join(reward.name for reward in recipe.reward), "ylabel"))
+    axes.set_ylabel(**literal(name, "ylabel"))
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
