@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flowgrove.models.folders import TINY
+from flowgrove.run.trackers.registry import installed_line
 from flowgrove.update.optimizers import is_unrelated_apex
 from flowgrove_kernels.backends import BACKENDS, automatic, missing
 
@@ -40,6 +41,7 @@ def findings() -> list[tuple[str, str]]:
         rows.append(("gpu", "none that torch sees: training runs on the CPU"))
     rows += _backends()
     rows.append(("attention", _attention()))
+    rows.append(("trackers", installed_line()))
     rows.append(
         (
             "embedded pipeline",

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flowgrove.plan.division import Division
 from flowgrove.ranks import LostError, Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
-from flowgrove.report.grids import grid_files, save_grid
+from flowgrove.report.grids import grid_files, load_grid, save_grid
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
@@ -31,6 +31,9 @@ from flowgrove.run.metrics import MetricsLog
 from flowgrove.run.resume import choose_checkpoint, remember_budget, remembered_budget, stored_budget
 from flowgrove.run.saving import CheckpointWriter
 from flowgrove.run.stopping import Stopped, Stopping
+from flowgrove.run.trackers.interface import Status
+from flowgrove.run.trackers.registry import check_installed
+from flowgrove.run.tracking import Trackers
 from flowgrove.setup import Setup
 from flowgrove.tuning.token_budget import settle_meetings, settle_token_budget
 from flowgrove.update.passes import Rolled, Whole
@@ -74,6 +77,8 @@ class Trainer:
         keep_freed_memory()
         self.setup, self.recipe, self.out = setup, setup.recipe, out
         self.stopping, self.ranks = stopping or Stopping(), ranks or Ranks()
+        self.say = say
+        self.trackers: Trackers | None = None  # those of the first rank, while it trains
         self.rewards = self.ranks.together(self._check)
         self.lock = self._locked()
         try:
@@ -84,6 +89,8 @@ class Trainer:
 
     def _check(self) -> Rewards:
         """The rewards. What can be wrong with the recipe and its files is an error here, before a model is loaded."""
+        if self.ranks.first:
+            check_installed(list(self.recipe.run.log))
         prompts = self.setup.prompts + self.setup.eval_prompts
         rewards = Rewards(self.recipe, pick_device(self.recipe))
         rewards.check(prompts)
@@ -176,12 +183,15 @@ class Trainer:
         if self.ranks.most(int(self.lock is not None and self.lock.released)):
             self.lock = self._locked()
         log = self.ranks.by_first(self._open_log)
+        self.ranks.by_first(self._open_trackers)
+        status: Status = "failed"
         self.stopping.hold()
         try:
             with pick_backend(self.recipe):
                 self._train(report, log)
                 self.writer.wait()
                 self.ranks.by_first(self._remove_older)
+            status = "finished"
         except BaseException as error:
             if isinstance(error, PassTooLargeError) and error.tokens is not None:
                 remember_budget(self.out, error.tokens)
@@ -192,18 +202,37 @@ class Trainer:
                 raise
             self.stopping.hold()  # a reward may have turned the interruption into an error of its own
             self.stopping.saved = self._saved() if self.last_line is not None else None
+            status = "stopped"
             raise Stopped(request) from None
         finally:
-            if log is not None:
-                log.close()
-            self._release()
+            try:
+                self._close_trackers(status)
+            finally:
+                self._release()
 
     def _open_log(self) -> MetricsLog:
         """What stands in the folder of a branch that this run has left goes."""
         for completed, grid in grid_files(self.out).items():
             if completed > self.completed:
                 grid.unlink()
-        return MetricsLog(self.out, list(self.recipe.run.log), self.completed - (self.last_line is not None))
+        return MetricsLog(self.out, self._first_line())
+
+    def _first_line(self) -> int:
+        """The iteration of the first line that will be written: the checkpoint's own is written anew."""
+        return self.completed - (self.last_line is not None)
+
+    def _open_trackers(self) -> None:
+        """They get the grid before the first line once more: TensorBoard takes back what stands there since."""
+        first = self._first_line()
+        self.trackers = Trackers(self.recipe, self.out, first, self.say)
+        if first < self.completed and (place := grid_files(self.out).get(first)) is not None:
+            with suppress(ValueError, OSError):
+                self.trackers.pictures(first, load_grid(place))
+
+    def _close_trackers(self, status: Status) -> None:
+        trackers, self.trackers = self.trackers, None
+        if trackers is not None:
+            trackers.close(status)
 
     def _train(self, report: Report, log: MetricsLog | None) -> None:
         run = self.recipe.run
@@ -289,6 +318,8 @@ class Trainer:
             if log is not None:
                 self._check_lock()
                 log.write(line)
+            if self.trackers is not None:
+                self.trackers.numbers(line)
 
         self.ranks.together(write)
 
@@ -316,10 +347,13 @@ class Trainer:
 
         self.ranks.by_first(keep)
 
-    def _write_grid(self, place: Path, evaluated: Evaluated, samples: int) -> None:
+    def _write_grid(self, completed: int, evaluated: Evaluated) -> None:
         """A full disk costs the grid and not the run, for which there may be room again before it needs any."""
+        place = self.out / "samples" / f"iteration_{completed:06d}.png"
         try:
-            save_grid(place, evaluated, samples, self.rewards.weights)
+            grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+            if self.trackers is not None:
+                self.trackers.pictures(completed, grid)
         except OSError as error:
             if not is_full(error):
                 raise
@@ -353,8 +387,7 @@ class Trainer:
         reward = evaluated.weighted(self.rewards.weights)
         lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples
         faults.tell(f"the evaluation after {iteration} iterations", lost)
-        place, settings = self.out / "samples" / f"iteration_{iteration:06d}.png", self.recipe.run.eval
-        self.ranks.by_first(lambda: self._write_grid(place, evaluated, settings.samples))
+        self.ranks.by_first(lambda: self._write_grid(iteration, evaluated))
         if self.recipe.run.keep_best and iteration > 0 and reward is not None:
             self._keep_if_best(reward)
         return evaluated

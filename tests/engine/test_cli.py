@@ -397,6 +397,7 @@ def test_doctor_says_what_there_is():
     assert "present" in facts["embedded"]
     assert all(name in text for name in (*available_backends(), "diffusers", "transformers"))
     assert "none" in facts["gpu"] or torch.cuda.is_available()
+    assert "tensorboard" in facts["trackers"]
 
 
 # Mistakes

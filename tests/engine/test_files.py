@@ -94,7 +94,7 @@ def test_one_bad_line_costs_no_other_and_no_line_stands_twice(tmp_path):
         '{"iteration": 2}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    log = MetricsLog(tmp_path, ["jsonl"], 2)
+    log = MetricsLog(tmp_path, 2)
     log.write({"iteration": 2, "reward": {}})
     assert log.lines == 3
     assert (
@@ -103,7 +103,7 @@ def test_one_bad_line_costs_no_other_and_no_line_stands_twice(tmp_path):
 
 
 def test_a_metrics_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch):
-    log = MetricsLog(tmp_path, ["jsonl"], 0)
+    log = MetricsLog(tmp_path, 0)
     log.write({"iteration": 0})
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space"):

@@ -70,7 +70,7 @@ def test_a_default_is_written_as_a_recipe_would_say_it(name):
         ("rollout.steps", "whole number from 2 to 1000"),
         ("engine.reuse_rollout_graph", "auto | true | false"),
         ("model.lora", "{rank, alpha, targets} | null"),
-        ("run.log", "list of jsonl | tensorboard"),
+        ("run.log", "list of jsonl | tensorboard | wandb | swanlab | trackio | mlflow"),
     ],
 )
 def test_what_a_key_may_be_is_told_in_words(name, values):

@@ -90,6 +90,7 @@ DEFAULTS = {
         "eval_every": 25,
         "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0},
         "log": ["jsonl", "tensorboard"],
+        "tracking": {"project": None, "name": None, "entity": None, "group": None, "tags": [], "mode": None},
     },
 }
 NULL_SECTIONS = {
@@ -200,6 +201,8 @@ def test_what_every_recipe_must_say(key):
         ("run.seed", 2**32),
         ("run.iterations", 0),
         ("run.log", ["console"]),
+        ("run.tracking.mode", "disabled"),
+        ("run.tracking.tags", [""]),
         ("run.out", ["two\nlines"]),
     ],
 )

@@ -738,6 +738,42 @@ class Evaluation(Section):
     """
 
 
+class Tracking(Section):
+    project: Text | None = None
+    """The project that the run belongs to; MLflow calls it an experiment.
+    null takes what WANDB_PROJECT, SWANLAB_PROJ_NAME or MLFLOW_EXPERIMENT_NAME says, and else flowgrove.
+    Source: ours.
+    """
+
+    name: Text | None = None
+    """The run's name there; null: that of the run's folder.
+    A run that goes on is the same one there whatever its name.
+    Source: ours.
+    """
+
+    entity: Text | None = None
+    """The user, team or workspace that the project belongs to, of wandb and swanlab; null: yours.
+    Keys never stand in a recipe: the packages read them from where their own login leaves them.
+    Source: ours.
+    """
+
+    group: Text | None = None
+    """The group of runs that this one belongs to, such as one recipe with several seeds.
+    Source: ours.
+    """
+
+    tags: list[Text] = []
+    """Words by which runs are found.
+    Source: ours.
+    """
+
+    mode: Literal["online", "offline"] | None = None
+    """Whether what is tracked is sent or kept on this machine, to be sent later.
+    null leaves it to the package: WANDB_MODE, SWANLAB_MODE, and where its own variables say that a server is.
+    Source: ours.
+    """
+
+
 class Run(Section):
     iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
     """The iterations of the run: each a rollout, its rewards and updates_per_iteration updates.
@@ -794,10 +830,15 @@ class Run(Section):
     eval: Evaluation = Evaluation()
     """How evaluations and `flowgrove sample` draw: with the plain ODE, from fixed noise."""
 
-    log: list[Literal["jsonl", "tensorboard"]] = ["jsonl", "tensorboard"]
-    """Where metrics go besides the screen; metrics.jsonl is always written, as resuming and the report read it.
+    log: list[Literal["jsonl", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]] = ["jsonl", "tensorboard"]
+    """Where metrics and sample grids go besides the screen and the run's folder, which always gets metrics.jsonl.
+    Trackers need their packages, as by pip install wandb; `flowgrove doctor` says which are there. None of them stops a
+    run or holds it up.
     Source: ours.
     """
+
+    tracking: Tracking = Tracking()
+    """What the trackers in run.log are told of the run besides its recipe; TensorBoard needs none of it."""
 
 
 class Recipe(Section):

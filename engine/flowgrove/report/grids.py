@@ -66,8 +66,8 @@ def grid_files(run: Path) -> dict[int, Path]:
     return dict(sorted((int(name), path) for name, path in found.items() if name.isdecimal() and name.isascii()))
 
 
-def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[float]) -> None:
-    """Writes the first prompts of an evaluation, spread over the list, as a PNG."""
+def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[float]) -> Grid:
+    """Writes the first prompts of an evaluation, spread over the list, as a PNG, and returns them."""
     count = len(evaluated.prompts) // samples
     chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
     scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
@@ -93,6 +93,7 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
         .reshape(rows * height, columns * width, 3)
     )
     write_file(path, lambda partial: mosaic.save(partial, pnginfo=info))
+    return Grid(tiles.reshape(rows, columns, *tiles.shape[1:]), prompts, scores, tuple(chosen.tolist()))
 
 
 def load_grid(path: Path) -> Grid:

@@ -30,8 +30,9 @@ _METRICS = """\
 
 <!-- Written by `make docs` from engine/flowgrove/run/metric_keys.py: change it there. -->
 
-`metrics.jsonl` in a run folder holds one JSON object per iteration; TensorBoard shows the same numbers, nested ones as
-`seconds/update`. `flowgrove metrics` lists the keys, `flowgrove metrics ratio_mean` tells of one.
+`metrics.jsonl` in a run folder holds one JSON object per iteration; TensorBoard and other trackers show the same
+numbers, nested ones as `seconds/update`. `flowgrove metrics` lists the keys, `flowgrove metrics ratio_mean` tells of
+one.
 """
 
 

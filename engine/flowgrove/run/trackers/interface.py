@@ -1,0 +1,93 @@
+"""What a tracker is told of a run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Status = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to go on later
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A run as a tracker gets to know it. `folder`: the run's, absolute; `first_iteration`: the first that it will be
+    told of, more than 0 where a run goes on; `id`: what this tracker called the run before, None at first; `process`:
+    the one that trains. The rest is run.tracking of the recipe.
+    """
+
+    folder: str
+    name: str
+    recipe: dict[str, Any]
+    first_iteration: int = 0
+    id: str | None = None
+    process: int = 0
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: Literal["online", "offline"] | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`id`: under which the run will go on, where that needs one; `address`: where it can be looked at."""
+
+    id: str | None = None
+    address: str | None = None
+
+
+class Pictures(Protocol):
+    """Samples of held-out prompts: tiles uint8 [prompts, samples, H, W, 3], scores float64 [prompts, samples], NaN
+    where there is none.
+    """
+
+    @property
+    def prompts(self) -> list[str]: ...
+    @property
+    def scores(self) -> NDArray[np.float64]: ...
+    @property
+    def tiles(self) -> NDArray[np.uint8]: ...
+
+
+class Tracker(Protocol):
+    """One service's or file's view of a run. Its methods may raise anything and take any time."""
+
+    def open(self, opening: Opening) -> Opened:
+        """Begins the run or goes on with it. It is called again after it has raised."""
+
+    def numbers(self, iteration: int, values: dict[str, float]) -> None:
+        """The numbers of one iteration, nested ones as `seconds/update`."""
+
+    def pictures(self, completed: int, pictures: Pictures) -> None:
+        """What the model draws after so many completed iterations."""
+
+    def close(self, status: Status) -> None:
+        """Sends what is left and ends."""
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section/key`."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def tiles(pictures: Pictures) -> Iterator[tuple[NDArray[np.uint8], str]]:
+    """Each picture [H, W, 3], with its prompt and score."""
+    for row, prompt in enumerate(pictures.prompts):
+        for tile, score in zip(pictures.tiles[row], pictures.scores[row], strict=True):
+            yield tile, f"{prompt} ({_text(score)})"
+
+
+def rows(pictures: Pictures) -> Iterator[tuple[NDArray[np.uint8], str]]:
+    """The samples of each prompt side by side [H, samples · W, 3], with the prompt and their scores."""
+    for row, prompt in enumerate(pictures.prompts):
+        side_by_side = np.concatenate(list(pictures.tiles[row]), axis=1)
+        yield side_by_side, f"{prompt} ({', '.join(map(_text, pictures.scores[row]))})"
+
+
+def _text(score: float) -> str:
+    return "no score" if np.isnan(score) else f"{score:.3f}"
