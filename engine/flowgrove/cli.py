@@ -107,12 +107,14 @@ def _unwrapped(docstring: str) -> str:
 def _at_home(given: dict[str, Any]) -> dict[str, Any]:
     """The options of a command; in paths `~` is the home folder, as in recipes. Raises UserError."""
     texts = ("resume", "checkpoint")  # paths, or words
-    return {
-        name: type(value)(local(value, name))
-        if isinstance(value, Path) or (name in texts and isinstance(value, str))
-        else value
-        for name, value in given.items()
-    }
+
+    def at_home(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [at_home(name, each) for each in value]
+        is_place = isinstance(value, Path) or (name in texts and isinstance(value, str))
+        return type(value)(local(value, name)) if is_place else value
+
+    return {name: at_home(name, value) for name, value in given.items()}
 
 
 def _fail(text: str, code: int = 2, told: bool = False) -> NoReturn:
@@ -312,6 +314,19 @@ def eval_(
         result = evaluate_run(run, tuple(set_ or ()), checkpoint, ranks)
     for name, found in result.items() if ranks.first else ():
         typer.echo(f"{name:<16}{found['mean']:.4f} ± {found['confidence']:.4f}")
+
+
+@_command
+def watch(
+    runs: Annotated[list[Path], typer.Argument(help="run folders", show_default=False)],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="on this machine's own address; 0: any free one")] = 8420,
+) -> None:
+    """Serve the report of runs while they train, beside each other where they are several; to browsers on this
+    machine only.
+    """
+    from flowgrove.report.watching import watch_runs
+
+    watch_runs(runs, port, _say)
 
 
 @_command

@@ -37,6 +37,12 @@ def run_content(recipe: Recipe, folder: Path, address: Address = data_uri) -> di
     })  # fmt: skip
 
 
+def unread_content(name: str, error: str) -> dict[str, Any]:
+    """What stands for a run that has nothing to show, and why."""
+    recipe = {"changed": [], "settings": {}, "yaml": ""}
+    return {"name": readable(name), "error": readable(error), "iterations": 0, "planned": 0, "recipe": recipe}
+
+
 def metric_texts() -> dict[str, list[str]]:
     """{metric: [meaning, what is healthy, what to do else]}."""
     return {metric.key: [metric.meaning, metric.healthy, metric.otherwise] for metric in METRICS}

@@ -39,16 +39,19 @@ def write_report(recipe: Recipe, out: Path) -> Path:
     return out / "report.html"
 
 
-def report_page(contents: list[dict[str, Any]], title: str) -> str:
-    """One page of the runs whose `run_content` is given, beside each other where they are several."""
+def report_page(contents: list[dict[str, Any]], title: str, live: bool = False) -> str:
+    """One page of the runs whose `run_content` is given, beside each other where they are several. `live`: the page
+    asks whoever serves it for newer ones.
+    """
     loader = PackageLoader("flowgrove.report")
     environment = Environment(loader=loader, autoescape=True)
 
     def part(name: str) -> Markup:
         return Markup(loader.get_source(environment, name)[0])
 
+    scripts = [part(name) for name in (*_SCRIPTS, *(["live.js"] if live else []))]
     return environment.get_template("report.html.j2").render(
-        title=readable(title), style=part("report.css"), scripts=[part(name) for name in _SCRIPTS],
+        title=readable(title), style=part("report.css"), scripts=scripts,
         plotly=Markup(get_plotlyjs()), data=Markup(_for_script({"runs": contents, "metrics": metric_texts()})),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ const named = (runs, run, i) => (runs.length === 1 ? null : make("h3", {}, make(
 
 function top(runs) {
   const one = runs.length === 1;
-  const done = (run) => `${run.iterations.toLocaleString("en")} of ${run.planned.toLocaleString("en")} iterations`;
+  const done = (run) => run.error || `${run.iterations.toLocaleString("en")} of ${run.planned.toLocaleString("en")} iterations`;
   const name = one ? [make("h1", {}, runs[0].name), make("p", { class: "state" }, done(runs[0]))]
     : [make("h1", {}, `${runs.length} runs`), make("ul", { class: "runs" }, runs.map((run, i) => make("li", { class: "state" }, make("span", { class: "dot", style: `background:${colour(i)}` }), `${run.name}: ${done(run)}`)))];
   const theme = document.documentElement.dataset.theme || "auto";
@@ -132,7 +132,8 @@ function draw() {
     (element) => panels(element, drawable, has.forest, (panel, run) => run.forests.forEach((forest) => window.drawForest(panel.appendChild(make("div")), forest))));
   add(ctx, "policy", "How the policy moved", null, curves("policy"));
   add(ctx, "cost", "What it cost", null, curves("cost"));
-  add(true, "recipe", runs.length > 1 ? "In which keys the recipes differ" : "Recipe: keys that differ from their defaults", null, (element) => recipe(element, runs));
+  const read = runs.filter((run) => !run.error);
+  add(read.length, "recipe", read.length > 1 ? "In which keys the recipes differ" : "Recipe: keys that differ from their defaults", null, (element) => recipe(element, read));
   const every = Math.max(...runs.map((run) => run.every || 1));
   items.push(["foot", () => make("footer"), (element) => { element.textContent = `${every > 1 ? `A point is up to ${every} iterations. ` : ""}Click a name in a legend to hide it, drag over a curve to zoom, double-click to zoom out.`; }]);
   arrange(document.getElementById("report"), items);
