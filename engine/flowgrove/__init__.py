@@ -12,7 +12,7 @@ Imports run one way, from a line of this table to the lines below it or along on
     iteration
     report
     run
-    tuning update evaluation
+    tuning update evaluation cost
     setup
     rollout credit
     plan rewards

@@ -214,13 +214,29 @@ def plan(
     memory: Annotated[
         bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")
     ] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="also predict the seconds of an iteration and of the run (takes a minute)")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="with --time: at published rates of this device (h100, …); default: as measured here"),
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="with --device: the share of the published rate; default 0.38"),
+    ] = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="plan for so many processes of torchrun; with --memory also what they send")
     ] = 1,
 ) -> None:
     """Show steps, tree, counts and cost of an iteration; loads no model."""
+    if (device or utilisation) and not time:
+        raise UserError(f"{'--device' if device else '--utilisation'} is for predicted seconds: give --time, too")
+    if utilisation and not device:
+        raise UserError("--utilisation is a share of a published rate: give --device, too, like h100")
     from flowgrove.plan.division import Division
     from flowgrove.recipe.loading import load_recipe
+    from flowgrove.report.cost_view import draw_time, time_json
     from flowgrove.report.plan_view import draw_memory, draw_plan, draw_ranks, memory_json, plan_json
     from flowgrove.setup import Setup
 
@@ -228,13 +244,18 @@ def plan(
     setup, division = Setup(settings), Division.of(settings.engine, ranks)
     table, made = setup.table, setup.plan(iteration)
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
-    predicted = None
+    predicted = seconds = None
     if memory:
         from flowgrove.plan.communication import predict
 
         predicted = predict(settings, made, device_type, division)
+    if time:
+        from flowgrove.cost.run_time import predict_time
+
+        seconds = predict_time(setup, division, device, utilisation)
     if as_json:
         content = plan_json(made, settings, division) | (memory_json(predicted) if predicted else {})
+        content |= time_json(seconds) if seconds else {}
         sys.stdout.write(json.dumps(content) + "\n")
     else:
         draw_plan(made, settings, Console(highlight=False), table.source)
@@ -242,6 +263,8 @@ def plan(
             draw_ranks(made, settings, division, Console(highlight=False))
     if predicted is not None:
         draw_memory(predicted, device_type, division, Console(highlight=False, stderr=as_json))
+    if seconds is not None:
+        draw_time(seconds, Console(highlight=False, stderr=as_json, soft_wrap=True))
 
 
 @_command
@@ -473,6 +496,8 @@ def tune(
 ) -> None:
     """Measure which engine settings run a recipe fastest on this machine,
     and write a recipe that extends it with them.
+
+    What passes take is kept for `flowgrove plan --time`.
     """
     from flowgrove.tuning.tune import tune_recipe
 

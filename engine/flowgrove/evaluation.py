@@ -20,7 +20,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from flowgrove.spans import span
 
-_PROMPTS_AT_ONCE = 32
+PROMPTS_AT_ONCE = 32
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
 
@@ -70,7 +70,7 @@ def draw(
     coefficients = plan_coefficients(plan).to(policy.device, non_blocking=True)
     tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * len(plan.steps))
     policy = policy.guided_by(settings.guidance_scale)
-    some = max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
+    some = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
     for start in range(0, len(prompts), some):
         encoded = policy.encode(prompts[start : start + some])
         with span("rollout"):

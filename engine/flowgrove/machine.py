@@ -28,13 +28,18 @@ def pick_device(name: str) -> torch.device:
 def describe(device: torch.device) -> dict[str, str | int]:
     """The columns that are the same in every row."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _triton(),
         "compiler": f"CUDA {torch.version.cuda}" if device.type == "cuda" else _compiler(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def file_stem(kind: str, device: torch.device) -> str:

@@ -14,6 +14,8 @@ from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.passes.budget import PassBudget
 from flowgrove.plan.division import Division
+from flowgrove.plan.identity import Identity
+from flowgrove.rates.kept import rates_of
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.resume import stored_budget
@@ -317,6 +319,15 @@ def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
     assert [f"# {rows} × 35 tokens: " in text for rows in (1, 2, 4, 8, 16)] == [True] * 4 + [False]
     assert torch.__version__ in text
     assert "not measured: give --compile" in text
+    (kept,) = rates_of(CPU).models.values()
+    assert (kept.architecture, kept.settings) == (Identity.of(old).architecture, Identity.of(old).settings)
+    assert {kind: set(curve.seconds) for kind, curve in kept.passes.items()} == {
+        "forward": {1, 2, 4, 8}, "kept": {1, 2, 4, 8}, "backward": {1, 2, 4, 8}, "decode": {1, 128},
+    }  # fmt: skip
+    assert min(kept.update, kept.encode, *kept.score.values()) > 0
+    told = succeed("plan", written, "--time").stdout
+    assert told.count(f": this model, measured by tune on {kept.date}") == 5
+    assert "not predicted: loading, checkpoints" in told
     succeed("train", written, "--out", tmp_path / "run")
 
 

@@ -31,10 +31,14 @@ class Division:
 
     def prompts(self, recipe: Recipe) -> list[int]:
         """How many prompts of an iteration each rank draws and trains: the prompts of every size are divided."""
+        return [sum(of_rank) for of_rank in self.prompts_by_size(recipe)]
+
+    def prompts_by_size(self, recipe: Recipe) -> list[list[int]]:
+        """The same for each of model.sizes."""
         sizes = len(recipe.model.sizes or [None])
         counts = [len(range(size, recipe.data.prompts_per_iteration, sizes)) for size in range(sizes)]
         shares = [[share_of(count, rank, self.ranks) for count in counts] for rank in range(self.ranks)]
-        return [sum(share.stop - share.start for share in of_rank) for of_rank in shares]
+        return [[share.stop - share.start for share in of_rank] for of_rank in shares]
 
     def work(self, recipe: Recipe, plan: RolloutPlan) -> tuple["Work", "Work"]:
         """That of the rank with the most prompts, and with the fewest."""

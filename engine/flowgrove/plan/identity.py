@@ -52,5 +52,10 @@ class Identity:
         )
 
 
+def score_key(recipe: Recipe, pixels: int) -> str:
+    """Names what scoring a sample takes: the rewards with their options, and the sample's pixels."""
+    return _hash([[reward.model_dump(mode="json", exclude={"weight"}) for reward in recipe.reward], pixels])
+
+
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

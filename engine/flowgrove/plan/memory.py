@@ -82,7 +82,6 @@ class MemoryModel(UnloadedModel):
             "rollout": self._rollout(rolled) + self.gathered,
             "decoding": self._once("decoding", self._pictures(), self._decoding) + self.gathered,
         }
-        graph = self._once("graph", 1, self._graph)
         if self.device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
             counted["rollout with decoding"] = counted.pop("rollout") + counted.pop("decoding") - self.gathered
         if self.division.ranks > 1:  # a flat copy of those that every rank has whole
@@ -90,7 +89,7 @@ class MemoryModel(UnloadedModel):
             counted["adding gradients up"] = flat + (0 if reshard else self.gathered)
         if self.copies and self.recipe.run.eval.tuned_share < 1 and self.gathered:
             counted["evaluation"] = max(counted[name] for name in counted if name.startswith("rollout")) + self.gathered
-        return Memory(self.resident(tokens, reshard), counted, graph, trained * self.doubled)
+        return Memory(self.resident(tokens, reshard), counted, self.graph, trained * self.doubled)
 
     def fitting(self, total: int, foreign: int = 0) -> "Fit | None":
         """The largest passes whose predicted peak fits into nine tenths of `total` bytes, beside `foreign` ones, and
@@ -105,6 +104,11 @@ class MemoryModel(UnloadedModel):
                 if self.at(tokens, reshard).peak + foreign <= GPU_SHARE * total:
                     return Fit(tokens, reshard)
         return None
+
+    @property
+    def graph(self) -> int:
+        """Bytes that a state of the rollout holds until the first update if its graph is retained."""
+        return self._once("graph", 1, self._graph)
 
     @property
     def ways(self) -> tuple[bool, ...]:

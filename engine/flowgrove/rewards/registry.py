@@ -57,6 +57,11 @@ _REWARDS: dict[str, Callable[..., Scorer]] = {
 _CPU = torch.device("cpu")
 
 
+def is_remote(name: str) -> bool:
+    """Whether a server does a reward's work."""
+    return bool(getattr(_REWARDS.get(name), "remote", False))
+
+
 class Rewards:
     """All rewards of a recipe, with their models on `device`.
     Raises UserError for a name, an option or weights that do not exist.

@@ -3,6 +3,7 @@ what the device's memory has room for beside all that a run needs.
 """
 
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from flowgrove.plan.allocations import graph_bytes
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.process import started_here
+from flowgrove.recipe.schema import Recipe
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.setup import Setup
 
@@ -34,20 +36,34 @@ class GraphRoom(NamedTuple):
         most graphs would then be made for nothing, and none where ranks have divided the weights: kept passes would
         gather them in another order.
         """
-        engine, prune = setup.recipe.engine, setup.recipe.credit.prune
-        if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share or policy.weights.sharded:
+
+        def fitting() -> int:
+            on_cpu = policy.device.type == "cpu"
+            room, graph = _room_of_cpu(policy, runner) if on_cpu else _room_of_gpu(setup, policy, runner, division)
+            return room // graph
+
+        return cls.asked(setup.recipe, bool(policy.weights.sharded), fitting)
+
+    @classmethod
+    def asked(cls, recipe: Recipe, divided: bool, fitting: Callable[[], int]) -> "GraphRoom":
+        """The same with what decides it: whether weights are divided, and how many states' graphs fit, which is asked
+        where it matters.
+        """
+        engine, prune = recipe.engine, recipe.credit.prune
+        if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share or divided:
             return NO_ROOM
         if engine.reuse_rollout_graph is True:
             return cls(sys.maxsize, 0.0)
         if prune is not None and prune.kind != "depth":
             return NO_ROOM
-        on_cpu = policy.device.type == "cpu"
-        room, graph = _room_of_cpu(policy, runner) if on_cpu else _room_of_gpu(setup, policy, runner, division)
-        return cls(max(0, room // graph), _LEAST_SHARE)
+        return cls(max(0, fitting()), _LEAST_SHARE)
 
     def retained_graphs(self, policy: Policy, runner: PassRunner) -> "RetainedGraphs | None":
         """What retains the graphs of one iteration of `policy`; None where none is retained."""
-        full = runner.budget.rows // (2 if policy.doubles else 1)
+        return self.graphs(runner.budget.rows // (2 if policy.doubles else 1))
+
+    def graphs(self, full: int) -> "RetainedGraphs | None":
+        """The same by the states of a full pass."""
         return RetainedGraphs(self.states, max(1, int(self.share * full))) if self.states else None
 
 
@@ -69,4 +85,9 @@ def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
         x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
         return runner.velocity(policy, x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
 
-    return int(_CPU_SHARE * total_memory(policy.device)) // started_here(), graph_bytes(velocity)
+    return room_of_cpu(total_memory(policy.device), started_here()), graph_bytes(velocity)
+
+
+def room_of_cpu(memory: int, ranks: int) -> int:
+    """Bytes for graphs in a machine's memory, on which so many ranks run."""
+    return int(_CPU_SHARE * memory) // ranks

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrove.device import release_memory
+from flowgrove.device import release_memory, to_device
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.models.runner import PassRunner
+from flowgrove.rollout.denoise import States, StepKind, denoise
 from flowgrove.setup import Setup
 from flowgrove.spans import Totals
+from flowgrove_kernels import step_coefficients
 
 NEAR = 0.03  # of the best: what differs less is taken for equally fast
 Key = TypeVar("Key")
@@ -82,6 +84,15 @@ class Passes:
     def forward(self, x: Tensor) -> None:
         """A pass of the rollout."""
         self.velocity(x)
+
+    def roll(self, runner: PassRunner, x: Tensor) -> None:
+        """A pass of the rollout with its step, replayed where `runner` records."""
+        rows = len(x)
+        half, less = (torch.full((rows,), sigma, dtype=torch.float64) for sigma in (0.5, 0.4))
+        coef = step_coefficients("ode", half, less).to(self.device, non_blocking=True)
+        prompt = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
+        denoise(runner, self.policy, self.prompts, states, StepKind(1, 0.0, False), int(self.prompts.lengths[0]))
 
     def train(self, x: Tensor) -> None:
         """A training pass. Gradients are left behind."""

@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowgrove.device import is_out_of_memory, pick_device, to_device
+from flowgrove.device import is_out_of_memory, pick_device
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.machine import describe
 from flowgrove.models.attention import UNSAFE, attention_names, missing, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
-from flowgrove.models.runner import PassRunner
+from flowgrove.models.runner import PassRunner, tokens_per_pass
+from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.recordings import Recordings
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.recipe.yaml_files import write_yaml
-from flowgrove.rollout.denoise import States, StepKind, denoise
 from flowgrove.setup import Setup
+from flowgrove.tuning.model_times import keep_times
 from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work, first_near_best
 from flowgrove.tuning.token_budget import no_room, room_beside
-from flowgrove_kernels import step_coefficients
 
 _ROUNDS = 3
 # of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or
@@ -66,6 +66,7 @@ def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_c
     target = out or path.with_name(f"{path.stem}_tuned.yaml")
     if target.exists():
         raise UserError(f"{target} exists: give another file with --out, or remove it")
+    keep_freed_memory()  # as a run does
     recipe = load_recipe(path, overrides)
     given = _given(recipe, overrides)
     setup = Setup(recipe)
@@ -77,6 +78,7 @@ def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_c
         if choice.key not in fixed:
             choices.append(choice)
             say("\n  ".join([f"engine.{choice.key}: {choice.value}", *choice.lines]))
+    tuner.keep(setup, choices)
     target.parent.mkdir(parents=True, exist_ok=True)
     base = os.path.relpath(path.resolve(), target.parent.resolve())
     write_text(target, _text({"extends": base, **given}, fixed, choices, _header(tuner.device, work)))
@@ -231,16 +233,20 @@ class _Tuner:
     def _rolled(self, runner: PassRunner) -> Timed:
         """Seconds of the rollout's own pass and of a training pass, the first replayed where `runner` records."""
         rows, passes = self.rows, self.passes
-        half, less = (torch.full((rows,), sigma, dtype=torch.float64) for sigma in (0.5, 0.4))
-        coef = step_coefficients("ode", half, less).to(self.device, non_blocking=True)
-        prompt = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return Timed(
+            passes.seconds_per_row(lambda x: passes.roll(runner, x), rows), passes.seconds_per_row(passes.train, rows)
+        )
 
-        def forward(x: Tensor) -> None:
-            states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
-            kind, longest = StepKind(1, 0.0, False), int(passes.prompts.lengths[0])
-            denoise(runner, self.policy, passes.prompts, states, kind, longest)
-
-        return Timed(passes.seconds_per_row(forward, rows), passes.seconds_per_row(passes.train, rows))
+    def keep(self, setup: Setup, choices: list[Choice]) -> None:
+        """Keeps what `flowgrove plan --time` needs of the recipe with these choices, for passes as large as a run's
+        with them or without."""
+        engine = self.recipe.engine.model_copy(update={choice.key: choice.value for choice in choices})
+        self._beside = None  # the optimiser needs its room now
+        runner = PassRunner(self.runner.budget, Recordings(self.device) if engine.cuda_graphs else None)
+        largest = max(self.rows, tokens_per_pass(self.recipe, self.device.type) // self.passes.tokens)
+        tuned = self.recipe.model_copy(update={"engine": engine})
+        with torch.compiler.set_stance(self._stance):
+            keep_times(setup, tuned, self.policy, runner, self.passes, max(1, min(largest, self.work.widest)))
 
     def _use(self, attention: str) -> None:
         self.policy.transformer.set_attn_processor(dict(self._processors))

@@ -207,6 +207,10 @@ class Updater:
         if on_policy:
             stats.drift.append(result.logp - rolled_logp)
 
+    def step(self) -> None:
+        """A step of the optimiser by the gradients that are there, outside an iteration: what one takes is measured."""
+        self._step(UpdateStats(), True, 0)
+
     def _step(self, stats: UpdateStats, trained: bool, number: int) -> None:
         """The optimiser step of update `number` of the run. A gradient that is not finite skips it, decided on the
         device: weights, moments, their count of steps and the average stay as they are, on all ranks alike, as the

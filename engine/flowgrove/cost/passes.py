@@ -1,0 +1,176 @@
+"""Which passes an iteration and an evaluation take, counted as the engine will pack them: every prompt as long as the
+longest, and every edge that plan and pruning leave trained, whether its advantage will be 0 or not.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from flowgrove.evaluation import PROMPTS_AT_ONCE
+from flowgrove.models.geometry import Geometry
+from flowgrove.passes.packing import Ints, pack
+from flowgrove.plan.planner import RolloutPlan, Step
+from flowgrove.recipe.schema import Recipe
+from flowgrove.rewards.scoring import PIXELS_AT_ONCE
+from flowgrove.rollout.forest import edges_in_update
+from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
+
+# Kinds of passes. forward: without gradient; extrapolated: that with attention from the steps before; kept: one whose
+# graph stays for the first update; backward: of such a graph; train: forward and backward; reference: a forward of the
+# reference model; renewed: a forward that takes the old policy's log-probability anew.
+ROLLOUT = ("forward", "extrapolated", "kept")
+
+
+class Pass(NamedTuple):
+    """A pass of the transformer: its kind, what it holds (states), and rows of each state."""
+
+    kind: str
+    states: int
+    rows: int
+
+
+@dataclass
+class Passes:
+    """How often each pass runs. `decodes`: by samples that are decoded together; `samples` are scored."""
+
+    of_transformer: Counter[Pass] = field(default_factory=Counter)
+    decodes: Counter[int] = field(default_factory=Counter)
+    samples: int = 0
+
+    def states(self, *kinds: str) -> int:
+        """States in passes of these kinds."""
+        return sum(one.states * count for one, count in self.of_transformer.items() if one.kind in kinds)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a rank's engine packs. `tokens`: of a pass; `doubled`: rows of a state with guidance; `pixels_per_decode`:
+    that are decoded together; `beside`: whether samples are scored beside the rollout, so that it runs some prompts at
+    a time; `graphs` makes what keeps graphs in an iteration, None where none is kept.
+    """
+
+    tokens: int
+    doubled: int
+    pixels_per_decode: int
+    beside: bool
+    graphs: Callable[[], RetainedGraphs | None] = lambda: None
+
+
+def passes_of_iteration(
+    recipe: Recipe, plan: RolloutPlan, prompts: list[int], sizes: list[Geometry], engine: Engine
+) -> list[Passes]:
+    """Those of a rank that draws so many `prompts` at each of `sizes`, by size."""
+    found, retained, first = [], engine.graphs(), 0
+    for count, geometry in zip(prompts, sizes, strict=True):
+        passes, mine = Passes(), range(first, first + count)
+        kept = _roll_out(passes, recipe, plan, mine, geometry, engine, retained)
+        _score(passes, count * plan.leaves, geometry, engine)
+        for update in range(plan.updates):
+            _train(passes, recipe, plan, mine, update, geometry, engine, [] if update else kept)
+        found.append(passes)
+        first += count
+    return found
+
+
+def passes_of_evaluation(plan: RolloutPlan, prompts: int, geometry: Geometry, engine: Engine) -> Passes:
+    """Those of a rank that evaluates so many `prompts` by the plan of evaluation; `engine` with its guidance."""
+    found = Passes()
+    some = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (geometry.pixels * plan.leaves)))
+    for start in range(0, prompts, some):
+        count = min(some, prompts - start)
+        for step in plan.steps:
+            _forwards(found, "forward", count * step.nodes_in, engine.doubled, geometry, engine)
+        _score(found, count * plan.leaves, geometry, engine)
+    return found
+
+
+def _roll_out(
+    found: Passes, recipe: Recipe, plan: RolloutPlan, prompts: range, geometry: Geometry, engine: Engine,
+    retained: RetainedGraphs | None,
+) -> list[int]:  # fmt: skip
+    """Counts the rollout's passes; returns the states of each that keeps its graph."""
+    share, kept = recipe.engine.share, []
+    for part in _parts(recipe, plan, prompts, geometry, engine):
+        for step in plan.steps:
+            rest = len(part) * (step.nodes_in if share else plan.leaves)
+            doubled = engine.doubled if plan.guided(step) else 1
+            if retained is not None:
+                trained = int(states_in_update(plan, step, part, 0).sum())
+                for some in _packed(trained, geometry.tokens * doubled, engine):
+                    if retained.takes(len(some)):
+                        found.of_transformer[Pass("kept", len(some), doubled)] += 1
+                        kept.append(len(some))
+                        rest -= len(some)
+            kind = "extrapolated" if plan.extrapolates(step) else "forward"
+            _forwards(found, kind, rest, doubled, geometry, engine)
+    return kept
+
+
+def _parts(recipe: Recipe, plan: RolloutPlan, prompts: range, geometry: Geometry, engine: Engine) -> Iterator[range]:
+    """The prompts that are rolled out together."""
+    together = len(prompts)
+    if engine.beside and not recipe.engine.exact_replay:
+        narrowest = geometry.tokens * engine.doubled * (plan.roots if recipe.engine.share else plan.leaves)
+        together = -(-engine.tokens // (2 * narrowest))
+    for start in range(0, len(prompts), max(1, together)):
+        yield prompts[start : start + together]
+
+
+def _train(
+    found: Passes, recipe: Recipe, plan: RolloutPlan, prompts: range, update: int, geometry: Geometry, engine: Engine,
+    kept: list[int],
+) -> None:  # fmt: skip
+    share, replays = recipe.engine.share, recipe.engine.exact_replay and recipe.engine.share
+    sizes: list[int] = []
+    row = geometry.tokens * engine.doubled
+    rows = 0
+    for step in plan.trained_steps:
+        mask = states_in_update(plan, step, prompts, update)
+        if replays:
+            flat = mask.ravel()
+            sizes += [len(some) for some in _packed(flat.size, row, engine) if flat[some].any()]
+        else:
+            rows += int(mask.sum()) if share else _edges(plan, step, prompts, update)
+    sizes += [len(some) for some in _packed(rows - sum(kept), row, engine)]
+    for states in sizes:
+        found.of_transformer[Pass("train", states, engine.doubled)] += 1
+    for states in kept:
+        found.of_transformer[Pass("backward", states, engine.doubled)] += 1
+    if recipe.update.kl_weight > 0:
+        for states in sizes + kept:
+            found.of_transformer[Pass("reference", states, engine.doubled)] += 1
+    noisy = recipe.model.dtype == "bf16" and share and not replays and recipe.update.step_weight != "guard"
+    if update > 0 and noisy:
+        for states in sizes:
+            found.of_transformer[Pass("renewed", states, engine.doubled)] += 1
+
+
+def _edges(plan: RolloutPlan, step: Step, prompts: range, update: int) -> int:
+    """Edges of a step that the update trains, where each is a row of its own."""
+    mine = edges_in_update(plan, step, update)
+    return sum(int((np.array(plan.kept_edges(step, prompt, plan.countable_leaves)) & mine).sum()) for prompt in prompts)
+
+
+def _score(found: Passes, samples: int, geometry: Geometry, engine: Engine) -> None:
+    """Decoding and scoring, some samples at a time."""
+    found.samples += samples
+    some, together = (max(1, most // geometry.pixels) for most in (PIXELS_AT_ONCE, engine.pixels_per_decode))
+    for start in range(0, samples, some):
+        part = min(some, samples - start)
+        whole, rest = divmod(part, together)
+        found.decodes[together] += whole
+        found.decodes[rest] += rest > 0
+    found.decodes = +found.decodes
+
+
+def _forwards(found: Passes, kind: str, states: int, doubled: int, geometry: Geometry, engine: Engine) -> None:
+    for some in _packed(states, geometry.tokens * doubled, engine):
+        found.of_transformer[Pass(kind, len(some), doubled)] += 1
+
+
+def _packed(states: int, tokens: int, engine: Engine) -> list[Ints]:
+    """The passes of so many states of `tokens` each."""
+    return pack(np.full(states, tokens), engine.tokens) if states else []

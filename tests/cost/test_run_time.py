@@ -1,0 +1,227 @@
+"""Predicted seconds: curves of what was measured, whose measurements serve, sums by hand, and the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from engine_cases import refuse, strict_json, succeed, tiny_recipe
+from flowgrove.cost.passes import Pass
+from flowgrove.cost.run_time import predict_time
+from flowgrove.cost.speeds import STEP_BYTES, Measured, Published, flops_of, seconds_at
+from flowgrove.errors import UserError
+from flowgrove.models.geometry import Geometry
+from flowgrove.plan.division import ALONE, Division
+from flowgrove.plan.flops import Flops
+from flowgrove.plan.identity import Identity, score_key
+from flowgrove.rates.kept import ModelTimes, Passes, Rate, Rates, keep_rates
+from flowgrove.rates.published import DEVICES, UTILISATION, published
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.setup import Setup
+from policy_cases import CPU, small_recipe
+
+GEOMETRY = Geometry((4, 8, 8), 32, 32, 8, None, 16, 9, 19)
+FLOPS = Flops(GEOMETRY, 1, forward=100, backward=200, recomputed=90, extrapolated=60, reference=95, decode=50, encode=7)
+RECIPE = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"})
+IDENTITY = Identity.of(RECIPE)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def times(per_flop=1.0, flops=100.0, identity=IDENTITY, kinds=("forward", "kept", "backward", "decode"), **more):
+    """A model all of whose passes take `per_flop` seconds an operation."""
+    curve = Passes(flops=flops, seconds={1: per_flop * flops, 4: 4 * per_flop * flops})
+    return ModelTimes(
+        name="it", architecture=identity.architecture, size=identity.size, dtype=identity.dtype,
+        settings=identity.settings, source="tune", date="2026-01-02", passes=dict.fromkeys(kinds, curve), **more,
+    )  # fmt: skip
+
+
+def rates(**models):
+    return Rates(device="it", models=models, matrix={"fp32": Rate(rate=4.0, date="")})
+
+
+# Curves
+
+
+@pytest.mark.parametrize(
+    ("flops", "seconds"),
+    [(10, 5), (20, 6), (15, 5.5), (40, 8), (30, 7), (60, 14), (80, 20), (160, 40), (5, 2.5)],
+)
+def test_between_measured_passes_lies_a_straight_line_and_beyond_them_their_utilisation(flops, seconds):
+    curve = Passes(flops=10, seconds={8: 20, 1: 5, 4: 8})  # a fixed cost, then as fast as it gets
+    assert seconds_at(curve, flops) == pytest.approx(seconds)
+
+
+def test_flops_of_a_pass_are_those_of_its_kind():
+    found = {kind: flops_of(Pass(kind, 3, 2), FLOPS) for kind in ("forward", "kept", "renewed")}
+    assert set(found.values()) == {600}
+    others = [flops_of(Pass(kind, 1, 1), FLOPS) for kind in ("extrapolated", "reference", "backward", "train")]
+    assert others == [60, 95, 290, 390]
+
+
+# What was measured
+
+
+def other(**changes):
+    return replace(IDENTITY, **changes)
+
+
+def test_this_very_model_is_preferred_then_other_settings_then_another_size_then_the_nearest_model():
+    candidates = [
+        ("this model", times(1.0)),
+        ("this model with other settings", times(2.0, identity=other(settings={"attention": "flash"}))),
+        ("this architecture at another size", times(3.0, identity=other(size="s"))),
+        ("another model", times(4.0, flops=150.0, identity=other(architecture="a"))),
+        ("another model", times(5.0, flops=1000.0, identity=other(architecture="b"))),
+    ]
+    for number in range(len(candidates)):
+        left = candidates[number:]
+        models = {str(place): one for place, (_, one) in reversed(list(enumerate(left)))}
+        speeds = Measured(rates(**models), IDENTITY, FLOPS)
+        assert speeds.passes(Pass("forward", 1, 1), FLOPS) == pytest.approx((number + 1) * 100)
+        assert left[0][0] in speeds.rests_on["rollout"]
+        assert "2026-01-02" in speeds.rests_on["update"]
+
+
+def test_a_kind_that_this_model_lacks_is_taken_from_the_next():
+    models = {"a": times(1.0, kinds=("forward", "backward")), "b": times(2.0, identity=other(architecture="b"))}
+    speeds = Measured(rates(**models), IDENTITY, FLOPS)
+    assert speeds.passes(Pass("kept", 1, 1), FLOPS) == pytest.approx(200)
+    assert speeds.passes(Pass("train", 1, 1), FLOPS) == pytest.approx(200 + 290)
+    assert speeds.decode(2, FLOPS) == pytest.approx(2 * 100)
+
+
+@pytest.mark.parametrize("models", [{}, {"a": times(identity=other(dtype="bf16"))}, {"a": times(kinds=("decode",))}])
+def test_nothing_measured_in_this_dtype_says_what_to_do(models):
+    with pytest.raises(UserError, match=r"run `flowgrove tune` on the recipe first, or give --device"):
+        Measured(rates(**models), IDENTITY, FLOPS)
+
+
+def test_encoding_steps_and_scores_are_of_this_architecture_or_follow_from_rates():
+    own = Measured(rates(a=times(encode=3.0, update=4.0, score={"k": 5.0})), IDENTITY, FLOPS)
+    assert (own.encode(FLOPS), own.update(1000), own.score("k"), own.score("another")) == (3.0, 4.0, 5.0, None)
+    foreign = times(2.0, encode=3.0, update=4.0, identity=other(architecture="b"))
+    speeds = Measured(rates(a=foreign), IDENTITY, FLOPS)
+    assert speeds.encode(FLOPS) == pytest.approx(7 * 2.0)
+    assert speeds.encode(replace(FLOPS, encode=None)) is None
+    assert speeds.update(1000) is None
+    copied = Rates(device="it", models={"a": foreign}, copied=Rate(rate=46.0, date=""))
+    assert Measured(copied, IDENTITY, FLOPS).update(1000) == STEP_BYTES * 1000 / 46.0
+
+
+# Published rates
+
+
+def test_the_table_has_plausible_devices():
+    for name, device in DEVICES.items():
+        assert published(name.upper().replace("-", "_")) is device
+        assert 20e12 < device.matrix["bf16"] < 3e15
+        assert device.matrix.get("fp32", 0) < device.matrix["bf16"]
+        assert 2e11 < device.copied < 1e13
+        assert 20e9 < device.memory < 200e9
+
+
+def test_a_published_rate_is_taken_at_its_utilisation():
+    bf16 = small_recipe(model={"adapter": "flux", "path": "black-forest-labs/FLUX.1-dev", "dtype": "bf16"})
+    speeds = Published(published("h100"), bf16, 0.5)
+    assert speeds.passes(Pass("train", 2, 1), FLOPS) == pytest.approx(2 * 390 / (0.5 * 989.4e12))
+    assert speeds.decode(3, FLOPS) == pytest.approx(150 / (0.5 * 989.4e12))
+    assert speeds.update(10**9) == pytest.approx(46e9 / 3350e9)
+    assert speeds.score("any") is None
+    wan = small_recipe(model={"adapter": "wan", "path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "dtype": "bf16"})
+    half = Published(published("h100"), wan, 0.5)
+    assert half.decode(3, FLOPS) == pytest.approx(2 * speeds.decode(3, FLOPS))  # a VAE in fp32, convolved in TF32
+    with pytest.raises(UserError, match="no rate of NVIDIA B200 is known: known are bf16"):
+        Published(published("b200"), RECIPE, 0.5)
+
+
+# A run
+
+
+def test_a_moving_window_is_summed_over_its_positions(tmp_path):
+    """At a second an operation, by the plan's own counts."""
+    window = {"strategy": "progressive", "size": 2, "every": 2}
+    recipe = load_recipe(
+        tiny_recipe(
+            tmp_path,
+            rollout={"steps": 4, "shift": 1.0, "group_size": 4, "shared_initial_noise": True, "window": window},
+            engine={"device": "cpu", "reuse_rollout_graph": False},
+            run={"iterations": 5, "eval_every": 2, "eval": {"samples": 3, "steps": 6}},
+        )
+    )
+    keep_rates(CPU, {"fp32": 2.0}, 1.0, {"it": times(encode=0.25, update=0.5, score={score_key(recipe, 1024): 8.0})})
+    setup = Setup(recipe)
+    found = predict_time(setup, ALONE)
+    (flops,) = found.flops
+    counts = [setup.plan(iteration).counts for iteration in range(5)]
+    assert [(some.first, some.count) for some in found.iterations] == [(0, 3), (2, 2)]  # it begins anew
+    assert len({count.rollout_forwards for count in counts}) > 1
+    for stage, each in {
+        "rollout": [2 * flops.forward * count.rollout_forwards for count in counts],
+        "update": [2 * flops.train * count.train_passes for count in counts],
+        "decode": [8 * flops.decode] * 5,
+        "rewards": [8 * 8.0] * 5,
+        "optimiser": [2 * 0.5] * 5,
+    }.items():
+        assert found.iteration.seconds[stage] == pytest.approx(sum(each) / 5), stage
+    evaluation = 2 * 3 * (6 * flops.forward + flops.decode + 8.0)
+    assert found.evaluation.total == pytest.approx(evaluation)
+    assert found.evaluations == 4  # before iterations 0, 2 and 4, and at the end
+    assert found.texts == 7
+    assert found.encoding == pytest.approx(7 * 0.25)
+    assert found.seconds == pytest.approx(5 * found.iteration.total + 4 * evaluation + 7 * 0.25)
+    assert found.utilisation("rollout") == pytest.approx(0.5)  # an operation a second, of two
+    assert found.not_predicted == ["loading, checkpoints"]
+
+
+def test_of_several_ranks_the_one_with_the_most_prompts_is_predicted(tmp_path):
+    recipe = load_recipe(
+        tiny_recipe(
+            tmp_path, data={"prompts": "train.txt", "eval_prompts": "eval.txt", "prompts_per_iteration": 5},
+            engine={"device": "cpu", "distributed": "ddp", "reuse_rollout_graph": False},
+        )
+    )  # fmt: skip
+    keep_rates(CPU, {}, 1.0, {"it": times()})
+    alone, divided = (predict_time(Setup(recipe), division) for division in (ALONE, Division(2)))
+    assert divided.iteration.seconds["rollout"] == pytest.approx(3 / 5 * alone.iteration.seconds["rollout"])
+    assert divided.iteration.seconds["update"] == pytest.approx(3 / 5 * alone.iteration.seconds["update"])
+    assert divided.evaluation.seconds["decode"] == pytest.approx(alone.evaluation.seconds["decode"] / 2)
+    assert "what ranks send each other" in divided.not_predicted
+    assert divided.iteration.seconds["rewards"] is None
+    assert "rewards" in divided.not_predicted
+
+
+# The command
+
+
+def test_plan_tells_seconds_at_published_rates(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    told = succeed("plan", recipe, "--time", "--device", "H100", "--utilisation", "0.5")
+    assert "predicted time on one NVIDIA H100 SXM" in told.stdout
+    assert "50% of 66.9 TFLOP/s (fp32, dense, published)" in told.stdout
+    assert "not predicted: rewards" in told.stdout
+    content = strict_json(succeed("plan", recipe, "--time", "--device", "h100", "--json").stdout)
+    found = content["time"]
+    mean = found["iteration"]
+    expected = found["iteration_flops"]["rollout"] / (UTILISATION * 66.9e12)
+    assert mean["rollout"] == pytest.approx(expected)
+    assert mean["rewards"] is None
+    assert mean["total"] == pytest.approx(sum(mean[stage] for stage in ("rollout", "decode", "update", "optimiser")))
+    assert sum(some["count"] for some in found["iterations"]) == 3
+    assert found["run"] > 3 * mean["total"]
+    assert found["flops"][0]["train"] == found["flops"][0]["forward"] + found["flops"][0]["backward"]
+    assert json.dumps(found)
+
+
+def test_mistakes_are_a_line_each(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    line = refuse("plan", recipe, "--time", "--device", "h1000")
+    assert "did you mean h100?" in line
+    assert all(name in line for name in DEVICES)
+    assert "run `flowgrove tune` on the recipe first, or give --device" in refuse("plan", recipe, "--time")
+    assert "give --time, too" in refuse("plan", recipe, "--device", "h100")
+    assert "give --device, too" in refuse("plan", recipe, "--time", "--utilisation", "0.3")
