@@ -34,6 +34,7 @@ FAILURES = "failures.txt"
 MOST_CHARACTERS = 11_500  # of the last lines
 MOST_LOG = 15 * 2**20
 PACKAGE = ROOT / "kernels" / "flowgrove_kernels"
+_PROFILE = 32  # lines: the table of phases, memory, idle gaps and advice
 _GRACE = 5  # seconds between asking a step to end and ending it
 
 
@@ -220,7 +221,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     recipes = ["branch_mix_flash", *([] if dry else ["branch_mix", "mix"]), "dance:published"]
     engine = ["--model", "tiny" if dry else model, "--recipes", ",".join(recipes), "--levers", "ends"]
     every = ["--prompts", "1", "--rounds", "1", "--out", str(out)]
-    script = [python, str(ROOT / "profiling" / "gpu_idle.py")]
+    script = [python, str(ROOT / "profiling" / "profile_model.py")]
     profile = [*script, "--model", "tiny" if dry else model, "--prompts", "1"]
     scaling = ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
     eager = ["--rows", "1,2,4,8", "--repeats", "5"]
@@ -235,7 +236,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         Step("engine", 170, [*bench, "engine", *engine, *every]),
         Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
         Step("rows", 60, [*rows, *eager, "--out", str(out)]),
-        Step("idle", 60, profile),
+        Step("profile", 75, profile),
         Step("rows compiled", 90, [*rows, *compiled, "--json"]),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
@@ -334,8 +335,8 @@ def report(outcomes: list[Outcome], out: Path, began: float = 0.0) -> Iterator[s
     yield from _rows(out, began)
     if "counters" in by_name:
         yield from _counters(by_name["counters"].output)
-    if "idle" in by_name:
-        yield from by_name["idle"].output.splitlines()[-12:]
+    if "profile" in by_name:
+        yield from (line[:160] for line in by_name["profile"].output.splitlines()[-_PROFILE:])
 
 
 def _pack_plots(out: Path) -> None:

@@ -506,6 +506,37 @@ def tune(
 
 
 @_command
+def profile(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    iterations: Annotated[int, typer.Option(min=1, help="iterations that are timed, and again profiled")] = 1,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="iterations before them")] = 1,
+    out: Annotated[Path | None, typer.Option(help="folder for its files; default: profiles/NAME")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    allow_python: AllowPython = False,
+) -> None:
+    """Say where the time and the memory of an iteration go on this machine, and what to try next.
+
+    Writes the table of phases (CSV, JSON), a trace for Perfetto, and a timeline of memory; no run folder.
+    """
+    _allow(allow_python)
+    from flowgrove.recipe.loading import load_recipe
+
+    settings = load_recipe(recipe, tuple(set_ or ()))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what the profiler notes of memory from before it
+    from flowgrove.profiler.command import profile_recipe
+    from flowgrove.profiler.show import draw_profile
+    from flowgrove.setup import Setup
+
+    folder = out or Path("profiles") / recipe.stem
+    found = profile_recipe(recipe.name, Setup(settings), folder, iterations, warm_up, _say)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_json()) + "\n")
+    else:
+        draw_profile(found, Console(highlight=False))
+
+
+@_command
 def doctor() -> None:
     """Say what this installation has: versions, devices, backends, and what is missing."""
     from flowgrove.doctor import findings

@@ -43,6 +43,20 @@ Report = Callable[[dict[str, Any]], None]
 _log = logging.getLogger("flowgrove")
 
 
+def checked_rewards(setup: Setup) -> Rewards:
+    """The rewards of a recipe. Raises UserError for what is wrong with it and its files, before a model is loaded."""
+    recipe = setup.recipe
+    rewards = Rewards(recipe, pick_device(recipe))
+    rewards.check(setup.prompts + setup.eval_prompts)
+    if not any(step.stochastic for step in setup.first_plan.steps):
+        raise UserError(
+            "rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; "
+            "give a window or a tree"
+        )
+    pick_backend(recipe)
+    return rewards
+
+
 class _HeldUpdater(Updater):
     """While weights change, a signal waits."""
 
@@ -91,16 +105,7 @@ class Trainer:
         """The rewards. What can be wrong with the recipe and its files is an error here, before a model is loaded."""
         if self.ranks.first:
             check_installed(list(self.recipe.run.log))
-        prompts = self.setup.prompts + self.setup.eval_prompts
-        rewards = Rewards(self.recipe, pick_device(self.recipe))
-        rewards.check(prompts)
-        if not any(step.stochastic for step in self.setup.first_plan.steps):
-            raise UserError(
-                "rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; "
-                "give a window or a tree"
-            )
-        pick_backend(self.recipe)
-        return rewards
+        return checked_rewards(self.setup)
 
     def _load(self, resume: str, say: Say, force: bool) -> None:
         """The model, and the state of the run so far."""

@@ -17,7 +17,7 @@ from flowgrove_kernels import use_backend
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints two lines each time
 
-_ON_THE_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+ON_THE_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _NO_WORK = ("aten::empty", "aten::new_empty", "aten::result_type", "aten::resize_", "aten::lift_fresh", "aten::detach_")
 
 
@@ -43,9 +43,9 @@ def footprint(contender: Contender, device: torch.device) -> Footprint:
             peak, size = torch.cuda.max_memory_allocated(device) - before, _size(outputs)
             del outputs
             trace, _ = _traced(contender, device)
-            return Footprint(sum(event.get("cat") in _ON_THE_DEVICE for event in trace), peak, size)
+            return Footprint(sum(event.get("cat") in ON_THE_DEVICE for event in trace), peak, size)
         trace, size = _traced(contender, device)
-        return Footprint(_calls(trace), _peak(trace), size)
+        return Footprint(op_calls(trace), _peak(trace), size)
 
 
 def _traced(contender: Contender, device: torch.device) -> tuple[list[dict[str, Any]], int]:
@@ -77,7 +77,7 @@ def _peak(trace: list[dict[str, Any]]) -> int:
     return max(0, max(event["args"]["Total Allocated"] for event in told) - before)
 
 
-def _calls(trace: list[dict[str, Any]]) -> int:
+def op_calls(trace: list[dict[str, Any]]) -> int:
     """Outermost ops that do work; wrappers (autograd nodes, our ops over PyTorch, compiled regions)
     count as what is inside them.
     """

@@ -1,0 +1,84 @@
+"""A recipe set up as `flowgrove train` sets it up, without a run folder: iterations that can be measured."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from flowgrove.data.prompts import prompts_of_iteration
+from flowgrove.device import pick_device
+from flowgrove.iteration import NothingScoredError, Stages
+from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
+from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.profiler.clock import Spent, Stopwatch
+from flowgrove.ranks import Ranks
+from flowgrove.setup import Setup
+from flowgrove.spans import listening
+from flowgrove.trainer import checked_rewards
+from flowgrove.tuning.token_budget import settle_token_budget
+from flowgrove.update.updater import Updater
+
+
+class Session:
+    """A recipe's model and stages. `most`: iterations numbered from 0 that will run. Raises UserError as `train` does
+    before its first iteration.
+    """
+
+    def __init__(self, setup: Setup, most: int) -> None:
+        keep_freed_memory()
+        recipe = setup.recipe
+        self.device = pick_device(recipe)
+        self.rewards = checked_rewards(setup)
+        self._texts = [
+            prompts_of_iteration(setup.prompts, number, recipe.data.prompts_per_iteration, recipe.run.seed)
+            for number in range(most)
+        ]
+        asked = list(dict.fromkeys(text for texts in self._texts for text in texts))
+        self.policy = Policy.load_together(recipe, self.device, asked, Ranks())
+        self.runner = PassRunner.of(recipe, self.policy)
+        settle_token_budget(setup, self.policy, self.runner, None)
+        self.updater = Updater(recipe, self.policy, self.runner)
+        self.stages = Stages(setup, self.policy, self.updater, self.rewards)
+
+    def run(self, iterations: int) -> None:
+        """Iterations 0, 1, …; weights go on from one call to the next."""
+        try:
+            for number in range(iterations):
+                self.stages.run(self._texts[number], number)
+        except NothingScoredError as nothing:
+            raise nothing.reason from None
+
+    def timed(self, iterations: int) -> tuple[float, list[Spent]]:
+        """(seconds of all of them by the host's clock, what their ranges took), with nothing else that listens."""
+        watch = Stopwatch(self.device)
+        self._wait()
+        begun = time.perf_counter()
+        with listening(watch):
+            self.run(iterations)
+            self._wait()
+        return time.perf_counter() - begun, watch.read()
+
+    def traced(self, iterations: int, path: Path, around: Callable[[], object] = lambda: None) -> int | None:
+        """Writes a Chrome trace of so many iterations to `path` (.json.gz). `around` is called right before them.
+        Returns the most bytes that the GPU's allocator had given out meanwhile; None on a CPU.
+        """
+        on_gpu = self.device.type == "cuda"
+        self._wait()
+        around()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], profile_memory=True
+        ) as profiler:
+            self.run(iterations)
+            self._wait()
+        most = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+        profiler.export_chrome_trace(str(path))
+        return most
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,249 @@
+"""What `flowgrove profile` advises: each rule speaks where its reason was measured and the recipe has another value,
+and its saving follows from counts and seconds.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from flowgrove.profiler import advice
+from flowgrove.profiler.advice import Suggestion, suggestions
+from flowgrove.profiler.facts import Facts
+from flowgrove.profiler.gaps import Gaps, Idle
+from flowgrove.profiler.phases import Phase
+from flowgrove.setup import Setup
+from flowgrove.spans import DECODE, OPTIMIZER, REWARD, STAGE, TRANSFORMER
+from policy_cases import small_recipe
+
+FULL = 1000  # tokens of a pass
+
+
+def phase(name, seconds, kind=STAGE, passes=0, rows=0, tokens=0, beside=False):
+    return Phase(name, beside, kind, seconds, passes, rows, tokens)
+
+
+def iteration(rollout=3.0, forward=2.0, backward=4.0, decode=0.2, score=0.1, optimizer=0.1, other=0.6, tokens=900):
+    """Ten seconds, with passes of 10 rows."""
+    return [
+        phase("rollout/transformer", rollout, TRANSFORMER, passes=3, rows=30, tokens=3 * tokens),
+        phase("update/transformer", forward, TRANSFORMER, passes=2, rows=20, tokens=2 * tokens),
+        phase("update/backward", backward, TRANSFORMER, passes=2, rows=20, tokens=2 * tokens),
+        phase("reward/decode", decode, DECODE, passes=1, rows=12),
+        phase("reward/shapes", score, REWARD, passes=1, rows=12),
+        phase("update/optimizer", optimizer, OPTIMIZER, passes=2),
+        phase("update/other", other),
+    ]
+
+
+def facts(phases=None, *, device_type="cpu", sections=None, **known):
+    """Of a recipe of 3 prompts, 4 samples, 5 steps of which 2 train; `sections` are merged into it."""
+    phases = iteration() if phases is None else phases
+    sections = {"engine": {"token_budget": 4096}} if sections is None else sections
+    seconds = sum(one.seconds for one in phases if not one.beside)
+    setup = Setup(small_recipe(**sections))
+    return Facts(setup, device_type, seconds, phases, FULL, **{"utilisation": 0.6, **known})
+
+
+def test_a_recipe_that_has_it_all_is_advised_nothing():
+    good = {
+        "rollout": {"tail": {"compress": 0.4}},
+        "update": {"step_fraction": 0.5},
+        "engine": {"token_budget": 4096, "cuda_graphs": True, "compile": True},
+        "model": {"dtype": "bf16"},
+    }
+    assert suggestions(facts(sections=good, device_type="cuda")) == []
+
+
+def test_what_saves_most_stands_first_and_what_cannot_be_told_last():
+    found = suggestions(
+        facts(
+            sections={
+                "model": {"gradient_checkpointing": True, "dtype": "bf16"},
+                "rollout": {"tail": None},
+                "engine": {"token_budget": 4096, "share": False},
+            },
+            device_type="cuda",
+        )
+    )
+    saved = [one.saves for one in found]
+    known = [value for value in saved if value is not None]
+    assert len(known) >= 3
+    assert known == sorted(known, reverse=True)
+    assert saved[len(known) :] == [None] * (len(saved) - len(known))
+    assert "engine.compile" in [one.key for one in found[len(known) :]]
+
+
+def test_a_suggestion_is_told_in_a_sentence():
+    one = Suggestion("engine.cuda_graphs", "true", "the GPU waits", 0.5)
+    assert one.told(2.0) == "engine.cuda_graphs: true: the GPU waits; saves at most 0.5 of 2 s"
+    other = replace(one, saves=None, learns_otherwise=True)
+    assert other.told(2.0) == "engine.cuda_graphs: true: the GPU waits; it changes what is learned"
+
+
+def test_states_that_are_shared_need_one_row():
+    unshared = facts(sections={"engine": {"share": False}})
+    found = advice.sharing(unshared)
+    # a window of 2 from step 1 in 5 steps with 4 leaves: 1 + 1 + 4 + 4 + 4 rows shared, 20 not; 2 + 8 of them train
+    counts = unshared.plan.counts
+    assert (counts.unshared_rollout_forwards, counts.rollout_forwards) == (20, 14)
+    forward, train = 3.0 / 30, (2.0 + 4.0) / 20
+    fewer = counts.unshared_train_passes - counts.train_passes
+    assert found.saves == pytest.approx(3 * (20 - 14) * forward + 3 * fewer * train)
+    assert (found.key, found.value) == ("engine.share", "true")
+    assert advice.sharing(facts()) is None
+
+
+def test_the_first_update_may_use_the_rollouts_graphs():
+    found = advice.graphs_of_the_rollout(facts(sections={"engine": {"reuse_rollout_graph": False}}))
+    assert (found.key, found.saves) == ("engine.reuse_rollout_graph", 1.0), "one of two updates' forwards"
+    assert advice.graphs_of_the_rollout(facts()) is None, "auto already"
+    exact = {"engine": {"reuse_rollout_graph": False, "exact_replay": True}}
+    assert advice.graphs_of_the_rollout(facts(sections=exact)) is None
+
+
+def test_recomputation_is_told_of_where_memory_has_room():
+    sections = {"model": {"gradient_checkpointing": True}}
+    asked = []
+
+    def fits(recipe):
+        asked.append(recipe.model.gradient_checkpointing)
+        return len(asked) == 1
+
+    found = advice.recomputation(facts(sections=sections, fits=fits))
+    assert (found.key, found.value, found.saves) == ("model.gradient_checkpointing", "false", pytest.approx(2.0))
+    assert advice.recomputation(facts(sections=sections, fits=fits)) is None, "no room"
+    assert asked == [False, False]
+    assert advice.recomputation(facts()) is None
+
+
+def test_a_gpu_that_waits_for_launches_is_advised_recordings():
+    waiting = Idle(
+        span=100.0, busy=60.0, gaps={"rollout/transformer": Gaps(9, 9, 20.0), "update/other": Gaps(1, 1, 20.0)}
+    )
+    known = {"device_type": "cuda", "idle": waiting}
+    found = advice.recorded_passes(facts(**known))
+    assert (found.key, found.saves) == ("engine.cuda_graphs", pytest.approx(0.2 * 10.0))
+    assert advice.recorded_passes(facts(device_type="cuda", idle=Idle(100.0, 99.0, {}))) is None
+    assert advice.recorded_passes(facts(sections={"engine": {"cuda_graphs": True}}, **known)) is None
+    assert advice.recorded_passes(facts(device_type="cpu", idle=None)) is None
+
+
+def test_full_passes_at_a_low_rate_are_advised_another_budget():
+    auto = {"engine": {"token_budget": "auto"}}
+    assert advice.larger_passes(facts(sections=auto, utilisation=0.3)).key == "engine.token_budget"
+    assert advice.larger_passes(facts(sections=auto, utilisation=0.3, device_type="cuda")) is None, "it was measured"
+    assert advice.larger_passes(facts(utilisation=0.3, device_type="cuda")).value == "auto"
+    assert advice.larger_passes(facts(sections=auto, utilisation=0.7)) is None
+    assert advice.larger_passes(facts(iteration(tokens=100), sections=auto, utilisation=0.3)) is None, "far from full"
+
+
+def test_passes_that_are_far_from_full_are_advised_more_prompts():
+    found = advice.more_prompts(facts(iteration(tokens=100), utilisation=0.3))
+    assert (found.key, found.value, found.learns_otherwise) == ("data.prompts_per_iteration", "6", True)
+    assert "100 of 1,000 tokens" in found.reason
+    assert advice.more_prompts(facts(iteration(tokens=900), utilisation=0.3)) is None
+    assert advice.more_prompts(facts(iteration(tokens=100), utilisation=0.8)) is None
+
+
+def test_a_gpu_that_is_mostly_in_the_transformer_may_compile_it_and_take_bf16():
+    single = {"model": {"dtype": "fp32"}}
+    assert advice.compiled_blocks(facts(device_type="cuda")).key == "engine.compile"
+    assert advice.half_precision(facts(sections=single, device_type="cuda")).value == "bf16"
+    slow_reward = iteration(score=20.0)
+    for rule in (advice.compiled_blocks, advice.half_precision):
+        assert rule(facts(sections=single)) is None, "a CPU"
+        assert rule(facts(slow_reward, sections=single, device_type="cuda")) is None
+    ready = {"model": {"dtype": "bf16"}, "engine": {"compile": True}}
+    assert advice.compiled_blocks(facts(sections=ready, device_type="cuda")) is None
+    assert advice.half_precision(facts(sections=ready, device_type="cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "device_type", "key", "value"),
+    [
+        ({"name": "http", "url": "http://127.0.0.1:1"}, "cpu", "concurrency", "more than its default"),
+        ({"name": "http", "url": "http://127.0.0.1:1", "concurrency": 4}, "cpu", "concurrency", "more than 4"),
+        ({"name": "pickscore"}, "cuda", "dtype", "bf16"),
+        ({"name": "pickscore", "dtype": "bf16"}, "cuda", "batch_size", "more than 32"),
+        ({"name": "shapes"}, "cpu", "name", "http"),
+    ],
+)
+def test_rewards_that_an_iteration_waits_for_are_told_of(entry, device_type, key, value):
+    """The slowest of two is named."""
+    slow = [
+        *iteration(score=0.0),
+        phase("reward/jpeg_size", 1.0, REWARD, rows=12),
+        phase(f"reward/{entry['name']}", 3.0, REWARD, rows=12),
+        phase("reward/other", 0.5),
+    ]
+    sections = {"reward": [{"name": "jpeg_size"}, entry]}
+    found = advice.rewards(facts(slow, sections=sections, device_type=device_type))
+    assert (found.key, found.value) == (f"reward[1].{key}", value)
+    assert found.saves == pytest.approx(4.0), "what no range holds is not theirs"
+    assert advice.rewards(facts(sections=sections, device_type=device_type)) is None
+
+
+def test_rewards_on_their_own_thread_count_by_what_is_waited_for():
+    waiting = [
+        *[one for one in iteration() if one.stage != "reward"],
+        phase("reward/other", 5.0),
+        phase("reward/shapes", 9.0, REWARD, rows=12, beside=True),
+    ]
+    assert advice.rewards(facts(waiting)).saves == 5.0
+    shared = [*waiting, phase("reward/decode", 81.0, DECODE, rows=12, beside=True)]
+    assert advice.rewards(facts(shared)) is None, "nine tenths of the wait are for decoding"
+    assert advice.fewer_pictures(facts(shared)).saves == pytest.approx(0.9 * 5.0 / 4)
+    hidden = [replace(one, seconds=0.01) if one.name == "reward/other" else one for one in waiting]
+    assert advice.rewards(facts(hidden)) is None
+
+
+def test_decoding_that_dominates_is_told_of():
+    slow = iteration(decode=10.0)
+    found = advice.fewer_pictures(facts(slow))
+    assert (found.key, found.value, found.saves) == ("rollout.group_size", "3", pytest.approx(2.5))
+    assert found.learns_otherwise
+    assert advice.fewer_pictures(facts()) is None
+    tiled = {"model": {"vae_tiling": True}}
+    assert advice.tiles(facts(slow, sections=tiled)).key == "model.vae_tiling"
+    assert advice.tiles(facts(slow)) is None
+
+
+def test_a_tail_saves_the_forwards_that_its_plan_leaves_out():
+    long = {"rollout": {"steps": 20}}
+    measured = facts(sections=long)
+    found = advice.shorter_tail(measured)
+    # after steps 1 and 2 come 17, of which 0.4 are 7: ten fewer, of 4 rows for each of 3 prompts
+    assert found.saves == pytest.approx(10 * 4 * 3 * 3.0 / 30)
+    assert (found.key, found.learns_otherwise) == ("rollout.tail", True)
+    assert advice.shorter_tail(facts(sections={"rollout": {"steps": 20, "tail": {}}})) is None
+    every = {"rollout": {"window": {"strategy": "all"}}}
+    assert advice.shorter_tail(facts(sections=every)) is None, "all steps but the last are stochastic"
+
+
+def test_guidance_where_there_is_no_noise_costs_a_second_row():
+    found = advice.unguided_steps(facts(doubles=True))
+    # steps 0, 3 and 4 are plain, of 1, 4 and 4 rows for each of 3 prompts
+    assert found.saves == pytest.approx(27 * 3.0 / 30 / 2)
+    assert (found.key, found.value) == ("rollout.guidance_range", "[1, 3]")
+    assert advice.unguided_steps(facts()) is None
+    assert advice.unguided_steps(facts(doubles=True, sections={"rollout": {"guidance_range": [0, 3]}})) is None
+
+
+def test_an_update_that_dominates_may_train_fewer_steps():
+    wide = {"rollout": {"steps": 8, "window": {"strategy": "all"}}}
+    measured = facts(sections=wide)
+    found = advice.fewer_trained_steps(measured)
+    other = Setup(small_recipe(**wide, update={"step_fraction": 0.6})).first_plan.counts.train_passes
+    fewer = 3 * (measured.plan.counts.train_passes - other)
+    assert fewer > 0
+    assert found.saves == pytest.approx(fewer * 6.0 / 20)
+    assert advice.fewer_trained_steps(facts(iteration(rollout=20.0), sections=wide)) is None
+    assert advice.fewer_trained_steps(facts(sections={**wide, "update": {"step_fraction": 0.8}})) is None
+
+
+def test_optimiser_steps_that_dominate_may_be_fewer():
+    slow = iteration(optimizer=5.0)
+    found = advice.fewer_updates(facts(slow))
+    assert (found.key, found.value, found.saves) == ("update.updates_per_iteration", "1", 2.5)
+    assert advice.fewer_updates(facts()) is None
+    assert advice.fewer_updates(facts(slow, sections={"update": {"updates_per_iteration": 1}})) is None
