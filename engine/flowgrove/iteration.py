@@ -1,6 +1,6 @@
 """One iteration: plan → rollout → reward → credit → update, and the line that tells of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater
 from flowgrove_kernels import StepCoefficients
+
+# what looks at an iteration after its credit: this rank's prompts, the scores of all leaves, and what its updates are
+Look = Callable[[list[Rolled], Tensor, Whole], None]
 
 
 class NothingScoredError(Exception):
@@ -89,15 +92,17 @@ class Stages:
     def _room(self, setup: Setup, largest: Policy) -> GraphRoom:
         return GraphRoom.of(setup, largest, self.runner, Division.of(setup.recipe.engine, self.ranks.size))
 
-    def run(self, texts: list[str], iteration: int) -> dict[str, Any]:
+    def run(self, texts: list[str], iteration: int, look: Look | None = None) -> dict[str, Any]:
         """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all.
+
+        `look`: is shown the first rank's part of the iteration before the updates, in nobody's time.
 
         Prompts that cannot be scored are left out. Raises NothingScoredError if that is all of them.
         """
         with span(f"iteration {iteration}"):
-            return self._run(texts, iteration)
+            return self._run(texts, iteration, look)
 
-    def _run(self, texts: list[str], iteration: int) -> dict[str, Any]:
+    def _run(self, texts: list[str], iteration: int, look: Look | None) -> dict[str, Any]:
         clock, ranks = Clock(self.device), self.ranks
         counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
         with clock("plan"):
@@ -110,12 +115,16 @@ class Stages:
             scores = self._of_all_ranks(mine, buckets, counts, plan.leaves)
             scored = self._scored(scores, plan.leaves, buckets, forests, faults, iteration)
             credit = self._credit(plan, forests, scores, buckets, counts)
-        with clock("update"):
             rolled = [
                 Rolled(b.policy, forest, b.prompts, part_of(credit, b.numbers), b.coefficients, b.first_prompt)
                 for b, forest in zip(buckets, forests, strict=True)
             ]
-            stats = self.updater.run(rolled, Whole.of_credit(self.recipe, plan, credit)).gathered(ranks)
+            whole = Whole.of_credit(self.recipe, plan, credit)
+        if look is not None:
+            with span("forest"):
+                ranks.by_first(lambda: look(rolled, scores, whole))
+        with clock("update"):
+            stats = self.updater.run(rolled, whole).gathered(ranks)
         times = torch.tensor([list(clock.seconds.values())], dtype=torch.float64)
         seconds = dict(zip(clock.seconds, torch.cat(ranks.gather(times)).amax(0).tolist(), strict=True))
         forwards = plan.counts.rollout_forwards if self.recipe.engine.share else plan.counts.unshared_rollout_forwards

@@ -6,12 +6,14 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import is_full, remove_left_behind, write_text
-from flowgrove.iteration import NothingScoredError, Stages
+from flowgrove.iteration import Look, NothingScoredError, Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
@@ -20,6 +22,8 @@ from flowgrove.plan.division import Division
 from flowgrove.ranks import LostError, Ranks
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
+from flowgrove.report.forest_capture import capture_forest
+from flowgrove.report.forests import forest_files, remove_forest, save_forest
 from flowgrove.report.grids import grid_files, load_grid, save_grid
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
@@ -134,7 +138,7 @@ class Trainer:
 
     def _tidy(self) -> None:
         """Leaves the recipe in the folder, and nothing that was half written."""
-        for folder in (self.out, self.out / "samples"):
+        for folder in (self.out, self.out / "samples", self.out / "forests"):
             remove_left_behind(folder)
         remove_unfinished(self.out)
         if not self.changes:
@@ -220,6 +224,9 @@ class Trainer:
         for completed, grid in grid_files(self.out).items():
             if completed > self.completed:
                 grid.unlink()
+        for iteration, forest in forest_files(self.out).items():
+            if iteration >= self.completed:
+                remove_forest(forest)
         return MetricsLog(self.out, self._first_line())
 
     def _first_line(self) -> int:
@@ -352,22 +359,39 @@ class Trainer:
 
         self.ranks.by_first(keep)
 
-    def _write_grid(self, completed: int, evaluated: Evaluated) -> None:
-        """A full disk costs the grid and not the run, for which there may be room again before it needs any."""
-        place = self.out / "samples" / f"iteration_{completed:06d}.png"
+    def _write_grid(self, place: Path, completed: int, evaluated: Evaluated) -> None:
+        """A sample grid, in the folder and for the trackers."""
+        grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+        if self.trackers is not None:
+            self.trackers.pictures(completed, grid)
+
+    def _write(self, place: Path, write: Callable[[], None]) -> None:
+        """A full disk costs a picture and not the run, for which there may be room again before it needs any."""
         try:
-            grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
-            if self.trackers is not None:
-                self.trackers.pictures(completed, grid)
+            write()
         except OSError as error:
             if not is_full(error):
                 raise
             _log.warning("%s is not written: %s; free some space", place, error.strerror)
 
+    def _look(self, iteration: int) -> Look | None:
+        """What keeps a forest of the iteration; None: it keeps none."""
+        run = self.recipe.run
+        every = run.eval_every if run.forest_every is None else run.forest_every
+        if not every or (iteration % every and iteration + 1 < run.iterations):
+            return None
+
+        def look(parts: list[Rolled], scores: Tensor, whole: Whole) -> None:
+            forest = capture_forest(self.recipe, self.runner, parts, scores, whole)
+            if forest is not None:
+                self._write(self.out / "forests", lambda: save_forest(self.out, forest))
+
+        return look
+
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line. What is done before it is saved if none of its prompts is scored."""
         try:
-            return self.stages.run(self._prompts(iteration), iteration)
+            return self.stages.run(self._prompts(iteration), iteration, self._look(iteration))
         except NothingScoredError as nothing:
             if self.last_line is None or not isinstance(nothing.reason, UserError):
                 raise nothing.reason from None
@@ -392,7 +416,8 @@ class Trainer:
         reward = evaluated.weighted(self.rewards.weights)
         lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples
         faults.tell(f"the evaluation after {iteration} iterations", lost)
-        self.ranks.by_first(lambda: self._write_grid(iteration, evaluated))
+        place = self.out / "samples" / f"iteration_{iteration:06d}.png"
+        self.ranks.by_first(lambda: self._write(place, lambda: self._write_grid(place, iteration, evaluated)))
         if self.recipe.run.keep_best and iteration > 0 and reward is not None:
             self._keep_if_best(reward)
         return evaluated

@@ -227,8 +227,8 @@ def test_ranks_of_which_none_scores_anything_end_with_one_line_and_a_checkpoint(
     options = ("train", recipe, "--set", "engine.distributed=ddp", "--out", tmp_path / "run")
     (tmp_path / "switched.py").write_text(
         "from pathlib import Path\nfrom flowgrove.iteration import Stages\n\nrun = Stages.run\n\n"
-        "def switched(self, texts, iteration):\n    if iteration == 1:\n"
-        f"        Path({str(picky)!r}).touch()\n    return run(self, texts, iteration)\n\n"
+        "def switched(self, texts, iteration, *rest):\n    if iteration == 1:\n"
+        f"        Path({str(picky)!r}).touch()\n    return run(self, texts, iteration, *rest)\n\n"
         f"Stages.run = switched\n\n{COMMAND}"
     )
     text = torchrun(2, tmp_path / "switched.py", *options, output=tmp_path / "log", code=1)
@@ -260,10 +260,10 @@ def test_a_run_of_which_no_prompt_is_scored_saves_ends_and_goes_on(tmp_path, pic
     succeed("train", recipe, "--out", tmp_path / "whole")
     run = Stages.run
 
-    def switched(self, texts, iteration):
+    def switched(self, texts, iteration, *rest):
         if iteration == 2:
             picky.touch()
-        return run(self, texts, iteration)
+        return run(self, texts, iteration, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stages, "run", switched)
@@ -417,12 +417,13 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(writt
     assert differing(weights_of(tmp_path / "run", 3), weights_of(tmp_path / "whole", 3)) == []
 
 
-def test_a_full_disk_costs_a_grid_and_not_the_run(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("flowgrove.report.grids.write_file", full)
+def test_a_full_disk_costs_grids_and_forests_and_not_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("flowgrove.report.mosaics.write_file", full)
     succeed("train", tiny_recipe(tmp_path), "--out", tmp_path / "run")
     assert len(metrics_of(tmp_path / "run")) == 3
-    assert sum("is not written: No space left on device" in message for message in caplog.messages) == 3
-    assert not list((tmp_path / "run" / "samples").iterdir())
+    left_out = [message for message in caplog.messages if "is not written: No space left on device" in message]
+    assert [sum(f"run/{folder}" in message for message in left_out) for folder in ("samples", "forests")] == [3, 2]
+    assert not [path for folder in ("samples", "forests") for path in (tmp_path / "run" / folder).iterdir()]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("a mistake")])
@@ -430,7 +431,7 @@ def test_a_grid_that_fails_for_another_reason_ends_the_run(error, tmp_path, monk
     def fails(*_):
         raise error
 
-    monkeypatch.setattr("flowgrove.report.grids.write_file", fails)
+    monkeypatch.setattr("flowgrove.report.mosaics.write_file", fails)
     result = flowgrove("train", tiny_recipe(tmp_path), "--out", tmp_path / "run")
     assert result.exit_code == (2 if isinstance(error, OSError) else 1)
 

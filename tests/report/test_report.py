@@ -97,7 +97,7 @@ def test_the_library_inside_the_page_comes_with_its_licence(run):
 
 def test_text_of_the_recipe_and_names_of_folders_are_text_and_not_markup(run):
     page = Page(run / "report.html")
-    assert {tag: page.tags.count(tag) for tag in ("script", "b")} == {"script": 6, "b": 0}
+    assert {tag: page.tags.count(tag) for tag in ("script", "b")} == {"script": 7, "b": 0}
     assert page.run["recipe"]["yaml"] == (run / "recipe.yaml").read_text(encoding="utf-8")
     assert NASTY in yaml.safe_load(page.run["recipe"]["yaml"])["data"]["prompts"]
     assert page.title == f"run {NASTY} · Flowgrove"

@@ -820,6 +820,14 @@ class Run(Section):
     Source: ours.
     """
 
+    forest_every: Index | None = None
+    """The iterations between two pictures of a forest; 0: none, null: those of run.eval_every.
+    Of the first scored prompt of such an iteration, and of the last iteration, the run's forests/ gets all advantages,
+    log-probabilities and rewards, with small pictures of leaves and inner nodes, for the report. It costs the decoding
+    of up to 128 pictures, changes nothing that trains, and keeps at most 64 forests, of groups of up to 256 leaves.
+    Source: ours.
+    """
+
     most_skipped_updates: Count = 10
     """How many updates in a row may be skipped, because their gradient was not finite, before the run saves and ends.
     A skipped update leaves weights, moments and averages as they are, and single ones do no harm; counted are those of

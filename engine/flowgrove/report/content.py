@@ -8,6 +8,7 @@ from typing import Any
 from flowgrove.recipe.keys import as_yaml, recipe_keys
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.findings import clip_range, find
+from flowgrove.report.forests import forest_content
 from flowgrove.report.lines import Line, evaluated_lines, total_reward, whole_lines
 from flowgrove.report.pictures import Address, data_uri, pictures_of
 from flowgrove.report.series import curves, mean, seconds_before, unshared_passes
@@ -28,7 +29,7 @@ def run_content(recipe: Recipe, folder: Path, address: Address = data_uri) -> di
         "clip_range": clip_range(recipe),
         **curves(recipe, lines),
         "pictures": pictures,
-        "forests": [],
+        "forests": forest_content(folder, address),
         "recipe": {
             "changed": _changed(recipe),
             "settings": flat(recipe.model_dump(mode="json")),

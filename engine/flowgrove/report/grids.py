@@ -2,18 +2,15 @@
 set two of them side by side.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from flowgrove.evaluation import Evaluated
-from flowgrove.files import write_file
+from flowgrove.report.mosaics import files_of_iterations, load_mosaic, save_mosaic
 from flowgrove.rewards.pixels import to_bytes
 
 _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
@@ -62,8 +59,7 @@ def in_common(first: Grid, second: Grid) -> tuple[Grid, Grid] | None:
 
 def grid_files(run: Path) -> dict[int, Path]:
     """The grids of a run by the iterations that their model had behind it, in that order."""
-    found = {path.stem.removeprefix("iteration_"): path for path in (run / "samples").glob("iteration_*.png")}
-    return dict(sorted((int(name), path) for name, path in found.items() if name.isdecimal() and name.isascii()))
+    return files_of_iterations(run / "samples", ".png")
 
 
 def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[float]) -> Grid:
@@ -76,41 +72,25 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
         evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]
     ).numpy()
     prompts = [evaluated.prompts[index * samples] for index in chosen]
-    info = PngInfo()
     layout = {
-        "rows": rows,
-        "columns": columns,
         "prompts": prompts,
         "numbers": chosen.tolist(),
         "scores": [[score if math.isfinite(score) else None for score in row] for row in scores.tolist()],
     }
-    info.add_itxt("flowgrove", json.dumps(layout))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = tiles.shape[1:3]
-    mosaic = Image.fromarray(
-        tiles.reshape(rows, columns, height, width, 3)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * height, columns * width, 3)
-    )
-    write_file(path, lambda partial: mosaic.save(partial, pnginfo=info))
-    return Grid(tiles.reshape(rows, columns, *tiles.shape[1:]), prompts, scores, tuple(chosen.tolist()))
+    tiles = tiles.reshape(rows, columns, *tiles.shape[1:])
+    save_mosaic(path, tiles, layout)
+    return Grid(tiles, prompts, scores, tuple(chosen.tolist()))
 
 
 def load_grid(path: Path) -> Grid:
     """A grid that `save_grid` wrote. Raises ValueError for another picture."""
     try:
-        with Image.open(path) as image:
-            layout = json.loads(image.info["flowgrove"])
-            pixels = np.asarray(image.convert("RGB"))
-        rows, columns = layout["rows"], layout["columns"]
-        height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
-        tiles = pixels.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
+        tiles, layout = load_mosaic(path)
+        rows, columns = tiles.shape[:2]
         scores = np.array(layout["scores"], dtype=np.float64).reshape(rows, columns)
         prompts = [str(prompt) for prompt in layout["prompts"]]
         numbers = tuple(int(number) for number in layout.get("numbers", ()))
-    except PermissionError:
-        raise
-    except (OSError, SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no sample grid") from None
     if len(prompts) != rows or len(numbers) not in (0, rows):
         raise ValueError(f"{path} is no sample grid")

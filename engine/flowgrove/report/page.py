@@ -20,7 +20,7 @@ from flowgrove.report.pictures import chosen_grids
 from flowgrove.report.reward_curve import draw_reward_curve
 from flowgrove.report.side_by_side import draw_side_by_side
 
-_SCRIPTS = ("charts.js", "pictures.js", "report.js")
+_STYLES, _SCRIPTS = ("report.css", "forest.css"), ("charts.js", "pictures.js", "forest.js", "report.js")
 
 
 def write_report(recipe: Recipe, out: Path) -> Path:
@@ -51,7 +51,7 @@ def report_page(contents: list[dict[str, Any]], title: str, live: bool = False) 
 
     scripts = [part(name) for name in (*_SCRIPTS, *(["live.js"] if live else []))]
     return environment.get_template("report.html.j2").render(
-        title=readable(title), style=part("report.css"), scripts=scripts,
+        title=readable(title), style=Markup("").join(map(part, _STYLES)), scripts=scripts,
         plotly=Markup(get_plotlyjs()), data=Markup(_for_script({"runs": contents, "metrics": metric_texts()})),
     )  # fmt: skip
 

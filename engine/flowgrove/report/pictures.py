@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from flowgrove.report.grids import Grid, grid_files, load_grid, rows_in_common
@@ -34,7 +35,7 @@ def pictures_of(folder: Path, address: Address = data_uri, most_bytes: int = MOS
     grids = chosen_grids(folder)
     shown = []
     for done, grid in grids:
-        picture, kind = encoded(grid, most_bytes // len(grids))
+        picture, kind = encoded(grid.tiles, most_bytes // len(grids))
         rows, columns, height, width = grid.tiles.shape[:4]
         shown.append({
             "done": done, "rows": rows, "columns": columns, "width": width, "height": height,
@@ -67,31 +68,31 @@ def chosen_grids(folder: Path, most: int = MOST_GRIDS) -> list[tuple[int, Grid]]
     return [*start, *(grid for done in chosen for grid in first_of([done])), *end]
 
 
-def encoded(grid: Grid, most_bytes: int) -> tuple[bytes, str]:
-    """All tiles as one picture and its kind: the largest and the truest that needs at most `most_bytes`, or the
-    smallest there is.
+def encoded(tiles: NDArray[np.uint8], most_bytes: int) -> tuple[bytes, str]:
+    """All tiles [rows, columns, H, W, 3] as one picture and its kind: the largest and the truest that needs at most
+    `most_bytes`, or the smallest there is.
     """
-    longest = max(grid.tiles.shape[2:4])
+    longest = max(tiles.shape[2:4])
     picture, kind = b"", "jpeg"
-    if longest <= _EXACT and len(picture := _saved(_mosaic(grid, longest), "png")) <= most_bytes:
+    if longest <= _EXACT and len(picture := _saved(_mosaic(tiles, longest), "png")) <= most_bytes:
         return picture, "png"
     for side in (longest, *(side for side in _SIDES if side < longest)):
         if side <= _SIDES[0]:
-            picture = _saved(_mosaic(grid, side), "jpeg")
+            picture = _saved(_mosaic(tiles, side), "jpeg")
             if len(picture) <= most_bytes:
                 break
     return picture, kind
 
 
-def _mosaic(grid: Grid, side: int) -> Image.Image:
+def _mosaic(tiles: NDArray[np.uint8], side: int) -> Image.Image:
     """The tiles, with a longest side of `side` pixels, in rows and columns."""
-    rows, columns, height, width = grid.tiles.shape[:4]
+    rows, columns, height, width = tiles.shape[:4]
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     whole = Image.new("RGB", (columns * size[0], rows * size[1]))
     for row in range(rows):
         for column in range(columns):
-            tile = Image.fromarray(grid.tiles[row, column])
+            tile = Image.fromarray(tiles[row, column])
             whole.paste(tile if scale == 1 else tile.resize(size, Image.Resampling.LANCZOS),
                         (column * size[0], row * size[1]))  # fmt: skip
     return whole

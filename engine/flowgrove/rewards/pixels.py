@@ -14,12 +14,12 @@ def to_bytes(pictures: Tensor) -> Tensor:
     return to_host((pictures.detach().float() * 255).round().to(torch.uint8).movedim(-3, -1).contiguous())
 
 
-def shrink(samples: Tensor) -> Tensor:
+def shrink(samples: Tensor, longest: int = _LARGEST_TILE) -> Tensor:
     """Pictures [B, 3, H, W], or the middle frames of videos [B, F, 3, H, W] → fp32 [B, 3, h, w] of
-    at most 256 pixels a side.
+    at most `longest` pixels a side.
     """
     pictures = (samples if samples.ndim == 4 else samples[:, samples.shape[1] // 2]).float()
-    scale = _LARGEST_TILE / max(pictures.shape[-2:])
+    scale = longest / max(pictures.shape[-2:])
     if scale >= 1:
         return pictures
     height, width = (max(1, round(side * scale)) for side in pictures.shape[-2:])

@@ -115,7 +115,7 @@ function panels(element, runs, has, drawPanel) {
 function draw() {
   const { runs } = state, drawable = runs.filter((run) => run.iterations > 0);
   const of = (list, i) => (list[i] = list[i] || {});
-  const has = { samples: (run) => run.pictures.grids.length > 0, both: (run) => run.pictures.common.length > 0, forest: (run) => run.forests.length > 0 && Boolean(window.drawForest) };
+  const has = { samples: (run) => run.pictures.grids.length > 0, both: (run) => run.pictures.common.length > 0, forest: (run) => run.forests.length > 0 };
   const items = [["top", () => make("header", { class: "top" }), (element) => element.replaceChildren(...top(runs))]];
   const add = (wanted, id, title, says, update) => { if (wanted) items.push([id, section(id, title, says), (element) => update(inside(element))]); };
   if (!drawable.length) items.push(["empty", () => make("p", { class: "says" }, "No iteration is done yet.")]);
@@ -128,8 +128,8 @@ function draw() {
     (element) => panels(element, drawable, has.both, (panel, run, i) => page.drawComparison(panel, run, of(state.views, i))));
   add(drawable.some(has.samples), "samples", "Samples over the run", "What the held-out prompts gave at each evaluation, always from the same seeds.",
     (element) => panels(element, drawable, has.samples, (panel, run, i) => page.drawSamples(panel, run, of(state.samples, i))));
-  add(drawable.some(has.forest), "forest", "The forest of one prompt", null,
-    (element) => panels(element, drawable, has.forest, (panel, run) => run.forests.forEach((forest) => window.drawForest(panel.appendChild(make("div")), forest))));
+  add(drawable.some(has.forest), "forest", "The forest of one prompt", "From noise on the left to pictures on the right. Where a line parts, noise was drawn; its colour says whether what follows scored better or worse than the rest. Inside, the model's guess at the picture.",
+    (element) => panels(element, drawable, has.forest, (panel, run) => page.drawForests(panel, run.forests)));
   add(ctx, "policy", "How the policy moved", null, curves("policy"));
   add(ctx, "cost", "What it cost", null, curves("cost"));
   const read = runs.filter((run) => !run.error);
