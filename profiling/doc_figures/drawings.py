@@ -25,7 +25,11 @@ DRAWN = {
     "quickstart_reward.csv": ("doc_figures.quickstart", "plot_reward"),
 }
 # plots that no CSV holds → where they come from
-FROM_RUNS = {"quickstart_before_after.png": "make figures RUN=runs/quickstart-42"}
+FROM_RUNS = {
+    "quickstart_before_after.png": "make figures RUN=runs/quickstart-42",
+    "report_light.png": "python profiling/report_pictures.py runs/quickstart-42",
+    "report_dark.png": "python profiling/report_pictures.py runs/quickstart-42",
+}
 # CSVs that are kept for the reader, of which no page and no plot shows a number → why
 RAW: dict[str, str] = {}
 _SOURCE = "Source"

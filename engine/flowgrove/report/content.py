@@ -97,7 +97,7 @@ def _facts(recipe: Recipe, lines: list[Line], prompts_changed: bool) -> list[lis
         (start, first), (done, last) = held_out[0], held_out[-1]
         width = last.get("eval_reward_confidence")
         notes = [f"{f'after {start} iterations' if start else 'base model'}, and after {done} iterations"]
-        notes += [f"95 % interval ± {width:.3f}"] if width else []
+        notes += [f"95 % interval ±\N{NO-BREAK SPACE}{width:.3f}"] if width else []
         notes += ["the held-out prompts changed in between"] if prompts_changed else []
         facts.append(["Held-out reward", _change(first["eval_reward"], last["eval_reward"]), "; ".join(notes)])
     else:

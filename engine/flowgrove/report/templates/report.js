@@ -59,13 +59,15 @@ function table(heads, rows, classes = []) {
   return make("div", { class: "scroll" }, make("table", {}, make("thead", {}, cells("th", heads)), make("tbody", {}, rows.map((row) => cells("td", row)))));
 }
 
+const findingId = (finding, i) => `finding-${finding.name}${i ? `-${i}` : ""}`;
+
 function findings(element, runs) {
-  const found = runs.flatMap((run) => run.findings.map((finding) => [run, finding]));
+  const found = runs.flatMap((run, i) => run.findings.map((finding) => [run, finding, findingId(finding, i)]));
   const young = runs.every((run) => run.iterations < 10);
   const none = young ? make("p", { class: "says" }, "Curves are judged after 10 iterations.")
     : make("p", { class: "fine" }, "No warnings. Looked at: held-out against training reward, divergence, ratio, clipping, spread of the groups, skipped updates, dropped prompts.");
-  element.replaceChildren(found.length ? make("div", { class: "findings" }, found.map(([run, finding]) =>
-    make("div", { class: `finding ${finding.kind}`, id: `finding-${finding.name}` }, make("h3", {}, finding.title),
+  element.replaceChildren(found.length ? make("div", { class: "findings" }, found.map(([run, finding, id]) =>
+    make("div", { class: `finding ${finding.kind}`, id }, make("h3", {}, finding.title),
       runs.length > 1 ? make("p", { class: "run" }, run.name) : null, make("p", {}, finding.text), make("p", { class: "do" }, make("b", {}, "What to do: "), finding.action)))) : none);
 }
 
@@ -80,8 +82,9 @@ function card(chart) {
 function charts(element, list, ctx) {
   const drawn = list.map((chart) => [chart, chart.build(ctx)]).filter(([, built]) => built.traces.length);
   arrange(element, drawn.map(([chart, built]) => [chart.id, () => card(chart), (figure) => {
-    const found = ctx.runs.flatMap((run) => run.findings).filter((finding) => finding.metric === chart.metric || (finding.metric === "reward" && chart.id === "reward"));
-    figure.querySelector(".marks").replaceChildren(...found.map((finding) => make("a", { class: `mark ${finding.kind}`, href: `#finding-${finding.name}` }, finding.title)));
+    const here = (finding) => finding.metric === chart.metric || (finding.metric === "reward" && chart.id === "reward");
+    figure.querySelector(".marks").replaceChildren(...ctx.runs.flatMap((run, i) => run.findings.filter(here).map((finding) =>
+      make("a", { class: `mark ${finding.kind}`, href: `#${findingId(finding, i)}` }, finding.title))));
     page.draw(figure.querySelector(".plot"), ctx, built);
   }]));
 }
