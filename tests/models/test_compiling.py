@@ -53,10 +53,14 @@ def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dyn
             v = policy.velocity(x, torch.linspace(0.9, 0.2, rows), encoded(policy), torch.arange(rows)).v
             v.square().sum().backward()
             found.append(v.detach())
-        results.append(
-            (found, torch.cat([p.grad.flatten() for p in policy.weights.trainable().values() if p.grad is not None]))
-        )
+        gradients = {name: p.grad for name, p in policy.weights.trainable().items()}
+        results.append((found, gradients))
     (eager, gradient), (compiled, other) = results
     for one, two in zip(eager, compiled, strict=True):
         assert (one - two).abs().max() <= 1e-5
-    assert (gradient - other).norm() <= 1e-4 * gradient.norm()
+    # a compiled block gives weights that nothing depends on (six of Qwen-Image's last block) a gradient of 0
+    without = {name for name, each in gradient.items() if each is None}
+    assert all(other[name] is None or not other[name].any() for name in without)
+    have = [name for name in gradient if name not in without]
+    one, two = (torch.cat([each[name].flatten() for name in have]) for each in (gradient, other))
+    assert (one - two).norm() <= 1e-4 * one.norm()
