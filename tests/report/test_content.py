@@ -65,7 +65,7 @@ def test_evaluations_come_with_their_intervals_and_the_time_before_them(tmp_path
         "eval_rewards": {"shapes": {"mean": 0.4, "confidence": 0.2}},
     }
     lines = [LINE | {"iteration": n} | (told if n in (0, 3) else {}) for n in range(4)]
-    assert run_of(tmp_path, lines)[1]["held_out"] == {
+    assert run_of(tmp_path, lines, run={"iterations": 4})[1]["held_out"] == {
         "iteration": [0, 4], "seconds": [0.0, 6.0], "mean": [0.5, 0.5], "confidence": [0.1, 0.1],
         "rewards": [{"mean": [0.4, 0.4], "confidence": [0.2, 0.2]}],
     }  # fmt: skip

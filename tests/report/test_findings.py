@@ -55,6 +55,11 @@ FOUND = {
     "overfitting": lambda n: falling(n, 0.6),
     "overfitting without intervals": lambda n: falling(n, 0.3, None) | ({"eval_reward": 0.71} if n == 40 else {}),
     "collapse": lambda n: falling(n, 0.6) | reward(0.7 - n / 200),
+    "collapse into pictures that all score alike": lambda n: (
+        reward(0.7 - n / 200)
+        | falling(n, 0.7)
+        | ({"eval_reward": 0.0, "eval_reward_confidence": 0.0} if n == 50 else {})
+    ),
     "ratio": lambda n: {"ratio_mean": 1 - n / COUNT * 0.002},
     "ratio above": lambda n: late(n, {"ratio_mean": 1.0011}),
     "clipped": lambda n: late(n, {"clipped_low": 0.34}),
@@ -99,6 +104,10 @@ def test_what_deserves_a_warning_has_one_that_says_what_to_change(recipe, case):
     keys = [word.strip(".,;:()") for word in finding.action.split() if "." in word.strip(".,;:()")]
     assert keys
     assert all(find_key(key) for key in keys)
+
+
+def test_evaluations_of_other_prompts_are_not_compared(recipe):
+    assert find(recipe, run_of(FOUND["collapse"]), changed=True) == []
 
 
 @pytest.mark.parametrize("case", NOT_FOUND)

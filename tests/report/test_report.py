@@ -152,7 +152,9 @@ def test_evaluations_stand_where_their_model_stood():
     lines = [LINE | {"iteration": n} | ({"eval_reward": n / 10} if n in (0, 2, 4) else {}) for n in range(5)]
     assert evaluations(lines) == [(0, 0.0), (2, 0.2), (5, 0.4)]
     assert evaluations(lines[:4]) == [(0, 0.0), (2, 0.2)]  # a run that was cut off
-    assert evaluations([LINE]) == []
+    assert evaluations(lines, 5) == evaluations(lines)
+    assert evaluations(lines, 9) == [(0, 0.0), (2, 0.2), (4, 0.4)]  # one that still runs, or was stopped
+    assert evaluations([LINE]) == evaluations([]) == []
 
 
 # Grids

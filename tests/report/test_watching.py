@@ -85,6 +85,33 @@ def test_what_a_run_writes_is_told_and_nothing_else_is_sent_twice(run):
         assert ask(server, first)[0] == 404  # what is shown no more is kept no more
 
 
+def test_a_grid_that_has_not_changed_is_not_read_again(run, monkeypatch):
+    folder, _ = run
+    with serving([folder], 0) as server:
+        first = told(server)[0]["pictures"]
+        monkeypatch.setattr("flowgrove.report.pictures.load_grid", lambda path: pytest.fail(f"{path} is read again"))
+        add(folder, LINE | {"iteration": 2})
+        assert told(server)[0]["pictures"] == first
+
+
+def test_what_goes_wrong_with_one_run_is_told_and_the_others_are_shown(run, tmp_path, monkeypatch):
+    synthetic_run(tmp_path / "other", lines_of(3))
+    from flowgrove.report import watching
+
+    real = watching.run_content
+
+    def failing(recipe, folder, address):
+        if folder == run[0]:
+            raise ValueError("a forest has\ngone")
+        return real(recipe, folder, address)
+
+    monkeypatch.setattr(watching, "run_content", failing)
+    with serving([run[0], tmp_path / "other"], 0) as server:
+        first, second = told(server)
+    assert first["error"] == "a forest has gone"
+    assert second["iterations"] == 3
+
+
 def test_runs_stand_beside_each_other(run, tmp_path):
     other = synthetic_run(tmp_path / "other", lines_of(3), update={"lr": 0.5})
     with serving([run[0], tmp_path / "other"], 0) as server:
@@ -116,11 +143,11 @@ def test_only_this_machine_is_answered_and_only_under_its_own_name(run):
     with serving([run[0]], 0) as server:
         port = server.server_address[1]
         assert server.server_address[0] == "127.0.0.1"
-        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}"):
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", "localhost:1"):  # forwarded
             assert ask(server, "/data.json", Host=host)[0] == 200
-        for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1:{port + 1}", "127.0.0.1", ""):
+        for host in ("evil.example", f"evil.example:{port}", f"localhost.evil.example:{port}", ""):
             status, _, body = ask(server, "/data.json", Host=host)
-            assert (status, body) == (403, b""), host
+            assert (status, b"localhost" in body, b"iterations" in body) == (403, True, False), host
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def run_content(recipe: Recipe, folder: Path, address: Address = data_uri) -> di
         "iterations": len(lines),
         "planned": recipe.run.iterations,
         "facts": _facts(recipe, lines, pictures["changed"]) if lines else [],
-        "findings": [asdict(finding) for finding in find(recipe, lines)],
+        "findings": [asdict(finding) for finding in find(recipe, lines, pictures["changed"])],
         "clip_range": clip_range(recipe),
         **curves(recipe, lines),
         "pictures": pictures,
@@ -91,7 +91,7 @@ def _changed(recipe: Recipe) -> list[list[str]]:
 
 def _facts(recipe: Recipe, lines: list[Line], prompts_changed: bool) -> list[list[str]]:
     """[name, value, note]."""
-    held_out = evaluated_lines(lines)
+    held_out = evaluated_lines(lines, recipe.run.iterations)
     facts = []
     if held_out:
         (start, first), (done, last) = held_out[0], held_out[-1]

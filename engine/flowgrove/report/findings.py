@@ -28,11 +28,14 @@ class Finding:
     action: str
 
 
-def find(recipe: Recipe, lines: list[Line]) -> list[Finding]:
-    """All findings of a run, warnings first."""
+def find(recipe: Recipe, lines: list[Line], changed: bool = False) -> list[Finding]:
+    """All findings of a run, warnings first. `changed`: whether its evaluations are of other prompts than at first, so
+    that their rewards do not compare.
+    """
     if len(lines) < FEWEST:
         return []
-    found = [finding for look in _LOOKS if (finding := look(recipe, lines)) is not None]
+    looks = [look for look in _LOOKS if not (changed and look is held_out_falls)]
+    found = [finding for look in looks if (finding := look(recipe, lines)) is not None]
     return sorted(found, key=lambda finding: finding.kind != "warning")
 
 
@@ -42,14 +45,14 @@ def held_out_falls(recipe: Recipe, lines: list[Line]) -> Finding | None:
     reward still rises meanwhile (by two standard errors between the halves of what came after the best) tells
     overfitting from collapse.
     """
-    held_out = evaluated_lines(lines)
+    held_out = evaluated_lines(lines, recipe.run.iterations)
     if len(held_out) < 3:
         return None
     rewards = [line["eval_reward"] for _, line in held_out]
     best = rewards.index(max(rewards))
-    widths = [held_out[place][1].get("eval_reward_confidence") or 0 for place in (best, -1)]
-    margin = sum(width**2 for width in widths) ** 0.5
-    if not all(widths):
+    told = [line.get("eval_reward_confidence") for _, line in held_out]
+    margin = sum((told[place] or 0) ** 2 for place in (best, -1)) ** 0.5
+    if not any(told) or told[best] is None or told[-1] is None:  # older lines, or a single prompt
         margin = max(margin, 3 * median(abs(after - before) for before, after in pairwise(rewards)))
     if rewards[best] - rewards[-1] <= margin:
         return None

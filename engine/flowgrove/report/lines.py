@@ -19,19 +19,18 @@ def total_reward(recipe: Recipe, line: Line) -> float:
     return sum(reward.weight * line["reward"][reward.name]["mean"] for reward in recipe.reward)
 
 
-def evaluated_lines(lines: list[Line]) -> list[tuple[int, Line]]:
+def evaluated_lines(lines: list[Line], planned: int | None = None) -> list[tuple[int, Line]]:
     """(completed iterations, line) of the lines that have a held-out reward: a line's evaluation comes before its
-    update, the last line's after it.
+    update, that of the last of `planned` iterations after it. None: the run has ended as planned.
     """
+    last = lines[-1]["iteration"] + 1 if planned is None and lines else planned
     found = [(line["iteration"], line) for line in lines if line.get("eval_reward") is not None]
-    if len(found) > 1 and lines[-1].get("eval_reward") is not None:
-        found[-1] = (found[-1][0] + 1, found[-1][1])
-    return found
+    return [(done + (done + 1 == last and len(found) > 1), line) for done, line in found]
 
 
-def evaluations(lines: list[Line]) -> list[tuple[int, float]]:
+def evaluations(lines: list[Line], planned: int | None = None) -> list[tuple[int, float]]:
     """(completed iterations, held-out reward)."""
-    return [(done, line["eval_reward"]) for done, line in evaluated_lines(lines)]
+    return [(done, line["eval_reward"]) for done, line in evaluated_lines(lines, planned)]
 
 
 def _is_whole(line: Line, recipe: Recipe) -> bool:

@@ -4,8 +4,10 @@ import base64
 import io
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ MOST_BYTES = 4_000_000  # of all pictures of a run; base64 adds a third
 _SIDES = (256, 192, 160, 128, 96, 64, 48)  # of a tile, in pixels
 _EXACT = 64  # up to this side a tile is kept to the bit, if that fits
 
+Loaded = TypeVar("Loaded")
 Address = Callable[[int, bytes, str], str]  # (iterations, picture, its kind) → what a browser finds it under
 
 
@@ -27,24 +30,37 @@ def data_uri(done: int, picture: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
+class _Shown(NamedTuple):
+    """A grid as a page shows it; `grid` has the sizes of its tiles and not their colours."""
+
+    grid: Grid
+    picture: bytes
+    kind: str
+
+
 def pictures_of(folder: Path, address: Address = data_uri, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """`grids`: the first and the last of a run and some in between, each one picture of all tiles, with prompts and
     scores; `common`: pairs of rows of the first and the last that show the same prompts and seeds; `changed`: whether
     these two have other prompts.
     """
-    grids = chosen_grids(folder)
+    files = grid_files(folder)
+
+    def load(done: int) -> _Shown:
+        told = files[done].stat()
+        return _shown(files[done], (told.st_mtime_ns, told.st_size), most_bytes // min(len(files), MOST_GRIDS))
+
+    found = _chosen(list(files), MOST_GRIDS, load)
     shown = []
-    for done, grid in grids:
-        picture, kind = encoded(grid.tiles, most_bytes // len(grids))
+    for done, (grid, picture, kind) in found:
         rows, columns, height, width = grid.tiles.shape[:4]
         shown.append({
             "done": done, "rows": rows, "columns": columns, "width": width, "height": height,
             "src": address(done, picture, kind), "prompts": grid.prompts,
             "scores": [[rounded(score) if np.isfinite(score) else None for score in row] for row in grid.scores],
         })  # fmt: skip
-    if len(grids) < 2:
+    if len(found) < 2:
         return {"grids": shown, "common": [], "changed": False}
-    first, last = grids[0][1], grids[-1][1]
+    first, last = found[0][1].grid, found[-1][1].grid
     return {"grids": shown, "common": rows_in_common(first, last), "changed": first.prompts != last.prompts}
 
 
@@ -53,19 +69,33 @@ def chosen_grids(folder: Path, most: int = MOST_GRIDS) -> list[tuple[int, Grid]]
     passed over.
     """
     files = grid_files(folder)
+    return _chosen(list(files), most, lambda done: load_grid(files[done]))
 
-    def first_of(numbers: Iterable[int]) -> list[tuple[int, Grid]]:
-        for done in numbers:
-            with suppress(ValueError):
-                return [(done, load_grid(files[done]))]
+
+def _chosen(numbers: list[int], most: int, load: Callable[[int], Loaded]) -> list[tuple[int, Loaded]]:
+    """The first and the last that load, and some in between; others raise ValueError, or have gone meanwhile."""
+
+    def first_of(some: Iterable[int]) -> list[tuple[int, Loaded]]:
+        for done in some:
+            with suppress(ValueError, FileNotFoundError):
+                return [(done, load(done))]
         return []
 
-    start, end = first_of(files), first_of(reversed(files))
+    start, end = first_of(numbers), first_of(reversed(numbers))
     if not start or start[0][0] == end[0][0]:
         return start
-    between = [done for done in files if start[0][0] < done < end[0][0]]
+    between = [done for done in numbers if start[0][0] < done < end[0][0]]
     chosen = [between[place - 1] for place in spread(len(between) + 2, most)[1:-1]]
-    return [*start, *(grid for done in chosen for grid in first_of([done])), *end]
+    return [*start, *(one for done in chosen for one in first_of([done])), *end]
+
+
+@lru_cache(maxsize=256)
+def _shown(file: Path, stamp: tuple[int, int], most_bytes: int) -> _Shown:
+    """Whoever watches a run asks for the same grids again and again; `stamp` tells whether a file is the same."""
+    grid = load_grid(file)
+    picture, kind = encoded(grid.tiles, most_bytes)
+    blank = np.broadcast_to(np.uint8(0), grid.tiles.shape)
+    return _Shown(replace(grid, tiles=blank), picture, kind)
 
 
 def encoded(tiles: NDArray[np.uint8], most_bytes: int) -> tuple[bytes, str]:

@@ -15,7 +15,9 @@ Points = list[tuple[int, float]]
 def draw_reward_curve(lines: list[Line], recipe: Recipe, path: Path) -> None:
     """Training and held-out reward of a run."""
     training = [(line["iteration"], total_reward(recipe, line)) for line in lines]
-    draw_rewards(training, evaluations(lines), " + ".join(reward.name for reward in recipe.reward), path)
+    draw_rewards(
+        training, evaluations(lines, recipe.run.iterations), " + ".join(reward.name for reward in recipe.reward), path
+    )
 
 
 def draw_rewards(training: Points, held_out: Points, name: str, path: Path) -> None:

@@ -120,7 +120,7 @@ def _of_reward(name: str, weight: float, column: Callable[..., Column]) -> dict[
 
 def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[str, Any]:
     """The evaluations, at most as many as points; `confidence` and `rewards` hold null where a line does not tell."""
-    found = evaluated_lines(lines)
+    found = evaluated_lines(lines, recipe.run.iterations)
     chosen = [found[place] for place in spread(len(found), MOST_POINTS)]
     seconds = {line["iteration"]: before[place] for place, line in enumerate(lines)}
 

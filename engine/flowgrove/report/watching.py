@@ -25,6 +25,9 @@ _POLICY = (
 )
 
 
+_ELSEWHERE = b"flowgrove watch answers as 127.0.0.1 or localhost, on any forwarded port: open it under one of these.\n"
+
+
 class Answer(NamedTuple):
     """What a path gives: its bytes and their media type. `tag` changes with them."""
 
@@ -70,8 +73,8 @@ class WatchedRun:
             return unread_content(name, "not begun: there is no recipe.yaml yet")
         try:
             return run_content(load_recipe(file), self.folder, address)
-        except (UserError, OSError) as error:
-            return unread_content(name, one_line(str(error)))
+        except Exception as error:  # files may go or change while they are read: the next look may find them whole
+            return unread_content(name, one_line(str(error)) or type(error).__name__)
 
     def _signature(self) -> object:
         """What changes when a run writes: names, times and sizes of the files that a page shows."""
@@ -102,6 +105,9 @@ class Watch:
 
     def answer(self, path: str) -> Answer | None:
         """What to send for `path`; None: there is no such thing."""
+        for run in self.runs:  # no page waits for another's contents to see a picture
+            if (picture := run.pictures.get(path)) is not None:
+                return picture
         with self._lock:
             if path == "/":
                 names = ", ".join(run.folder.resolve().name for run in self.runs)
@@ -109,7 +115,7 @@ class Watch:
                 return Answer.of(page.encode(), "text/html; charset=utf-8")
             if path == "/data.json":
                 return Answer.of(json.dumps(self._contents(), allow_nan=False).encode(), "application/json")
-            return next((run.pictures[path] for run in self.runs if path in run.pictures), None)
+        return None
 
     def _contents(self) -> list[dict[str, Any]]:
         return [run.content() for run in self.runs]
@@ -124,9 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds that a connection may be silent
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
-        if self.headers.get("Host", "").lower() not in (f"{HOST}:{port}", f"localhost:{port}"):
-            self._send(HTTPStatus.FORBIDDEN)
+        host = self.headers.get("Host", "").lower().rpartition(":")[0]  # a forwarded port may be another
+        if host not in (HOST, "localhost"):
+            self._send(HTTPStatus.FORBIDDEN, Answer.of(_ELSEWHERE, "text/plain; charset=utf-8"))
             return
         answer = self.server.watch.answer(urlsplit(self.path).path)
         if answer is None:
@@ -139,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _send(self, status: HTTPStatus, answer: Answer | None = None) -> None:
-        body = answer.body if answer is not None and status == HTTPStatus.OK else b""
+        body = answer.body if answer is not None and status != HTTPStatus.NOT_MODIFIED else b""
         self.send_response(status)
         if answer is not None:
             self.send_header("ETag", answer.tag)

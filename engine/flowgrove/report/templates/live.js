@@ -24,8 +24,8 @@ async function refresh() {
     const answer = await fetch("/data.json", { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {} });
     if (answer.status === 200) {
       const runs = await answer.json();
-      tag = answer.headers.get("ETag");
       page.render(runs);
+      tag = answer.headers.get("ETag");
     }
     say(answer.ok || answer.status === 304);
   } catch {
