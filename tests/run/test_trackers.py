@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import sys
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from flowgrove.run.trackers import child, feed, registry
 from flowgrove.run.trackers.child import Sparing, calls, serve
 from flowgrove.run.trackers.feed import Feed
 from flowgrove.run.trackers.interface import Opened, flat, rows, tiles
+from flowgrove.run.trackers.mlflow import MLflow
 from flowgrove.run.trackers.remote import Remote
 from flowgrove.run.trackers.tensorboard import TensorBoard
 from tracker_cases import PROMPTS, RECIPE, grid, opening, pixels, stand_in
@@ -364,6 +368,51 @@ def test_a_full_disk_costs_only_what_is_known_of_a_tracker(folder, monkeypatch):
     assert told == [("say", "address")]
 
 
+@pytest.mark.parametrize("failing", ["log_batch", "log_dict"])
+def test_mlflow_begins_one_run_whatever_fails_afterwards(folder, monkeypatch, failing):
+    failures = {failing}
+    created, batches, kept = [], [], []
+
+    class MlflowClient:
+        def get_experiment_by_name(self, name):
+            return SimpleNamespace(experiment_id="1")
+
+        def create_run(self, experiment, tags):
+            created.append(experiment)
+            return SimpleNamespace(info=SimpleNamespace(run_id=f"run {len(created)}"))
+
+        def log_batch(self, run, metrics=(), params=()):
+            kept.append(state(folder)["id"])
+            if "log_batch" in failures:
+                raise ConnectionError("no route to host")
+            batches.append((run, [metric.step for metric in metrics]))
+
+        def log_dict(self, run, content, file):
+            if "log_dict" in failures:
+                raise PermissionError("no artifacts here")
+
+        def set_terminated(self, run, status):
+            batches.append((run, status))
+
+    metric = namedtuple("Metric", "key value timestamp step")
+    package = SimpleNamespace(MlflowClient=MlflowClient)
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    entities = SimpleNamespace(Param=namedtuple("Param", "key value"), Metric=metric)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    spared, told, clock = sparing(MLflow(), folder)
+    spared.numbers(0, {"loss": 1.0})
+    failures.clear()
+    for iteration in (1, 2):
+        clock.now += 100.0
+        spared.numbers(iteration, {"loss": 1.0})
+    spared.close("finished")
+    assert created == ["1"]
+    assert set(kept) == {"run 1"}
+    assert batches[-3:] == [("run 1", [1]), ("run 1", [2]), ("run 1", "FINISHED")]
+    assert told[0][0] == "warn"
+    assert told[0][1].startswith("does not have the recipe: ")
+
+
 # Between the processes
 
 
@@ -502,6 +551,17 @@ def test_what_a_package_leaves_for_the_end_of_the_process_is_not_waited_for(tmp_
     monkeypatch.setenv("TRACKER_ON_INIT", f"{leave}; signal.raise_signal(signal.SIGINT)")
     fed_to_stand_in(tmp_path / "run", range(2), seconds=20)
     assert recorded()[-1]["exit_code"] == 0
+    assert caplog.messages == []
+
+
+def test_signals_to_all_processes_of_a_job_do_not_end_a_tracker(tmp_path, monkeypatch, caplog):
+    recorded = stand_in(tmp_path, monkeypatch)
+    monkeypatch.setenv(
+        "TRACKER_ON_LOG", "[signal.raise_signal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]"
+    )
+    fed_to_stand_in(tmp_path / "run", range(2), "stopped")
+    assert [one["step"] for one in recorded() if one["call"] == "log"][:2] == [0, 1]
+    assert recorded()[-1]["exit_code"] == 255
     assert caplog.messages == []
 
 

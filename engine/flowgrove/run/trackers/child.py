@@ -108,6 +108,12 @@ class Sparing:
         self._keep(id=opened.id)
         if opened.address:
             self._tell("say", opened.address)
+        if opened.describe is not None:
+            try:
+                opened.describe()
+            except BaseException as error:
+                traceback.print_exc()
+                self._tell("warn", f"does not have the recipe: {why(error)}; recipe.yaml does")
 
     def _keep(self, **state: Any) -> None:
         """On disk soon: without it nothing is lost but that something is told twice."""
@@ -167,7 +173,8 @@ def main(package: str) -> None:
     pipe, reports = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody is asked for a key
     os.dup2(2, 1)  # what the package prints
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a scheduler may send them to all processes of a job
+        signal.signal(each, signal.SIG_IGN)
 
     def tell(teller: str, text: str) -> None:
         with suppress(OSError):

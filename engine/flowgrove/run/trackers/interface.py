@@ -1,6 +1,6 @@
 """What a tracker is told of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -32,10 +32,13 @@ class Opening:
 
 @dataclass(frozen=True)
 class Opened:
-    """`id`: under which the run will go on, where that needs one; `address`: where it can be looked at."""
+    """`id`: under which the run will go on, where that needs one; `address`: where it can be looked at; `describe`:
+    tells what the run is, once its id is kept; an error of it is a warning, as the run has been begun.
+    """
 
     id: str | None = None
     address: str | None = None
+    describe: Callable[[], object] | None = None
 
 
 class Pictures(Protocol):

@@ -19,7 +19,6 @@ class MLflow:
         if opening.mode == "offline" and os.environ.get("MLFLOW_TRACKING_URI", "").startswith(_SERVERS):
             del os.environ["MLFLOW_TRACKING_URI"]
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
         self._client = MlflowClient()
         if opening.id is not None:
@@ -30,11 +29,15 @@ class MLflow:
         if opening.group is not None:
             tags["group"] = opening.group
         self._run = self._client.create_run(self._experiment(opening), tags=tags).info.run_id
-        params = [Param(key, _parameter(value)) for key, value in flat(opening.recipe).items()]
+        return Opened(self._run, describe=lambda: self._describe(opening.recipe))
+
+    def _describe(self, recipe: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, _parameter(value)) for key, value in flat(recipe).items()]
         for start in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self._run, params=params[start : start + _MOST_PARAMS])
-        self._client.log_dict(self._run, opening.recipe, "recipe.yaml")
-        return Opened(self._run)
+        self._client.log_dict(self._run, recipe, "recipe.yaml")
 
     def _experiment(self, opening: Opening) -> str:
         name = opening.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "flowgrove"
