@@ -11,6 +11,7 @@ from flowgrove.profiler.advice import Suggestion, suggestions
 from flowgrove.profiler.facts import Facts
 from flowgrove.profiler.gaps import Gaps, Idle
 from flowgrove.profiler.phases import Phase
+from flowgrove.recipe.loading import dump_recipe, load_recipe
 from flowgrove.setup import Setup
 from flowgrove.spans import DECODE, OPTIMIZER, REWARD, STAGE, TRANSFORMER
 from policy_cases import small_recipe
@@ -42,6 +43,46 @@ def facts(phases=None, *, device_type="cpu", sections=None, **known):
     seconds = sum(one.seconds for one in phases if not one.beside)
     setup = Setup(small_recipe(**sections))
     return Facts(setup, device_type, seconds, phases, FULL, **{"utilisation": 0.6, **known})
+
+
+def written(suggestion, measured, folder):
+    """What the recipe file says at the suggestion's key once --set has written it there."""
+    path = folder / "recipe.yaml"
+    path.write_text(dump_recipe(measured.recipe))
+    place = load_recipe(path, (f"{suggestion.key}={suggestion.value}",)).model_dump()
+    for part in suggestion.key.split("."):
+        place = place[int(part)] if part.isdigit() else place[part]
+    return place
+
+
+def test_every_suggestion_can_be_set(tmp_path):
+    slow = {"rollout": {"steps": 20}, "model": {"vae_tiling": True, "gradient_checkpointing": True, "dtype": "fp32"}}
+    wide = {"rollout": {"steps": 8, "window": {"strategy": "all"}}}
+    graphs = {"engine": {"reuse_rollout_graph": False, "cuda_graphs": False, "token_budget": 4096}}
+    waiting = Idle(span=100.0, busy=60.0, gaps={"rollout/transformer": Gaps(9, 9, 20.0)})
+    cases = [
+        facts(sections={**slow, "engine": {"share": False}}, doubles=True, device_type="cuda"),
+        facts(sections={**wide, **graphs}, device_type="cuda", idle=waiting, utilisation=0.3),
+        facts(iteration(tokens=100, decode=5.0, optimizer=5.0), sections=slow, utilisation=0.3),
+        facts(sections={"engine": {"token_budget": "auto"}}, utilisation=0.3),
+    ]
+    told = [(one, measured) for measured in cases for one in suggestions(measured)]
+    keys = {one.key for one, _ in told}
+    assert {"engine.cuda_graphs", "engine.token_budget", "rollout.tail", "rollout.guidance_range"} <= keys
+    assert len(keys) >= 12
+    for one, measured in told:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(dump_recipe(measured.recipe))
+        other = load_recipe(path, (f"{one.key}={one.value}",))
+        assert other != load_recipe(path), one
+
+
+def test_what_a_recipe_may_not_say_is_not_advised(monkeypatch):
+    refused = Suggestion("engine.cuda_graphs", "true", "it is refused with fsdp2")
+    kept = Suggestion("engine.compile", "true", "it is not")
+    monkeypatch.setattr(advice, "RULES", (lambda _: refused, lambda _: kept))
+    assert suggestions(facts()) == [refused, kept]
+    assert suggestions(facts(sections={"engine": {"distributed": "fsdp2"}})) == [kept]
 
 
 def test_a_recipe_that_has_it_all_is_advised_nothing():
@@ -99,6 +140,13 @@ def test_the_first_update_may_use_the_rollouts_graphs():
     assert advice.graphs_of_the_rollout(facts()) is None, "auto already"
     exact = {"engine": {"reuse_rollout_graph": False, "exact_replay": True}}
     assert advice.graphs_of_the_rollout(facts(sections=exact)) is None
+    off = {"reuse_rollout_graph": False}
+    assert advice.graphs_of_the_rollout(facts(sections={"engine": {**off, "distributed": "fsdp2"}})) is None
+    for prune, silent in (
+        ({"kind": "extreme"}, True), ({"kind": "parent_top1"}, True), ({"kind": "depth"}, False),
+    ):  # fmt: skip
+        found = advice.graphs_of_the_rollout(facts(sections={"engine": off, "credit": {"prune": prune}}))
+        assert (found is None) == silent, prune
 
 
 def test_recomputation_is_told_of_where_memory_has_room():
@@ -126,6 +174,7 @@ def test_a_gpu_that_waits_for_launches_is_advised_recordings():
     assert advice.recorded_passes(facts(device_type="cuda", idle=Idle(100.0, 99.0, {}))) is None
     assert advice.recorded_passes(facts(sections={"engine": {"cuda_graphs": True}}, **known)) is None
     assert advice.recorded_passes(facts(device_type="cpu", idle=None)) is None
+    assert advice.recorded_passes(facts(sections={"engine": {"distributed": "fsdp2"}}, **known)) is None
 
 
 def test_full_passes_at_a_low_rate_are_advised_another_budget():
@@ -135,6 +184,9 @@ def test_full_passes_at_a_low_rate_are_advised_another_budget():
     assert advice.larger_passes(facts(utilisation=0.3, device_type="cuda")).value == "auto"
     assert advice.larger_passes(facts(sections=auto, utilisation=0.7)) is None
     assert advice.larger_passes(facts(iteration(tokens=100), sections=auto, utilisation=0.3)) is None, "far from full"
+    assert advice.larger_passes(facts(iteration(tokens=840), sections=auto, utilisation=0.3)) is None, "not yet full"
+    assert advice.larger_passes(facts(iteration(tokens=860), sections=auto, utilisation=0.3)).value == "2000"
+    assert advice.more_prompts(facts(iteration(tokens=600), utilisation=0.3)) is None, "nor far from it"
 
 
 def test_passes_that_are_far_from_full_are_advised_more_prompts():
@@ -149,6 +201,7 @@ def test_a_gpu_that_is_mostly_in_the_transformer_may_compile_it_and_take_bf16():
     single = {"model": {"dtype": "fp32"}}
     assert advice.compiled_blocks(facts(device_type="cuda")).key == "engine.compile"
     assert advice.half_precision(facts(sections=single, device_type="cuda")).value == "bf16"
+    assert advice.half_precision(facts(sections=single, device_type="cuda")).learns_otherwise
     slow_reward = iteration(score=20.0)
     for rule in (advice.compiled_blocks, advice.half_precision):
         assert rule(facts(sections=single)) is None, "a CPU"
@@ -161,14 +214,14 @@ def test_a_gpu_that_is_mostly_in_the_transformer_may_compile_it_and_take_bf16():
 @pytest.mark.parametrize(
     ("entry", "device_type", "key", "value"),
     [
-        ({"name": "http", "url": "http://127.0.0.1:1"}, "cpu", "concurrency", "more than its default"),
-        ({"name": "http", "url": "http://127.0.0.1:1", "concurrency": 4}, "cpu", "concurrency", "more than 4"),
+        ({"name": "http", "url": "http://127.0.0.1:1"}, "cpu", "concurrency", "8"),
+        ({"name": "http", "url": "http://127.0.0.1:1", "concurrency": 5}, "cpu", "concurrency", "10"),
         ({"name": "pickscore"}, "cuda", "dtype", "bf16"),
-        ({"name": "pickscore", "dtype": "bf16"}, "cuda", "batch_size", "more than 32"),
+        ({"name": "pickscore", "dtype": "bf16"}, "cuda", "batch_size", "64"),
         ({"name": "shapes"}, "cpu", "name", "http"),
     ],
 )
-def test_rewards_that_an_iteration_waits_for_are_told_of(entry, device_type, key, value):
+def test_rewards_that_an_iteration_waits_for_are_told_of(entry, device_type, key, value, tmp_path):
     """The slowest of two is named."""
     slow = [
         *iteration(score=0.0),
@@ -177,8 +230,11 @@ def test_rewards_that_an_iteration_waits_for_are_told_of(entry, device_type, key
         phase("reward/other", 0.5),
     ]
     sections = {"reward": [{"name": "jpeg_size"}, entry]}
-    found = advice.rewards(facts(slow, sections=sections, device_type=device_type))
-    assert (found.key, found.value) == (f"reward[1].{key}", value)
+    measured = facts(slow, sections=sections, device_type=device_type)
+    found = advice.rewards(measured)
+    assert written(found, measured, tmp_path) == (int(value) if value.isdigit() else value)
+    assert (found.key, found.value) == (f"reward.1.{key}", value)
+    assert found.learns_otherwise == (key == "dtype")
     assert found.saves == pytest.approx(4.0), "what no range holds is not theirs"
     assert advice.rewards(facts(sections=sections, device_type=device_type)) is None
 
@@ -227,6 +283,15 @@ def test_guidance_where_there_is_no_noise_costs_a_second_row():
     assert (found.key, found.value) == ("rollout.guidance_range", "[1, 3]")
     assert advice.unguided_steps(facts()) is None
     assert advice.unguided_steps(facts(doubles=True, sections={"rollout": {"guidance_range": [0, 3]}})) is None
+
+
+def test_steps_between_those_with_noise_stay_guided():
+    tree = {"rollout": {"steps": 12, "group_size": 16, "tree": {"fanout": 2, "splits": [0, 3, 6, 9]}}}
+    measured = facts(doubles=True, sections=tree)
+    found = advice.unguided_steps(measured)
+    # of steps 0 to 11 only 10 and 11 lie outside, each of 16 rows for each of 3 prompts
+    assert found.value == "[0, 10]"
+    assert found.saves == pytest.approx(2 * 16 * 3 * 3.0 / 30 / 2)
 
 
 def test_an_update_that_dominates_may_train_fewer_steps():

@@ -13,16 +13,16 @@ from flowgrove.spans import DECODE, OPTIMIZER, REWARD, TRANSFORMER
 
 SHOWN = 3
 _WAITS, _DECODES, _STEPS = 0.15, 0.25, 0.15  # shares from which reward, decoding and optimiser are told of
-_FULL = 0.5  # of the token budget
+_FULL, _SPARSE = 0.85, 0.5  # of the token budget: from, and up to
 _USED = 0.5  # of the matrix rate
 _COMPILED = 0.5  # share of the transformer from which compiling it is worth its minutes
-_SERVERS = ("http", "unified_reward")
+_SERVERS = {"http": 4, "unified_reward": 16}  # their requests at once by default
 _MODELS = ("aesthetic", "clip_score", "hpsv2", "image_reward", "pickscore")
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Write `key: value` in the recipe. `saves`: seconds of an iteration at most; None: cannot be said before it is
+    """`--set key=value` tries it. `saves`: seconds of an iteration at most; None: cannot be said before it is
     tried. `learns_otherwise`: the change is no mere change of speed.
     """
 
@@ -40,8 +40,11 @@ class Suggestion:
 
 
 def suggestions(facts: Facts) -> list[Suggestion]:
-    """All that apply, the most that may be saved first, then those of which it cannot be said."""
-    found = [suggestion for rule in RULES if (suggestion := rule(facts)) is not None]
+    """All that apply and that a recipe may say, the most that may be saved first, then those of which it cannot be
+    said.
+    """
+    applying = (suggestion for rule in RULES if (suggestion := rule(facts)) is not None)
+    found = [one for one in applying if facts.allows(one.key, one.value)]
     return sorted(found, key=lambda one: -1.0 if one.saves is None else one.saves, reverse=True)
 
 
@@ -60,7 +63,9 @@ def sharing(facts: Facts) -> Suggestion | None:
 
 def graphs_of_the_rollout(facts: Facts) -> Suggestion | None:
     """Forwards that the rollout has run already."""
-    engine = facts.recipe.engine
+    engine, prune = facts.recipe.engine, facts.recipe.credit.prune
+    if engine.distributed == "fsdp2" or (prune is not None and prune.kind != "depth"):  # where auto retains none
+        return None
     saved = sum(one.seconds for one in facts.phases if one.name == "update/transformer") / facts.plan.updates
     if engine.reuse_rollout_graph is not False or not engine.share or engine.exact_replay or not facts.tells(saved):
         return None
@@ -82,7 +87,10 @@ def recomputation(facts: Facts) -> Suggestion | None:
 
 def recorded_passes(facts: Facts) -> Suggestion | None:
     """A GPU that waits for launches."""
-    if facts.device_type != "cuda" or facts.recipe.engine.cuda_graphs or facts.idle is None or not facts.idle.span:
+    engine = facts.recipe.engine
+    if facts.device_type != "cuda" or engine.cuda_graphs or engine.distributed == "fsdp2":
+        return None
+    if facts.idle is None or not facts.idle.span:
         return None
     waited = sum(gaps.total for phase, gaps in facts.idle.gaps.items() if phase.startswith("rollout/"))
     saved = waited / facts.idle.span * facts.seconds
@@ -101,9 +109,9 @@ def larger_passes(facts: Facts) -> Suggestion | None:
         return None
     reason = (
         f"passes are full with {held:,.0f} of {facts.budget:,} tokens, and the transformer reaches "
-        f"{facts.utilisation:.0%} of the matrix rate"
+        f"{facts.utilisation:.0%} of the matrix rate; `flowgrove tune` measures which budget is best"
     )
-    value = "auto" if facts.device_type == "cuda" else "what `flowgrove tune` finds"
+    value = "auto" if facts.device_type == "cuda" else str(2 * facts.budget)
     return Suggestion("engine.token_budget", value, reason)
 
 
@@ -111,7 +119,7 @@ def more_prompts(facts: Facts) -> Suggestion | None:
     """Passes that are far from full."""
     passes = [phase for phase in facts.phases if phase.kind == TRANSFORMER and phase.passes]
     held = sum(phase.tokens for phase in passes) / max(1, sum(phase.passes for phase in passes))
-    if not passes or held >= _FULL * facts.budget or facts.utilisation is None or facts.utilisation >= _USED:
+    if not passes or held >= _SPARSE * facts.budget or facts.utilisation is None or facts.utilisation >= _USED:
         return None
     prompts = facts.recipe.data.prompts_per_iteration
     reason = f"passes hold {held:,.0f} of {facts.budget:,} tokens: with more prompts a row costs less"
@@ -133,7 +141,7 @@ def half_precision(facts: Facts) -> Suggestion | None:
     if facts.device_type != "cuda" or facts.recipe.model.dtype == "bf16" or share < _COMPILED:
         return None
     reason = f"the transformer takes {share:.0%} of the iteration and computes in {facts.recipe.model.dtype}"
-    return Suggestion("model.dtype", "bf16", reason)
+    return Suggestion("model.dtype", "bf16", reason, learns_otherwise=True)
 
 
 def rewards(facts: Facts) -> Suggestion | None:
@@ -145,17 +153,17 @@ def rewards(facts: Facts) -> Suggestion | None:
     names = [reward.name for reward in facts.recipe.reward]
     slowest = max(scored, key=lambda phase: phase.seconds, default=None)
     name = names[0] if slowest is None else next((n for n in names if slowest.name.endswith(f"/{n}")), names[0])
-    place, number = f"reward[{names.index(name)}]", names.index(name)
-    given = facts.recipe.reward[number].model_extra or {}
+    place = f"reward.{names.index(name)}"
+    given = facts.recipe.reward[names.index(name)].model_extra or {}
     reason = f"the iteration waits {waited:.2g} s for rewards, of which {name} takes the most"
     if name in _SERVERS:
-        now = given.get("concurrency", "its default")
-        return Suggestion(f"{place}.concurrency", f"more than {now}", reason, waited)
+        twice = 2 * given.get("concurrency", _SERVERS[name])
+        return Suggestion(f"{place}.concurrency", str(twice), f"{reason}, with half as many requests at once", waited)
     if name in _MODELS and given.get("dtype", "fp32") == "fp32" and facts.device_type == "cuda":
-        return Suggestion(f"{place}.dtype", "bf16", reason, waited)
+        return Suggestion(f"{place}.dtype", "bf16", reason, waited, learns_otherwise=True)
     if name in _MODELS and facts.device_type == "cuda":
-        return Suggestion(f"{place}.batch_size", f"more than {given.get('batch_size', 32)}", reason, waited)
-    remote = f"{reason}; a server on other cores or another GPU works beside the rollout"
+        return Suggestion(f"{place}.batch_size", str(2 * given.get("batch_size", 32)), reason, waited)
+    remote = f"{reason}; a server on other cores or another GPU works beside the rollout (its url beside it)"
     return Suggestion(f"{place}.name", "http", remote, waited)
 
 
@@ -195,19 +203,19 @@ def shorter_tail(facts: Facts) -> Suggestion | None:
 
 
 def unguided_steps(facts: Facts) -> Suggestion | None:
-    """Guidance where nothing is stochastic."""
+    """Guidance before the first stochastic step and after the last."""
     rollout = facts.recipe.rollout
     if not facts.doubles or rollout.guidance_range is not None or rollout.cache is not None:
         return None
     share, prompts = facts.recipe.engine.share, facts.recipe.data.prompts_per_iteration
-    plain = [step for step in facts.plan.steps if not step.stochastic]
-    rows = prompts * sum(step.nodes_in if share else facts.plan.leaves for step in plain)
+    stochastic = [step.index for step in facts.plan.steps if step.stochastic]
+    first, last = min(stochastic, default=0), max(stochastic, default=0)
+    outside = [step for step in facts.plan.steps if not first <= step.index <= last]
+    rows = prompts * sum(step.nodes_in if share else facts.plan.leaves for step in outside)
     saved = rows * facts.forward / 2
     if not facts.tells(saved):
         return None
-    reason = f"{rows} of the rollout's rows are guided in steps without noise, at twice the cost"
-    first = min((step.index for step in facts.plan.steps if step.stochastic), default=0)
-    last = max((step.index for step in facts.plan.steps if step.stochastic), default=0)
+    reason = f"{rows} of the rollout's rows are guided before or after all steps with noise, at twice the cost"
     return Suggestion("rollout.guidance_range", f"[{first}, {last + 1}]", reason, saved, learns_otherwise=True)
 
 

@@ -9,6 +9,9 @@ from flowgrove.errors import UserError
 from flowgrove.plan.planner import Counts, RolloutPlan
 from flowgrove.profiler.gaps import Idle
 from flowgrove.profiler.phases import OTHER, Phase
+from flowgrove.recipe.checks import check_meaning
+from flowgrove.recipe.files import apply_override
+from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.setup import Setup
 from flowgrove.spans import DECODE, REWARD, TRANSFORMER
@@ -94,6 +97,16 @@ class Facts:
             return other if other.first_plan else None
         except UserError:
             return None
+
+    def allows(self, key: str, value: str) -> bool:
+        """Whether `--set key=value` makes a recipe that is not refused."""
+        content = self.recipe.model_dump(mode="json")
+        try:
+            apply_override(content, f"{key}={value}")
+            check_meaning(parse_recipe(content))
+        except UserError:
+            return False
+        return True
 
     def rows_of(self, counts: Counts) -> tuple[int, int]:
         """(forwards of the rollout, training passes) of all prompts."""

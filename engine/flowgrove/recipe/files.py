@@ -21,7 +21,7 @@ def read_recipe(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     path = _real(local(path, "recipe"))
     content = _read_chain(path)
     for override in overrides:
-        _apply(content, override)
+        apply_override(content, override)
     for place, key, name in _paths_in(content):
         found = find(place[key], path.parent, name) or find(place[key], Path.cwd(), name)
         if found is not None:
@@ -105,7 +105,7 @@ def _merge(base: Any, change: Any) -> Any:
     return change
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
     """Sets one key; a number stands for an entry of a list, counted from 0."""
     key, equals, value = override.partition("=")
     *sections, last = key.strip().split(".")
