@@ -12,6 +12,7 @@ from checkpoint_cases import save_checkpoint
 from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
+from flowgrove.models.sd3 import SD3
 from flowgrove.passes.budget import PassBudget
 from flowgrove.plan.division import Division
 from flowgrove.plan.identity import Identity
@@ -329,6 +330,45 @@ def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
     assert told.count(f": this model, measured by tune on {kept.date}") == 5
     assert "not predicted: loading, checkpoints" in told
     succeed("train", written, "--out", tmp_path / "run")
+
+
+def test_what_no_memory_is_left_for_is_said_and_the_rest_is_kept(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "token_budget": 35, "attention": "sdpa"})
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    states = Passes.states
+    for place in ("model_times.matrix_rate", "model_times.copy_rate", "model_times._Measuring._stepped"):
+        monkeypatch.setattr(f"flowgrove.tuning.{place}", full)
+    monkeypatch.setattr(SD3, "encode", full)
+    monkeypatch.setattr(Passes, "states", lambda self, rows: full() if rows == 128 else states(self, rows))
+    said = []
+    written = tune.tune_recipe(recipe, ("engine.token_budget=35", "engine.attention=sdpa"), None, False, said.append)
+    assert [line for line in said if "not kept" in line] == [
+        f"not kept: {part}, which does not fit into the memory"
+        for part in (
+            "the decode of 128 samples", "the encoding of prompts", "the optimiser's step",
+            "the rate of matrix products", "the rate of copies",
+        )
+    ]  # fmt: skip
+    assert load_recipe(written).engine.token_budget == 35
+    kept = rates_of(CPU)
+    assert (kept.matrix, kept.copied) == ({}, None)
+    (times,) = kept.models.values()
+    assert (times.update, times.encode, set(times.passes["decode"].seconds)) == (None, None, {1})
+    assert {"forward", "kept", "backward"} < set(times.passes)
+
+
+def test_the_recipe_is_written_before_anything_is_measured_for_plan(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "keep_times", stopped)
+    overrides = ("engine.device=cpu", "engine.token_budget=35", "engine.attention=sdpa")
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune_recipe(tiny_recipe(tmp_path), overrides, None, False, print)
+    assert load_recipe(tmp_path / "mine_tuned.yaml").engine.token_budget == 35
 
 
 def test_what_is_set_by_hand_is_kept_and_written_down(tmp_path):

@@ -5,6 +5,7 @@ iteration of the recipe consists of.
 import logging
 import statistics
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,15 +32,24 @@ _REPEATS, _LONG = 3, 2.0  # of a pass, unless it takes so many seconds
 _DRAWING = 5.0  # seconds that pictures to score may take
 _MOST_PROMPTS = 8  # of which they are
 _log = logging.getLogger("flowgrove")
+Result = TypeVar("Result")
 
 
-def keep_times(setup: Setup, tuned: Recipe, policy: Policy, runner: PassRunner, passes: Passes, rows: int) -> None:
+def keep_times(
+    setup: Setup,
+    tuned: Recipe,
+    policy: Policy,
+    runner: PassRunner,
+    passes: Passes,
+    rows: int,
+    say: Callable[[str], None],
+) -> None:
     """Measures and keeps them, with the engine settings of `tuned`, in which `policy` and `runner` are; `rows`: states
-    of the largest pass. What does not fit into the memory or cannot be called here is left out. The weights are another
-    model's afterwards.
+    of the largest pass. What does not fit into the memory or cannot be called here is left out, the former by a line to
+    `say`. The weights are another model's afterwards.
     """
     device, recipe = policy.device, setup.recipe
-    measuring = _Measuring(policy, runner, passes)
+    measuring = _Measuring(policy, runner, passes, say)
     (flops, *_) = count_flops(recipe)
     identity = Identity.of(tuned)
     curves = measuring.transformer(flops, rows) | measuring.decoding(flops)
@@ -59,19 +69,29 @@ def keep_times(setup: Setup, tuned: Recipe, policy: Policy, runner: PassRunner, 
         score=scores,
         update=measuring.update(recipe),
     )
-    keep_rates(
-        device,
-        {recipe.model.dtype: matrix_rate(device, policy.compute_dtype)},
-        copy_rate(device),
-        {identity.key: times},
-    )
+    matrix = measuring.fitting("the rate of matrix products", lambda: matrix_rate(device, policy.compute_dtype))
+    copied = measuring.fitting("the rate of copies", lambda: copy_rate(device))
+    keep_rates(device, {} if matrix is None else {recipe.model.dtype: matrix}, copied, {identity.key: times})
 
 
 class _Measuring:
     """Seconds of a policy's work, each the median of a few after one that is not timed."""
 
-    def __init__(self, policy: Policy, runner: PassRunner, passes: Passes) -> None:
+    def __init__(self, policy: Policy, runner: PassRunner, passes: Passes, say: Callable[[str], None]) -> None:
         self.policy, self.runner, self.passes, self.device = policy, runner, passes, policy.device
+        self.say = say
+
+    def fitting(self, name: str, measure: Callable[[], Result]) -> Result | None:
+        """What `measure` returns; None, and a line that says so by `name`, where the memory is too small for it."""
+        try:
+            return measure()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            self.passes.release()
+        self.say(f"not kept: {name}, which does not fit into the memory")
+        return None
 
     def transformer(self, flops: Flops, most: int) -> dict[str, Curve]:
         """Passes of the rollout, forwards whose graph stays, and backwards, of 1, 2, 4, … and `most` states."""
@@ -118,13 +138,13 @@ class _Measuring:
         """One sample, and as many as are decoded together."""
         seconds: dict[int, float] = {}
         for samples in sorted({1, self.runner.budget.samples(self.policy.adapter.geometry.pixels)}):
-            latents = self.passes.states(samples)
-            try:
-                seconds[samples] = self._median(lambda: self.policy.decode(latents, len(latents)))  # noqa: B023
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.passes.release()
+
+            def decode() -> float:
+                latents = self.passes.states(samples)  # noqa: B023
+                return self._median(lambda: self.policy.decode(latents, len(latents)))
+
+            if (spent := self.fitting(f"the decode of {samples} samples", decode)) is not None:
+                seconds[samples] = spent
         return {"decode": Curve(flops=flops.decode, seconds=seconds)} if seconds else {}
 
     def encoding(self, setup: Setup) -> float | None:
@@ -132,7 +152,7 @@ class _Measuring:
         if not isinstance(self.policy.encoder, LoadedEncoder):
             return None
         (text, *_) = self._prompts(setup) or [""]
-        return self._median(lambda: self.policy.adapter.encode([text]))
+        return self.fitting("the encoding of prompts", lambda: self._median(lambda: self.policy.adapter.encode([text])))
 
     def scores(self, setup: Setup) -> dict[str, float]:
         """A picture that the model has drawn, by all rewards, unless a server scores it."""
@@ -155,27 +175,18 @@ class _Measuring:
 
     def update(self, recipe: Recipe) -> float | None:
         """An optimiser's step with clipping, rounding and averaging; None where it does not fit into the memory."""
-        try:
-            updater = Updater(recipe, self.policy, self.runner)
+        return self.fitting("the optimiser's step", lambda: self._stepped(recipe))
 
-            def step() -> None:
-                for weight in updater.parameters:
-                    weight.grad = torch.full_like(weight, 1e-3)
-                with totals("step"):
-                    updater.step()
-
-            spent = []
-            for _ in range(_REPEATS + 1):
-                totals = Totals(self.device)
-                step()
-                spent.append(totals.seconds["step"])
-            return statistics.median(spent[1:])
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        finally:
-            self.passes.release()
+    def _stepped(self, recipe: Recipe) -> float:
+        updater, spent = Updater(recipe, self.policy, self.runner), []
+        for _ in range(_REPEATS + 1):
+            for weight in updater.parameters:
+                weight.grad = torch.full_like(weight, 1e-3)
+            totals = Totals(self.device)
+            with totals("step"):
+                updater.step()
+            spent.append(totals.seconds["step"])
+        return statistics.median(spent[1:])
 
     def _median(self, work: Callable[[], object]) -> float:
         spent: list[float] = []

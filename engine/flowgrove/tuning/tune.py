@@ -78,10 +78,10 @@ def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_c
         if choice.key not in fixed:
             choices.append(choice)
             say("\n  ".join([f"engine.{choice.key}: {choice.value}", *choice.lines]))
-    tuner.keep(setup, choices)
     target.parent.mkdir(parents=True, exist_ok=True)
     base = os.path.relpath(path.resolve(), target.parent.resolve())
     write_text(target, _text({"extends": base, **given}, fixed, choices, _header(tuner.device, work)))
+    tuner.keep(setup, choices, say)  # last: the recipe is there, whatever ends it
     return target
 
 
@@ -237,7 +237,7 @@ class _Tuner:
             passes.seconds_per_row(lambda x: passes.roll(runner, x), rows), passes.seconds_per_row(passes.train, rows)
         )
 
-    def keep(self, setup: Setup, choices: list[Choice]) -> None:
+    def keep(self, setup: Setup, choices: list[Choice], say: Say) -> None:
         """Keeps what `flowgrove plan --time` needs of the recipe with these choices, for passes as large as a run's
         with them or without."""
         engine = self.recipe.engine.model_copy(update={choice.key: choice.value for choice in choices})
@@ -246,7 +246,8 @@ class _Tuner:
         largest = max(self.rows, tokens_per_pass(self.recipe, self.device.type) // self.passes.tokens)
         tuned = self.recipe.model_copy(update={"engine": engine})
         with torch.compiler.set_stance(self._stance):
-            keep_times(setup, tuned, self.policy, runner, self.passes, max(1, min(largest, self.work.widest)))
+            rows = max(1, min(largest, self.work.widest))
+            keep_times(setup, tuned, self.policy, runner, self.passes, rows, say)
 
     def _use(self, attention: str) -> None:
         self.policy.transformer.set_attn_processor(dict(self._processors))
