@@ -14,7 +14,7 @@ from flowgrove.models.geometry import Geometry
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.flops import Flops
 from flowgrove.plan.identity import Identity, score_key
-from flowgrove.rates.kept import ModelTimes, Passes, Rate, Rates, keep_rates
+from flowgrove.rates.kept import ModelTimes, Passes, Rate, Rates, keep_rates, rates_of
 from flowgrove.rates.published import DEVICES, UTILISATION, published
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.setup import Setup
@@ -85,6 +85,14 @@ def test_this_very_model_is_preferred_then_other_settings_then_another_size_then
         assert speeds.passes(Pass("forward", 1, 1), FLOPS) == pytest.approx((number + 1) * 100)
         assert left[0][0] in speeds.rests_on["rollout"]
         assert "2026-01-02" in speeds.rests_on["update"]
+
+
+def test_of_two_that_are_as_near_the_one_measured_last_serves():
+    keep_rates(CPU, models={"a": times(1.0, score={"k": 1.0}), "b": times(2.0, score={"k": 2.0})})
+    keep_rates(CPU, models={"a": times(3.0, score={"k": 3.0})})  # again
+    speeds = Measured(rates_of(CPU), IDENTITY, FLOPS)
+    assert speeds.passes(Pass("forward", 1, 1), FLOPS) == pytest.approx(3 * 100)
+    assert speeds.score("k") == 3.0
 
 
 def test_a_kind_that_this_model_lacks_is_taken_from_the_next():

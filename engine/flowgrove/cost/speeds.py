@@ -91,7 +91,8 @@ class Measured:
     def __init__(self, rates: Rates, identity: Identity, flops: Flops) -> None:
         self.rates, self.identity = rates, identity
         self.rests_on: dict[str, str] = {}
-        alike = [times for times in rates.models.values() if times.dtype == identity.dtype]
+        # from the newest on, which the stable order keeps where two are as near
+        alike = [times for times in reversed(rates.models.values()) if times.dtype == identity.dtype]
         self._models = sorted((self._near(times, flops) for times in alike), key=lambda found: found.distance)
         self._curves = {
             kind: self._curve(kind, name)
@@ -174,8 +175,8 @@ class Measured:
         return None
 
     def score(self, key: str) -> float | None:
-        """Scoring a picture by the rewards of `key`, as measured beside whichever model."""
-        for times in self.rates.models.values():
+        """Scoring a picture by the rewards of `key`, as measured last, beside whichever model."""
+        for times in reversed(self.rates.models.values()):
             if key in times.score:
                 self.rests_on["rewards"] = f"these rewards, measured by {times.source} on {times.date}"
                 return times.score[key]

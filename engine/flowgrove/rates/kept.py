@@ -67,7 +67,9 @@ class ModelTimes(_Entry):
 
 
 class Rates(_Entry):
-    """All that is kept of a device: `matrix` by dtype (bf16, fp32, fp64), `copied`, and models by their key."""
+    """All that is kept of a device: `matrix` by dtype (bf16, fp32, fp64), `copied`, and models by their key,
+    the one measured last at the end.
+    """
 
     device: str
     matrix: dict[str, Rate] = {}
