@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -89,6 +90,9 @@ def _code(name: str) -> str:
 
 
 def _one_line(text: str) -> str:
+    """Without the folders of the machine that ran the tests."""
+    for folder, name in ((str(ROOT), "."), (tempfile.gettempdir(), "TMP")):
+        text = text.replace(folder, name)
     return " ".join(text.split())[:300]
 
 

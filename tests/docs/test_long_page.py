@@ -1,5 +1,6 @@
 """The page that `make test-long` writes from what pytest has noted."""
 
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ def test_the_page_says_when_where_and_what_came_out(tmp_path, monkeypatch):
 
     files = [tmp_path / "first.xml", tmp_path / "second.xml"]
     for file in files:
-        file.write_text(RESULTS, encoding="utf-8")
+        file.write_text(RESULTS.replace("1 is one", f"1 is {ROOT}/one of {tempfile.gettempdir()}"), encoding="utf-8")
     began, seconds, results = read_results(files[0])
     assert (began[:10], seconds, len(results)) == ("2026-11-27", 4000.5, 4)
     text = page(files)
@@ -32,7 +33,7 @@ def test_the_page_says_when_where_and_what_came_out(tmp_path, monkeypatch):
         "| begun | 2026-11-27 03:04 |",
         "| tests | 4 passed, 2 failed, 2 skipped |",
         "| took | 2 h 13 min |",
-        "- `run.test_saving: test_three`: assert 1 == 2 where 1 is one",
+        "- `run.test_saving: test_three`: assert 1 == 2 where 1 is ./one of TMP",
         "- `engine.test_soak: test_one`: soak: 900 iterations; memory flat",
         "- 2: torch sees no GPU",
         "| `engine.test_soak: test_one` | 600 |",
