@@ -70,7 +70,7 @@ def test_a_tracker_is_told_the_run(tmp_path, monkeypatch, plain, capfd):
         "project": "shapes", "entity": "me", "name": "run", "group": None, "tags": ["a", "b"], "mode": "offline",
     }  # fmt: skip
     assert [(one["step"], one["values"]) for one in logs if one["values"]] == [
-        (line["iteration"], numbers_of(line)) for line in metrics_of(run)
+        (line["iteration"] + 1, numbers_of(line)) for line in metrics_of(run)
     ]
     shown = {one["step"]: one["images"] for one in logs if one["images"]}
     assert sorted(shown) == [0, 2, 3]
@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_is_the_same_one_when_it_goes_on(tmp_path, monkey
     after = calls()[len(before) :]
     assert after[0]["id"] == before[0]["id"]
     steps = [one["step"] for part in (before, after) for one in part if one["call"] == "log" and one["values"]]
-    assert steps == [0, 1, 2]
+    assert steps == [1, 2, 3]
     assert after[-1]["exit_code"] == 0
     assert same(run, plain)
 

@@ -96,7 +96,7 @@ def test_weights_and_biases(run):
                 codes.append(record.exit.exit_code)
     assert len(parts) == 2
     assert codes == [0, 0]
-    assert found == {key: dict(enumerate(values)) for key, values in EXPECTED.items()}
+    assert found == {key: dict(enumerate(values, 1)) for key, values in EXPECTED.items()}
     assert sorted(shown) == [0, 4]
     for (images, place), expected in ((shown[0], BEFORE), (shown[4], AFTER)):
         assert images["samples/captions"] == [caption for _, caption in tiles(expected)]

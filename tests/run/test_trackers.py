@@ -24,6 +24,7 @@ from flowgrove.run.trackers.interface import Opened, flat, rows, tiles
 from flowgrove.run.trackers.mlflow import MLflow
 from flowgrove.run.trackers.remote import Remote
 from flowgrove.run.trackers.tensorboard import TensorBoard
+from flowgrove.run.trackers.wandb import WeightsAndBiases
 from tracker_cases import PROMPTS, RECIPE, grid, opening, pixels, stand_in
 
 
@@ -368,6 +369,53 @@ def test_a_full_disk_costs_only_what_is_known_of_a_tracker(folder, monkeypatch):
     assert told == [("say", "address")]
 
 
+def test_nothing_that_weights_and_biases_is_told_comes_too_late_for_its_steps(folder, monkeypatch):
+    rows = {}  # of the run on the server, by step
+
+    class Run:
+        url = None
+
+        def __init__(self):
+            self.step, self.row = max(rows, default=-1) + 1, {}
+
+        def log(self, values, step):
+            if step < self.step:
+                return  # what it does too, with a line in its log
+            if step > self.step:
+                self.finish()
+            self.step = step
+            self.row |= values
+
+        def finish(self, exit_code=0):
+            if self.row:
+                rows[self.step] = self.row
+            self.row = {}
+
+    package = SimpleNamespace(
+        init=lambda **_: Run(), Settings=lambda **_: None, Image=lambda tile, caption: (tile.tobytes(), caption)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    # parts of a run of 4 iterations, then 5, evaluated before each: stopped in iterations 0 and 2, twice at the end
+    parts = [
+        (0, [0], "stopped"),
+        (0, [0, "0", 1, "1", 2], "stopped"),
+        (1, ["1", 2, "2", 3, 4, "3"], "finished"),
+        (3, [3, "3", 4, 5, "4"], "finished"),
+    ]
+    for first, told, status in parts:
+        spared, _, _ = sparing(WeightsAndBiases(), folder, first_iteration=first)
+        for one in told:
+            if isinstance(one, str):
+                spared.numbers(int(one), {"loss": float(one)})
+            else:
+                spared.pictures(one, grid(one))
+        spared.close(status)
+    assert {step: row["loss"] for step, row in rows.items() if "loss" in row} == {n + 1: float(n) for n in range(5)}
+    shown = {step: [picture for picture, _ in row["samples"]] for step, row in rows.items()}
+    assert shown == {n: [tile.tobytes() for tile, _ in tiles(grid(n))] for n in range(6)}
+    assert state(folder) == {"id": state(folder)["id"], "grids": 6, "iterations": 5}
+
+
 @pytest.mark.parametrize("failing", ["log_batch", "log_dict"])
 def test_mlflow_begins_one_run_whatever_fails_afterwards(folder, monkeypatch, failing):
     failures = {failing}
@@ -496,7 +544,7 @@ def test_a_tracker_has_a_process_of_its_own(tmp_path, monkeypatch, caplog):
     assert (first["project"], first["name"], first["group"], first["tags"]) == ("p", "mine", "g", ["t"])
     assert (first["config"], first["dir"], first["resume"], first["mode"]) == (RECIPE, str(run), "allow", None)
     assert first["settings"] == {"console": "off", "x_stats_pid": os.getpid()}
-    assert [(one["step"], one["values"]) for one in logs] == [(n, {"loss": float(n)}) for n in range(3)] + [(3, {})]
+    assert [(one["step"], one["values"]) for one in logs] == [(n + 1, {"loss": float(n)}) for n in range(3)] + [(3, {})]
     assert [image["caption"] for image in logs[-1]["images"]] == [caption for _, caption in tiles(shown)]
     for image, (tile, _) in zip(logs[-1]["images"], tiles(shown), strict=True):
         assert np.array_equal(pixels(image), tile)
@@ -505,7 +553,7 @@ def test_a_tracker_has_a_process_of_its_own(tmp_path, monkeypatch, caplog):
     fed_to_stand_in(run, range(1, 5))
     again = recorded()[len(logs) + 2 :]
     assert again[0]["id"] == first["id"]
-    assert [one["step"] for one in again if one["call"] == "log"] == [3, 4, 5]
+    assert [one["step"] for one in again if one["call"] == "log"] == [4, 5, 5]
     assert again[-1]["exit_code"] == 0
 
 
@@ -560,7 +608,7 @@ def test_signals_to_all_processes_of_a_job_do_not_end_a_tracker(tmp_path, monkey
         "TRACKER_ON_LOG", "[signal.raise_signal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]"
     )
     fed_to_stand_in(tmp_path / "run", range(2), "stopped")
-    assert [one["step"] for one in recorded() if one["call"] == "log"][:2] == [0, 1]
+    assert [one["step"] for one in recorded() if one["call"] == "log"][:2] == [1, 2]
     assert recorded()[-1]["exit_code"] == 255
     assert caplog.messages == []
 

@@ -10,7 +10,12 @@ _EXIT_CODES = {"finished": 0, "stopped": 255, "failed": 1}  # 255 is what it tak
 
 
 class WeightsAndBiases:
-    """A run of W&B, whose files lie in the run's folder `wandb`."""
+    """A run of W&B, whose files lie in the run's folder `wandb`.
+
+    W&B leaves out what comes for a step before its last, and ends that step with each part of a run. Its steps are
+    therefore completed iterations: the pictures of a model share one with the numbers of the iteration before, and
+    none comes at a step whose numbers belong to an iteration that is still to run.
+    """
 
     def open(self, opening: Opening) -> Opened:
         import wandb
@@ -32,28 +37,16 @@ class WeightsAndBiases:
             config=opening.recipe,
             settings=wandb.Settings(**settings),
         )
-        self._waiting: dict[int, Pictures] = {}
         return Opened(name, self._run.url)
 
     def numbers(self, iteration: int, values: dict[str, float]) -> None:
-        found = dict[str, Any](values)
-        for completed in [one for one in self._waiting if one <= iteration]:
-            found |= self._shown(self._waiting.pop(completed))
-        self._run.log(found, step=iteration)
+        self._run.log(dict(values), step=iteration + 1)
 
     def pictures(self, completed: int, pictures: Pictures) -> None:
-        """They go with the numbers of the iteration after them, as its steps only grow; those of the final model, which
-        come before the numbers of the last iteration, when the run is closed.
-        """
-        self._waiting[completed] = pictures
-
-    def close(self, status: Status) -> None:
-        for completed, pictures in self._waiting.items():
-            self._run.log(self._shown(pictures), step=completed)
-        self._run.finish(exit_code=_EXIT_CODES[status])
-
-    @staticmethod
-    def _shown(pictures: Pictures) -> dict[str, Any]:
         import wandb
 
-        return {"samples": [wandb.Image(tile, caption=caption) for tile, caption in tiles(pictures)]}
+        shown = [wandb.Image(tile, caption=caption) for tile, caption in tiles(pictures)]
+        self._run.log({"samples": shown}, step=completed)
+
+    def close(self, status: Status) -> None:
+        self._run.finish(exit_code=_EXIT_CODES[status])
