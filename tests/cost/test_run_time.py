@@ -8,12 +8,13 @@ import pytest
 from engine_cases import refuse, strict_json, succeed, tiny_recipe
 from flowgrove.cost.passes import Pass
 from flowgrove.cost.run_time import predict_time
-from flowgrove.cost.speeds import STEP_BYTES, Measured, Published, flops_of, seconds_at
+from flowgrove.cost.speeds import Measured, Published, flops_of, seconds_at
 from flowgrove.errors import UserError
 from flowgrove.models.geometry import Geometry
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.flops import Flops
 from flowgrove.plan.identity import Identity, score_key
+from flowgrove.plan.optimizer_step import OptimizerStep
 from flowgrove.rates.kept import ModelTimes, Passes, Rate, Rates, keep_rates, rates_of
 from flowgrove.rates.published import DEVICES, UTILISATION, published
 from flowgrove.recipe.loading import load_recipe
@@ -36,7 +37,8 @@ def times(per_flop=1.0, flops=100.0, identity=IDENTITY, kinds=("forward", "kept"
     curve = Passes(flops=flops, seconds={1: per_flop * flops, 4: 4 * per_flop * flops})
     return ModelTimes(
         name="it", architecture=identity.architecture, size=identity.size, dtype=identity.dtype,
-        settings=identity.settings, source="tune", date="2026-01-02", passes=dict.fromkeys(kinds, curve), **more,
+        settings=identity.settings, source="tune", date="2026-01-02", passes=dict.fromkeys(kinds, curve),
+        step=identity.step.name, **more,
     )  # fmt: skip
 
 
@@ -110,15 +112,48 @@ def test_nothing_measured_in_this_dtype_says_what_to_do(models):
 
 
 def test_encoding_steps_and_scores_are_of_this_architecture_or_follow_from_rates():
-    own = Measured(rates(a=times(encode=3.0, update=4.0, score={"k": 5.0})), IDENTITY, FLOPS)
+    own = Measured(rates(a=times(encode=3.0, update=4.0, trained=1000, score={"k": 5.0})), IDENTITY, FLOPS)
     assert (own.encode(FLOPS), own.update(1000), own.score("k"), own.score("another")) == (3.0, 4.0, 5.0, None)
-    foreign = times(2.0, encode=3.0, update=4.0, identity=other(architecture="b"))
+    foreign = times(2.0, encode=3.0, update=4.0, trained=1000, identity=other(architecture="b"))
     speeds = Measured(rates(a=foreign), IDENTITY, FLOPS)
     assert speeds.encode(FLOPS) == pytest.approx(7 * 2.0)
     assert speeds.encode(replace(FLOPS, encode=None)) is None
     assert speeds.update(1000) is None
-    copied = Rates(device="it", models={"a": foreign}, copied=Rate(rate=46.0, date=""))
-    assert Measured(copied, IDENTITY, FLOPS).update(1000) == STEP_BYTES * 1000 / 46.0
+    copied = Rates(device="it", models={"a": foreign}, copied=Rate(rate=8.0, date=""))
+    assert Measured(copied, IDENTITY, FLOPS).update(1000) == 40 * 1000 / 8.0
+
+
+def test_a_step_is_in_proportion_to_the_weights_that_a_rank_trains():
+    speeds = Measured(rates(a=times(update=4.0, trained=1000)), IDENTITY, FLOPS)
+    assert speeds.update(125) == pytest.approx(0.5)
+
+
+def test_a_measured_step_is_only_that_of_its_optimizer_with_its_average():
+    steps = [
+        OptimizerStep(name, "fp32", False, averaged) for name in ("adamw", "adamw_8bit") for averaged in (False, True)
+    ]
+    identities = [other(step=step) for step in steps]
+    models = {one.key: times(update=number + 1.0, trained=10, identity=one) for number, one in enumerate(identities)}
+    found = [Measured(rates(**models), one, FLOPS).update(10) for one in identities]
+    assert found == [1.0, 2.0, 3.0, 4.0]
+    double = other(step=OptimizerStep("adamw", "fp64", False, False))
+    assert Measured(rates(**models), double, FLOPS).update(10) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "update", "expected"),
+    [
+        ("fp32", {}, 12 + 28),
+        ("bf16", {}, 12 + 28 + 6),
+        ("bf16", {"ema_decay": 0.9}, 12 + 28 + 6 + 12),
+        ("fp64", {"ema_decay": 0.9}, 24 + 56 + 24),
+        ("bf16", {"optimizer": "apex_fused_adam"}, 12 + 28 + 6),
+        ("bf16", {"optimizer": "adamw_8bit"}, 12 + (8 + 4) + (4 + 8 + 4) + (12 + 6) + (8 + 4) + 6),
+    ],
+)
+def test_bytes_of_a_step_are_what_is_read_and_written(dtype, update, expected):
+    recipe = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": dtype}, update=update)
+    assert OptimizerStep.of(recipe).bytes_per_weight == expected
 
 
 # Published rates
@@ -161,8 +196,10 @@ def test_a_moving_window_is_summed_over_its_positions(tmp_path):
             run={"iterations": 5, "eval_every": 2, "eval": {"samples": 3, "steps": 6}},
         )
     )
-    keep_rates(CPU, {"fp32": 2.0}, 1.0, {"it": times(encode=0.25, update=0.5, score={score_key(recipe, 1024): 8.0})})
     setup = Setup(recipe)
+    trained = setup.memory("cpu", ALONE).sizes.trained
+    own = times(encode=0.25, update=0.5, trained=trained, score={score_key(recipe, 1024): 8.0})
+    keep_rates(CPU, {"fp32": 2.0}, 1.0, {"it": own})
     found = predict_time(setup, ALONE)
     (flops,) = found.flops
     counts = [setup.plan(iteration).counts for iteration in range(5)]

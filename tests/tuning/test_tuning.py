@@ -326,6 +326,7 @@ def test_tune_writes_a_recipe_that_extends_the_old_one_and_trains(tmp_path):
         "forward": {1, 2, 4, 8}, "kept": {1, 2, 4, 8}, "backward": {1, 2, 4, 8}, "decode": {1, 128},
     }  # fmt: skip
     assert min(kept.update, kept.encode, *kept.score.values()) > 0
+    assert kept.trained == Setup(old).memory("cpu").sizes.trained
     told = succeed("plan", written, "--time").stdout
     assert told.count(f": this model, measured by tune on {kept.date}") == 5
     assert "not predicted: loading, checkpoints" in told

@@ -13,13 +13,10 @@ from flowgrove.errors import UserError
 from flowgrove.models.families import family_of
 from flowgrove.plan.flops import Flops
 from flowgrove.plan.identity import Identity
+from flowgrove.plan.optimizer_step import OptimizerStep
 from flowgrove.rates.kept import ModelTimes, Passes, Rates
 from flowgrove.rates.published import Device
 from flowgrove.recipe.schema import Recipe
-
-# Of fused AdamW with what goes along with it, bytes read and written per trained weight in fp32: gradient, weight and
-# two moments in, three of them out (28), the gradient's norm and its scaling (12), and a rounded copy (6).
-STEP_BYTES = 46
 
 
 class Speeds(Protocol):
@@ -159,13 +156,23 @@ class Measured:
         return flops.encode * forward.seconds[most] / (most * forward.flops)
 
     def update(self, trained: int) -> float | None:
-        """An optimiser's step: as measured of this architecture, else by its bytes at the measured copy rate."""
-        if (seconds := self._of_this("optimiser", lambda times: times.update)) is not None:
+        """An optimiser's step: as the same one was measured of this architecture, in proportion to the weights, else by
+        its bytes at the measured copy rate.
+        """
+        step = self.identity.step
+
+        def in_proportion(times: ModelTimes) -> float | None:
+            if times.update is None or times.trained is None or times.step != step.name:
+                return None
+            return times.update * trained / times.trained
+
+        if (seconds := self._of_this("optimiser", in_proportion)) is not None:
             return seconds
         if self.rates.copied is None:
             return None
-        self.rests_on["optimiser"] = f"{STEP_BYTES} bytes a trained weight at the copy rate of {self.rates.copied.date}"
-        return STEP_BYTES * trained / self.rates.copied.rate
+        each = step.bytes_per_weight
+        self.rests_on["optimiser"] = f"{each} bytes a trained weight at the copy rate of {self.rates.copied.date}"
+        return each * trained / self.rates.copied.rate
 
     def _of_this(self, stage: str, value: Callable[[ModelTimes], float | None]) -> float | None:
         for found in self._models:
@@ -192,7 +199,7 @@ class Published:
     """At a share `utilisation` of a device's published peak rates. Raises UserError for a dtype without one."""
 
     def __init__(self, device: Device, recipe: Recipe, utilisation: float) -> None:
-        self.device, self.utilisation = device, utilisation
+        self.device, self.utilisation, self._step = device, utilisation, OptimizerStep.of(recipe)
         dtype = recipe.model.dtype
         if dtype not in device.matrix:
             known = ", ".join(device.matrix)
@@ -220,10 +227,9 @@ class Published:
 
     def update(self, trained: int) -> float:
         """An optimiser's step, by its bytes at the published rate of the memory."""
-        self.rests_on["optimiser"] = (
-            f"{STEP_BYTES} bytes a trained weight at {self.device.copied / 1e9:g} GB/s (published)"
-        )
-        return STEP_BYTES * trained / self.device.copied
+        each = self._step.bytes_per_weight
+        self.rests_on["optimiser"] = f"{each} bytes a trained weight at {self.device.copied / 1e9:g} GB/s (published)"
+        return each * trained / self.device.copied
 
     def score(self, key: str) -> None:
         """Not known."""

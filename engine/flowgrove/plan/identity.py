@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowgrove.models.families import configuration_folder
+from flowgrove.plan.optimizer_step import OptimizerStep
 from flowgrove.recipe.schema import Recipe
 
 
@@ -15,7 +16,7 @@ from flowgrove.recipe.schema import Recipe
 class Identity:
     """`architecture`: a hash of the transformer's and the VAE's configuration and of what trains; `size`: of pictures
     and prompts, and whether guidance doubles rows; `settings`: engine.attention, compile and cuda_graphs, and
-    model.gradient_checkpointing.
+    model.gradient_checkpointing; `step`: what an update's time depends on besides the architecture.
     """
 
     name: str
@@ -23,11 +24,12 @@ class Identity:
     size: str
     dtype: str
     settings: dict[str, str]
+    step: OptimizerStep
 
     @property
     def key(self) -> str:
         """Names all of it."""
-        return _hash([self.architecture, self.size, self.dtype, self.settings])
+        return _hash([self.architecture, self.size, self.dtype, self.settings, self.step.name])
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Identity":
@@ -49,6 +51,7 @@ class Identity:
                 "cuda_graphs": str(engine.cuda_graphs),
                 "gradient_checkpointing": str(model.gradient_checkpointing),
             },
+            step=OptimizerStep.of(recipe),
         )
 
 

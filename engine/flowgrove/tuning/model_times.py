@@ -68,6 +68,8 @@ def keep_times(
         encode=measuring.encoding(setup),
         score=scores,
         update=measuring.update(recipe),
+        trained=sum(weight.numel() for weight in policy.weights.trainable().values()),
+        step=identity.step.name,
     )
     matrix = measuring.fitting("the rate of matrix products", lambda: matrix_rate(device, policy.compute_dtype))
     copied = measuring.fitting("the rate of copies", lambda: copy_rate(device))
