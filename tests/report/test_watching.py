@@ -173,13 +173,16 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert "--port" in refuse("watch", run[0], "--port", taken.getsockname()[1])
 
 
-def test_the_command_says_where_and_ends_quietly(run):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_where_and_ends_quietly(run, number):
     command = [*FLOWGROVE, "watch", str(run[0]), "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
-    line = process.stderr.readline()
-    assert str(run[0]) in line
-    process.send_signal(signal.SIGINT)
-    assert (process.wait(60), process.stderr.read()) == (0, "")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        try:
+            assert str(run[0]) in process.stderr.readline()
+            process.send_signal(number)
+            assert (process.wait(60), process.stderr.read()) == (0, "")
+        finally:
+            process.kill()
 
 
 # In a browser

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -197,7 +198,9 @@ def serving(folders: Sequence[Path], port: int = PORT) -> Iterator[Server]:
 
 
 def watch_runs(folders: Sequence[Path], port: int, say: Callable[[str], None]) -> None:
-    """Serves until it is interrupted."""
+    """Serves until it is interrupted or told to end, also where whoever has started it ignores interruptions."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with serving(folders, port) as server, suppress(KeyboardInterrupt):
         say(f"watching {', '.join(str(folder) for folder in folders)} at {server.url} (Ctrl+C ends it)")
         threading.Event().wait()
