@@ -22,8 +22,8 @@ WORK = ROOT / "build" / "gpu-kit"
 LIBRARIES = ("_cpu.so", "_build_info.so", "_cuda.so")
 TORCH, TRITON, ARCHITECTURE = "2.11.0", "3.6.0", "9.0a"
 PACKAGES = (  # what the machine's image has not
-    "annotated-types", "diffusers", "importlib_metadata", "lazy-importer", "nvtx", "pydantic", "pydantic_core",
-    "torchao", "typing-inspection", "typing_extensions", "zipp",
+    "annotated-types", "diffusers", "importlib_metadata", "lazy-importer", "narwhals", "nvtx", "plotly", "pydantic",
+    "pydantic_core", "torchao", "typing-inspection", "typing_extensions", "zipp",
 )  # fmt: skip
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_docs import PAGES
 
 from doc_figures import drawings, pages, plan_memory, quickstart
 from doc_figures.registry import BLOCKS, FOLDER, NUMBERS, only
+from doc_pages import PAGES, ROOT
 from flowgrove.bench.table import read_columns
 from flowgrove.evaluation import Evaluated
 from flowgrove.report.grids import save_grid
 
-ROOT = Path(__file__).parents[2]
 CSVS = sorted(path.name for path in (ROOT / FOLDER).glob("*.csv"))
 PICTURES = sorted(path.name for path in (ROOT / FOLDER).glob("*.png"))
 SHOWN = {name for entry in (*BLOCKS, *NUMBERS) for name in entry.csvs}

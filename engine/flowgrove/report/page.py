@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
@@ -43,6 +41,9 @@ def report_page(contents: list[dict[str, Any]], title: str, live: bool = False) 
     """One page of the runs whose `run_content` is given, beside each other where they are several. `live`: the page
     asks whoever serves it for newer ones.
     """
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
     loader = PackageLoader("flowgrove.report")
     environment = Environment(loader=loader, autoescape=True)
 
