@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run
 from flowgrove.device import pick_backend, pick_device
-from flowgrove.errors import UserError
+from flowgrove.errors import UserError, one_line
 from flowgrove.evaluation import Evaluated, evaluate
 from flowgrove.files import is_full, remove_left_behind, write_text
 from flowgrove.iteration import Look, NothingScoredError, Stages
@@ -375,16 +375,21 @@ class Trainer:
             _log.warning("%s is not written: %s; free some space", place, error.strerror)
 
     def _look(self, iteration: int) -> Look | None:
-        """What keeps a forest of the iteration; None: it keeps none."""
+        """What keeps a forest of the iteration, or warns where it cannot; None: it keeps none."""
         run = self.recipe.run
         every = run.eval_every if run.forest_every is None else run.forest_every
         if not every or (iteration % every and iteration + 1 < run.iterations):
             return None
 
         def look(parts: list[Rolled], scores: Tensor, whole: Whole) -> None:
-            forest = capture_forest(self.recipe, self.runner, parts, scores, whole)
-            if forest is not None:
-                self._write(self.out / "forests", lambda: save_forest(self.out, forest))
+            try:
+                with self.runner.budget.samples_kept():
+                    forest = capture_forest(self.recipe, self.runner, parts, scores, whole)
+                if forest is not None:
+                    self._write(self.out / "forests", lambda: save_forest(self.out, forest))
+            except Exception as error:  # whatever it is: a drawing is not worth a run
+                reason = one_line(f"{type(error).__name__}: {error}")
+                _log.warning("no forest of iteration %d is kept, and the run goes on: %s", iteration, reason)
 
         return look
 

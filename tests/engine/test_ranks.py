@@ -310,6 +310,30 @@ def test_a_memory_that_is_full_in_a_meeting_ends_all_and_the_run_goes_on_with_sm
     assert len(metrics_of(out)) == 3
 
 
+CAPTURE = """
+import flowgrove.trainer
+from flowgrove.cli import app
+
+def full(*_):
+    raise MemoryError("no room for pictures")
+
+flowgrove.trainer.capture_forest = full
+app(prog_name="flowgrove")
+"""
+
+
+def test_a_forest_that_cannot_be_drawn_ends_no_rank(tmp_path):
+    recipe = written(tmp_path, **CASES["window, LoRA, KL"])
+    succeed("train", recipe, "--out", tmp_path / "one")
+    (tmp_path / "capture.py").write_text(CAPTURE)
+    sets = ("--set", "engine.distributed=ddp")
+    text = torchrun(
+        2, tmp_path / "capture.py", "train", recipe, *sets, "--out", tmp_path / "two", output=tmp_path / "log"
+    )
+    assert text.count("the run goes on: MemoryError: no room for pictures") == 2, text  # of iterations 0 and 2
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
 def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoint(tmp_path):
     recipe = written(tmp_path, iterations=10_000, **CASES["window, LoRA, KL"])
     out = tmp_path / "run"

@@ -13,24 +13,28 @@ import pytest
 import torch
 from PIL import Image
 
-from engine_cases import metrics_of, succeed, timeless, tiny_recipe, weights_of
+from engine_cases import flowgrove, metrics_of, succeed, timeless, tiny_recipe, weights_of
 from flowgrove.iteration import Stages
+from flowgrove.models.geometry import Geometry
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
-from flowgrove.report.forest_capture import capture_forest, clean_estimates
+from flowgrove.report.forest_capture import capture_forest, clean_estimates, most_decoded
 from flowgrove.report.forests import (
     ForestNumbers,
     PromptForest,
     forest_content,
     forest_files,
     load_forest,
+    remove_forest,
     save_forest,
 )
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import score_leaves
 from flowgrove.rollout.loop import rollout
+from flowgrove.run.stopping import Stopped
 from flowgrove.setup import Setup
 from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
+from tiny_pipelines import MODELS, write_pipeline
 from update_cases import Recorder
 
 TREE = {
@@ -60,8 +64,8 @@ CASES = {
 class Seen:
     """An iteration of a case: what `capture_forest` was given and what it made of it."""
 
-    def __init__(self, case):
-        self.recipe = small_recipe(**CASES[case])
+    def __init__(self, case, **sections):
+        self.recipe = small_recipe(**CASES[case], **sections)
         self.policy = Policy.load(self.recipe, CPU, TEXTS)
         self.recorder = Recorder(self.recipe, self.policy)
         self.runner = self.recorder.runner
@@ -310,6 +314,45 @@ def test_a_large_group_has_some_pictures_a_huge_one_no_forest_and_large_pictures
     assert len(forests[0].numbers.totals) == 100
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "most"),
+    [
+        (32, 32, None, (64, 64)),
+        (512, 512, None, (64, 64)),
+        (1024, 1024, None, (16, 16)),
+        (8192, 8192, None, (1, 0)),
+        (32, 32, 5, (4, 0)),
+        (480, 832, 33, (2, 0)),
+        (480, 832, 81, (1, 0)),
+        (720, 1280, 81, (1, 0)),
+    ],
+)
+def test_what_is_decoded_is_capped_by_its_pixels(height, width, frames, most):
+    leaves, inner = most_decoded(Geometry((1,), height, width, 1, frames, 1, 1, 1))
+    assert (leaves, inner) == most
+    assert leaves == 1 or (leaves + inner) * height * width * (frames or 1) <= 1 << 25
+
+
+def test_large_pictures_have_fewer_leaves_and_inner_nodes(monkeypatch):
+    monkeypatch.setattr("flowgrove.report.forest_capture.PIXELS_AT_ONCE", 8 * 32 * 32)
+    found = Seen("tree").forest.pictures
+    assert list(found) == [(6, 0), (6, 2), (6, 5), (6, 7), (0, 0), (2, 0), (2, 1)]
+
+
+def test_of_videos_a_few_leaves_are_decoded_and_no_inner_node(tmp_path, monkeypatch):
+    counts, decode = [], PassRunner.decode
+
+    def counted(self, policy, x):
+        counts.append(len(x))
+        return decode(self, policy, x)
+
+    monkeypatch.setattr(PassRunner, "decode", counted)
+    seen = Seen("tree", model={**MODELS["wan"], "dtype": "fp32", "path": str(write_pipeline("wan", tmp_path / "wan"))})
+    assert list(seen.forest.pictures) == [(6, 0), (6, 2), (6, 5), (6, 7)]
+    assert {picture.shape for picture in seen.forest.pictures.values()} == {(32, 32, 3)}
+    assert (sum(counts[:-1]), counts[-1]) == (len(TEXTS) * 8, 4)
+
+
 # The files
 
 
@@ -341,6 +384,40 @@ def test_a_folder_keeps_so_many_forests_and_a_page_shows_a_few_of_them_spread_ov
     shown = [content["iteration"] for content in forest_content(tmp_path)]
     assert (shown[0], shown[-1], len(shown)) == (0, 198, 6)
     assert max(b - a for a, b in pairwise(shown)) < 60
+
+
+def test_a_thousand_forests_leave_some_that_are_spread_over_the_whole_run(tmp_path):
+    numbers = seen_of("window with shared noise").numbers
+    for iteration in range(1000):
+        save_forest(tmp_path, PromptForest(numbers.model_copy(update={"iteration": iteration}), {}))
+    found = list(forest_files(tmp_path))
+    gaps = [after - before for before, after in pairwise(found)]
+    assert (found[0], found[-1], len(found)) == (0, 999, 64)
+    assert max(gaps) <= 4 * 999 / 63
+
+
+def test_a_forest_that_goes_while_a_page_is_made_is_passed_over(tmp_path, monkeypatch):
+    forest = seen_of("tree").forest
+    for iteration in range(3):
+        save_forest(tmp_path, at(forest, iteration))
+    files = forest_files(tmp_path)
+
+    def load(path):
+        remove_forest(files[1])
+        return load_forest(path)
+
+    monkeypatch.setattr("flowgrove.report.forests.load_forest", load)
+    assert [content["iteration"] for content in forest_content(tmp_path)] == [0, 2]
+
+
+def test_numbers_that_cannot_be_written_leave_no_pictures(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr("flowgrove.report.forests.write_text", denied)
+    with pytest.raises(PermissionError):
+        save_forest(tmp_path, seen_of("tree").forest)
+    assert list((tmp_path / "forests").iterdir()) == []
 
 
 def test_damaged_forests_are_passed_over_and_damaged_pictures_left_out(tmp_path):
@@ -435,8 +512,81 @@ def test_the_forests_of_a_branch_that_was_left_go(run, tmp_path):
 
 
 def test_nothing_is_captured_where_nobody_looks(run, tmp_path, monkeypatch):
-    def never(*_):
-        raise AssertionError("a forest that nobody asked for")
+    asked = []
+    monkeypatch.setattr("flowgrove.trainer.capture_forest", lambda *_: asked.append(True))
+    succeed("train", run[0], "--out", tmp_path / "none", "--set", "run.eval_every=0", "--set", "run.iterations=1")
+    assert asked == []
+    succeed("train", run[0], "--out", tmp_path / "some", "--set", "run.eval_every=1", "--set", "run.iterations=1")
+    assert asked == [True]
 
-    monkeypatch.setattr("flowgrove.trainer.capture_forest", never)
-    succeed("train", run[0], "--out", tmp_path, "--set", "run.eval_every=0", "--set", "run.iterations=1")
+
+def assert_trained_as(found, expected):
+    assert timeless(metrics_of(found)) == timeless(metrics_of(expected))
+    mine, others = weights_of(found, 4), weights_of(expected, 4)
+    assert all(torch.equal(mine[name], others[name]) for name in others)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_captures_that_fail_cost_a_warning_each_and_not_the_run(run, tmp_path, monkeypatch, caplog):
+    def capture(recipe, runner, parts, scores, whole):
+        iteration = whole.plan.iteration
+        if iteration == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if iteration == 1:
+            scores = torch.full_like(scores, 1e308)  # which a weight of 10 takes to infinity
+            recipe = recipe.model_copy(update={"reward": [recipe.reward[0].model_copy(update={"weight": 10.0})]})
+        return capture_forest(recipe, runner, parts, scores, whole)
+
+    def save(folder, forest):
+        if forest.numbers.iteration == 2:
+            raise PermissionError(13, "Permission denied")
+        save_forest(folder, forest)
+
+    monkeypatch.setattr("flowgrove.trainer.capture_forest", capture)
+    monkeypatch.setattr("flowgrove.trainer.save_forest", save)
+    succeed("train", run[0], "--out", tmp_path, "--set", "run.forest_every=1")
+    assert names(tmp_path) == both(3)
+    warned = [message for message in caplog.messages if "forest" in message]
+    reasons = ("OutOfMemoryError: CUDA out of memory", "ValidationError: ", "PermissionError: ")
+    for iteration, (message, reason) in enumerate(zip(warned, reasons, strict=True)):
+        assert message.startswith(f"no forest of iteration {iteration} is kept, and the run goes on: {reason}")
+        assert "\n" not in message
+    assert_trained_as(tmp_path, run[1])
+
+
+def test_a_capture_whose_decoding_runs_out_of_memory_leaves_the_runs_decoding_as_it_is(run, tmp_path, monkeypatch):
+    decode, budgets, within = Policy.decode, [], []
+
+    def capture(recipe, runner, *rest):
+        monkeypatch.setattr(Policy, "decode", full_once)
+        forest = capture_forest(recipe, runner, *rest)
+        within.append(runner.budget.pixels)
+        return forest
+
+    def full_once(self, x, together):
+        monkeypatch.setattr(Policy, "decode", seen_decode)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def seen_decode(self, x, together):
+        budgets.append(together)
+        return decode(self, x, together)
+
+    monkeypatch.setattr(Policy, "decode", seen_decode)
+    monkeypatch.setattr("flowgrove.trainer.capture_forest", capture)
+    succeed("train", run[0], "--out", tmp_path)
+    assert names(tmp_path) == both(0, 2, 3)
+    whole = max(budgets)
+    assert within == [whole * 32 * 32 // 2] * 3  # every one began with the run's own and halved it
+    assert budgets.count(whole // 2) == 3
+    assert set(budgets) == {whole, whole // 2}
+    assert_trained_as(tmp_path, run[1])
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(3), Stopped(15)])
+def test_what_ends_a_run_ends_it_in_a_capture_too(ending, run, tmp_path, monkeypatch):
+    def capture(*_):
+        raise ending
+
+    monkeypatch.setattr("flowgrove.trainer.capture_forest", capture)
+    assert flowgrove("train", run[0], "--out", tmp_path).exit_code != 0
+    assert not (tmp_path / "metrics.jsonl").exists() or metrics_of(tmp_path) == []

@@ -1,6 +1,8 @@
 """How large a pass of the transformer may be; when the device's memory disagrees, see out_of_memory."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flowgrove.passes.packing import Ints, pack
 
@@ -41,6 +43,15 @@ class PassBudget:
             return False
         self.pixels //= 2
         return True
+
+    @contextmanager
+    def samples_kept(self) -> Iterator[None]:
+        """After the block as much is decoded together as before it."""
+        pixels = self.pixels
+        try:
+            yield
+        finally:
+            self.pixels = pixels
 
     def halve(self) -> bool:
         """From here on passes hold half as much as the largest so far; False if none had more than one row."""

@@ -824,7 +824,8 @@ class Run(Section):
     """The iterations between two pictures of a forest; 0: none, null: those of run.eval_every.
     Of the first scored prompt of such an iteration, and of the last iteration, the run's forests/ gets all advantages,
     log-probabilities and rewards, with small pictures of leaves and inner nodes, for the report. It costs the decoding
-    of up to 128 pictures, changes nothing that trains, and keeps at most 64 forests, of groups of up to 256 leaves.
+    of up to 128 pictures, fewer where they are large, or of 4 videos; it changes nothing that trains, and keeps at most
+    64 forests, of groups of up to 256 leaves.
     Source: ours.
     """
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrove.device import to_host
+from flowgrove.models.geometry import Geometry
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.recipe.schema import Recipe
@@ -27,6 +28,7 @@ from flowgrove_kernels import NoiseKey, clean_estimate, flow_step
 
 MOST_LEAVES = 256  # of a group that is drawn
 _MOST_PICTURES = 64  # of leaves, and as many of inner nodes
+_MOST_VIDEOS = 4  # of leaves, and none of inner nodes: one frame of each is shown, but all are decoded
 _LONGEST_SIDE = 128
 
 
@@ -49,6 +51,14 @@ def capture_forest(
     number = part.first_prompt + prompt
     numbers = _numbers(recipe, part, prompt, scores.view(-1, plan.leaves, scores.shape[1])[number], whole)
     return PromptForest(numbers, dict(_pictures(recipe, runner, part, prompt)))
+
+
+def most_decoded(geometry: Geometry) -> tuple[int, int]:
+    """How many leaves and how many inner nodes of this size are decoded."""
+    fit = PIXELS_AT_ONCE // geometry.pixels
+    if geometry.frames is not None:
+        return max(1, min(_MOST_VIDEOS, fit)), 0
+    return max(1, min(_MOST_PICTURES, fit // 2)), min(_MOST_PICTURES, fit // 2)
 
 
 def clean_estimates(part: Rolled, seed: int, step: Step, prompt: int) -> Tensor:
@@ -130,21 +140,18 @@ def _pictures(
     recipe: Recipe, runner: PassRunner, part: Rolled, prompt: int
 ) -> Iterator[tuple[tuple[int, int], NDArray[np.uint8]]]:
     """Leaves, evenly spread where they are many; and clean estimates where trajectories part and at the first step that
-    trains, level after level as long as they are few.
+    trains, level after level as long as they are few. All of them together are no more than is scored at once.
     """
     plan = part.forest.plan
     leaves = part.forest.leaves[prompt * plan.leaves : (prompt + 1) * plan.leaves]
-    chosen = np.unique(np.linspace(0, plan.leaves - 1, min(_MOST_PICTURES, plan.leaves)).round().astype(int)).tolist()
+    most, most_inner = most_decoded(part.policy.adapter.geometry)
+    chosen = np.unique(np.linspace(0, plan.leaves - 1, min(most, plan.leaves)).round().astype(int)).tolist()
     nodes = [(len(plan.steps), leaf) for leaf in chosen]
     latents, inner = [leaves[chosen]], 0
     for step in plan.trained_steps:
-        if (step.fanout > 1 or step is plan.trained_steps[0]) and inner + step.nodes_in <= _MOST_PICTURES:
+        if (step.fanout > 1 or step is plan.trained_steps[0]) and inner + step.nodes_in <= most_inner:
             inner += step.nodes_in
             nodes += [(step.index, node) for node in range(step.nodes_in)]
             latents.append(clean_estimates(part, recipe.run.seed, step, prompt))
-    some = max(1, PIXELS_AT_ONCE // part.policy.adapter.geometry.pixels)
-    decoded = (
-        to_bytes(shrink(runner.decode(part.policy, few), _LONGEST_SIDE).nan_to_num())
-        for few in torch.cat(latents).split(some)
-    )
-    yield from zip(nodes, torch.cat(list(decoded)).numpy(), strict=True)
+    decoded = to_bytes(shrink(runner.decode(part.policy, torch.cat(latents)), _LONGEST_SIDE).nan_to_num())
+    yield from zip(nodes, decoded.numpy(), strict=True)

@@ -115,7 +115,8 @@ def forest_files(run: Path) -> dict[int, Path]:
 
 
 def save_forest(run: Path, forest: PromptForest) -> None:
-    """Writes a forest into a run folder. Where there are too many, every second one but the first and the last goes.
+    """Writes a forest into a run folder. Where there are too many, the one goes that leaves the smallest gap between
+    its neighbours, so that they stay spread over the whole run.
 
     Raises OSError, as where the disk is full.
     """
@@ -123,11 +124,15 @@ def save_forest(run: Path, forest: PromptForest) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if forest.pictures:
         save_mosaic(path.with_suffix(".png"), forest.tiles(), {"level and node": list(forest.pictures)})
-    write_text(path, forest.numbers.model_dump_json())  # last: a forest that is there has its pictures
-    found = list(forest_files(run).values())
-    if len(found) > _MOST_FILES:
-        for old in found[1:-1:2]:
-            remove_forest(old)
+    try:
+        write_text(path, forest.numbers.model_dump_json())  # last: a forest that is there has its pictures
+    except OSError:
+        remove_forest(path)
+        raise
+    found = list(forest_files(run).items())
+    while len(found) > _MOST_FILES:
+        _, place = min((found[place + 1][0] - found[place - 1][0], place) for place in range(1, len(found) - 1))
+        remove_forest(found.pop(place)[1])
 
 
 def remove_forest(path: Path) -> None:
@@ -162,7 +167,11 @@ def forest_content(run: Path, address: Address = data_uri) -> list[dict[str, Any
     """
     whole = list(_undamaged(run))
     chosen = [whole[place] for place in spread(len(whole), _MOST_DRAWN)]
-    return [_drawn(load_forest(path), address, _MOST_BYTES // len(chosen)) for path in chosen]
+    content = []
+    for path in chosen:
+        with suppress(ValueError):  # a run that goes on may have removed it since
+            content.append(_drawn(load_forest(path), address, _MOST_BYTES // len(chosen)))
+    return content
 
 
 def _undamaged(run: Path) -> Iterator[Path]:
