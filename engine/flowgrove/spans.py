@@ -21,6 +21,7 @@ DOMAIN = "flowgrove"
 STAGE, TRANSFORMER, OPS, DECODE, REWARD, OPTIMIZER, COMMUNICATION = (
     "stage", "transformer", "ops", "decode", "reward", "optimizer", "communication",
 )  # fmt: skip
+WAIT = "wait"  # the name of ranges in which an iteration waits for the thread that decodes and scores beside it
 COLORS = {  # ARGB; told apart by colour-blind readers as well (Okabe and Ito)
     STAGE: 0xFF999999,
     TRANSFORMER: 0xFF0072B2,

@@ -169,6 +169,7 @@ def test_a_gpu_that_waits_for_launches_is_advised_recordings():
         span=100.0, busy=60.0, gaps={"rollout/transformer": Gaps(9, 9, 20.0), "update/other": Gaps(1, 1, 20.0)}
     )
     known = {"device_type": "cuda", "idle": waiting}
+    waiting.gaps["rollout/wait"] = Gaps(1, 1, 10.0)  # for rewards, not for launches
     found = advice.recorded_passes(facts(**known))
     assert (found.key, found.saves) == ("engine.cuda_graphs", pytest.approx(0.2 * 10.0))
     assert advice.recorded_passes(facts(device_type="cuda", idle=Idle(100.0, 99.0, {}))) is None
@@ -242,14 +243,16 @@ def test_rewards_that_an_iteration_waits_for_are_told_of(entry, device_type, key
 def test_rewards_on_their_own_thread_count_by_what_is_waited_for():
     waiting = [
         *[one for one in iteration() if one.stage != "reward"],
-        phase("reward/other", 5.0),
+        phase("rollout/wait", 2.0),
+        phase("reward/wait", 3.0),
+        phase("reward/other", 0.5),
         phase("reward/shapes", 9.0, REWARD, rows=12, beside=True),
     ]
-    assert advice.rewards(facts(waiting)).saves == 5.0
+    assert advice.rewards(facts(waiting)).saves == 5.0, "also what the rollout waits for"
     shared = [*waiting, phase("reward/decode", 81.0, DECODE, rows=12, beside=True)]
     assert advice.rewards(facts(shared)) is None, "nine tenths of the wait are for decoding"
     assert advice.fewer_pictures(facts(shared)).saves == pytest.approx(0.9 * 5.0 / 4)
-    hidden = [replace(one, seconds=0.01) if one.name == "reward/other" else one for one in waiting]
+    hidden = [replace(one, seconds=0.01) if one.name.endswith("/wait") else one for one in waiting]
     assert advice.rewards(facts(hidden)) is None
 
 

@@ -3,6 +3,7 @@ and with errors that are not lost.
 """
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring, score_leaves
 from flowgrove.setup import Setup
+from flowgrove.spans import listening, span
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, TEXTS, policy_of, runner_of, small_recipe
 
@@ -74,6 +76,29 @@ def test_the_rollout_does_not_wait_for_a_server_but_runs_at_most_two_ahead():
         answered.set()
         third.join()
         assert scoring.scores().shape == (3, 1)
+
+
+def test_waiting_for_the_thread_has_a_range_and_without_threads_there_is_none():
+    for threaded in (True, False):
+        scorer, names = Remote(), []
+
+        @contextmanager
+        def listen(one, names=names):
+            names.append(one.path)
+            yield
+
+        with (
+            listening(listen),
+            span("rollout"),
+            Scoring(rewards_of(scorer), runner_of(policy_of()), CPU, threaded=threaded) as scoring,
+        ):
+            assert scoring.beside, "the rollout goes by the same parts"
+            for _ in range(3):
+                scoring.submit(policy_of(), latents(1), ["a prompt"])
+            scores = scoring.scores()
+        assert scores.shape == (3, 1)
+        assert names.count("rollout/wait") == (2 if threaded else 0), "one before the third, one for the rest"
+        assert scorer.threads == {"rewards_0" if threaded else threading.current_thread().name}
 
 
 def test_without_a_server_a_cpu_scores_when_it_is_asked():

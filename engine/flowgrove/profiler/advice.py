@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flowgrove.profiler.facts import Facts
+from flowgrove.profiler.phases import waits
 from flowgrove.recipe.schema import Tail
 from flowgrove.spans import DECODE, OPTIMIZER, REWARD, TRANSFORMER
 
@@ -92,7 +93,9 @@ def recorded_passes(facts: Facts) -> Suggestion | None:
         return None
     if facts.idle is None or not facts.idle.span:
         return None
-    waited = sum(gaps.total for phase, gaps in facts.idle.gaps.items() if phase.startswith("rollout/"))
+    waited = sum(
+        gaps.total for phase, gaps in facts.idle.gaps.items() if phase.startswith("rollout/") and not waits(phase)
+    )
     saved = waited / facts.idle.span * facts.seconds
     reason = f"the GPU waits for launches in {waited / facts.idle.span:.0%} of the iteration, in its rollout"
     return Suggestion("engine.cuda_graphs", "true", reason, saved) if facts.tells(saved) else None

@@ -22,7 +22,6 @@ from flowgrove.profiler.memory import Timeline, held, timeline
 from flowgrove.profiler.rates import ceilings
 from flowgrove.profiler.session import Session
 from flowgrove.profiler.table import COLUMNS, Measured, Row, phase_table, utilisation
-from flowgrove.profiler.traffic import traffic_of
 from flowgrove.profiler.work import Cost, flops_of
 from flowgrove.recipe.schema import Recipe
 from flowgrove.setup import Setup
@@ -95,7 +94,7 @@ def profile_recipe(name: str, setup: Setup, out: Path, iterations: int, warm_up:
     out.mkdir(parents=True, exist_ok=True)
     with pick_backend(recipe):
         say("counting the bytes of ops")
-        bytes_of = traffic_of(lambda: session.run(iterations), recipe.engine.compile)
+        bytes_of = session.counted(iterations)
         if warm_up:
             say("warming up")
             session.run(warm_up)

@@ -17,7 +17,6 @@ from flowgrove.setup import Setup
 from flowgrove.spans import DECODE, REWARD, TRANSFORMER
 
 _LEAST = 0.03  # of an iteration: what saves less is not worth a try
-_WAITING = f"reward/{OTHER}"  # where the iteration waits for the thread that decodes and scores beside it
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Facts:
         for phase in self.phases:
             last = phase.name.rpartition("/")[2]
             wanted = stage in (None, phase.stage) and kind in (None, phase.kind) and name in (None, last)
-            if wanted and not phase.beside and last != OTHER:
+            if wanted and not phase.beside and last != OTHER and not phase.waits:
                 yield phase
 
     def waited(self, kind: str) -> float:
@@ -73,7 +72,7 @@ class Facts:
             each: sum(phase.seconds for phase in self.phases if phase.beside and phase.kind == each)
             for each in (DECODE, REWARD)
         }
-        waiting = sum(phase.seconds for phase in self.phases if phase.name == _WAITING and not phase.beside)
+        waiting = sum(phase.seconds for phase in self.phases if phase.waits and not phase.beside)
         whole = sum(beside.values())
         return own + (waiting * beside[kind] / whole if whole else 0.0)
 

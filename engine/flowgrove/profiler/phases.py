@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flowgrove.profiler.clock import Spent
+from flowgrove.spans import WAIT
 
 BETWEEN = "between stages"
 OTHER = "other"
@@ -33,6 +34,16 @@ class Phase:
     def stage(self) -> str:
         """The stage that it belongs to."""
         return self.name.partition("/")[0]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the iteration waits in it for the thread that decodes and scores beside it."""
+        return waits(self.name)
+
+
+def waits(name: str) -> bool:
+    """Whether that is the phase of a wait for the thread that decodes and scores."""
+    return name.endswith(f"/{WAIT}")
 
 
 class Names:

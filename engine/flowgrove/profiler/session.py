@@ -14,6 +14,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.profiler.clock import Spent, Stopwatch
+from flowgrove.profiler.traffic import traffic_of
 from flowgrove.ranks import Ranks
 from flowgrove.setup import Setup
 from flowgrove.spans import listening
@@ -29,7 +30,7 @@ class Session:
 
     def __init__(self, setup: Setup, most: int) -> None:
         keep_freed_memory()
-        recipe = setup.recipe
+        self.setup, recipe = setup, setup.recipe
         self.device = pick_device(recipe)
         self.rewards = checked_rewards(setup)
         self._texts = [
@@ -51,6 +52,14 @@ class Session:
         except NothingScoredError as nothing:
             raise nothing.reason from None
 
+    def counted(self, iterations: int) -> dict[str, int]:
+        """Bytes that the fused ops move by path of the range (see `traffic_of`)."""
+        compiled = self.setup.recipe.engine.compile
+        found = traffic_of(lambda: self.run(iterations), compiled)
+        if compiled:  # blocks ran eagerly, and so do the passes recorded of them
+            self.runner.forget()
+        return found
+
     def timed(self, iterations: int) -> tuple[float, list[Spent]]:
         """(seconds of all of them by the host's clock, what their ranges took), with nothing else that listens."""
         watch = Stopwatch(self.device)
@@ -62,7 +71,8 @@ class Session:
         return time.perf_counter() - begun, watch.read()
 
     def traced(self, iterations: int, path: Path, around: Callable[[], object] = lambda: None) -> int | None:
-        """Writes a Chrome trace of so many iterations to `path` (.json.gz). `around` is called right before them.
+        """Writes a Chrome trace of so many iterations to `path` (.json.gz). They decode and score on their own thread:
+        of others torch.profiler records neither ops nor ranges. `around` is called right before them.
         Returns the most bytes that the GPU's allocator had given out meanwhile; None on a CPU.
         """
         on_gpu = self.device.type == "cuda"
@@ -73,8 +83,12 @@ class Session:
         with profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], profile_memory=True
         ) as profiler:
-            self.run(iterations)
-            self._wait()
+            try:
+                self.stages.scores_on_a_thread = False
+                self.run(iterations)
+                self._wait()
+            finally:
+                self.stages.scores_on_a_thread = True
         most = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         profiler.export_chrome_trace(str(path))
         return most

@@ -13,7 +13,7 @@ from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
-from flowgrove.spans import span
+from flowgrove.spans import WAIT, span
 
 PIXELS_AT_ONCE = 1 << 25  # 400 MB of decoded pictures
 _WAITING = 2  # rollouts whose leaves may wait to be scored
@@ -21,8 +21,9 @@ _WAITING = 2  # rollouts whose leaves may wait to be scored
 
 class Scoring:
     """One iteration's. On a GPU, and where a reward waits for a server, a thread does the work, on a GPU in `stream`,
-    at most `_WAITING` rollouts behind; else it is done when the scores are asked for: on a CPU two threads would only
-    take each other's cores.
+    at most `_WAITING` rollouts behind; else, and without `threaded`, it is done when the scores are asked for: on a CPU
+    two threads would only take each other's cores. `beside`: whether a thread gains something; with or without one the
+    rollout goes by the same parts.
 
     A context manager: when the block ends nothing runs any more.
     """
@@ -34,13 +35,14 @@ class Scoring:
         device: torch.device,
         stream: "torch.cuda.Stream | None" = None,
         faults: Faults | None = None,
+        threaded: bool = True,
     ) -> None:
         self.rewards, self.runner, self.device, self._stream = rewards, runner, device, stream
         self.faults = faults
         self.beside = device.type == "cuda" or rewards.remote
         self._pending: list[Callable[[], Tensor]] = []
         self._futures: list[Future[Tensor]] = []
-        self._thread = ThreadPoolExecutor(1, "rewards", self._begin) if self.beside else None
+        self._thread = ThreadPoolExecutor(1, "rewards", self._begin) if self.beside and threaded else None
         self._context = copy_context()  # of the iteration, not of the rollout that submits
 
     def _begin(self) -> None:
@@ -63,7 +65,8 @@ class Scoring:
             self._pending.append(lambda: score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults))
             return
         if len(self._futures) >= _WAITING:
-            self._futures[-_WAITING].result()
+            with span(WAIT):
+                self._futures[-_WAITING].result()
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
@@ -75,7 +78,10 @@ class Scoring:
         """The scores of everything submitted, in order: float64 [leaves, rewards] on the CPU. With `faults` those
         of prompts that could not be scored are NaN (see `Rewards`).
         """
-        return torch.cat([work() for work in self._pending] + [future.result() for future in self._futures])
+        if self._thread is None:
+            return torch.cat([work() for work in self._pending])
+        with span(WAIT):
+            return torch.cat([future.result() for future in self._futures])
 
     def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
         with span("reward", rows=len(leaves)):
