@@ -31,7 +31,7 @@ CREATE TABLE CUPTI_ACTIVITY_KIND_MEMCPY (start INTEGER NOT NULL, end INTEGER NOT
     bytes INTEGER NOT NULL, copyKind INTEGER NOT NULL);
 """
 RANGE, CATEGORY, DOMAIN, RANGE_OF_THREADS = 59, 33, 75, 60
-PROCESS = 0x1_000_123
+PROCESS = 0x1A_02_001092  # 4242 on a machine whose own bits lie above
 MAIN, REWARDS, AUTOGRAD = ((PROCESS << 24) | thread for thread in (7, 8, 9))
 OURS, THEIRS = 3, 4  # domains
 US = 1000  # nanoseconds
@@ -264,6 +264,19 @@ def test_tables_and_columns_that_a_capture_lacks_read_as_nothing(tmp_path):
     assert (row["phase"], row["seconds"], row["gpu_seconds"]) == ("between stages", pytest.approx(1e-6), 0)
 
 
+@pytest.mark.parametrize(
+    ("payload", "sizes"),
+    [((3, 300), (3, 300)), ((3, 0), (3, 0)), ((3, 3), (3, 3)), ((4, 3), (0, 0)), ((-1, 3), (0, 0)), ((3, -1), (0, 0))],
+)
+def test_sizes_that_cannot_be_count_as_none(database, payload, sizes):
+    database.range("iteration 0", 0, 100)
+    database.range("iteration 0/rollout", 0, 100)
+    database.range("iteration 0/rollout/transformer", 0, 50, sizes=payload)
+    (capture,) = read_captures(database.close())
+    row = by_phase(capture.table())["rollout/transformer", False]
+    assert (row["rows"], row["tokens"], row["passes"]) == (*sizes, 1)
+
+
 def test_shared_time_of_three_streams():
     work = [Busy(0, 30, "a"), Busy(10, 20, "a"), Busy(10, 40, "b"), Busy(50, 60, "b")]
     found = shared(work)
@@ -287,7 +300,7 @@ def test_the_script_prints_the_table_and_writes_it(database, tmp_path):
     an_iteration(database)
     path = database.close()
     done = python(REPORT, path, "--csv", tmp_path / "phases.csv", env={"COLUMNS": "160"})
-    assert f"process {PROCESS}: 0.001 s an iteration" in done.stdout
+    assert "process 4242: 0.001 s an iteration" in done.stdout
     line = next(line for line in done.stdout.splitlines() if line.startswith("rollout/transformer"))
     assert line.split() == ["rollout/transformer", "0.20", "20.0", "0.20", "45.5", "0.08", "2", "6", "600", "2"]
     assert "idle 0.22 ms before work of update/backward: 1 gaps, 1 of more than 20 µs" in done.stdout

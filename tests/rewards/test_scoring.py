@@ -132,16 +132,18 @@ def test_an_iteration_in_parts_equals_one_in_one():
         update={"updates_per_iteration": 1}, engine={"device": "cpu", "token_budget": 70, "reuse_rollout_graph": True}
     )
     lines = []
-    for remote in (False, True):
+    for remote, threaded in ((False, True), (True, True), (True, False)):
         scorer = Remote()
         rewards = rewards_of(scorer)
         rewards.remote = remote
         policy = Policy.load(recipe, CPU)
-        lines.append(
-            Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), rewards).run(TEXTS, 0)
-        )
+        stages = Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), rewards)
+        stages.scores_on_a_thread = threaded
+        lines.append(stages.run(TEXTS, 0))
         assert len(scorer.calls) == (3 if remote else 1)
-    whole, parts = lines
+        assert scorer.threads == {"rewards_0" if remote and threaded else threading.current_thread().name}
+    whole, parts, alone = lines
+    assert alone["reward"] == parts["reward"]
     for key in ("reward", "advantage_by_step"):
         for name, value in whole[key].items():
             assert parts[key][name] == pytest.approx(value, rel=1e-9)

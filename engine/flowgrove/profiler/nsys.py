@@ -30,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 Row = dict[str, Any]
 _CATEGORY, _PUSH_POP, _DOMAIN_CREATE = 33, 59, 75  # NVTX_EVENTS.eventType
-_THREAD_BITS = 24  # of globalTid; the rest is the process
+_THREAD_BITS = 24  # of globalTid; the rest is the process, and above its 24 bits the machine
 _WORK = {  # table → category of torch.profiler, name of what has none
     "CUPTI_ACTIVITY_KIND_KERNEL": ("kernel", "kernel"),
     "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": ("kernel", "CUDA graph"),
@@ -43,13 +43,20 @@ _VERSION = re.compile(r"(_ptsz|_ptds)?_v\d+$")  # cudaLaunchKernel_v7000
 
 @dataclass(frozen=True)
 class Capture:
-    """One process. `spent`: the ranges of each path and thread; `iterations`: how many were captured whole."""
+    """One process; its `process` bears the machine too. `spent`: the ranges of each path and thread; `iterations`: how
+    many were captured whole.
+    """
 
     process: int
     trace: Trace
     spent: list[Spent]
     iterations: int
     outside: int
+
+    @property
+    def number(self) -> int:
+        """The process's number on its machine."""
+        return self.process & 0xFFFFFF
 
     @property
     def idle(self) -> Idle:
@@ -201,11 +208,14 @@ def _event(category: str, name: str, start: int, end: int, thread: Any) -> Event
 
 
 def _sizes(payload: Any) -> tuple[int, int]:
-    """Rows and tokens: what ends the bytes in which Nsight Systems keeps a structured payload, after their header."""
+    """Rows and tokens: what ends the bytes in which Nsight Systems keeps a structured payload, after their header. Of
+    values that cannot be sizes there are none.
+    """
     if not isinstance(payload, bytes) or len(payload) < SIZES.itemsize:
         return 0, 0
     found = np.frombuffer(payload[-SIZES.itemsize :], SIZES)[0]
-    return int(found["rows"]), int(found["tokens"])
+    rows, tokens = int(found["rows"]), int(found["tokens"])
+    return (0, 0) if min(rows, tokens) < 0 or (tokens and rows > tokens) else (rows, tokens)
 
 
 def _capture(process: int, ranges: list[Event], others: list[Event]) -> Capture:

@@ -28,7 +28,7 @@ def draw_capture(capture: Capture, console: Console) -> None:
     """The table of phases, and below it how busy the GPU was, its longest gaps and its largest kernels."""
     rows, idle = capture.table(), capture.idle
     seconds = sum(row["seconds"] for row in rows if not row["beside"])
-    title = f"process {capture.process}: {seconds:.3g} s an iteration, mean of {capture.iterations}, under the profiler"
+    title = f"process {capture.number}: {seconds:.3g} s an iteration, mean of {capture.iterations}, under the profiler"
     console.print(title, style="bold", soft_wrap=True)
     console.print(_phases(rows))
     if any(row["beside"] for row in rows):
