@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.table import Table
 
 from flowgrove.profiler.gaps import SHORT
 from flowgrove.profiler.nsys import Capture, Row
+from flowgrove.profiler.terminal_table import draw_phases
 
 _MOST_GAPS, _MOST_KERNELS, _NAME = 5, 6, 60
 _HEADINGS: dict[str, Callable[[Row], str]] = {
@@ -30,7 +30,9 @@ def draw_capture(capture: Capture, console: Console) -> None:
     seconds = sum(row["seconds"] for row in rows if not row["beside"])
     title = f"process {capture.number}: {seconds:.3g} s an iteration, mean of {capture.iterations}, under the profiler"
     console.print(title, style="bold", soft_wrap=True)
-    console.print(_phases(rows))
+    console.print(
+        draw_phases(rows, [{heading: shown(row) for heading, shown in _HEADINGS.items()} for row in rows], _HEADINGS)
+    )
     if any(row["beside"] for row in rows):
         console.print("| phases run on a second thread beside the others", soft_wrap=True)
     if capture.trace.on_gpu:
@@ -50,18 +52,6 @@ def draw_capture(capture: Capture, console: Console) -> None:
         console.print("GPU: nothing was captured; trace with --trace=cuda,nvtx on a GPU", soft_wrap=True)
     if capture.outside:
         console.print(f"{capture.outside:,} launches lay in no range and are left out", soft_wrap=True)
-
-
-def _phases(rows: list[Row]) -> Table:
-    """Columns that hold nothing are left out."""
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    cells = [{heading: shown(row) for heading, shown in _HEADINGS.items()} for row in rows]
-    headings = [heading for heading in _HEADINGS if any(cell[heading] for cell in cells)]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
-    for row, cell in zip(rows, cells, strict=True):
-        table.add_row(*(cell[heading] for heading in headings), style="dim" if row["beside"] else None)
-    return table
 
 
 def _number(value: float) -> str:

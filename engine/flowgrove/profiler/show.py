@@ -8,6 +8,7 @@ from flowgrove.profiler.command import Profile
 from flowgrove.profiler.gaps import SHORT
 from flowgrove.profiler.memory import KINDS, size_of
 from flowgrove.profiler.table import Row
+from flowgrove.profiler.terminal_table import draw_phases
 
 _NAME = 60  # letters of a kernel's name
 _LONGEST_NAMED = 5  # phases with the most idle time
@@ -36,15 +37,7 @@ def draw_profile(found: Profile, console: Console) -> None:
 
 def _phases(rows: list[Row], width: int) -> Table:
     """With all columns that hold anything, or in a narrow terminal with rates in one column and no tokens."""
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    cells = [_cells(row) for row in rows]
-    headings = _WIDE if width >= _WIDTH else _NARROW
-    shown = [heading for heading in headings if any(cell[heading] for cell in cells)]
-    for heading in shown:
-        table.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
-    for row, cell in zip(rows, cells, strict=True):
-        table.add_row(*(cell[heading] for heading in shown), style="dim" if row["beside"] else None)
-    return table
+    return draw_phases(rows, [_cells(row) for row in rows], _WIDE if width >= _WIDTH else _NARROW)
 
 
 def _cells(row: Row) -> dict[str, str]:
