@@ -52,9 +52,9 @@ bench: $(STAMP)
 	$(BIN)/python profiling/bench_ops.py
 
 # Plots, tables and numbers of README and docs from profiling/figures/*.csv. RUN=runs/quickstart-42 takes the quickstart's
-# figures from that run, MEMORY=1 predicts the memory of the shipped recipes anew.
+# figures from that run, PREDICTIONS=1 predicts memory and time of shipped recipes anew.
 figures: $(STAMP)
-	$(BIN)/python profiling/make_figures.py $(if $(RUN),--run $(RUN)) $(if $(MEMORY),--memory)
+	$(BIN)/python profiling/make_figures.py $(if $(RUN),--run $(RUN)) $(if $(PREDICTIONS),--predictions)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

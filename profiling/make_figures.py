@@ -2,7 +2,7 @@
 
 python profiling/make_figures.py                            # make figures
 python profiling/make_figures.py --run runs/quickstart-42   # make figures RUN=…: takes the quickstart's from a run
-python profiling/make_figures.py --memory                   # make figures MEMORY=1: predicts memory anew, minutes
+python profiling/make_figures.py --predictions              # make figures PREDICTIONS=1: what plan predicts, minutes
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import doc_figures  # noqa: F401 (registers everything)
-from doc_figures import drawings, pages, plan_memory, quickstart
+from doc_figures import drawings, pages, plan_memory, plan_time, quickstart
 from doc_figures.registry import ROOT
 from flowgrove.files import write_text
 
@@ -23,10 +23,13 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, metavar="FOLDER", help="the folder of a whole run of recipes/quickstart.yaml"
     )
-    parser.add_argument("--memory", action="store_true", help="first predict the memory of the shipped recipes anew")
+    parser.add_argument(
+        "--predictions", action="store_true", help="first predict memory and time of shipped recipes anew"
+    )
     options = parser.parse_args()
-    if options.memory:
+    if options.predictions:
         plan_memory.write_memory()
+        plan_time.write_time()
     if options.run is not None:
         try:
             quickstart.take_run(options.run)

@@ -1,8 +1,8 @@
 """The fused ops and the phases of the transformer against what the device can do: a copy and a matrix product, both
 measured here. Writes profiling/figures/roofline_DEVICE.csv and .png.
 
-    python profiling/roofline.py                      # ops from the committed table of this device, if there is one
-    python profiling/roofline.py --ops fresh          # ops measured now, with few rounds
+    python profiling/roofline.py                      # ops measured now, with few rounds
+    python profiling/roofline.py --ops committed      # ops from the committed table of this device
 
 A phase's bytes are what it has to move at least: the transformer's weights once a pass, states and velocities, and in
 the backward the gradients. So a phase may lie further left than it is drawn, never further right. Run it on an idle
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), default="branch_mix_flash")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=1)
-    parser.add_argument("--ops", default="committed", help="committed, fresh, or a CSV of `flowgrove bench ops`")
+    parser.add_argument("--ops", default="fresh", help="fresh, committed, or a CSV of `flowgrove bench ops`")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV and the picture")
     options = parser.parse_args()
     device = pick_device("auto")
@@ -83,10 +83,8 @@ def _where(device: torch.device, row: Row) -> Row:
 def _ops(source: str, device: torch.device) -> list[Row]:
     """Rows of the op benchmark."""
     committed = FIGURES / f"{file_stem('ops', device)}.csv"
-    if source not in ("committed", "fresh"):
-        return read_columns(Path(source))
-    if source == "committed" and committed.exists():
-        return read_columns(committed)
+    if source != "fresh":
+        return read_columns(committed if source == "committed" else Path(source))
     names = ",".join(name for name in (("triton", "cuda") if device.type == "cuda" else ("cpu",)))
     return bench_ops(settings_of(contenders=names, dtypes="bf16", rounds=20), print).rows
 
@@ -122,7 +120,7 @@ def phase_points(found: Profile, weights: int, trained: int, state: int) -> list
 
 def op_points(rows: list[Row]) -> list[Row]:
     """Of every op and case its largest shape by our fastest kind of backend; on a GPU inside a CUDA graph, where that
-    was measured. An op's own table says at what copy rate it was measured.
+    was measured.
     """
     points = []
     for (op, case), flops in _FLOPS.items():
@@ -136,7 +134,7 @@ def op_points(rows: list[Row]) -> list[Row]:
         points.append({
             "name": f"{op}, {case}", "kind": "op", "detail": f"{row['rows']}x{row['elements']} {row['contender']}",
             "dtype": row["dtype"], "gflop": 1e-9 * flops * row["rows"] * row["elements"], "bytes": row["bytes"],
-            "seconds": 1e-6 * spent, "copy_gb_per_s": row["graph_copy_gb_per_s" if graphed else "copy_gb_per_s"],
+            "seconds": 1e-6 * spent,
             **{key: row[key] for key in ("device", "threads", "torch", "date")},
         })  # fmt: skip
     return points
@@ -144,9 +142,8 @@ def op_points(rows: list[Row]) -> list[Row]:
 
 def against_roof(row: Row, copy: float, matrix: float) -> Row:
     """A point with its rates and its share of what the device could do at that intensity, by a copy of `copy` bytes per
-    second (or of the point's own table) and a product of `matrix` FLOPs per second.
+    second and a product of `matrix` FLOPs per second.
     """
-    copy = 1e9 * row["copy_gb_per_s"] if row.get("copy_gb_per_s") else copy
     flops = 1e9 * row["gflop"]
     intensity = flops / row["bytes"]
     roof = min(matrix, intensity * copy)
@@ -160,8 +157,7 @@ def against_roof(row: Row, copy: float, matrix: float) -> Row:
 
 def plot_roofline(rows: list[Row], path: Path) -> None:
     """Points under the roof of this device, on two logarithmic axes; the legend says how near each comes to it."""
-    copy = next((row["copy_gb_per_s"] for row in rows if row["kind"] == "phase"), rows[0]["copy_gb_per_s"])
-    matrix = rows[0]["matrix_tflop_per_s"]
+    copy, matrix = rows[0]["copy_gb_per_s"], rows[0]["matrix_tflop_per_s"]
     ridge = 1e3 * matrix / copy
     left = min(row["intensity"] for row in rows) / 5
     right = max(10 * ridge, *(row["intensity"] * 3 for row in rows))

@@ -4,6 +4,6 @@
 it is imported; `pages` puts them into the pages, `drawings` draws. `profiling/make_figures.py` is the command.
 """
 
-from doc_figures import busy_machine, engine, ops, quickstart, recipes, row_times, scaling
+from doc_figures import busy_machine, engine, ops, plan_time, quickstart, recipes, row_times, scaling, span_cost
 
-__all__ = ["busy_machine", "engine", "ops", "quickstart", "recipes", "row_times", "scaling"]
+__all__ = ["busy_machine", "engine", "ops", "plan_time", "quickstart", "recipes", "row_times", "scaling", "span_cost"]

@@ -22,6 +22,7 @@ DRAWN = {
     "ops_*.csv": ("flowgrove.bench.plot", "plot_ops"),
     "engine_*.csv": ("flowgrove.bench.engine_plot", "plot_engine"),
     "scaling_*.csv": ("flowgrove.bench.scaling_plot", "plot_scaling"),
+    "roofline_*.csv": ("roofline", "plot_roofline"),
     "quickstart_reward.csv": ("doc_figures.quickstart", "plot_reward"),
 }
 # plots that no CSV holds → where they come from

@@ -9,7 +9,7 @@ from doc_figures.registry import BLOCKS, NUMBERS, ROOT
 
 _OPEN = re.compile(r"^<!-- figures: (?P<name>[\w-]+), from (?P<origin>.+?) -->$", re.MULTILINE)
 _END = "<!-- end -->"
-_NUMBER = r"([\d.,]*\d)"
+_NUMBER = r"(−?[\d.,]*\d)"
 
 
 def pages() -> list[str]:

@@ -1,7 +1,7 @@
 """plan_memory.csv: what `flowgrove plan --memory` predicts of the shipped recipes, kept since it takes a quarter of a
 minute each; a line per number, in bytes.
 
-`python profiling/make_figures.py --memory` remakes it, and a test of `make test-long` predicts anew.
+`python profiling/make_figures.py --predictions` remakes it, and a test of `make test-long` predicts anew.
 """
 
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ def predictions_in(rows: Rows, planned: Planned) -> list[Prediction]:
         == (planned.recipe, " ".join(planned.settings), planned.ranks)
     ]
     if not own:
-        raise ValueError(f"{MEMORY} has no {planned}: make figures MEMORY=1")
+        raise ValueError(f"{MEMORY} has no {planned}: make figures PREDICTIONS=1")
     found = []
     for reshard in dict.fromkeys(row["reshard_after_forward"] for row in own):
         way = [row for row in own if row["reshard_after_forward"] == reshard]

@@ -1,5 +1,6 @@
 """The benchmark of what ranges cost: it compares iterations with all of them to iterations without any."""
 
+import random
 import runpy
 
 import pytest
@@ -42,3 +43,11 @@ def test_a_row_says_what_was_measured():
     assert row["ranges"] > 20
     percent = row["difference_us"] / row["without_ms"] / 10
     assert row["percent"] == pytest.approx(percent, abs=0.002)
+    assert row["percent_low"] == row["percent"] == row["percent_high"]  # of one pair
+
+
+def test_the_interval_holds_the_median_95_times_of_100():
+    interval, chance = SCRIPT["interval_of_the_median"], random.Random(5)
+    held = [low < 0.5 < high for low, high in (interval([chance.random() for _ in range(60)]) for _ in range(2_000))]
+    assert 0.94 < sum(held) / len(held) < 0.97
+    assert interval([1.0, 5.0, 2.0]) == (1.0, 5.0)

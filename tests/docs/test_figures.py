@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from doc_figures import drawings, pages, plan_memory, quickstart
+from doc_figures import drawings, pages, plan_memory, plan_time, quickstart
 from doc_figures.registry import BLOCKS, FOLDER, NUMBERS, only
 from doc_pages import PAGES, ROOT
 from flowgrove.bench.table import read_columns
@@ -227,7 +227,7 @@ def sampled(planned):
 
 @pytest.mark.parametrize("planned", [sampled(planned) for planned in plan_memory.PLANNED])
 def test_memory_is_predicted_as_it_stands(planned):
-    """If not: make figures MEMORY=1."""
+    """If not: make figures PREDICTIONS=1."""
     kept = plan_memory.predictions_in(read_columns(ROOT / FOLDER / plan_memory.MEMORY), planned)
     for now, then in zip(planned.predict(), kept, strict=True):
         assert (now.reshard, now.memory.rows) == (then.reshard, then.memory.rows)
@@ -235,3 +235,9 @@ def test_memory_is_predicted_as_it_stands(planned):
         assert now.memory.stages == pytest.approx(then.memory.stages, rel=0.01)
         assert now.memory.graph == pytest.approx(then.memory.graph, rel=0.01)
         assert now.communication == then.communication
+
+
+@pytest.mark.long
+def test_time_is_predicted_as_it_stands():
+    """If not: make figures PREDICTIONS=1."""
+    assert plan_time.predicted() == read_columns(ROOT / FOLDER / plan_time.TIME)

@@ -42,7 +42,7 @@ def test_an_ops_largest_shape_by_our_own_backend_is_a_point(roofline):
     ]
     first, second = roofline.op_points(rows)
     assert (first["bytes"], first["seconds"], first["gflop"]) == (8000, pytest.approx(1e-5), pytest.approx(8 * 800e-9))
-    assert (second["seconds"], second["copy_gb_per_s"]) == (pytest.approx(5e-6), 200.0), "cuda, inside a graph"
+    assert second["seconds"] == pytest.approx(5e-6), "cuda, inside a graph"
     assert second["detail"] == "2x400 cuda"
 
 
@@ -78,8 +78,6 @@ def test_shares_are_of_the_roof_above_a_point(roofline):
     assert left["percent_of_roof"] == pytest.approx(50.0), "50 of 100 GB/s"
     right = roofline.against_roof({"gflop": 100.0, "bytes": 10**9, "seconds": 0.4}, 1e11, 1e12)
     assert (right["bound_by"], right["percent_of_roof"]) == ("matrix", pytest.approx(25.0))
-    own = roofline.against_roof({"gflop": 1.0, "bytes": 10**9, "seconds": 0.02, "copy_gb_per_s": 50.0}, 1e11, 1e12)
-    assert own["percent_of_roof"] == pytest.approx(100.0), "of the copy beside which it was measured"
 
 
 def test_the_roofline_is_written_and_drawn(roofline, tmp_path):
