@@ -98,7 +98,8 @@ class Setup:
             shared_initial_noise=False,
             window=Window(strategy="none"),
         )
-        update = recipe.update.model_copy(update={"updates_per_iteration": 1, "step_fraction": 1.0})
+        one = {"updates_per_iteration": 1, "edges_per_update": None, "step_fraction": 1.0}
+        update = recipe.update.model_copy(update=one)
         credit = recipe.credit.model_copy(update={"prune": None})
         recipe = recipe.model_copy(update={"rollout": plain, "update": update, "credit": credit})
         return make_plan(recipe, 0, recipe_sigmas(recipe))

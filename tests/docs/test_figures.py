@@ -219,13 +219,10 @@ def test_the_quickstarts_figures_are_taken_from_a_run(tmp_path):
 # plans
 
 
-def sampled(planned):
-    """make test predicts one of them."""
-    marks = () if planned.recipe == "mix_sd35m" else pytest.mark.long
-    return pytest.param(planned, marks=marks, id=" ".join([planned.recipe, *planned.settings]))
-
-
-@pytest.mark.parametrize("planned", [sampled(planned) for planned in plan_memory.PLANNED])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "planned", plan_memory.PLANNED, ids=lambda planned: " ".join([planned.recipe, *planned.settings])
+)
 def test_memory_is_predicted_as_it_stands(planned):
     """If not: make figures PREDICTIONS=1."""
     kept = plan_memory.predictions_in(read_columns(ROOT / FOLDER / plan_memory.MEMORY), planned)

@@ -62,6 +62,7 @@ def test_ranks_evaluate_as_one_process_and_encode_each_text_once(trained, tmp_pa
     assert [len(texts) for texts in encoded] == [2, 2]
 
 
+@pytest.mark.long
 def test_ranks_sample_as_one_process(trained, tmp_path):
     prompts = write_lines(tmp_path / "prompts.txt", HELD_OUT)
     succeed("sample", trained.run, "--prompts", prompts, "--out", tmp_path / "one", "--compare")

@@ -42,6 +42,7 @@ def steps_of(lines):
     return {match[1].strip(): match[2].strip() for match in found if match}
 
 
+@pytest.mark.long
 def test_every_row_of_the_first_call_runs(tmp_path):
     lines = dry_run(1, tmp_path)
     names = (

@@ -118,10 +118,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "source",
-    [
-        pytest.param(path, id=path.name, marks=() if path.stem in ("flow_step", "grpo_loss") else pytest.mark.long)
-        for path in SOURCES
-    ],
+    [pytest.param(path, id=path.name, marks=() if path.stem == "flow_step" else pytest.mark.long) for path in SOURCES],
 )
 def test_kernels_compile_without_spills_for_several_blocks_a_multiprocessor(source, folder):
     kernels = resources(source, folder)

@@ -2,6 +2,7 @@
 against forests of explicit nodes.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -210,6 +211,50 @@ def test_an_edge_trains_in_the_update_of_its_first_leaf_and_parents_keeps_siblin
             for child in range(step.nodes_out)
         ]
         assert updates == [plan.update_of_leaf(leader * below) for leader in leaders]
+
+
+@pytest.mark.parametrize(("rollout", "updates"), [(branch_tree(), 34), (branch_tree(**TREE_MIX), 6)])
+def test_branchgrpos_code_steps_after_six_edges_of_each_tree(rollout, updates):
+    """12 edges of two trees: 34 steps an iteration, 6 with a window."""
+    plan = make_plan(recipe_with(rollout, edges_per_update=6), 0)
+    drawn = collections.Counter(
+        plan.update_of_edge(step, child) for step in plan.trained_steps for child in range(step.nodes_out)
+    )
+    assert plan.updates == updates
+    edges = plan.counts.trained_edges
+    assert [drawn[update] for update in range(updates)] == [6] * (updates - 1) + [edges - 6 * (updates - 1)]
+
+
+@settings(max_examples=50)
+@given(recipes(), st.integers(0, 200), st.integers(1, 40))
+def test_drawn_updates_hold_as_many_edges_as_the_recipe_says(recipe, iteration, edges):
+    update = recipe.update.model_copy(update={"edges_per_update": edges})
+    plan = make_plan(recipe.model_copy(update={"update": update}), iteration)
+    units = {}  # of every update, its edges as (step, child, how many share its draw)
+    for step in plan.trained_steps:
+        together = step.fanout if update.partition == "parents" else 1
+        for child in range(step.nodes_out):
+            units.setdefault(plan.update_of_edge(step, child), []).append((step.index, child // together, together))
+    assert sorted(units) == list(range(plan.updates)) or (not units and plan.updates == 1)
+    sizes = [len(units[update]) for update in sorted(units)]
+    largest = max((together for each in units.values() for *_, together in each), default=1)
+    assert sum(sizes) == sum(step.nodes_out for step in plan.trained_steps)
+    assert all(abs(size - edges) < largest for size in sizes[:-1])
+    for each in units.values():  # siblings that are drawn together stay together
+        assert all(each.count(unit) == unit[2] for unit in each)
+    unshared = make_plan(recipe, iteration)
+    assert plan.counts.trained_edges == unshared.counts.trained_edges
+
+
+def test_edges_are_drawn_anew_in_every_iteration():
+    recipe = recipe_with(branch_tree(), edges_per_update=6)
+    plans = [make_plan(recipe, iteration) for iteration in (0, 0, 1)]
+    first, again, second = (
+        [[plan.update_of_edge(step, child) for child in range(step.nodes_out)] for step in plan.trained_steps]
+        for plan in plans
+    )
+    assert first == again != second
+    assert len(set(first[-1])) > 5, "the edges of a step are spread over the updates"
 
 
 @settings(max_examples=50)

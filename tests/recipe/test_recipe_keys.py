@@ -60,9 +60,11 @@ DEFAULTS = {
         "kl_weight": 0.0,
         "max_grad_norm": 1.0,
         "updates_per_iteration": 4,
+        "edges_per_update": None,
         "partition": "trajectories",
         "step_fraction": 1.0,
         "step_weight": "uniform",
+        "detach_unconditional": False,
         "ema_decay": None,
     },
     "engine": {

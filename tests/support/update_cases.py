@@ -15,6 +15,9 @@ CASES = {
     "unshared_noise": {"rollout": {"shared_initial_noise": False}},
     "parents": {"update": {"partition": "parents"}},
     "tree": {"rollout": TREE},
+    "tree_drawn": {"rollout": TREE, "update": {"edges_per_update": 3}},
+    "tree_drawn_parents": {"rollout": TREE, "update": {"edges_per_update": 3, "partition": "parents"}},
+    "detached": {"update": {"detach_unconditional": True}},
     "tree_tempflow": {"rollout": TREE, "update": {"step_weight": "tempflow"}},
     "tree_guard": {"rollout": TREE, "update": {"step_weight": "guard", "clip_range": 2e-6}},
     "pruned": {"rollout": TREE, "credit": {"prune": {"kind": "extreme", "keep": 1}}},
@@ -32,7 +35,7 @@ class Recorder(Updater):
         super().__init__(recipe, policy, runner_of(policy, recipe))
         self.gradients, self.trained = [], []
 
-    def _step(self, stats, trained, number):
+    def _step(self, stats, trained, iteration, number, updates):
         self.trained.append(trained)
         self.gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters])
         self.optimizer.zero_grad(set_to_none=True)

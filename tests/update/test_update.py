@@ -43,10 +43,11 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         for prompt in range(forest.prompts):
             for child in range(step.nodes_out):
                 leader = child - child % step.fanout if update.partition == "parents" else child
-                if (
-                    trains[prompt, child]
-                    and (leader * plan.leaves // step.nodes_out) * plan.updates // plan.leaves == number
-                ):
+                if update.edges_per_update is None:
+                    mine = (leader * plan.leaves // step.nodes_out) * plan.updates // plan.leaves
+                else:
+                    mine = plan.update_of_edge(step, child)  # drawn: tests/plan says how
+                if trains[prompt, child] and mine == number:
                     edges.append((step, prompt, child, advantage[prompt, child]))
     total = 0.0
     for step, prompt, child, advantage in edges:
@@ -61,6 +62,8 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
 
         def guided(velocity):
             v, uncond, _ = velocity
+            if uncond is not None and update.detach_unconditional:
+                uncond = uncond.detach()
             return v if uncond is None else uncond + policy.guidance_scale * (v - uncond)
 
         v = guided(policy.velocity(x, sigma, prompts, prompt_of))
@@ -98,7 +101,8 @@ def noise_of(recipe, plan, step, prompt, child, shape):
 
 
 @pytest.mark.parametrize(
-    ("case", "guidance"), [*((case, 1.0) for case in CASES), ("flat", 2.5), ("tree", 2.5), ("kl", 2.5)]
+    ("case", "guidance"),
+    [*((case, 1.0) for case in CASES), *((case, 2.5) for case in ("flat", "tree", "kl", "detached"))],
 )
 def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
     recipe, policy = small_recipe(**CASES[case]), policy_of(guidance=guidance)
@@ -260,11 +264,11 @@ def test_gradient_that_is_not_finite_skips_the_step_and_nothing_else():
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
     constant = small_recipe(update={"warmup": 3, "lr": 1.0}, run={"iterations": 5})
-    assert [learning_rate(constant, n) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [learning_rate(constant, n, 2) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     cosine = small_recipe(update={"lr_schedule": "cosine", "lr": 1.0}, run={"iterations": 5})
-    assert learning_rate(cosine, 0) == 1.0
-    assert learning_rate(cosine, 5) == pytest.approx(0.5)
-    assert learning_rate(cosine, 9) < 0.03
+    assert learning_rate(cosine, 0, 2) == 1.0
+    assert learning_rate(cosine, 5, 2) == pytest.approx(0.5)
+    assert learning_rate(cosine, 9, 2) < 0.03
 
 
 def test_step_weights_have_mean_one_for_tempflow_and_inverse_dt_for_guard():

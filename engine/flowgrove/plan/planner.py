@@ -64,7 +64,8 @@ class RolloutPlan:
     noise_level: float
     split_noise_scale: float
     sibling_correlation: float
-    updates: int
+    updates_per_iteration: int
+    edges_per_update: int | None
     keep_siblings: bool
     step_fraction: float
     prune: Prune | None
@@ -116,16 +117,40 @@ class RolloutPlan:
         """Leaves below each child of the step."""
         return self.leaves // step.nodes_out
 
+    @cached_property
+    def updates(self) -> int:
+        """The optimiser updates of the iteration."""
+        if self.edges_per_update is None:
+            return self.updates_per_iteration
+        return 1 + max((update for drawn in self._drawn_updates.values() for update in drawn), default=0)
+
     def update_of_leaf(self, leaf: int) -> int:
         """The optimiser update (0 … updates − 1) that trains a leaf's trajectory: leaves in contiguous shares."""
-        return leaf * self.updates // self.leaves
+        return leaf * self.updates_per_iteration // self.leaves
 
     def update_of_edge(self, step: Step, child: int) -> int:
-        """An edge trains once, in the update of its first leaf;
-        with `parents`, siblings together, in that of their first.
+        """An edge trains once, in the update of its first leaf; with `parents`, siblings together, in that of their
+        first. With `edges_per_update` the trained edges are drawn for the updates, the same ones of every prompt.
         """
         first = child - child % step.fanout if self.keep_siblings else child
+        if self.edges_per_update is not None:
+            return self._drawn_updates[step.index][first]
         return self.update_of_leaf(first * self.width(step))
+
+    @cached_property
+    def _drawn_updates(self) -> dict[int, list[int]]:
+        """The update of every child of every trained step: `edges_per_update` edges after each other in a seeded
+        order, siblings together where they are kept.
+        """
+        drawn = {step.index: [0] * step.nodes_out for step in self.trained_steps}
+        together = {step.index: step.fanout if self.keep_siblings else 1 for step in self.trained_steps}
+        firsts = [(index, first) for index, each in drawn.items() for first in range(0, len(each), together[index])]
+        random.Random(f"edges/{self.seed}/{self.iteration}").shuffle(firsts)
+        before = 0
+        for index, first in firsts:
+            drawn[index][first] = before // (self.edges_per_update or 1)
+            before += together[index]
+        return drawn
 
     def selected_steps(self, prompt: int) -> list[frozenset[int]]:
         """For every leaf of a prompt, the trained steps that its trajectory takes part in:
@@ -225,7 +250,7 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
             )
         )
         nodes *= fanout
-    if recipe.update.updates_per_iteration > nodes:
+    if recipe.update.edges_per_update is None and recipe.update.updates_per_iteration > nodes:
         raise UserError(
             f"update.updates_per_iteration is {recipe.update.updates_per_iteration}: a group has {nodes} leaves; "
             f"write {nodes} or less"
@@ -239,7 +264,8 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
         noise_level=rollout.noise_level,
         split_noise_scale=tree.split_noise_scale,
         sibling_correlation=tree.sibling_correlation,
-        updates=recipe.update.updates_per_iteration,
+        updates_per_iteration=recipe.update.updates_per_iteration,
+        edges_per_update=recipe.update.edges_per_update,
         keep_siblings=recipe.update.partition == "parents",
         step_fraction=recipe.update.step_fraction,
         prune=prune,

@@ -240,12 +240,14 @@ def fewer_trained_steps(facts: Facts) -> Suggestion | None:
 
 def fewer_updates(facts: Facts) -> Suggestion | None:
     """Optimiser steps that dominate."""
-    spent, updates = facts.spent(kind=OPTIMIZER), facts.recipe.update.updates_per_iteration
+    spent, updates, update = facts.spent(kind=OPTIMIZER), facts.plan.updates, facts.recipe.update
     if updates == 1 or spent < _STEPS * facts.seconds:
         return None
     fewer = updates // 2
     reason = f"{updates} optimiser steps take {spent / facts.seconds:.0%} of the iteration"
     saved = spent * (1 - fewer / updates)
+    if update.edges_per_update is not None:
+        return Suggestion("update.edges_per_update", str(2 * update.edges_per_update), reason, saved, True)
     return Suggestion("update.updates_per_iteration", str(fewer), reason, saved, learns_otherwise=True)
 
 

@@ -593,10 +593,20 @@ class Update(Section):
     Source: MixGRPO (2507.21802), training settings: 4 updates of 3 of 12 trajectories.
     """
 
+    edges_per_update: Count | None = None
+    """The edges of a prompt that an update trains, drawn by seed; null: those of updates_per_iteration.
+    The iteration then has as many updates as all trained edges take, the last with what is left, and
+    updates_per_iteration says nothing. Edges that pruning by reward or step_fraction leaves out are missing in their
+    updates. BranchGRPO's code steps after 12 edges of a GPU's two trees, 6 of each: 34 updates an iteration, 6 with a
+    window. Many small updates move the weights further at the same learning rate, and run shared states again.
+    Source: BranchGRPO's released code (2509.06040).
+    """
+
     partition: Literal["trajectories", "parents"] = "trajectories"
     """How edges are divided over the updates: with their trajectory, or with their siblings.
     trajectories is what the published loops do, and runs a state once for each update that has one of its children.
-    parents runs every state once: fewer training passes, at updates of less equal size.
+    parents runs every state once: fewer training passes, at updates of less equal size. With edges_per_update the edges
+    are drawn one by one, or as siblings.
     Source: trajectories: the published loops; parents: ours.
     """
 
@@ -612,6 +622,13 @@ class Update(Section):
     count more. guard: 1/Δσ, with a ratio whose mean does not drift below 1 and whose spread is more equal over steps;
     its ratios have another scale, so that clip_range has to be set anew.
     Source: tempflow: TempFlow-GRPO (2508.04324); guard: GRPO-Guard (2510.22319).
+    """
+
+    detach_unconditional: bool = False
+    """Whether the unconditional half of guidance is a constant in the gradient.
+    The guided velocity is the same, and only its conditional half trains, as in flow_grpo's loop for SD3. It is for
+    repeating such runs, on models whose guidance takes a second row.
+    Source: Flow-GRPO's released code (2505.05470).
     """
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

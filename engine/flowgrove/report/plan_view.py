@@ -93,6 +93,7 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
     ):
         other = "" if unshared is None else f"{unshared * prompts:,}"
         console.print(f"{name:<18}{count:>12,}{count * prompts:>15,}{other:>15}")
+    console.print(f"{'updates':<18}{'':>12}{plan.updates if plan.trained_steps else 0:>15,}")
     # a training pass costs about three forwards: forward, and a backward twice as dear
     shared, loop = (
         f + 3 * p

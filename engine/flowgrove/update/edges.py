@@ -23,12 +23,10 @@ class UpdateSize(NamedTuple):
     trains: bool
 
 
-def update_sizes(
-    plan: RolloutPlan, credit: dict[int, EdgeCredit], updates: int, keep_zero_advantage: bool
-) -> list[UpdateSize]:
+def update_sizes(plan: RolloutPlan, credit: dict[int, EdgeCredit], keep_zero_advantage: bool) -> list[UpdateSize]:
     """The size of every update, from the credit of all prompts."""
     sizes = []
-    for update in range(updates):
+    for update in range(plan.updates):
         masks = [
             (credit[step.index].trains & edges_in_update(plan, step, update), credit[step.index].advantage)
             for step in plan.trained_steps

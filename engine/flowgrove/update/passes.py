@@ -77,8 +77,7 @@ class Whole(NamedTuple):
     @classmethod
     def of_credit(cls, recipe: Recipe, plan: RolloutPlan, credit: dict[int, EdgeCredit]) -> "Whole":
         """The sizes that the credit of all prompts gives; the plans of several picture sizes differ in σ alone."""
-        update = recipe.update
-        return cls(plan, update_sizes(plan, credit, update.updates_per_iteration, update.kl_weight > 0))
+        return cls(plan, update_sizes(plan, credit, recipe.update.kl_weight > 0))
 
     @classmethod
     def of(cls, recipe: Recipe, parts: list[Rolled]) -> "Whole":
@@ -98,7 +97,7 @@ class UpdatePasses:
     def __init__(self, recipe: Recipe, parts: list[Rolled], runner: PassRunner, selected: list[int]) -> None:
         self.parts, self.runner, self.budget, self.selected = parts, runner, runner.budget, selected
         update, engine = recipe.update, recipe.engine
-        self.updates = update.updates_per_iteration
+        self.updates = len(selected)
         self.replays = engine.exact_replay and engine.share
         noisy = any(part.policy.compute_dtype == torch.bfloat16 for part in parts)
         # guard needs no logp, replay has it

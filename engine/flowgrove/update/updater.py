@@ -99,7 +99,7 @@ class Updater:
                 else:
                     stats.add(self.ranks.together(partial(self._gradient, passes, number)))
                 with span("optimizer", OPTIMIZER):
-                    self._step(stats, size.trains, whole.plan.iteration * len(whole.sizes) + number)
+                    self._step(stats, size.trains, whole.plan.iteration, number, len(whole.sizes))
         return stats
 
     def _gradient(self, passes: UpdatePasses, number: int) -> UpdateStats:
@@ -195,7 +195,7 @@ class Updater:
                 kl_weight=update.kl_weight, v_uncond=v_uncond, guidance_scale=scale,
             )  # fmt: skip
         with span("backward", TRANSFORMER, len(batch), part.tokens_of(batch)):
-            if v_uncond is None:
+            if v_uncond is None or update.detach_unconditional:
                 v.backward(grad_v)
             else:
                 torch.autograd.backward([v, v_uncond], [grad_v, grad_uncond])
@@ -209,19 +209,19 @@ class Updater:
 
     def step(self) -> None:
         """A step of the optimiser by the gradients that are there, outside an iteration: what one takes is measured."""
-        self._step(UpdateStats(), True, 0)
+        self._step(UpdateStats(), True, 0, 0, 1)
 
-    def _step(self, stats: UpdateStats, trained: bool, number: int) -> None:
-        """The optimiser step of update `number` of the run. A gradient that is not finite skips it, decided on the
-        device: weights, moments, their count of steps and the average stay as they are, on all ranks alike, as the
-        gradient is the sum of all. Without edges there is nothing to step.
+    def _step(self, stats: UpdateStats, trained: bool, iteration: int, number: int, updates: int) -> None:
+        """The optimiser step of update `number` of the `updates` of an iteration. A gradient that is not finite skips
+        it, decided on the device: weights, moments, their count of steps and the average stay as they are, on all ranks
+        alike, as the gradient is the sum of all. Without edges there is nothing to step.
         """
         if not trained:
             return
         self.ranks.sum_gradients(self._whole)
         norm = self._clip()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, number)
+            group["lr"] = learning_rate(self.recipe, iteration * updates + number, updates)
         found_inf = (~torch.isfinite(norm)).to(torch.float32)
         # an attribute that every optimiser's step reads and no annotation knows
         setattr(self.optimizer, "found_inf", found_inf)  # noqa: B010
@@ -247,11 +247,11 @@ class Updater:
         return norm
 
 
-def learning_rate(recipe: Recipe, number: int) -> float:
-    """The rate of update `number` (0-based, counted over the run):
+def learning_rate(recipe: Recipe, number: int, updates: int) -> float:
+    """The rate of update `number` (0-based, counted over the run), of `updates` an iteration:
     linear warm-up over `warmup` updates, then constant or a cosine to 0 at the end.
     """
     update = recipe.update
-    share = number / (recipe.run.iterations * update.updates_per_iteration)
+    share = number / (recipe.run.iterations * updates)
     decay = 0.5 * (1 + math.cos(math.pi * share)) if update.lr_schedule == "cosine" else 1.0
     return update.lr * decay * min(1.0, (number + 1) / (update.warmup + 1))
