@@ -23,6 +23,7 @@ from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
 from flowgrove.setup import Setup
 from flowgrove.spans import Clock, span
 from flowgrove.tuning.graph_room import GraphRoom
+from flowgrove.update.gradient_noise import gradient_noise
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater
 from flowgrove_kernels import StepCoefficients
@@ -124,6 +125,7 @@ class Stages:
         if look is not None:
             with span("forest"):
                 ranks.by_first(lambda: look(rolled, scores, whole))
+        measured = self._gradient_noise(plan, rolled, credit, scored, clock)
         with clock("update"):
             stats = self.updater.run(rolled, whole).gathered(ranks)
         times = torch.tensor([list(clock.seconds.values())], dtype=torch.float64)
@@ -135,12 +137,23 @@ class Stages:
             "dropped_prompts": int((~scored).sum()),
             **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
+            **measured,
             "rollout_forwards": forwards * len(texts),
             "train_passes": stats.train_passes,
             "seconds": seconds,  # of the slowest rank, for which the others wait
             "samples_per_second": len(scores) / sum(seconds.values()),
             "peak_memory_bytes": ranks.most(peak_memory(self.device)),
         }
+
+    def _gradient_noise(
+        self, plan: RolloutPlan, rolled: list[Rolled], credit: dict[int, EdgeCredit], scored: Tensor, clock: Clock
+    ) -> dict[str, Any]:
+        """Signal and noise of the gradient, where the recipe wants them of this iteration."""
+        every = self.recipe.run.gradient_noise_every
+        if every is None or plan.iteration % every:
+            return {}
+        with clock("gradient_noise"):
+            return gradient_noise(self.updater, plan, rolled, credit, scored.numpy())
 
     def _buckets(self, texts: list[str], plans: list[RolloutPlan]) -> list[Bucket]:
         """Prompt i is drawn at size i modulo their number; prompts are numbered size after size, and each size's are

@@ -110,6 +110,15 @@ class Ranks:
         """The sum of all ranks' numbers."""
         return sum(int(found) for found in self.gather(torch.tensor([number])))
 
+    def sum(self, mine: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, which have one shape, in host memory."""
+        if self.size == 1:
+            return mine
+        whole = mine.clone()
+        with span("sum", COMMUNICATION), self._reaching():
+            dist.all_reduce(whole, group=self._control)
+        return whole
+
     def chosen(self, text: str | None) -> str | None:
         """What the first rank says."""
         if self.size == 1:

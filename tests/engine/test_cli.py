@@ -49,9 +49,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(folder):
-    return tiny_recipe(
-        folder, run={"iterations": ITERATIONS, "checkpoint_every": 2, "eval_every": 2, "log": ["jsonl", "tensorboard"]}
-    )
+    run = {"iterations": ITERATIONS, "checkpoint_every": 2, "eval_every": 2, "gradient_noise_every": 3}
+    return tiny_recipe(folder, run={**run, "log": ["jsonl", "tensorboard"]})
 
 
 @pytest.fixture(scope="module")

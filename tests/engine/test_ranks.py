@@ -50,6 +50,8 @@ with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
     mine = [part[2 * some.start : 2 * some.stop] for part, some in zip(whole, share)]
     assert all(torch.equal(a, b) for a, b in zip(ranks.gather_parts(mine, counts, 2), whole, strict=True))
     assert (ranks.most(me), ranks.total(me)) == (2, 3)
+    mine = torch.full((2,), 1.0 + me)
+    assert ranks.sum(mine).tolist() == [6.0, 6.0] and mine.tolist() == [1.0 + me] * 2
     assert ranks.chosen(f"rank {me} says ü") == "rank 0 says ü"
     assert ranks.chosen(None if me == 0 else "no") is None
     assert ranks.chosen("" if me == 0 else "no") == ""

@@ -91,6 +91,7 @@ DEFAULTS = {
         "most_skipped_updates": 10,
         "eval_every": 25,
         "forest_every": None,
+        "gradient_noise_every": None,
         "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0},
         "log": ["jsonl", "tensorboard"],
         "tracking": {"project": None, "name": None, "entity": None, "group": None, "tags": [], "mode": None},

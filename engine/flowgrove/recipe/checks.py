@@ -21,6 +21,11 @@ def check_meaning(recipe: Recipe) -> None:
     if rollout.group_size == 1 and recipe.update.kl_weight == 0:
         reason = "advantages are differences within a group, so nothing would be trained"
         raise UserError(f"rollout.group_size is 1: {reason}; write 2 or more")
+    if recipe.run.gradient_noise_every is not None and recipe.data.prompts_per_iteration == 1:
+        raise UserError(
+            "run.gradient_noise_every compares the gradients of prompts, and data.prompts_per_iteration is 1: write 2 "
+            "or more, or null"
+        )
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
@@ -48,6 +53,7 @@ def _check_sharding(recipe: Recipe) -> None:
     for key, set_, instead in (
         ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
         ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
+        ("run.gradient_noise_every", recipe.run.gradient_noise_every is not None, "null"),
         (f"update.optimizer: {recipe.update.optimizer}", recipe.update.optimizer != "adamw", "adamw"),
     ):
         if set_:

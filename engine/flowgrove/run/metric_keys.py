@@ -165,6 +165,76 @@ METRICS = (
         "trained.",
     ),
     Metric(
+        "gradient_snr",
+        "In iterations that run.gradient_noise_every names, as are the keys below: signal to noise of the gradient at "
+        "the iteration's policy, for every trained step, and for all of them together under all, as {step: value}: the "
+        "squared norm of the expected gradient over the expected squared distance from it, with this number of "
+        "prompts. Estimated from inner products between prompts; null where their mean is not positive.",
+        "all: 0.02 to 10, in the mean of several measurements, as single values jump and are often null. An update "
+        "makes about snr / (1 + snr) of the progress that one without noise would make, and n of them add up to n "
+        "times the signal to noise.",
+        "Times run.iterations below 1: noise decides where the run goes; see gradient_leaf_share, and raise "
+        "rollout.group_size or data.prompts_per_iteration. Far above 10: fewer prompts or samples do as well. A step "
+        "far below the others: spend its passes elsewhere (rollout.window, rollout.tree.splits, credit.prune).",
+    ),
+    Metric(
+        "gradient_signal",
+        "The squared norm of the expected gradient, for all and for every step, estimated without bias: the mean inner "
+        "product between the gradients of different prompts. It may be negative where there is next to no signal.",
+        "Beyond twice gradient_signal_error, at least in the mean of several measurements.",
+        "Within the error: take more prompts for an iteration, or the mean over more measurements, before you conclude "
+        "that a step teaches nothing.",
+    ),
+    Metric(
+        "gradient_signal_error",
+        "The standard error that gradient_signal would have without any signal, for all and for every step.",
+        "Below half of gradient_signal.",
+        "Larger: as for gradient_signal.",
+    ),
+    Metric(
+        "gradient_noise",
+        "The noise of one prompt's gradient: its expected squared distance from the expected gradient (the trace of "
+        "the covariance), for all and for every step.",
+        "Level over the run, up to a factor of a few.",
+        "It says little by itself: see gradient_snr and gradient_noise_scale.",
+    ),
+    Metric(
+        "gradient_noise_scale",
+        "The number of prompts with which signal and noise of the gradient are equal, gradient_noise over "
+        "gradient_signal, for all and for every step; null where the signal is not positive.",
+        "all: up to some tens of times data.prompts_per_iteration. It grows as a run gets better.",
+        "Far above: as for a low gradient_snr. Far below: more prompts gain nothing.",
+    ),
+    Metric(
+        "gradient_part",
+        "What every step gives to the signal of all: the inner product of its expected gradient with that of all "
+        "steps. They sum to gradient_signal's all, over which they are the steps' shares of it.",
+        "Every step that costs passes has a share of some size, in the mean of several measurements. A negative one "
+        "pulls against the others.",
+        "Next to nothing at late steps: put splits or the window earlier (rollout.tree.splits, rollout.window).",
+    ),
+    Metric(
+        "gradient_cosine",
+        "The cosine between the gradients of the two halves of one prompt's leaves, for all and for the steps that "
+        "have four nodes or more: how much of a prompt's gradient is its own and not the luck of its leaves.",
+        "Above 0, and the larger the more leaves there are.",
+        "Near 0: as for gradient_leaf_share.",
+    ),
+    Metric(
+        "gradient_leaf_share",
+        "The share of gradient_noise that comes from the leaves and not from the prompts, for all and for the steps "
+        "that have four nodes or more; the rest is that prompts want different things.",
+        "Anything up to 1; single values lie beyond that at times.",
+        "Near 1 with a low gradient_snr: more leaves help as much as more prompts, and cost less where they share "
+        "their steps; raise rollout.group_size. Near 0: only more prompts help (data.prompts_per_iteration).",
+    ),
+    Metric(
+        "gradient_passes",
+        "The rows whose backward ran for this measurement; train_passes does not count them.",
+        "About as large as train_passes.",
+        "It grows with train_passes alone; raise run.gradient_noise_every where seconds.gradient_noise is too much.",
+    ),
+    Metric(
         "rollout_forwards",
         "The rows that the rollout runs through the transformer, for all prompts of the iteration, as `flowgrove "
         "plan` counts them: guidance does not double it, and evaluation is not in it.",
@@ -182,9 +252,10 @@ METRICS = (
     ),
     Metric(
         "seconds",
-        "The seconds of every stage, as {plan, rollout, reward, credit, update}, on a GPU between events of its "
-        "stream. plan includes encoding the prompts. Where scoring runs beside the rollout, reward is what was left "
-        "to wait for. Evaluations and checkpoints are not in it. Of several ranks each stage's is the slowest one's.",
+        "The seconds of every stage, as {plan, rollout, reward, credit, update}, in some iterations gradient_noise, on "
+        "a GPU between events of its stream. plan includes encoding the prompts. Where scoring runs beside the "
+        "rollout, reward is what was left to wait for. Evaluations and checkpoints are not in it. Of several ranks "
+        "each stage's is the slowest one's.",
         "rollout and update take nearly all of it; the first iteration is slower.",
         "reward large: the scorer is the bottleneck; raise its batch_size or concurrency, or its server's. rollout "
         "large: rollout.tail, an earlier window, engine.cuda_graphs. update large: fewer trained steps, "

@@ -85,7 +85,7 @@ def edges_of_update(
         mine = credit[step.index].trains & edges_in_update(plan, step, update)
         advantage = credit[step.index].advantage
         parts.append(
-            _rows_of_step(
+            rows_of_step(
                 forest,
                 step,
                 mine if keep_zero_advantage else mine & (advantage != 0),
@@ -94,15 +94,14 @@ def edges_of_update(
                 granularity,
             )
         )
-    state, index, prompt, children, child, node, parent, advantages, weights = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
-    return Edges(state, index, prompt, children, child, node, parent, advantages, weights)
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Edges(*map(np.concatenate, columns))
 
 
-def _rows_of_step(
+def rows_of_step(
     forest: Forest, step: Step, mask: NDArray[np.bool_], advantage: NDArray[np.float64], weight: float, granularity: str
-) -> tuple[NDArray, ...]:
+) -> Edges:
+    """The edges of a step in `mask` [prompts, nodes_out], with the `advantage` of each and the step's weight ω."""
     prompt, node = np.nonzero(mask)  # edges in (prompt, node) order: siblings contiguous
     parent = prompt * step.nodes_in + node // step.fanout  # row in the level
     if granularity == "edges":
@@ -112,7 +111,7 @@ def _rows_of_step(
         state = np.arange(len(children)) if granularity == "levels" else np.flatnonzero(children)
         children = children[state]
     child = forest.first_row[step.index + 1] + prompt * step.nodes_out + node
-    return (
+    return Edges(
         forest.first_row[step.index] + state, np.full(len(state), step.index), state // step.nodes_in, children,
         child, node, node // step.fanout, advantage[prompt, node], np.full(len(child), weight),
     )  # fmt: skip

@@ -207,6 +207,14 @@ class Updater:
         if on_policy:
             stats.drift.append(result.logp - rolled_logp)
 
+    def gradient(self, batches: list[tuple[Rolled, MicroBatch]]) -> int:
+        """Leaves this rank's gradient of these passes, as of a first update; returns the rows whose backward ran."""
+        self.weights.drop_gradients()
+        stats = UpdateStats()
+        for turn, (part, batch) in enumerate(batches):
+            self._pass(turn, part, batch, stats, on_policy=True)
+        return stats.train_passes
+
     def step(self) -> None:
         """A step of the optimiser by the gradients that are there, outside an iteration: what one takes is measured."""
         self._step(UpdateStats(), True, 0, 0, 1)
