@@ -24,6 +24,11 @@ class Setup:
         self.recipe = recipe
         self._memory: dict[tuple[str, Division], MemoryModel] = {}
 
+    def trained_to(self, iterations: int) -> "Setup":
+        """The set-up of the same recipe with another run.iterations."""
+        run = self.recipe.run.model_copy(update={"iterations": iterations})
+        return Setup(self.recipe.model_copy(update={"run": run}))
+
     @cached_property
     def prompts(self) -> list[str]:
         """The training prompts: what is trained on and what the fingerprint is of, whatever their file holds later."""

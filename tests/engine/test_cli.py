@@ -589,4 +589,4 @@ def test_a_shell_can_pipe_the_plan(recipe):
 
 def test_help_names_the_commands():
     text = flowgrove("--help").stdout
-    assert all(name in text for name in ("train", "plan", "recipe", "metrics", "sample", "export", "tune", "doctor"))
+    assert all(name in text for name in ("train", "plan", "recipe", "metrics", "sample", "compare", "export", "tune"))

@@ -95,11 +95,11 @@ def _check_changes(recipe: Recipe, out: Path, what: str, ways: str, say: Say | N
     lasting = [one for one in found if _is_lasting(*one)]
     if lasting:
         if say is None:
-            raise UserError(f"{what}: {_phrase(found)}: {ways}")
-        raise UserError(f"{what}, and --force cannot change what its checkpoints hold: {_phrase(lasting)}: {ways}")
+            raise UserError(f"{what}: {phrase(found)}: {ways}")
+        raise UserError(f"{what}, and --force cannot change what its checkpoints hold: {phrase(lasting)}: {ways}")
     if say is None:
-        raise UserError(f"{what}: {_phrase(found)}: {ways}, or --force to go on with the recipe as it is now")
-    say(f"{what}: going on all the same, as --force says: {_phrase(found)}")
+        raise UserError(f"{what}: {phrase(found)}: {ways}, or --force to go on with the recipe as it is now")
+    say(f"{what}: going on all the same, as --force says: {phrase(found)}")
 
 
 def _is_lasting(key: str, own: Any, old: Any) -> bool:
@@ -109,7 +109,8 @@ def _is_lasting(key: str, own: Any, old: Any) -> bool:
     return key == "update.optimizer" or key.partition(".")[0] == "model"
 
 
-def _phrase(found: list[tuple[str, Any, Any]]) -> str:
+def phrase(found: list[tuple[str, Any, Any]]) -> str:
+    """What `differences` has found, in words."""
     named = [f"{key} is {_shown(own)} instead of the run's {_shown(old)}" for key, own, old in found[:_MOST_NAMED]]
     if len(found) > _MOST_NAMED:
         named.append(f"{len(found) - _MOST_NAMED} more keys differ")

@@ -1,0 +1,153 @@
+"""What the runs of a comparison have reached at what cost, and each recipe at its own best learning rate.
+
+Rewards are read at equal cost: on the line between the evaluations before and after it.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from flowgrove.compare.goal import Axis, Lines, passes_before
+from flowgrove.compare.runs import Run
+from flowgrove.recipe.loading import load_recipe
+from flowgrove.recipe.schema import Recipe
+from flowgrove.report.lines import evaluations, total_reward
+from flowgrove.report.series import seconds_before
+
+
+class Point(NamedTuple):
+    """An evaluation: after so many iterations, which took so many weighted passes and seconds of stages.
+    `training_reward`: the mean over the iterations since the evaluation before; with the first, of iteration 0.
+    """
+
+    iteration: int
+    weighted_passes: float
+    seconds: float
+    held_out_reward: float
+    training_reward: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The evaluations of a recipe at a learning rate with a seed, in their order. `done`: whether the last comes after
+    all of the run's iterations.
+    """
+
+    recipe: str
+    lr: float
+    seed: int
+    points: list[Point]
+    done: bool = True
+
+    def at(self, cost: float, axis: Axis = "weighted_passes", key: str = "held_out_reward") -> float | None:
+        """A value at a cost, None beyond the last evaluation."""
+        costs = [getattr(point, axis) for point in self.points]
+        if not costs or cost > costs[-1] * (1 + 1e-9):
+            return None
+        return float(np.interp(cost, costs, [getattr(point, key) for point in self.points]))
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a recipe has reached at a cost, at the best of the learning rates that all seeds have taken so far: the one
+    of the highest mean over seeds. `untried`: those that some seed has not.
+    """
+
+    recipe: str
+    axis: Axis
+    cost: float
+    lr: float
+    rewards: tuple[float, ...]  # of each seed
+    seeds: tuple[int, ...]
+    before: float  # of the base model
+    iterations: float
+    weighted_passes: float
+    seconds: float
+    tried: tuple[float, ...]
+    untried: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.rewards)
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation over seeds; 0 of one."""
+        return statistics.stdev(self.rewards) if len(self.rewards) > 1 else 0.0
+
+    @property
+    def at_the_edge(self) -> str | None:
+        """Whether the best is the smallest or the largest learning rate of several, so that others may do better."""
+        if len(self.tried) < 2 or self.tried[0] < self.lr < self.tried[-1]:
+            return None
+        return "smallest" if self.lr == self.tried[0] else "largest"
+
+
+def points_of(recipe: Recipe, lines: Lines) -> list[Point]:
+    """The evaluations in the metrics lines of a run of `recipe`."""
+    passes, seconds = passes_before(lines), seconds_before(lines)
+    place = {line["iteration"]: number for number, line in enumerate(lines)}
+    found, since = [], 0
+    for done, reward in evaluations(lines, recipe.run.iterations):
+        number = place.get(done, len(lines))
+        trained = lines[since:number] or lines[since : since + 1] or lines[-1:]
+        training = statistics.fmean(total_reward(recipe, line) for line in trained)
+        found.append(Point(done, passes[number], seconds[number], reward, training))
+        since = number
+    return found
+
+
+def curve_of(run: Run) -> Curve:
+    """What is in the folder of a run."""
+    lines = run.lines()
+    if not lines:
+        return Curve(run.name, run.lr, run.seed, [], False)
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    points = points_of(recipe, lines)
+    done = bool(points) and points[-1].iteration == recipe.run.iterations
+    return Curve(run.name, run.lr, run.seed, points, done)
+
+
+def summarise(curves: list[Curve], axis: Axis, costs: Sequence[float]) -> list[Reached]:
+    """Each recipe at each cost, the best first; without those that no learning rate has brought there on all seeds.
+    Without costs: at the weighted passes that all runs which are done have spent.
+    """
+    found = []
+    for cost in costs or _in_common(curves):
+        names = dict.fromkeys(curve.recipe for curve in curves)
+        each = [_reached([one for one in curves if one.recipe == name], axis, cost) for name in names]
+        found += sorted((one for one in each if one is not None), key=lambda one: -one.mean)
+    return found
+
+
+def _in_common(curves: list[Curve]) -> list[float]:
+    spent = [curve.points[-1].weighted_passes for curve in curves if curve.done]
+    return [min(spent)] if spent else []
+
+
+def _reached(curves: list[Curve], axis: Axis, cost: float) -> Reached | None:
+    rates = sorted({curve.lr for curve in curves})
+    rewards = {rate: {curve.seed: curve.at(cost, axis) for curve in curves if curve.lr == rate} for rate in rates}
+    there = {
+        rate: [reward for reward in found.values() if reward is not None]
+        for rate, found in rewards.items()
+        if None not in found.values()
+    }
+    if not there:
+        return None
+    best = max(there, key=lambda rate: statistics.fmean(there[rate]))
+    chosen = [curve for curve in curves if curve.lr == best]
+
+    def mean(key: str) -> float:
+        return statistics.fmean(curve.at(cost, axis, key) or 0.0 for curve in chosen)
+
+    return Reached(
+        recipe=curves[0].recipe, axis=axis, cost=cost, lr=best,
+        rewards=tuple(there[best]), seeds=tuple(rewards[best]),
+        before=statistics.fmean(curve.points[0].held_out_reward for curve in chosen), iterations=mean("iteration"),
+        weighted_passes=mean("weighted_passes"), seconds=mean("seconds"), tried=tuple(there),
+        untried=tuple(rate for rate in rates if rate not in there),
+    )  # fmt: skip

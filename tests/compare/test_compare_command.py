@@ -1,0 +1,229 @@
+"""`flowgrove compare` as a user meets it: whole comparisons of tiny runs, going on, interruptions, refusals."""
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+import yaml
+
+from engine_cases import (
+    contents,
+    flowgrove,
+    metrics_of,
+    refuse,
+    strict_json,
+    succeed,
+    timeless,
+    tiny_recipe,
+    write_lines,
+)
+from flowgrove.bench.table import read_columns
+from flowgrove.run.finding import valid_checkpoints
+from subprocesses import PYTHON, environment
+
+RUN = {"iterations": 2, "checkpoint_every": 0, "eval_every": 1, "eval": {"samples": 1}, "log": ["jsonl"]}
+SEEDS = ("--seeds", "1,2")
+DEADLINE = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """A window that moves, and a tree, which costs less."""
+    folder = tmp_path_factory.mktemp("recipes")
+    window = tiny_recipe(folder, run=RUN).rename(folder / "window.yaml")
+    tree = {"tree": {"splits": [0, 1], "fanout": 2}, "window": {"strategy": "frozen", "size": 2}}
+    (folder / "tree.yaml").write_text(yaml.safe_dump({"extends": "window.yaml", "rollout": tree}), encoding="utf-8")
+    return window, folder / "tree.yaml"
+
+
+@pytest.fixture(scope="module")
+def compared(recipes, tmp_path_factory):
+    """(the folder of a comparison at equal cost, what the command printed)."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    return out, succeed("compare", *recipes, *SEEDS, "--cost", "80,100", "--json", "--jobs", 2, "--out", out)
+
+
+def spent(lines):
+    return sum(line["rollout_forwards"] + 3 * line["train_passes"] for line in lines)
+
+
+def test_every_run_trains_until_it_has_cost_so_much_and_no_longer(compared):
+    out, _ = compared
+    runs = sorted(path for path in (out / "runs").iterdir() if path.is_dir())
+    assert [run.name for run in runs] == [f"{n}-lr0.0001-seed{s}" for n in ("tree", "window") for s in (1, 2)]
+    for run in runs:
+        lines = metrics_of(run)
+        assert spent(lines[:-1]) < 100 <= spent(lines)
+        assert (run / "report.html").exists(), "an ordinary run"
+        assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["seed"] == int(run.name[-1])
+
+
+def test_tables_hold_the_rewards_of_the_runs_at_both_costs(compared):
+    out, told = compared
+    rows = read_columns(out / "summary.csv")
+    assert [(row["at"], row["cost"]) for row in rows] == [("weighted_passes", cost) for cost in (80, 80, 100, 100)]
+    assert {row["recipe"] for row in rows} == {"window", "tree"}
+    summary = strict_json(told.stdout)["summary"]
+    assert [{key: str(row[key]) for key in row} for row in summary] == [
+        {key: str(row[key] if row[key] is not None else "") for key in row} for row in rows
+    ]
+    points = read_columns(out / "curves.csv")
+    for row in rows:
+        rewards = []
+        for seed in (1, 2):
+            curve = [one for one in points if (one["recipe"], one["seed"]) == (row["recipe"], seed)]
+            before = [one for one in curve if one["weighted_passes"] <= row["cost"]][-1]
+            after = next(one for one in curve if one["weighted_passes"] >= row["cost"])
+            width = after["weighted_passes"] - before["weighted_passes"]
+            share = (row["cost"] - before["weighted_passes"]) / width if width else 0
+            rewards.append(before["held_out_reward"] + share * (after["held_out_reward"] - before["held_out_reward"]))
+        assert row["mean"] == pytest.approx(sum(rewards) / 2, abs=1e-4)
+        assert row["rewards"].split() == [f"{reward:.4f}" for reward in rewards]
+    for row in points:
+        lines = metrics_of(out / "runs" / f"{row['recipe']}-lr0.0001-seed{row['seed']}")
+        assert row["weighted_passes"] == spent(lines[: row["iteration"]])
+    assert (out / "rewards.png").stat().st_size > 10_000
+    assert strict_json(told.stdout)["failed"] == []
+
+
+def test_a_second_start_trains_nothing_and_more_cost_goes_on(compared, recipes):
+    out, _ = compared
+    before = contents(out / "runs")
+    again = succeed("compare", *recipes, *SEEDS, "--cost", "80,100", "--out", out)
+    assert "4 of 4 runs are there already" in again.stderr
+    assert "held-out reward at 100 weighted passes" in again.stdout
+    assert contents(out / "runs") == before
+    fewer = succeed("compare", *recipes, *SEEDS, "--cost", "70", "--out", out)
+    assert "4 of 4 runs are there already" in fewer.stderr
+    assert contents(out / "runs") == before
+
+
+def test_what_has_changed_is_refused_before_anything_trains(compared, recipes):
+    out, _ = compared
+    before = contents(out)
+    options = (*recipes, *SEEDS, "--cost", "100", "--out", out)
+    line = refuse("compare", *options, "--set", "update.clip_range=0.01")
+    assert "window-lr0.0001-seed1 holds a run of another recipe" in line
+    assert "update.clip_range is 0.01 instead of the run's 0.001" in line
+    line = refuse("compare", *options, "--set", "run.eval.samples=2")
+    assert "run.eval.samples is 2 instead of the run's 1" in line
+    assert contents(out) == before
+
+
+REFUSED = {
+    "--seeds 1,x": "write numbers like 1,2,3",
+    "--seeds 1,1": "name every seed once",
+    "--seeds 5000000000": "below 2³²",
+    "--lr 1e-4,fast": "--lr is '1e-4,fast': write numbers above 0",
+    "--lr 0": "above 0",
+    "--lr 1e-4,0.0001": "each once",
+    "--cost -5": "--cost is '-5'",
+    "--cost 10 --seconds 5": "--cost and --seconds each say how long runs train",
+    "--iterations 2 --cost 10": "give one of them",
+    "--cost 10 --set update.lr_schedule=cosine": "give --iterations instead of --cost",
+    "--seconds 10 --set update.lr_schedule=cosine": "give --iterations instead of --seconds",
+    "--set run.eval_every=0": "no run.eval_every",
+    "--set data.eval_prompts=null": "no data.eval_prompts",
+    "--set update.lrr=1": "did you mean",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_mistakes_are_one_line(options, recipes, tmp_path):
+    assert REFUSED[options] in refuse("compare", *recipes, *options.split(), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_of_one_name_or_with_other_judges_are_refused(recipes, tmp_path):
+    window, _ = recipes
+    (tmp_path / "window.yaml").write_text(f"extends: {window}\n", encoding="utf-8")
+    assert "two recipes are named window" in refuse(
+        "compare", window, tmp_path / "window.yaml", "--out", tmp_path / "out"
+    )
+    (tmp_path / "other.yaml").write_text(f"extends: {window}\nrun:\n  eval: {{samples: 3}}\n", encoding="utf-8")
+    line = refuse("compare", window, tmp_path / "other.yaml", "--out", tmp_path / "out")
+    assert "window and other have another run.eval" in line
+
+
+def test_a_run_that_fails_is_named_and_the_others_count(recipes, tmp_path):
+    """Its training prompts are no sentences about shapes, which its process finds out."""
+    window, tree = recipes
+    write_lines(tmp_path / "dogs.txt", ["a photo of a dog"])
+    (tmp_path / "dogs.yaml").write_text(f"extends: {window}\ndata:\n  prompts: dogs.txt\n", encoding="utf-8")
+    result = flowgrove(
+        "compare", tmp_path / "dogs.yaml", tree, "--seeds", 1, "--iterations", 2, "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 2
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "1 of 2 runs failed: dogs, learning rate 0.0001, seed 1: prompt 'a photo of a dog'" in line
+    assert [row["recipe"] for row in read_columns(tmp_path / "out" / "summary.csv")] == ["tree"]
+
+
+@contextmanager
+def started(*arguments):
+    """The command in a process of its own, ended with what it has begun when the block ends."""
+    process = subprocess.Popen(
+        [PYTHON, "-m", "flowgrove", "compare", *map(str, arguments)],
+        env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(done):
+    end = time.monotonic() + DEADLINE
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def count(run):
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_path):
+    """Ctrl+C leaves tables of what there is; after a kill the runs notice that they are alone, and save."""
+    window, _ = recipes
+    out = tmp_path / "out"
+    run = out / "runs" / "window-lr0.0001-seed1"
+    options = (window, "--seeds", 1, "--out", out, "--set", "run.eval_every=1000")
+    with started(*options, "--iterations", 1000) as process:
+        wait_until(lambda: count(run) >= 2)
+        os.kill(process.pid, number)
+        text = process.communicate(timeout=DEADLINE)[0]
+    wait_until(lambda: valid_checkpoints(run) and not (run / ".lock").exists())
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "0 of 1 runs are whole: the same command goes on" in text
+        assert "Traceback" not in text
+        assert {row["iteration"] for row in read_columns(out / "curves.csv")} == {0}
+    before = metrics_of(run)
+    done = len(before)
+    told = succeed(*("compare", *options), "--iterations", done + 1)
+    after = metrics_of(run)
+    assert "1 of 1 runs  window" in told.stderr
+    assert len(after) == done + 1
+    assert timeless(after)[: done - 1] == timeless(before)[: done - 1]
+    assert [line["seconds"] for line in after[: done - 1]] == [line["seconds"] for line in before[: done - 1]], (
+        "they were not run again"
+    )
+
+
+def test_seconds_end_a_run_too(recipes, tmp_path):
+    window, _ = recipes
+    out = tmp_path / "out"
+    succeed("compare", window, "--seeds", 1, "--seconds", 1, "--out", out, "--set", "run.eval_every=1000")
+    lines = metrics_of(out / "runs" / "window-lr0.0001-seed1")
+    taken = [sum(line["seconds"].values()) for line in lines]
+    assert sum(taken) >= 1
+    assert len(lines) == 2 or sum(taken[:-1]) < 3, "no more than one look ahead"
+    assert read_columns(out / "summary.csv")[0]["at"] == "seconds"
