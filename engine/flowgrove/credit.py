@@ -1,10 +1,20 @@
 """Credit: leaf scores become an advantage for every edge. On the host, in float64.
 
     r̄(n) = Σ_{leaves below n} softmax(β·path logp)·R            (β = 0: the plain mean)
-    A(n) = (r̄(n) − mean)/(std + 1e-8) over the nodes of one prompt and depth; an edge carries its child's advantage
+    A(n) = (r̄(n) − baseline)/(std + 1e-8); an edge carries its child's advantage
 
-A flat group is the forest with one split: there A(n) is the group-normalised reward of GRPO. Sources: GRPO
-(2402.03300), BranchGRPO (2509.06040).
+As published, baseline and std are the mean and the standard deviation of the nodes of one prompt and depth: a flat
+group, which is the forest with one split, gets the group-normalised reward of GRPO. Sources: GRPO (2402.03300),
+BranchGRPO (2509.06040).
+
+An expected policy gradient takes no divisor (`std: none`) and a baseline that knows nothing of the edge's own noise z.
+Of the n nodes of a depth only the K siblings share noise with z: with correlation ρ, E[z | z'] = ρ·z', so that
+E[z·r̄(sibling)] = ρ·E[z·r̄(n)], and the expectation is the gradient times
+
+    1 − (1 + (K − 1)·ρ)/n     baseline: depth, which holds the edge itself
+    1 − ρ                     baseline: siblings, the mean of the other K − 1
+
+and ρ counts only at the split itself: the noise of the edges that follow is their own.
 """
 
 from dataclasses import dataclass
@@ -12,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowgrove.plan.planner import RolloutPlan
+from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.recipe.schema import Credit
 
 Array = NDArray[np.float64]
@@ -54,7 +64,8 @@ def assign_credit(
     for step in plan.trained_steps:
         advantage = np.zeros((prompts, step.nodes_out))
         for weight, reward in terms:
-            advantage += weight * normalised(fused(reward, step.nodes_out, path_logp, credit.fusion_beta), credit.std)
+            values = fused(reward, step.nodes_out, path_logp, credit.fusion_beta)
+            advantage += weight * advantages(values, reward, credit, compared_nodes(plan, step, credit.baseline))
         selected = np.array([plan.kept_edges(step, number) for number in numbers])
         below = kept.reshape(prompts, step.nodes_out, -1).any(-1)
         shape = (len(scored), step.nodes_out)
@@ -89,16 +100,44 @@ def fused(reward: Array, nodes: int, path_logp: Array | None, beta: float) -> Ar
     return (share / share.sum(-1, keepdims=True) * below).sum(-1)
 
 
-def normalised(values: Array, std: str) -> Array:
-    """(values − mean)/(std + 1e-8) per row of [prompts, nodes]; std "group": of the row, "global": of all rows.
-    0 where a row holds one value.
+def compared_nodes(plan: RolloutPlan, step: Step, baseline: str) -> int:
+    """How many neighbouring children of a step are compared with each other: all of the prompt's ("depth"), or the
+    children of one parent ("siblings"). Where the step does not split, the nodes of its level stand for those that the
+    last split before it made, whose leaves are theirs; before the first split all roots are compared.
     """
-    if values.shape[1] < 2:
+    if baseline == "depth":
+        return step.nodes_out
+    fanouts = [before.fanout for before in plan.steps[: step.index + 1] if before.fanout > 1]
+    return fanouts[-1] if fanouts else plan.roots
+
+
+def advantages(values: Array, leaves: Array, credit: Credit, compared: int) -> Array:
+    """(values − baseline)/(std + 1e-8) of one reward, [prompts, nodes]. `leaves`: the same reward of the leaves,
+    [prompts, leaves]; every `compared` neighbouring nodes have their baseline in common, 0 where they are alike.
+    """
+    prompts, nodes = values.shape
+    if compared < 2:
         return np.zeros_like(values)
-    spread = values.std(ddof=1) if std == "global" else values.std(axis=1, ddof=1, keepdims=True)
-    advantage = (values - values.mean(axis=1, keepdims=True)) / (spread + 1e-8)
-    alike = np.ptp(values, axis=1, keepdims=True) <= _ALIKE
-    return np.where(alike, 0.0, advantage)
+    groups = values.reshape(prompts, nodes // compared, compared)
+    differences = groups - groups.mean(axis=-1, keepdims=True)
+    if credit.baseline == "siblings":
+        differences *= compared / (compared - 1)  # from the mean of the others
+    alike = np.ptp(groups, axis=-1, keepdims=True) <= _ALIKE
+    return np.where(alike, 0.0, differences).reshape(values.shape) / _divisor(values, leaves, credit)
+
+
+def _divisor(values: Array, leaves: Array, credit: Credit) -> Array | float:
+    """What differences are divided by: [prompts, 1], or one number for all prompts."""
+    if credit.std == "none":
+        return 1.0
+    if credit.std == "global":
+        return float(values.std(ddof=1)) + 1e-8
+    spread = (leaves if credit.std == "leaves" else values).std(axis=1, ddof=1, keepdims=True)
+    if credit.std_shrinkage > 0:
+        freedom, prior = values.shape[1] - 1, credit.std_shrinkage
+        of_leaves = leaves.std(axis=1, ddof=1, keepdims=True)
+        spread = np.sqrt((freedom * spread**2 + prior * of_leaves**2) / (freedom + prior))
+    return spread + 1e-8
 
 
 def _kept_leaves(plan: RolloutPlan, total: Array, path_logp: Array | None, credit: Credit) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flowgrove.credit import assign_credit, fused, normalised
+from flowgrove.credit import advantages, assign_credit, fused
 from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Credit
@@ -29,6 +29,7 @@ class Node:
 
     depth: int
     number: int
+    parent: "Node | None" = None
     children: list["Node"] = field(default_factory=list)
 
     def leaves(self):
@@ -38,11 +39,11 @@ class Node:
 def roots_of(plan):
     """The forest of one prompt, grown by recursion; children are numbered K·parent + c."""
 
-    def grow(depth, number):
-        node = Node(depth, number)
+    def grow(depth, number, parent=None):
+        node = Node(depth, number, parent)
         if depth < len(plan.steps):
             fanout = plan.steps[depth].fanout
-            node.children = [grow(depth + 1, fanout * number + child) for child in range(fanout)]
+            node.children = [grow(depth + 1, fanout * number + child, node) for child in range(fanout)]
         return node
 
     return [grow(0, number) for number in range(plan.roots)]
@@ -62,18 +63,40 @@ def mean_reward(node, reward, path_logp, beta):
     return math.fsum(share * reward[leaf] for share, leaf in zip(shares, below, strict=True)) / math.fsum(shares)
 
 
-def group_advantages(groups, std):
-    """(r̄ − mean)/(std + 1e-8) for the lists of one depth, one list per prompt;
-    a list of one value or of values within 1e-6 gets zeros.
-    """
-    everything = [value for values in groups for value in values]
+def compared(node, roots, baseline):
+    """(the ancestor of `node`, or itself, that has others beside it; all that it is compared with, itself included)."""
+    if baseline == "depth":
+        return node, nodes_at(roots, node.depth)
+    while node.parent is not None and len(node.parent.children) == 1:
+        node = node.parent
+    return node, roots if node.parent is None else node.parent.children
+
+
+def deviation(level, leaves, of_all, credit):
+    """What divides the advantages of one prompt and depth, whose nodes have the values `level`."""
+    if credit.std == "none":
+        return 1.0
+    if credit.std == "global":
+        return statistics.stdev(of_all) + 1e-8
+    if credit.std == "leaves":
+        return statistics.stdev(leaves) + 1e-8
+    k, n = credit.std_shrinkage, len(level)
+    mixed = ((n - 1) * statistics.variance(level) + k * statistics.variance(leaves)) / (n - 1 + k)
+    return math.sqrt(mixed) + 1e-8
+
+
+def advantages_of_level(level, roots, fused_of, leaves, of_all, credit):
+    """One reward's advantages of one prompt's nodes. fused_of: r̄ of a node; leaves: the reward of every leaf."""
     advantages = []
-    for values in groups:
-        if len(values) == 1 or max(values) - min(values) <= 1e-6:
-            advantages.append([0.0] * len(values))
+    for node in level:
+        mine, group = compared(node, roots, credit.baseline)
+        values = [fused_of(each) for each in group]
+        if len(group) == 1 or max(values) - min(values) <= 1e-6:
+            advantages.append(0.0)
             continue
-        spread = statistics.stdev(everything if std == "global" else values)
-        advantages.append([(value - statistics.fmean(values)) / (spread + 1e-8) for value in values])
+        others = values if credit.baseline == "depth" else [fused_of(each) for each in group if each is not mine]
+        difference = fused_of(node) - statistics.fmean(others)
+        advantages.append(difference / deviation([fused_of(each) for each in level], leaves, of_all, credit))
     return advantages
 
 
@@ -91,10 +114,13 @@ def advantages_by_hand(plan, credit, scores, weights, path_logp):
         level = nodes_at(roots, step.index + 1)
         total = [[0.0] * len(level) for _ in prompts]
         for weight, reward in terms:
-            groups = [
-                [mean_reward(node, reward[p], path_logp[p], credit.fusion_beta) for node in level] for p in prompts
-            ]
-            for p, advantages in enumerate(group_advantages(groups, credit.std)):
+            of_all = [mean_reward(node, reward[p], path_logp[p], credit.fusion_beta) for p in prompts for node in level]
+            for p in prompts:
+
+                def fused_of(node, leaves=reward[p], logp=path_logp[p]):
+                    return mean_reward(node, leaves, logp, credit.fusion_beta)
+
+                advantages = advantages_of_level(level, roots, fused_of, reward[p], of_all, credit)
                 total[p] = [before + weight * advantage for before, advantage in zip(total[p], advantages, strict=True)]
         result[step.index] = [[max(-credit.adv_clip, min(credit.adv_clip, value)) for value in row] for row in total]
     return result
@@ -152,6 +178,7 @@ def check(plan, credit, scores, weights, path_logp, first_prompt=0):
 
 
 PRUNES_BY_REWARD = PRUNES | st.fixed_dictionaries({"kind": st.just("extreme"), "keep": st.integers(1, 4)})
+STDS = [("group", 0.0), ("global", 0.0), ("leaves", 0.0), ("none", 0.0), ("group", 0.5), ("group", 8.0)]
 WEIGHTS = st.lists(st.floats(0.1, 3.0), min_size=1, max_size=3)
 
 
@@ -172,13 +199,15 @@ def drawn_case(plan, weights, prompts, seed):
     options=st.fixed_dictionaries(
         {
             "normalise": st.sampled_from(["per_reward", "weighted_sum"]),
-            "std": st.sampled_from(["group", "global"]),
+            "baseline": st.sampled_from(["depth", "siblings"]),
+            "std, std_shrinkage": st.sampled_from(STDS),
             "fusion_beta": st.sampled_from([0.0, 0.0, 0.7, -2.0, 30.0]),
             "adv_clip": st.sampled_from([0.5, 1.2, 5.0]),
         }
     ),
 )
 def test_every_forest_gets_the_credit_of_the_formulas(recipe, iteration, weights, prompts, seed, first_prompt, options):
+    options["std"], options["std_shrinkage"] = options.pop("std, std_shrinkage")
     plan, credit = make_plan(recipe, iteration), recipe.credit.model_copy(update=options)
     assume(plan.leaves <= 40 and plan.trained_steps)
     scores, path_logp = drawn_case(plan, weights, prompts, seed)
@@ -196,11 +225,13 @@ def test_every_forest_gets_the_credit_of_the_formulas(recipe, iteration, weights
     ids=["none", "parent_top1", "extreme", "depth"],
 )
 @pytest.mark.parametrize("beta", [0.0, 1.5])
-@pytest.mark.parametrize("std", ["group", "global"])
-def test_the_published_tree(prune, beta, std):
+@pytest.mark.parametrize("baseline", ["depth", "siblings"])
+@pytest.mark.parametrize(("std", "shrinkage"), STDS)
+def test_the_published_tree(prune, beta, baseline, std, shrinkage):
     plan = make_plan(recipe_with(branch_tree(), prune=prune), 0)
     scores, path_logp = drawn_case(plan, [1.0, 0.5], 3, seed=5)
-    found = check(plan, Credit(prune=prune, fusion_beta=beta, std=std), scores, [1.0, 0.5], path_logp)
+    credit = Credit(prune=prune, fusion_beta=beta, baseline=baseline, std=std, std_shrinkage=shrinkage)
+    found = check(plan, credit, scores, [1.0, 0.5], path_logp)
     signs = np.sign(found[9 if prune is None or prune["kind"] != "depth" else 12].advantage)
     assert (signs > 0).any(axis=1).all()
     assert (signs < 0).any(axis=1).all()
@@ -233,7 +264,7 @@ def test_a_flat_group_is_normalised_by_its_unbiased_deviation(shared):
 def test_the_offset_below_the_deviation_is_1e_8():
     values = np.array([[0.0, 2e-6]])
     expected = 1e-6 / (math.sqrt(2) * 1e-6 + 1e-8)
-    np.testing.assert_allclose(normalised(values, "group"), [[-expected, expected]], rtol=1e-9)
+    np.testing.assert_allclose(advantages(values, values, Credit(), 2), [[-expected, expected]], rtol=1e-9)
 
 
 def test_several_rewards_count_by_their_weights_as_given():
@@ -264,14 +295,15 @@ def test_advantages_are_clamped_after_their_sum():
 # Where there is no signal
 
 
-@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("baseline", ["depth", "siblings"])
+@pytest.mark.parametrize("std", ["group", "global", "leaves", "none"])
 @pytest.mark.parametrize(
     ("spread", "is_zero"), [(0.0, True), (1e-12, True), (0.9e-6, True), (1.1e-6, False), (1e-3, False)]
 )
-def test_a_group_within_1e_6_has_no_advantage_at_all(std, spread, is_zero):
+def test_a_group_within_1e_6_has_no_advantage_at_all(baseline, std, spread, is_zero):
     rewards = np.random.default_rng(2).normal(size=(2, 12, 1))
     rewards[0, :, 0] = 0.25 + np.linspace(0, spread, 12)
-    advantage = assign_credit(flat_plan(), Credit(std=std), rewards, [1.0])[0].advantage
+    advantage = assign_credit(flat_plan(), Credit(baseline=baseline, std=std), rewards, [1.0])[0].advantage
     assert (advantage[0] == 0).all() == is_zero
     assert (advantage[1] != 0).all()
 
@@ -302,6 +334,75 @@ def test_equal_leaves_below_unequal_ones(std):
     found = assign_credit(plan, Credit(std=std), np.array([[[0.0], [1.0], [1.0], [0.0]]]), [1.0])
     assert (found[0].advantage == 0).all()
     np.testing.assert_allclose(found[1].advantage, np.array([[-0.5, 0.5, 0.5, -0.5]]) / math.sqrt(1 / 3), rtol=1e-7)
+
+
+# What a tree's nodes are compared with, and divided by
+
+
+def small_tree(roots=1, **rollout):
+    """`roots` trees of 4 leaves: stochastic steps 0 to 4 with splits at 1 and 3."""
+    rollout = {"steps": 6, "group_size": 4 * roots, "tree": {"splits": [1, 3], "fanout": 2}, **rollout}
+    return make_plan(recipe_with({**rollout, "shared_initial_noise": roots == 1}, prune=None), 0)
+
+
+def test_siblings_are_compared_with_each_other_alone():
+    scores = np.array([[[1.0], [2.0], [10.0], [16.0]]])
+    found = assign_credit(small_tree(), Credit(baseline="siblings", std="none", adv_clip=100), scores, [1.0])
+    halves, leaves = [-11.5, 11.5], [-1.0, 1.0, -6.0, 6.0]
+    assert [found[step].advantage[0].tolist() for step in range(5)] == [[0.0], halves, halves, leaves, leaves]
+
+
+def test_before_the_first_split_the_roots_are_compared():
+    scores = np.array([1.0, 2.0, 10.0, 16.0, 0.0, 0.0, 0.0, 0.0, 3.0, 3.0, 3.0, 3.0])[None, :, None]
+    found = assign_credit(small_tree(3), Credit(baseline="siblings", std="none", adv_clip=100), scores, [1.0])
+    np.testing.assert_allclose(found[0].advantage[0], [7.25 - 1.5, 0.0 - 5.125, 3.0 - 3.625], rtol=1e-12)
+    assert found[1].advantage[0].tolist() == [-11.5, 11.5, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("std", ["group", "global", "leaves", "none"])
+def test_in_a_flat_group_siblings_differ_from_the_mean_by_a_constant_factor(std):
+    plan, rewards = flat_plan(), np.random.default_rng(11).normal(size=(4, 12, 1))
+    among, from_mean = (
+        assign_credit(plan, Credit(baseline=baseline, std=std), rewards, [1.0])[0].advantage
+        for baseline in ("siblings", "depth")
+    )
+    np.testing.assert_allclose(among, from_mean * 12 / 11, rtol=1e-12)
+
+
+def test_in_a_flat_group_the_leaves_are_the_group_to_the_last_bit():
+    plan, rewards = flat_plan(), np.random.default_rng(12).normal(size=(4, 12, 1))
+    leaves, group = (assign_credit(plan, Credit(std=std), rewards, [1.0]) for std in ("leaves", "group"))
+    assert all(np.array_equal(leaves[step].advantage, group[step].advantage) for step in group)
+
+
+def test_two_halves_count_by_how_much_they_explain():
+    """The group's own spread makes ±0.71 of any two; the leaves' tells a split that matters from one that does not."""
+    scores = np.array([[0.0, 2.0, 1.1, 3.1], [0.0, 0.2, 3.0, 3.2]])[..., None]
+    by_group, by_leaves = (
+        assign_credit(small_tree(), Credit(std=std), scores, [1.0])[1] for std in ("group", "leaves")
+    )
+    np.testing.assert_allclose(np.abs(by_group.advantage), math.sqrt(0.5), rtol=1e-6)
+    matters_not, matters = np.abs(by_leaves.advantage[:, 0])
+    assert matters_not < 0.5
+    assert matters > 0.8
+
+
+def test_shrinkage_goes_from_the_spread_of_a_depth_to_that_of_the_leaves():
+    plan, scores = small_tree(), np.random.default_rng(13).normal(size=(3, 4, 1))
+
+    def at(**credit):
+        return assign_credit(plan, Credit(**credit), scores, [1.0])[1].advantage
+
+    np.testing.assert_array_equal(at(std_shrinkage=0.0), at(std="group"))
+    np.testing.assert_allclose(at(std_shrinkage=1e12), at(std="leaves"), rtol=1e-9)
+    ends = np.sort([at(std="group"), at(std="leaves")], axis=0)
+    assert ((ends[0] < at(std_shrinkage=3.0)) & (at(std_shrinkage=3.0) < ends[1])).all()
+
+
+def test_shrinkage_of_what_is_no_groups_spread_is_refused():
+    text = user_error(parse_recipe, recipe_content(credit={"std": "leaves", "std_shrinkage": 2}))
+    assert "std_shrinkage" in text
+    assert "group" in text
 
 
 # Fusion
@@ -347,8 +448,14 @@ def test_pruned_depths_belong_to_the_path_all_the_same():
 
 @pytest.mark.parametrize("prune", [None, {"kind": "parent_top1"}, {"kind": "extreme", "keep": 2}])
 @pytest.mark.parametrize("beta", [0.0, 2.0])
-def test_a_prompt_is_credited_as_if_it_were_alone(prune, beta):
-    plan, credit = make_plan(recipe_with(branch_tree(), prune=prune), 0), Credit(prune=prune, fusion_beta=beta)
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"baseline": "siblings"}, {"std": "leaves"}, {"std_shrinkage": 3.0}, {"std": "none", "adv_clip": 1e6}],
+    ids=lambda own: "-".join(own) or "published",
+)
+def test_a_prompt_is_credited_as_if_it_were_alone(prune, beta, own):
+    plan = make_plan(recipe_with(branch_tree(), prune=prune), 0)
+    credit = Credit(prune=prune, fusion_beta=beta, **own)
     scores, path_logp = drawn_case(plan, [1.0], 4, seed=6)
     scores += np.array([0.0, 100.0, -50.0, 1e4])[:, None, None]  # an easy prompt's worst is above a hard one's best
     together = assign_credit(plan, credit, scores, [1.0], path_logp)

@@ -363,7 +363,15 @@ def test_a_model_that_draws_no_numbers_at_all_ends_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "credit", [{}, {"std": "global"}, {"prune": {"kind": "extreme", "keep": 1}}, {"fusion_beta": 0.5}]
+    "credit",
+    [
+        {},
+        {"std": "global"},
+        {"std": "leaves", "baseline": "siblings"},
+        {"std_shrinkage": 2.0},
+        {"prune": {"kind": "extreme", "keep": 1}},
+        {"fusion_beta": 0.5},
+    ],
 )
 def test_the_credit_of_other_prompts_is_that_of_an_iteration_without_the_one_left_out(credit):
     recipe = small_recipe(

@@ -49,7 +49,15 @@ DEFAULTS = {
         "guidance_range": None,
         "cache": None,
     },
-    "credit": {"normalise": "per_reward", "std": "group", "fusion_beta": 0.0, "adv_clip": 5.0, "prune": None},
+    "credit": {
+        "normalise": "per_reward",
+        "baseline": "depth",
+        "std": "group",
+        "std_shrinkage": 0.0,
+        "fusion_beta": 0.0,
+        "adv_clip": 5.0,
+        "prune": None,
+    },
     "update": {
         "optimizer": "adamw",
         "lr": 1.0e-5,

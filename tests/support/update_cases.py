@@ -20,6 +20,16 @@ CASES = {
     "detached": {"update": {"detach_unconditional": True}},
     "tree_tempflow": {"rollout": TREE, "update": {"step_weight": "tempflow"}},
     "tree_guard": {"rollout": TREE, "update": {"step_weight": "guard", "clip_range": 2e-6}},
+    "tree_leaves": {
+        "rollout": TREE,
+        "credit": {"baseline": "siblings", "std": "leaves"},
+        "update": {"step_weight": "leaves"},
+    },
+    "roots_unnormalised": {
+        "rollout": {**TREE, "group_size": 8, "shared_initial_noise": False},
+        "credit": {"baseline": "siblings", "std": "none", "prune": {"kind": "extreme", "keep": 2}},
+        "update": {"step_weight": "leaves"},
+    },
     "pruned": {"rollout": TREE, "credit": {"prune": {"kind": "extreme", "keep": 1}}},
     "step_fraction": {"update": {"step_fraction": 0.5}},
     "cps": {"rollout": {"dynamics": "cps"}},

@@ -280,7 +280,31 @@ def test_step_weights_have_mean_one_for_tempflow_and_inverse_dt_for_guard():
     assert set(step_weights(plan, "uniform").values()) == {1.0}
 
 
-@pytest.mark.parametrize("case", ["flat", "tree", "pruned", "tree_guard"])
+@pytest.mark.parametrize(
+    ("prune", "trained"), [(None, range(5)), ({"kind": "depth", "depths": 2, "first": 1, "stop": 2}, (0, 3, 4))]
+)
+def test_by_leaves_every_step_counts_alike(prune, trained):
+    """Two trees of 4 leaves; the mean is over the edges that train, and pruned depths have none."""
+    rollout = {
+        "steps": 6, "group_size": 8, "shared_initial_noise": False, "window": {"strategy": "all"},
+        "tree": {"splits": [1, 3], "fanout": 2},
+    }  # fmt: skip
+    plan, _ = plan_and_coefficients(small_recipe(rollout=rollout, credit={"prune": prune}))
+    edges, weights = dict(zip(range(5), (2, 4, 4, 8, 8), strict=True)), step_weights(plan, "leaves")
+    assert list(weights) == list(trained)
+    assert len({round(edges[step] * weight, 12) for step, weight in weights.items()}) == 1
+    of_all = [weight for step, weight in weights.items() for _ in range(edges[step])]
+    assert sum(of_all) / len(of_all) == pytest.approx(1.0)
+    assert weights[0] / weights[4] == pytest.approx(4)  # as the leaves below an edge
+
+
+@pytest.mark.parametrize("case", ["flat", "one_update"])
+def test_by_leaves_a_flat_group_is_weighted_uniformly(case):
+    plan, _ = plan_and_coefficients(small_recipe(**CASES[case]))
+    assert step_weights(plan, "leaves") == step_weights(plan, "uniform")
+
+
+@pytest.mark.parametrize("case", ["flat", "tree", "pruned", "tree_guard", "tree_leaves", "roots_unnormalised"])
 @pytest.mark.parametrize("engine", [{"share": False}, {"exact_replay": True}], ids=["unshared", "exact_replay"])
 def test_unshared_and_replayed_runs_give_the_shared_losses_and_gradients(case, engine):
     shared, other = small_recipe(**CASES[case]), small_recipe(**CASES[case], engine={"device": "cpu", **engine})

@@ -502,11 +502,32 @@ class Credit(Section):
     Source: MixGRPO's released code, aggregation of advantages or of rewards.
     """
 
-    std: Literal["group", "global"] = "group"
-    """Whose standard deviation divides the differences from the group's mean: the group's or that of all prompts.
+    baseline: Literal["depth", "siblings"] = "depth"
+    """What a node of a tree is compared with: the mean of its depth, or the mean of the other children of its parent.
+    siblings credits a split with what it decides itself, not with how well its parent had done. Edges that follow a
+    split have the split's advantage; before the first split the roots are compared, and below a single root nothing.
+    With std: none the expected gradient is then the true one, at splits times 1 - ρ (rollout.tree.sibling_correlation;
+    0 for an unbiased one). The mean of a depth holds the node itself: times 1 - (1 + (K - 1)·ρ)/n for n nodes, K of a
+    parent. In a flat group of K siblings is K/(K - 1) times depth.
+    Source: leave-one-out: Kool et al. 2019, RLOO (2402.14740); among siblings: TreeRPO (2506.05183); depth: BranchGRPO
+    (2509.06040).
+    """
+
+    std: Literal["group", "global", "leaves", "none"] = "group"
+    """Whose standard deviation divides the differences: the group's, that of all prompts, the leaves', or nobody's.
     group gives every prompt the same weight, also where its samples hardly differ; global lets prompts whose samples
-    differ more train more. At each depth of a tree the nodes of that depth are the group.
-    Source: GRPO (2402.03300); global: Flow-GRPO's released code.
+    differ more train more. At each depth of a tree the nodes of that depth are the group, so that two nodes always get
+    ±0.71, however little they differ. leaves divides every depth by the spread of the leaves' rewards: a split counts
+    by how much of it it explains. In a flat group that is the same as group. none keeps the rewards' own scale, which
+    adv_clip then has too, and lets them weigh by it; credit.normalise has no effect with it.
+    Source: GRPO (2402.03300); global: Flow-GRPO's released code; leaves: ours; none: Dr. GRPO (2503.20783).
+    """
+
+    std_shrinkage: NotNegative = 0.0
+    """How far the spread of a depth is drawn towards that of the prompt's leaves: a weight in nodes; 0: not at all.
+    A depth of n nodes is divided by sqrt(((n - 1)·s² + k·s_leaves²)/(n - 1 + k)). It lies between std group (0) and
+    leaves (large): 2 to 8 tames the depths of two to four nodes and hardly touches those of 16. For std: group only.
+    Source: empirical Bayes variances: Smyth 2004 (limma), prior degrees of freedom; for depths of a tree: ours.
     """
 
     fusion_beta: float = 0.0
@@ -517,7 +538,7 @@ class Credit(Section):
     """
 
     adv_clip: Positive = 5.0
-    """The largest magnitude of an advantage, in standard deviations; what is beyond is clamped.
+    """The largest magnitude of an advantage, in standard deviations (std: none: in rewards); what is beyond is clamped.
     It bounds what one outlier of a reward can do. In groups of 12 no advantage of one reward exceeds 3.2.
     Source: DanceGRPO's released code.
     """
@@ -526,6 +547,12 @@ class Credit(Section):
     """Which edges are left out of training to save passes; null: none.
     Source: BranchGRPO (2509.06040), pruning.
     """
+
+    @model_validator(mode="after")
+    def _shrinks_a_group(self) -> "Credit":
+        if self.std_shrinkage > 0 and self.std != "group":
+            raise ValueError(f"std_shrinkage goes with std: group, not with {self.std}: write 0, or std: group")
+        return self
 
 
 class Update(Section):
@@ -616,12 +643,14 @@ class Update(Section):
     Source: DanceGRPO (2505.07818), timestep selection: 0.6.
     """
 
-    step_weight: Literal["uniform", "tempflow", "guard"] = "uniform"
-    """How much each step counts in the loss.
+    step_weight: Literal["uniform", "tempflow", "guard", "leaves"] = "uniform"
+    """How much the edges of each step count in the loss.
     uniform: 1. tempflow: its noise's standard deviation, with mean 1 over the trained steps, so that noisy early steps
     count more. guard: 1/Δσ, with a ratio whose mean does not drift below 1 and whose spread is more equal over steps;
-    its ratios have another scale, so that clip_range has to be set anew.
-    Source: tempflow: TempFlow-GRPO (2508.04324); guard: GRPO-Guard (2510.22319).
+    its ratios have another scale, so that clip_range has to be set anew. leaves: the leaves below each edge, with mean
+    1 over the edges of the trained steps: all steps of a tree then count alike, as in its policy gradient, where
+    uniform lets late ones count more, which have more edges. In a flat group it is uniform.
+    Source: tempflow: TempFlow-GRPO (2508.04324); guard: GRPO-Guard (2510.22319); leaves: ours, the gradient's own.
     """
 
     detach_unconditional: bool = False

@@ -216,7 +216,9 @@ def _rows_of(one: RetainedPass, forest: Forest, edges: Edges) -> Ints:
 
 
 def step_weights(plan: RolloutPlan, kind: str) -> dict[int, float]:
-    """ω of every trained step: 1; TempFlow-GRPO (2508.04324) ∝ s with mean 1; GRPO-Guard (2510.22319) 1/Δ."""
+    """ω of every trained step: 1; TempFlow-GRPO (2508.04324) ∝ s with mean 1; GRPO-Guard (2510.22319) 1/Δ; leaves below
+    an edge, with mean 1 over the edges of these steps, so that every step counts alike.
+    """
     if kind == "guard":
         return {step.index: 1.0 / (step.sigma - step.sigma_next) for step in plan.trained_steps}
     if kind == "tempflow":
@@ -224,4 +226,7 @@ def step_weights(plan: RolloutPlan, kind: str) -> dict[int, float]:
         stds = {step.index: table[step.index] for step in plan.trained_steps}
         mean = sum(stds.values()) / max(len(stds), 1)
         return {index: std / mean for index, std in stds.items()}
+    if kind == "leaves":
+        edges = sum(step.nodes_out for step in plan.trained_steps)
+        return {step.index: edges / (len(plan.trained_steps) * step.nodes_out) for step in plan.trained_steps}
     return {step.index: 1.0 for step in plan.trained_steps}
