@@ -1,57 +1,59 @@
-"""The shapes_* recipes side by side: what each reaches, and what it costs against its own published loop.
+"""The shapes_* recipes side by side: what each reaches at equal cost, and what it costs against its own published loop.
 
-`python profiling/compare_recipes.py rewards` trains every recipe on several seeds and
-writes the held-out reward before and after.
+`python profiling/compare_recipes.py rewards` is `flowgrove compare` of all of them, at several learning rates over
+seeds, on one of two tasks: one shape at a place, or two with a relation, which is harder. It takes hours, and may be
+interrupted and started again; the tables then go to profiling/figures/compare_TASK*.csv.
 `python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove
 bench engine` has it: the authors' own batch and sharing, ops in eager PyTorch), in turn, and writes forwards, passes
-and seconds per iteration. Run it on an idle machine.
+and seconds per iteration. Run both on an idle machine.
 """
 
 import argparse
 import csv
 import platform
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
+from flowgrove.compare.command import check, compare
+from flowgrove.compare.runs import comparison_of
+from flowgrove.compare.tables import draw_comparison
 from flowgrove.data.prompts import prompts_of_iteration
 from flowgrove.device import pick_backend
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.report.lines import evaluations
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning.pass_times import Passes
 
 ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+FIGURES = ROOT / "profiling" / "figures"
 NAMES = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash")
+TASKS = ("shapes", "pairs")
 
 
-def train(name: str, *overrides: str) -> list[dict[str, Any]]:
-    """The metrics lines of a run in a temporary folder."""
-    lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(ROOT / "recipes" / f"shapes_{name}.yaml", ("run.log=[jsonl]", *overrides))
-        Trainer(Setup(recipe), Path(folder)).run(lines.append)
-    return lines
-
-
-def rewards(name: str, seeds: list[int]) -> dict[str, Any]:
-    """Median over seeds of the held-out reward of the base model and of the trained one."""
-    runs = [
-        train(name, f"run.seed={seed}", "run.eval_every=1000") for seed in seeds
-    ]  # before the first and after the last iteration
-    before, after = ([evaluations(lines)[place][1] for lines in runs] for place in (0, -1))
-    return {
-        "recipe": f"shapes_{name}",
-        "iterations": len(runs[0]),
-        "before": f"{statistics.median(before):.3f}",
-        "after": f"{statistics.median(after):.3f}",
-        "after_each_seed": " ".join(f"{value:.3f}" for value in after),
-    }
+def rewards(task: str, names: list[str], seeds: str, lr: str, cost: str, runs: Path) -> None:
+    """Trains what is missing in the folder `runs`, where the picture stays, and writes compare_TASK.csv (at equal cost)
+    and compare_TASK_curves.csv.
+    """
+    prompts = (
+        f"data.{key}={RECIPES / 'prompts' / f'{task}_{part}.txt'}"
+        for key, part in (("prompts", "train"), ("eval_prompts", "eval"))
+    )
+    settings = ("run.log=[jsonl]", "run.eval_every=5", "run.checkpoint_every=50", "run.keep_last=1", *prompts)
+    recipes = [RECIPES / f"shapes_{name}.yaml" for name in names]
+    asked = comparison_of(recipes, runs / task, settings, seeds, lr, cost=cost)
+    result = compare(asked, None, print, Console(stderr=True, highlight=False))
+    draw_comparison(result.found, Console(highlight=False))
+    check(result.failures, len(asked.runs))
+    for name, target in (("summary.csv", ".csv"), ("curves.csv", "_curves.csv")):
+        shutil.copyfile(asked.out / name, FIGURES / f"compare_{task}{target}")
 
 
 def timings(name: str, iterations: list[int]) -> dict[str, Any]:
@@ -93,25 +95,38 @@ def timings(name: str, iterations: list[int]) -> dict[str, Any]:
     return {**row, "rows_speedup": f"{loop_rows / our_rows:.2f}", "speedup": f"{loop / ours:.2f}"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rewards", "timings"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 10, 20, 30], help="which iterations are timed")
-    parser.add_argument("--recipes", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--out", type=Path, help="default: profiling/figures/compare_WHAT.csv")
-    arguments = parser.parse_args()
-    out = arguments.out or ROOT / "profiling" / "figures" / f"compare_{arguments.what}.csv"
+def time_all(names: list[str], iterations: list[int]) -> None:
+    """Writes compare_timings.csv."""
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
     rows = []
-    for name in arguments.recipes:
-        row = rewards(name, arguments.seeds) if arguments.what == "rewards" else timings(name, arguments.iterations)
-        rows.append({**row, "machine": machine})
+    for name in names:
+        rows.append({**timings(name, iterations), "machine": machine})
         print(rows[-1], flush=True)
-        with out.open("w", newline="", encoding="utf-8") as file:
+        with (FIGURES / "compare_timings.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+
+
+def main() -> None:
+    every = sorted(path.stem.removeprefix("shapes_") for path in RECIPES.glob("shapes_*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whats = parser.add_subparsers(dest="what", required=True)
+    reward = whats.add_parser("rewards", help="what each recipe reaches at equal cost")
+    reward.add_argument("--task", choices=TASKS, default=TASKS[0])
+    reward.add_argument("--recipes", nargs="+", default=every, choices=every, metavar="NAME", help=f"of {every}")
+    reward.add_argument("--seeds", default="1,2,3")
+    reward.add_argument("--lr", default="1e-4,2e-4,4e-4")
+    reward.add_argument("--cost", default="200000,600000", help="in weighted passes, which every run trains to")
+    reward.add_argument("--runs", type=Path, default=Path("runs/comparisons"), help="folder of the runs, which stay")
+    timing = whats.add_parser("timings", help="what an iteration of each costs, and of its published loop")
+    timing.add_argument("--recipes", nargs="+", default=list(NAMES), choices=NAMES)
+    timing.add_argument("--iterations", type=int, nargs="+", default=[0, 10, 20, 30], help="which are timed")
+    asked = parser.parse_args()
+    if asked.what == "rewards":
+        rewards(asked.task, asked.recipes, asked.seeds, asked.lr, asked.cost, asked.runs)
+    else:
+        time_all(asked.recipes, asked.iterations)
 
 
 if __name__ == "__main__":

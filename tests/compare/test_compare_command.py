@@ -1,5 +1,7 @@
 """`flowgrove compare` as a user meets it: whole comparisons of tiny runs, going on, interruptions, refusals."""
 
+import importlib
+import io
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import yaml
+from rich.console import Console
 
 from engine_cases import (
     contents,
@@ -21,8 +24,13 @@ from engine_cases import (
     write_lines,
 )
 from flowgrove.bench.table import read_columns
+from flowgrove.compare.command import Result
+from flowgrove.compare.curves import Curve, Point, summarise
+from flowgrove.compare.processes import Failure, _Display
+from flowgrove.compare.runs import comparison_of
+from flowgrove.compare.tables import write_tables
 from flowgrove.run.finding import valid_checkpoints
-from subprocesses import PYTHON, environment
+from subprocesses import PYTHON, ROOT, environment
 
 RUN = {"iterations": 2, "checkpoint_every": 0, "eval_every": 1, "eval": {"samples": 1}, "log": ["jsonl"]}
 SEEDS = ("--seeds", "1,2")
@@ -189,7 +197,7 @@ def count(run):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_path):
     """Ctrl+C leaves tables of what there is; after a kill the runs notice that they are alone, and save."""
     window, _ = recipes
@@ -218,6 +226,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_pat
     )
 
 
+@pytest.mark.long
 def test_seconds_end_a_run_too(recipes, tmp_path):
     window, _ = recipes
     out = tmp_path / "out"
@@ -227,3 +236,58 @@ def test_seconds_end_a_run_too(recipes, tmp_path):
     assert sum(taken) >= 1
     assert len(lines) == 2 or sum(taken[:-1]) < 3, "no more than one look ahead"
     assert read_columns(out / "summary.csv")[0]["at"] == "seconds"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "profiling")
+    return importlib.import_module("compare_recipes")
+
+
+@pytest.mark.parametrize("task", ["shapes", "pairs"])
+def test_the_shipped_recipes_are_compared_on_both_tasks(task, script, tmp_path, monkeypatch, capsys):
+    """Without training: each recipe with every seed at every learning rate, on prompts that it does not evaluate on."""
+    curves = [
+        Curve(f"shapes_{name}", 1e-4, seed, [Point(0, 0, 0, 0.5, 0.5), Point(9, 100, 60, 0.7, 0.6)])
+        for name in script.NAMES
+        for seed in (1, 2, 3)
+    ]
+    asked = []
+
+    def compared(comparison, *_):
+        asked.append(comparison)
+        found = summarise(curves, "weighted_passes", [50])
+        comparison.out.mkdir(parents=True)
+        write_tables(curves, found, "a machine", comparison.out)
+        return Result(curves, found, [], "a machine")
+
+    monkeypatch.setattr(script, "compare", compared)
+    monkeypatch.setattr(script, "FIGURES", tmp_path)
+    monkeypatch.setattr("sys.argv", ["compare_recipes.py", "rewards", "--task", task, "--runs", str(tmp_path / "runs")])
+    script.main()
+    runs = asked[0].runs
+    assert {f"shapes_{name}" for name in script.NAMES} <= {run.name for run in runs}
+    assert len(runs) == len({(run.name, run.lr, run.seed) for run in runs}) == 9 * len({run.name for run in runs})
+    for run in runs:
+        assert set(run.setup.prompts).isdisjoint(run.setup.eval_prompts)
+        assert all((" at " in text) == (task == "shapes") for text in run.setup.prompts + run.setup.eval_prompts)
+    assert sorted(path.name for path in tmp_path.glob("compare_*")) == [
+        f"compare_{task}.csv",
+        f"compare_{task}_curves.csv",
+    ]
+    assert "held-out reward at 50 weighted passes" in capsys.readouterr().out
+
+
+def test_a_terminal_sees_how_far_the_runs_are(compared, recipes):
+    out, _ = compared
+    comparison = comparison_of(list(recipes), out, seeds="1,2", cost="100")
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False)
+    with _Display(comparison, comparison.runs[1:], console) as display:
+        display.count(comparison.runs[1:3])
+        task = display._progress.tasks[0]
+        assert (task.completed, task.total) == (2, 3), "two that run are at their end"
+        display.ended(comparison.runs[1], None)
+        display.ended(comparison.runs[2], Failure(comparison.runs[2], "it broke"))
+    text = console.file.getvalue()
+    assert "2 of 4 runs  tree, learning rate 0.0001, seed 1: held-out reward 0." in text
+    assert "2 of 4 runs  window, learning rate 0.0001, seed 2: it broke" in text

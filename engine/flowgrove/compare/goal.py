@@ -30,8 +30,9 @@ def passes_before(lines: Lines) -> list[int]:
 
 def planned_iterations(setup: Setup, passes: float) -> int:
     """The iterations after which a run will have spent so many weighted passes, by the counts of its plans: the window
-    moves, and so does the cost. It may take a few more: edges whose advantage turns out to be 0 cost nothing, and which
-    steps update.step_fraction draws changes the count a little. Raises UserError for more than a run can have.
+    moves, and so does the cost. It may take a few more: edges whose advantage turns out to be 0 cost nothing, and what
+    is drawn anew every iteration (update.step_fraction, update.edges_per_update) changes the count a little. Raises
+    UserError for more than a run can have.
     """
     recipe, known = setup.recipe, dict[object, int]()
     spent = 0
