@@ -140,6 +140,27 @@ def test_every_curve_is_drawn_under_a_heading(page, page_file):
     assert "Healthy:" in page.locator('[data-key="ratio"] .healthy').text_content()
 
 
+def test_signal_and_noise_of_the_gradient_are_drawn_where_they_are_measured(page, tmp_path):
+    told = {
+        "gradient_signal": {"all": 4.0, "0": 1.0, "3": 2.0}, "gradient_signal_error": {"all": 1.0, "0": 0.5, "3": 0.5},
+        "gradient_noise": {"all": 8.0, "0": 2.0, "3": 6.0}, "gradient_part": {"0": 1.0, "3": 3.0},
+    }  # fmt: skip
+    lines = [line | (told if n % 2 == 0 else {}) for n, line in enumerate(lines_of(4))]
+    content = run_content(synthetic_run(tmp_path / "run", lines, run={"iterations": 4}), tmp_path / "run")
+    charts = ["snr", "snr by step", "noise by step"]
+    draw(page, content)
+    drawn = page.locator("#policy .chart").evaluate_all("all => all.map(each => each.dataset.key)")
+    assert [key for key in drawn if key in charts] == charts
+    bars = "element => element._fullData.map(each => [each.type, [...each.x], [...each.y]])"
+    assert plot(page, "snr").evaluate(bars)[-1] == ["scatter", [0, 2], [1.0, 1.0]]  # 2 prompts · 4 / 8
+    assert plot(page, "snr by step").evaluate(bars) == [["bar", [0, 3], [1.0, 2 * 2.0 / 6.0]]]
+    assert plot(page, "noise by step").evaluate(bars) == [["bar", [0, 3], [0.25, 0.75]]] * 2
+    draw(page, content, content | {"name": "other"})
+    assert [len(plot(page, key).evaluate(bars)) for key in charts] == [6, 2, 2]
+    draw_own(page)
+    assert [plot(page, key).count() for key in charts] == [0, 0, 0]
+
+
 def test_what_users_wrote_stays_text(page, page_file):
     assert page.evaluate("window.hacked") is None
     assert page.locator("#samples .prompt").first.inner_text() == NASTY

@@ -5,27 +5,15 @@ median, so that single lines are no alarm. Nothing is judged before 10 iteration
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median, pvariance
-from typing import Literal
 
 from flowgrove.recipe.schema import Recipe
+from flowgrove.report.finding import Finding
+from flowgrove.report.gradient_findings import little_noise, mostly_noise, silent_steps, two_nodes
 from flowgrove.report.lines import Line, evaluated_lines, total_reward
 
 FEWEST = 10  # lines before anything is judged
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is seen in the curve of `metric`, what it means, and what to do. A note is nothing bad by itself."""
-
-    name: str
-    kind: Literal["warning", "note"]
-    metric: str
-    title: str
-    text: str
-    action: str
 
 
 def find(recipe: Recipe, lines: list[Line], changed: bool = False) -> list[Finding]:
@@ -214,7 +202,7 @@ def clip_range(recipe: Recipe) -> tuple[float, float]:
 
 _LOOKS: tuple[Callable[[Recipe, list[Line]], Finding | None], ...] = (
     held_out_falls, kl_runs_away, ratio_drifts, mostly_clipped, without_spread, drifts_at_once, often_skipped,
-    often_dropped, saturated,
+    often_dropped, mostly_noise, silent_steps, two_nodes, little_noise, saturated,
 )  # fmt: skip
 
 

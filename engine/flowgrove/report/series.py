@@ -9,6 +9,7 @@ from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import shifted_sigmas
 from flowgrove.recipe.schema import Recipe
 from flowgrove.recipe.windows import pruned_depths, window_steps
+from flowgrove.report.gradient import gradient_content
 from flowgrove.report.lines import Line, evaluated_lines, total_reward
 
 MOST_POINTS = 600  # a screen shows no more
@@ -38,7 +39,8 @@ class Buckets:
 
 def curves(recipe: Recipe, lines: list[Line]) -> dict[str, Any]:
     """What the page draws: `x` of the points (the iteration, and the stage seconds before it), `series` {metric:
-    values}, `rewards`, `stages`, `advantage` by step, `unshared` passes, `held_out`. `every`: iterations a point.
+    values}, `rewards`, `stages`, `advantage` by step, `unshared` passes, `held_out`, `gradient`. `every`: iterations a
+    point.
     """
     buckets = Buckets.of(len(lines))
     before = seconds_before(lines)
@@ -75,6 +77,7 @@ def curves(recipe: Recipe, lines: list[Line]) -> dict[str, Any]:
             for place, name in enumerate(("rollout_forwards", "train_passes"))
         },
         "held_out": _held_out(recipe, lines, before),
+        "gradient": gradient_content(recipe, lines, before),
     }
 
 

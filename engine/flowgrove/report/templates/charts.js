@@ -146,6 +146,41 @@ function advantage(run) {
   };
 }
 
+// Signal to noise of the gradient, over the run and by step of the schedule.
+function snr(ctx) {
+  const traces = ctx.runs.flatMap((run, i) => {
+    const { over } = run.gradient, colour = ctx.look.colours[i % MANY], x = ctx.x.of(over), group = `snr${i}`;
+    if (!over.snr.length) return [];
+    const marks = x.length <= 60 ? { mode: "lines+markers", marker: { color: colour, size: 5 } } : {}, told = PLUS_MINUS(over.interval);
+    return [...band(group, x, around(over.snr, over.interval, -1), around(over.snr, over.interval, 1), colour, ctx.one ? 0.18 : 0.1),
+      line(tag(ctx, run, ctx.one ? "all steps, 95 % interval" : ""), x, over.snr, colour, { ...told, trace: { ...told.trace, ...marks, legendgroup: group } })];
+  });
+  return { traces, layout: { yaxis: { zeroline: true } } };
+}
+
+const STEPS = (steps) => ({ title: { text: "step of the schedule" }, dtick: steps.length <= 20 ? 1 : undefined, unifiedhovertitle: { text: "step %{x}" }, uirevision: "steps" });
+
+function snrBySteps(ctx) {
+  const traces = ctx.runs.flatMap(({ gradient, name }, i) => {
+    if (!gradient.steps.length) return [];
+    const bars = { type: "data", array: gradient.interval, color: ctx.look.muted, thickness: 1.2, width: 4 };
+    return [{ type: "bar", name: plain(ctx.one ? "signal to noise, 95 % interval" : name), x: gradient.steps, y: gradient.snr, error_y: bars, customdata: gradient.interval,
+      hovertemplate: "%{y:.3~g} ± %{customdata:.2~g}", marker: { color: ctx.look.colours[i % MANY] } }];
+  });
+  return { traces, layout: { yaxis: { zeroline: true }, xaxis: STEPS(ctx.runs.flatMap((run) => run.gradient.steps)), showlegend: !ctx.one } };
+}
+
+function noiseBySteps(ctx) {
+  const traces = ctx.runs.flatMap(({ gradient, name }, i) => {
+    const bar = (title, y, colour) => ({ type: "bar", name: plain(title), x: gradient.steps, y, hovertemplate: "%{y:.0%}", marker: { color: colour } });
+    if (!gradient.steps.length) return [];
+    if (!ctx.one) return [bar(name, gradient.noise, ctx.look.colours[i % MANY])];
+    const signal = gradient.signal.length ? [bar("share of the signal", gradient.signal, ctx.look.colours[0])] : [];
+    return [...signal, bar("share of the noise", gradient.noise, ctx.look.colours[1])];
+  });
+  return { traces, layout: { yaxis: { tickformat: ".0%", zeroline: true }, xaxis: STEPS(ctx.runs.flatMap((run) => run.gradient.steps)), showlegend: true } };
+}
+
 function stages(ctx) {
   if (!ctx.one) {
     const traces = ctx.runs.map((run, i) => {
@@ -154,7 +189,7 @@ function stages(ctx) {
     });
     return { traces, layout: { yaxis: { rangemode: "tozero", ticksuffix: " s" } } };
   }
-  const run = ctx.runs[0], order = ["rollout", "reward", "update", "plan", "credit"];
+  const run = ctx.runs[0], order = ["rollout", "reward", "update", "plan", "credit", "gradient_noise"];
   const names = [...order.filter((name) => name in run.stages), ...Object.keys(run.stages).filter((name) => !order.includes(name))];
   const traces = names.map((name, j) => line(name, ctx.x.of(run.x), run.stages[name], ctx.look.colours[j % MANY],
     { says: "%{y:.3~s}s", line: { width: 0.5 }, trace: { stackgroup: "stages", fillcolor: faded(ctx.look.colours[j % MANY], 0.55) } }));
@@ -197,7 +232,13 @@ page.charts = function (runs) {
       { id: "divergence", metric: "approx_kl", title: "Divergence of an iteration's updates", says: "approx_kl per latent element, on a logarithmic scale. Late steps of the schedule have less noise and more of it.", build: divergence },
       { id: "gradient", metric: "grad_norm", title: "Gradient norm before clipping", says: "Mean over the updates of an iteration.",
         build: several([["grad_norm", "gradient norm"]], {}, { yaxis: { rangemode: "tozero" } }) },
-      ...runs.map((run, i) => ({ id: `advantage ${i}`, metric: "advantage_by_step", title: `Strength of the signal by step${runs.length > 1 ? `: ${run.name}` : ""}`, wide: runs.length === 1,
+      { id: "snr", metric: "gradient_snr", title: "Signal to noise of the gradient", build: snr,
+        says: "Squared length of the expected gradient over the noise around it, in the mean of up to 20 measurements to that point." },
+      { id: "snr by step", metric: "gradient_signal", title: "Signal to noise by step", build: snrBySteps,
+        says: "The same of every step, in the latest 20 measurements. Where the interval reaches below 0, no signal can be told from none." },
+      { id: "noise by step", metric: "gradient_noise", title: "Where the noise comes from", build: noiseBySteps,
+        says: `Every step's share of the noise${runs.length > 1 ? "" : ", and of the signal where there is one beyond doubt"}: a step with much noise and little signal drowns the others.` },
+      ...runs.map((run, i) => ({ id: `advantage ${i}`, metric: "advantage_by_step", title: `Strength of the advantage by step${runs.length > 1 ? `: ${run.name}` : ""}`, wide: runs.length === 1,
         says: "Mean |advantage| of the edges that train. Where a cell is empty, the step trained nothing: the window stood elsewhere, or it was pruned.", build: advantage(run) })),
     ],
     cost: [

@@ -65,7 +65,7 @@ function findings(element, runs) {
   const found = runs.flatMap((run, i) => run.findings.map((finding) => [run, finding, findingId(finding, i)]));
   const young = runs.every((run) => run.iterations < 10);
   const none = young ? make("p", { class: "says" }, "Curves are judged after 10 iterations.")
-    : make("p", { class: "fine" }, "No warnings. Looked at: held-out against training reward, divergence, ratio, clipping, spread of the groups, skipped updates, dropped prompts.");
+    : make("p", { class: "fine" }, "No warnings. Looked at: held-out against training reward, divergence, ratio, clipping, spread of the groups, skipped updates, dropped prompts, and signal and noise of the gradient where they are measured.");
   element.replaceChildren(found.length ? make("div", { class: "findings" }, found.map(([run, finding, id]) =>
     make("div", { class: `finding ${finding.kind}`, id }, make("h3", {}, finding.title),
       runs.length > 1 ? make("p", { class: "run" }, run.name) : null, make("p", {}, finding.text), make("p", { class: "do" }, make("b", {}, "What to do: "), finding.action)))) : none);

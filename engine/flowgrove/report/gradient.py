@@ -1,0 +1,115 @@
+"""Signal and noise of the gradient over several measurements (`run.gradient_noise_every`): one alone tells little where
+an iteration has few prompts, since the mean of what it estimates without bias is what becomes sure.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from flowgrove.recipe.schema import Recipe
+from flowgrove.report.lines import Line
+
+LATEST = 20  # measurements that speak for how the run is now
+_SURE = 2  # standard errors
+_POINTS = 200  # of a curve
+
+
+class Pooled(NamedTuple):
+    """Means over so many `measurements`, in which an iteration had `prompts`: the squared norm of the expected
+    gradient, its standard error without any signal, and the noise of a prompt's gradient.
+    """
+
+    measurements: int
+    prompts: float
+    signal: float
+    error: float
+    noise: float
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise of an iteration's gradient, which may be negative where there is no signal."""
+        return self.prompts * self.signal / self.noise
+
+    @property
+    def interval(self) -> float:
+        """Half of the 95 % interval of `snr`."""
+        return _SURE * self.prompts * self.error / self.noise
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there is a signal beyond doubt."""
+        return self.signal > _SURE * self.error
+
+
+def measured(lines: Iterable[Line]) -> list[Line]:
+    """The lines that tell of signal and noise."""
+    return [line for line in lines if isinstance(line.get("gradient_noise"), dict)]
+
+
+def pooled(recipe: Recipe, lines: list[Line], key: str = "all") -> Pooled | None:
+    """Of all steps together, or of one; None: no line tells of it, or there is no noise."""
+    found = []
+    for line in lines:
+        told = [line[name].get(key) for name in ("gradient_signal", "gradient_signal_error", "gradient_noise")]
+        if None not in told:
+            found.append((recipe.data.prompts_per_iteration - (line.get("dropped_prompts") or 0), *told))
+    count = len(found)
+    if not count or sum(noise for *_, noise in found) <= 0:
+        return None
+    prompts, signal, _, noise = (sum(column) / count for column in zip(*found, strict=True))
+    return Pooled(count, prompts, signal, sum(error**2 for _, _, error, _ in found) ** 0.5 / count, noise)
+
+
+def pooled_steps(recipe: Recipe, lines: list[Line]) -> dict[int, Pooled]:
+    """Of every step that they tell of."""
+    keys = sorted({int(key) for line in lines for key in line["gradient_noise"] if key != "all"})
+    return {key: found for key in keys if (found := pooled(recipe, lines, str(key))) is not None}
+
+
+def noise_shares(steps: dict[int, Pooled]) -> dict[int, float]:
+    """The steps' shares in the noise of all of them, which noise that steps have in common does not enter."""
+    whole = sum(one.noise for one in steps.values())
+    return {step: one.noise / whole for step, one in steps.items()}
+
+
+def leaf_share(lines: list[Line]) -> float | None:
+    """The share of the noise that comes from the leaves and not from the prompts, in the mean, between 0 and 1."""
+    known = [share for line in lines if (share := line.get("gradient_leaf_share", {}).get("all")) is not None]
+    return min(1.0, max(0.0, sum(known) / len(known))) if known else None
+
+
+def gradient_content(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[str, Any]:
+    """What the page draws: by step the signal to noise with half of its 95 % interval, and the shares of signal and
+    noise in the latest measurements; and over the run that of all steps. `before`: the seconds before every line.
+    """
+    found = measured(lines)
+    latest = found[-LATEST:]
+    steps, whole = pooled_steps(recipe, latest), pooled(recipe, latest)
+    shares = noise_shares(steps)
+    seconds = {line["iteration"]: before[place] for place, line in enumerate(lines)}
+    over: list[tuple[float, ...]] = []
+    each = max(1, -(-len(found) // _POINTS))
+    for end in range(len(found), 0, -each):
+        some = pooled(recipe, found[max(0, end - LATEST) : end])
+        if some is not None:
+            at = found[end - 1]["iteration"]
+            over.append((at, seconds[at], some.snr, some.interval))
+    over.reverse()
+    return {
+        "count": len(latest),
+        "steps": list(steps),
+        "snr": [one.snr for one in steps.values()],
+        "interval": [one.interval for one in steps.values()],
+        "noise": [shares[step] for step in steps],
+        "signal": [_part(latest, step) for step in steps] if whole is not None and whole.measurable else [],
+        "over": {
+            name: [point[place] for point in over]
+            for place, name in enumerate(("iteration", "seconds", "snr", "interval"))
+        },
+    }
+
+
+def _part(lines: list[Line], step: int) -> float:
+    """The step's share in the signal of all."""
+    parts = sum(line["gradient_part"].get(str(step)) or 0 for line in lines)
+    whole: float = sum(line["gradient_signal"].get("all") or 0 for line in lines)
+    return parts / whole
