@@ -28,8 +28,10 @@ DRAWN = {
 # plots that no CSV holds → where they come from
 FROM_RUNS = {
     "quickstart_before_after.png": "make figures RUN=runs/quickstart-42",
-    "report_light.png": "python profiling/report_pictures.py runs/quickstart-42",
-    "report_dark.png": "python profiling/report_pictures.py runs/quickstart-42",
+    **dict.fromkeys(
+        ("report_light.png", "report_dark.png", "report_forest.png"),
+        "python profiling/report_pictures.py runs/quickstart-42 RUN, a run of recipes/shapes_branch_mix.yaml",
+    ),
 }
 # CSVs that are kept for the reader, of which no page and no plot shows a number → why
 RAW: dict[str, str] = {}
