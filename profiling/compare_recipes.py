@@ -46,7 +46,7 @@ def rewards(task: str, names: list[str], seeds: str, lr: str, cost: str, runs: P
         f"data.{key}={RECIPES / 'prompts' / f'{task}_{part}.txt'}"
         for key, part in (("prompts", "train"), ("eval_prompts", "eval"))
     )
-    settings = ("run.log=[jsonl]", "run.eval_every=5", "run.checkpoint_every=50", "run.keep_last=1", *prompts)
+    settings = ("run.log=[jsonl]", "run.eval_every=10", "run.checkpoint_every=50", "run.keep_last=1", *prompts)
     recipes = [RECIPES / f"shapes_{name}.yaml" for name in names]
     asked = comparison_of(recipes, runs / task, settings, seeds, lr, cost=cost)
     result = compare(asked, None, print, Console(stderr=True, highlight=False))
@@ -117,7 +117,7 @@ def main() -> None:
     reward.add_argument("--recipes", nargs="+", default=every, choices=every, metavar="NAME", help=f"of {every}")
     reward.add_argument("--seeds", default="1,2,3")
     reward.add_argument("--lr", default="1e-4,2e-4,4e-4")
-    reward.add_argument("--cost", default="200000,600000", help="in weighted passes, which every run trains to")
+    reward.add_argument("--cost", default="150000,450000", help="in weighted passes, which every run trains to")
     reward.add_argument("--runs", type=Path, default=Path("runs/comparisons"), help="folder of the runs, which stay")
     timing = whats.add_parser("timings", help="what an iteration of each costs, and of its published loop")
     timing.add_argument("--recipes", nargs="+", default=list(NAMES), choices=NAMES)

@@ -51,6 +51,8 @@ def compare(comparison: Comparison, jobs: int | None, say: Say, console: Console
             picture = comparison.out / "rewards.png"
             if found:
                 draw_curves(curves, found, picture)
+            else:
+                picture.unlink(missing_ok=True)  # it is of less cost
             if stopping.request is not None:
                 whole = sum(run.is_whole(comparison.goal) for run in comparison.runs)
                 say(f"{whole} of {len(comparison.runs)} runs are whole: the same command goes on with the others")

@@ -37,9 +37,10 @@ def draw_curves(curves: list[Curve], found: list[Reached], path: Path) -> None:
         _panel(axes, axis, [(one, _runs(curves, one), styles[one.recipe]) for one in rows])
     seeds = len(rows[0].seeds)
     told = f"Mean over {seeds} seeds, band from the worst to the best of them" if seeds > 1 else "One seed"
+    several = any(len(one.tried) > 1 for one in rows)
+    rates = "Each recipe at its own best learning rate: the one with the highest mean there." if several else ""
     figure.suptitle(
-        f"{told}; lines end at {in_words(rows[0])}.\n"
-        "Each recipe at its own best learning rate: the one with the highest mean there.",
+        f"{told}; lines end at {in_words(rows[0])}.\n{rates}",
         fontsize=9, x=0.01, ha="left", color=_MUTED,
     )  # fmt: skip
     panels[0].set_xlabel("weighted passes: rollout forwards + 3 × train passes")

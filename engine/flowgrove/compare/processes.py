@@ -155,7 +155,9 @@ class _Display:
             text = f"{run.title}: {failure.reason}"
         else:
             lines = run.lines()
-            text = f"{run.title}: held-out reward {lines[-1].get('eval_reward') or 0:.3f} after {len(lines)} iterations"
+            reward = lines[-1].get("eval_reward")
+            told = "held-out reward unknown" if reward is None else f"held-out reward {reward:.3f}"
+            text = f"{run.title}: {told} after {len(lines)} iterations"
         with suppress(OSError):
             self._progress.console.print(f"{self.whole} of {self.total} runs  {text}", markup=False)
 
