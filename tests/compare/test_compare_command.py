@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -24,10 +25,11 @@ from engine_cases import (
     write_lines,
 )
 from flowgrove.bench.table import read_columns
+from flowgrove.compare import command
 from flowgrove.compare.command import Result
 from flowgrove.compare.curves import Curve, Point, summarise
 from flowgrove.compare.processes import Failure, _Display
-from flowgrove.compare.runs import comparison_of
+from flowgrove.compare.runs import comparison_of, cores
 from flowgrove.compare.tables import write_tables
 from flowgrove.run.finding import valid_checkpoints
 from subprocesses import PYTHON, ROOT, environment
@@ -291,3 +293,19 @@ def test_a_terminal_sees_how_far_the_runs_are(compared, recipes):
     text = console.file.getvalue()
     assert "2 of 4 runs  tree, learning rate 0.0001, seed 1: held-out reward 0." in text
     assert "2 of 4 runs  window, learning rate 0.0001, seed 2: it broke" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "jobs", "expected"), [("cpu", None, (cores(), 1)), ("cuda", None, (1, None)), ("cuda", 3, (3, None))]
+)
+def test_a_gpu_takes_one_run_at_a_time_unless_told_otherwise(kind, jobs, expected, recipes, tmp_path, monkeypatch):
+    """A stand-in for the device: no process is started."""
+    asked = []
+    monkeypatch.setattr(command, "pick_device", lambda recipe: torch.device(kind))
+    monkeypatch.setattr(command, "device_name", lambda device: f"a {device.type}")
+    monkeypatch.setattr(command, "train_all", lambda comparison, *rest: asked.append(rest[:2]) or [])
+    comparison = comparison_of(list(recipes), tmp_path / "out", cost="100")
+    result = command.compare(comparison, jobs, lambda text: None, Console(file=io.StringIO()))
+    assert asked == [expected]
+    assert result.machine.startswith(f"a {kind}, {'one thread a run, ' if kind == 'cpu' else ''}torch ")
+    assert not (tmp_path / "out" / "rewards.png").exists()
