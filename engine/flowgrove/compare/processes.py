@@ -168,4 +168,4 @@ class _Display:
             part = sum(self.goal.share(run.setup, run.lines()) for run in running)
             task = self._progress.tasks[0]
             done = (task.total or 0) - self._begun + part
-            self._progress.update(self._task, completed=done, description=f"comparing, {len(running)} runs at a time")
+            self._progress.update(self._task, completed=done, description=f"comparing, {len(running)} at a time")
