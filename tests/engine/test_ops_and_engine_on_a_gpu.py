@@ -202,13 +202,16 @@ def test_rollout_and_update_never_wait_for_the_gpu(no_syncs):
 
 
 def test_a_whole_iteration_never_waits_for_the_gpu_unasked(no_syncs, tmp_path):
-    """Decoding, a reward on the host, credit and metrics included: what they read is copied beside the queue."""
+    """Decoding, a reward on the host, credit, the gradient's noise and metrics included: what they read is copied
+    beside the queue.
+    """
     torch.cuda.set_sync_debug_mode("default")
     recipe = small_recipe(
         model={"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False},
         data={"prompts": "unused.txt", "embedding_cache": str(tmp_path)},  # encoders read their own tokens back
         reward=[{"name": "jpeg_size"}],
         engine={"device": "cuda"},
+        run={"gradient_noise_every": 1},
     )
     policy = Policy.load(recipe, torch.device("cuda"), TEXTS)
     stages = Stages(
@@ -220,4 +223,5 @@ def test_a_whole_iteration_never_waits_for_the_gpu_unasked(no_syncs, tmp_path):
     torch.cuda.set_sync_debug_mode("default")
     assert line["train_passes"] > 0
     assert line["loss"] is not None
+    assert line["gradient_noise"]["all"] > 0
     assert all(seconds >= 0 for seconds in line["seconds"].values())

@@ -144,6 +144,7 @@ def test_signal_and_noise_of_the_gradient_are_drawn_where_they_are_measured(page
     told = {
         "gradient_signal": {"all": 4.0, "0": 1.0, "3": 2.0}, "gradient_signal_error": {"all": 1.0, "0": 0.5, "3": 0.5},
         "gradient_noise": {"all": 8.0, "0": 2.0, "3": 6.0}, "gradient_part": {"0": 1.0, "3": 3.0},
+        "gradient_leaf_share": {},
     }  # fmt: skip
     lines = [line | (told if n % 2 == 0 else {}) for n, line in enumerate(lines_of(4))]
     content = run_content(synthetic_run(tmp_path / "run", lines, run={"iterations": 4}), tmp_path / "run")

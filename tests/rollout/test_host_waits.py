@@ -20,7 +20,9 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings, _Recorded
 from flowgrove.rollout.loop import rollout
+from flowgrove.update.gradient_noise import Groups, group_gradients
 from flowgrove.update.passes import Rolled
+from flowgrove.update.sketch import Sketch
 from host_reads import DEVICE, HostWaits
 from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
@@ -109,6 +111,27 @@ def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
     assert waits.noted == []  # of the second: some tables go to the device once per model
     assert stats.train_passes > 0
     assert forest.leaves.device == DEVICE
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
+def test_a_measurement_of_the_gradients_noise_never_waits_for_the_device(folders, lora):
+    recipe, policy, prompts, updater = on_the_device(folders, "sd3", lora)
+    groups = Groups.among(np.ones(len(TEXTS), dtype=bool))
+    updater.policy = policy
+    for _ in range(2):
+        with HostWaits() as waits:
+            plan, rows, forest = rolled(recipe, policy, prompts, updater.runner)
+            scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1))
+            part = Rolled(policy, forest, prompts, assign_credit(plan, recipe.credit, scores, [1.0]), rows)
+            sketch = Sketch("s", DEVICE, torch.float32)
+
+            def take(sketch=sketch):
+                return sketch((name, p.grad) for name, p in policy.weights.trainable().items() if p.grad is not None)
+
+            found, passes = group_gradients(updater, plan, [part], groups, 1.0, sketch.buckets, take)
+    assert waits.noted == []
+    assert found.device == DEVICE
+    assert passes > 0
 
 
 class Watched(Recordings):

@@ -11,6 +11,7 @@ from flowgrove.report.lines import Line
 LATEST = 20  # measurements that speak for how the run is now
 _SURE = 2  # standard errors
 _POINTS = 200  # of a curve
+_TOLD = ("gradient_signal", "gradient_signal_error", "gradient_noise", "gradient_part", "gradient_leaf_share")
 
 
 class Pooled(NamedTuple):
@@ -42,15 +43,15 @@ class Pooled(NamedTuple):
 
 def measured(lines: Iterable[Line]) -> list[Line]:
     """The lines that tell of signal and noise."""
-    return [line for line in lines if isinstance(line.get("gradient_noise"), dict)]
+    return [line for line in lines if all(isinstance(line.get(name), dict) for name in _TOLD)]
 
 
 def pooled(recipe: Recipe, lines: list[Line], key: str = "all") -> Pooled | None:
     """Of all steps together, or of one; None: no line tells of it, or there is no noise."""
     found = []
     for line in lines:
-        told = [line[name].get(key) for name in ("gradient_signal", "gradient_signal_error", "gradient_noise")]
-        if None not in told:
+        told = [line[name].get(key) for name in _TOLD[:3]]
+        if all(isinstance(value, int | float) for value in told):
             found.append((recipe.data.prompts_per_iteration - (line.get("dropped_prompts") or 0), *told))
     count = len(found)
     if not count or sum(noise for *_, noise in found) <= 0:
@@ -73,7 +74,7 @@ def noise_shares(steps: dict[int, Pooled]) -> dict[int, float]:
 
 def leaf_share(lines: list[Line]) -> float | None:
     """The share of the noise that comes from the leaves and not from the prompts, in the mean, between 0 and 1."""
-    known = [share for line in lines if (share := line.get("gradient_leaf_share", {}).get("all")) is not None]
+    known = [share for line in lines if (share := line["gradient_leaf_share"].get("all")) is not None]
     return min(1.0, max(0.0, sum(known) / len(known))) if known else None
 
 

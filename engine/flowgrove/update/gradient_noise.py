@@ -96,6 +96,7 @@ def group_gradients(
     found = torch.zeros(
         len(plan.trained_steps), len(groups.prompts), 2, length, dtype=policy.state_dtype, device=policy.device
     )
+    weights = [step_weights(part.forest.plan, updater.recipe.update.step_weight) for part in parts]
     rows = 0
     for place, step in enumerate(plan.trained_steps):
         later = np.arange(step.nodes_out) * plan.width(step) >= boundary
@@ -105,8 +106,8 @@ def group_gradients(
                 for half, nodes in enumerate(sides):
                     passes = [
                         (part, batch)
-                        for part in parts
-                        for batch in _passes(updater, part, step, groups.of == group, nodes, scale)
+                        for part, weight in zip(parts, weights, strict=True)
+                        for batch in _passes(updater, part, step, groups.of == group, nodes, scale * weight[step.index])
                     ]
                     if passes:
                         rows += updater.gradient(passes)
@@ -151,19 +152,18 @@ def has_halves(plan: RolloutPlan, step: Step) -> bool:
 
 
 def _passes(
-    updater: Updater, part: Rolled, step: Step, prompts: NDArray[np.bool_], nodes: NDArray[np.bool_], scale: float
+    updater: Updater, part: Rolled, step: Step, prompts: NDArray[np.bool_], nodes: NDArray[np.bool_], weight: float
 ) -> list[MicroBatch]:
-    """The passes of the edges of a step into some `nodes` of some `prompts` of the iteration. Graphs of the rollout
-    stay for the updates.
+    """The passes of the edges of a step into some `nodes` of some `prompts` of the iteration, each of this `weight`.
+    Graphs of the rollout stay for the updates.
     """
     recipe, forest, credit = updater.recipe, part.forest, part.credit[step.index]
     mine = credit.trains & prompts[part.first_prompt : part.first_prompt + forest.prompts, None] & nodes
     if recipe.update.kl_weight == 0:
         mine &= credit.advantage != 0
-    weight = step_weights(forest.plan, recipe.update.step_weight)[step.index]
     edges = rows_of_step(forest, step, mine, credit.advantage, weight, "states")
     passes = updater.runner.budget.passes(part.prompts.tokens[edges.prompt]) if len(edges) else []
-    return micro_batches(edges, forest.plan, part.coefficients, passes, [], scale, part.policy.state_dtype)
+    return micro_batches(edges, forest.plan, part.coefficients, passes, [], 1.0, part.policy.state_dtype)
 
 
 def _ratio(over: float, under: float) -> float | None:
