@@ -133,24 +133,23 @@ class Forests:
 
 def true_gradient(plan: RolloutPlan, samples: int, seed: int = 0, *, ode: bool = False) -> Tensor:
     """The gradient of the expected reward, the mean over targets, in the means: float64 [BATCHES, 6] of as many equal
-    shares of `samples`, so that their spread tells its error.
-
-    It is had without a policy gradient: single trajectories of fixed noise are differentiated from the reward down to
-    the velocities. The means move in the steps that the plan trains; `ode`: in all steps of the plain ODE.
+    shares of `samples`, so that their spread tells its error. Their noise is not the engine's.
     """
-    x, noise = trajectory_noise(plan, samples, seed)
-    means = MEANS.expand(BATCHES, 3, 2).clone().requires_grad_()
-    moved = means.repeat_interleave(samples // BATCHES, dim=0)
-    rewards(run_trajectories(plan, x, noise, moved, ode=ode)).mean(-1).sum().backward()
-    assert means.grad is not None
-    return means.grad.flatten(1) / (samples // BATCHES)
-
-
-def trajectory_noise(plan: RolloutPlan, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """x_T [samples, 2] and the noise of every step [steps, samples, 2]: not the engine's."""
     random = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(len(plan.steps) + 1, samples, 2, dtype=torch.float64, generator=random)
-    return drawn[0], drawn[1:]
+    size = len(plan.steps) + 1, samples // BATCHES, 2
+    drawn = (torch.randn(size, dtype=torch.float64, generator=random) for _ in range(BATCHES))
+    return torch.stack([pathwise_gradient(plan, each[0], each[1:], ode=ode) for each in drawn])
+
+
+def pathwise_gradient(plan: RolloutPlan, x: Tensor, noise: Tensor, *, ode: bool = False) -> Tensor:
+    """[6], without a policy gradient: single trajectories from x [samples, 2] with the noise of every step [steps,
+    samples, 2] are differentiated from the reward down to the velocities. The means move in the steps that the plan
+    trains; `ode`: in all steps of the plain ODE.
+    """
+    means = MEANS.clone().requires_grad_()
+    rewards(run_trajectories(plan, x, noise, means, ode=ode)).mean().backward()
+    assert means.grad is not None
+    return means.grad.flatten()
 
 
 def run_trajectories(plan: RolloutPlan, x: Tensor, noise: Tensor, means: Tensor, *, ode: bool = False) -> Tensor:

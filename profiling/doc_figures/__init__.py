@@ -4,6 +4,28 @@
 it is imported; `pages` puts them into the pages, `drawings` draws. `profiling/make_figures.py` is the command.
 """
 
-from doc_figures import busy_machine, engine, ops, plan_time, quickstart, recipes, row_times, scaling, span_cost
+from doc_figures import (
+    busy_machine,
+    engine,
+    gradient_variance,
+    ops,
+    plan_time,
+    quickstart,
+    recipes,
+    row_times,
+    scaling,
+    span_cost,
+)
 
-__all__ = ["busy_machine", "engine", "ops", "plan_time", "quickstart", "recipes", "row_times", "scaling", "span_cost"]
+__all__ = [
+    "busy_machine",
+    "engine",
+    "gradient_variance",
+    "ops",
+    "plan_time",
+    "quickstart",
+    "recipes",
+    "row_times",
+    "scaling",
+    "span_cost",
+]

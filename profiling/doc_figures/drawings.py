@@ -24,6 +24,7 @@ DRAWN = {
     "scaling_*.csv": ("flowgrove.bench.scaling_plot", "plot_scaling"),
     "roofline_*.csv": ("roofline", "plot_roofline"),
     "quickstart_reward.csv": ("doc_figures.quickstart", "plot_reward"),
+    "gradient_variance.csv": ("doc_figures.gradient_variance", "plot"),
 }
 # plots that no CSV holds → where they come from
 FROM_RUNS = {

@@ -515,11 +515,12 @@ class Credit(Section):
 
     std: Literal["group", "global", "leaves", "none"] = "group"
     """Whose standard deviation divides the differences: the group's, that of all prompts, the leaves', or nobody's.
-    group gives every prompt the same weight, also where its samples hardly differ; global lets prompts whose samples
-    differ more train more. At each depth of a tree the nodes of that depth are the group, so that two nodes always get
-    ±0.71, however little they differ. leaves divides every depth by the spread of the leaves' rewards: a split counts
-    by how much of it it explains. In a flat group that is the same as group. none keeps the rewards' own scale, which
-    adv_clip then has too, and lets them weigh by it; credit.normalise has no effect with it.
+    group gives every prompt the same weight, also where its samples hardly differ, which turns the mean gradient;
+    global and none let prompts whose samples differ more train more, and do not. At each depth of a tree the nodes of
+    that depth are the group, so that two nodes always get ±0.71, however little they differ. leaves divides every depth
+    by the spread of the leaves' rewards: a split counts by how much of it it explains. In a flat group that is the same
+    as group. none keeps the rewards' own scale, which adv_clip then has too, and lets them weigh by it;
+    credit.normalise has no effect with it.
     Source: GRPO (2402.03300); global: Flow-GRPO's released code; leaves: ours; none: Dr. GRPO (2503.20783).
     """
 
