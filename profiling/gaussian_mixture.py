@@ -23,7 +23,6 @@ from flowgrove_kernels import (
     INITIAL_STEP,
     NoiseKey,
     StepCoefficients,
-    clean_estimate,
     flow_step,
     grpo_loss,
     philox_normal,
@@ -55,8 +54,8 @@ def rewards(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Forests:
-    """Rollouts of a plan for several prompts. `states[t]`: float64 [prompts · nodes, 2] before step t; the last are the
-    leaves.
+    """Rollouts of a plan without a tail, of several prompts. `states[t]`: float64 [prompts · nodes, 2] before step t;
+    the last are the leaves.
     """
 
     plan: RolloutPlan
@@ -70,19 +69,16 @@ class Forests:
         node = torch.arange(plan.roots).repeat(prompts)
         prompt = torch.arange(prompts).repeat_interleave(plan.roots)
         x = philox_normal((len(node), 2), NoiseKey(seed, 0, INITIAL_STEP, prompt, node)).double()
-        rows, states, estimate = plan_coefficients(plan), [x], None
+        rows, states = plan_coefficients(plan), [x]
         for step in plan.steps:
             number = torch.arange(len(x) * step.fanout)
             key = NoiseKey(
                 seed, 0, step.index, number // step.nodes_out, number % step.nodes_out,
                 number % step.nodes_out // step.fanout,
             )  # fmt: skip
-            v, coef = velocity(x, step.sigma, MEANS), _rows_of(rows, step.index, len(x))
-            history = estimate if step.takes_estimate else None
-            if step.leaves_estimate:
-                estimate = clean_estimate(x, v, torch.full((len(x),), step.sigma, dtype=torch.float64))
             x, _ = flow_step(
-                x, v, coef, key=key if step.stochastic else None, history=history, fanout=step.fanout,
+                x, velocity(x, step.sigma, MEANS), _rows_of(rows, step.index, len(x)), fanout=step.fanout,
+                key=key if step.stochastic else None,
                 sibling_correlation=plan.sibling_correlation if step.stochastic else 0.0,
             )  # fmt: skip
             states.append(x)
@@ -163,7 +159,7 @@ def run_trajectories(plan: RolloutPlan, x: Tensor, noise: Tensor, means: Tensor,
         elif c == 0:
             x = a * x + b * v + s * noise[step.index]
         else:
-            raise ValueError("single trajectories of the toy know no solver with history")
+            raise ValueError("the toy knows no solver with history: give a plan without a tail")
     return x
 
 
