@@ -17,11 +17,15 @@ LORA = {**FP64, "lora": {"rank": 2, "alpha": 4}}
 SIZES = {**LORA, "sizes": [[32, 32], [32, 16]]}
 TREE = {"steps": 5, "shift": 1.0, "window": {"strategy": "none"}, "tree": {"splits": [0, 2], "fanout": 2}}
 PRUNED = {"std": "global", "fusion_beta": 0.5, "prune": {"kind": "extreme", "keep": 1}}
+BY_LEAVES = {"baseline": "siblings", "std": "leaves", "prune": {"kind": "extreme", "keep": 1}}
 UPDATE = {"lr": 1e-3, "clip_range": 1e-3, "updates_per_iteration": 2, "ema_decay": 0.9}
 KL = {**UPDATE, "kl_weight": 0.1}
 CASES = {
     "window, LoRA, KL": {"model": LORA, "update": KL},
     "tree pruned by reward": {"model": LORA, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
+    "tree credited by siblings and leaves": {
+        "model": LORA, "rollout": TREE, "credit": BY_LEAVES, "update": {**UPDATE, "step_weight": "leaves"},
+    },
     "full fine-tuning, small passes": {"model": FP64, "update": UPDATE, "engine": {"token_budget": 80}},
     "full fine-tuning, KL": {"model": {**FP64, "gradient_checkpointing": True}, "update": KL},
     "full fine-tuning, pruned by reward": {"model": FP64, "rollout": TREE, "credit": PRUNED, "update": UPDATE},
