@@ -56,9 +56,6 @@ def measure(recipe: Recipe, name: str, repeats: int, first_seed: int = 1) -> lis
     runner, rewards = PassRunner.of(recipe, policy), checked_rewards(setup)
     sketch = Sketch("signal", device, policy.state_dtype)
 
-    def take() -> Tensor:
-        return sketch((name, p.grad) for name, p in policy.weights.trainable().items() if p.grad is not None)
-
     found: dict[int, list[Tensor]] = {}  # step → [groups, buckets] for every repeat
     sizes: list[np.ndarray] = []
     costs = []
@@ -72,7 +69,9 @@ def measure(recipe: Recipe, name: str, repeats: int, first_seed: int = 1) -> lis
             plan = still.parts[0].forest.plan
             selected = sum(int(edges.trains.sum()) for part in still.parts for edges in part.credit.values())
             scale = count / max(selected, 1)
-            sums, _ = group_gradients(still, plan, still.parts, groups, scale, sketch.buckets, take)
+            sums, _ = group_gradients(
+                still, plan, still.parts, groups, scale, sketch.buckets, lambda: sketch(policy.weights.own_gradients())
+            )
         for step, one in zip(plan.trained_steps, to_host(sums.sum(2)), strict=True):
             found.setdefault(step.index, [torch.zeros_like(one)] * len(sizes)).append(one)
         sizes.append(groups.prompts)

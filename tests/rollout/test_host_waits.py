@@ -126,7 +126,7 @@ def test_a_measurement_of_the_gradients_noise_never_waits_for_the_device(folders
             sketch = Sketch("s", DEVICE, torch.float32)
 
             def take(sketch=sketch):
-                return sketch((name, p.grad) for name, p in policy.weights.trainable().items() if p.grad is not None)
+                return sketch(policy.weights.own_gradients())
 
             found, passes = group_gradients(updater, plan, [part], groups, 1.0, sketch.buckets, take)
     assert waits.noted == []

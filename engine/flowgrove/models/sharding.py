@@ -80,6 +80,11 @@ class ShardedTransformer:
             if divided.requires_grad
         }
 
+    @property
+    def of_first_copy(self) -> bool:
+        """Whether this rank's rows belong to the first copy of the division, or the only one."""
+        return self._mesh.ndim == 1 or self._mesh.get_local_rank(0) == 0
+
     def gather(self) -> None:
         """Makes all weights whole until they are freed: a pass then waits for nobody. All ranks do."""
         self.keep(True)

@@ -136,6 +136,16 @@ class Weights:
         if self.sharded:
             self.sharded[0].take_gradients()
 
+    def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, gradient) of what lies on this rank, as parts of a sum: over all ranks every element comes as often as
+        ranks have a share in it. Rows of a divided weight have a name of their own, and come from one copy.
+        """
+        pieces, mine = self.pieces, not self.sharded or self.sharded[0].of_first_copy
+        for name, parameter in self.trainable().items():
+            if parameter.grad is None or (name in pieces and not mine):
+                continue
+            yield (f"{name}/{pieces[name].start}" if name in pieces else name), parameter.grad
+
     def drop_gradients(self) -> None:
         """Drops the gradients of masters, and of copies where a backward has failed on its way."""
         self.transformer.zero_grad(set_to_none=True)

@@ -53,7 +53,6 @@ def _check_sharding(recipe: Recipe) -> None:
     for key, set_, instead in (
         ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
         ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
-        ("run.gradient_noise_every", recipe.run.gradient_noise_every is not None, "null"),
         (f"update.optimizer: {recipe.update.optimizer}", recipe.update.optimizer != "adamw", "adamw"),
     ):
         if set_:

@@ -70,17 +70,20 @@ def gradient_noise(
     dtype = updater.policy.state_dtype
     sketch = Sketch(f"gradient/{recipe.run.seed}/{plan.iteration}", updater.policy.device, dtype)
 
-    def take() -> Tensor:
-        return sketch((name, p.grad) for name, p in weights.trainable().items() if p.grad is not None)
-
     scale = int(scored.sum()) / selected  # the gradient is the mean over prompts
-    work = partial(group_gradients, updater, plan, parts, groups, scale, sketch.buckets, take)
-    remedies: dict[Remedy, Callable[[], bool]] = {
-        DROP_GRAPHS: partial(drop_graphs, parts),
-        FORGET_RECORDINGS: updater.runner.forget,
-        HALVE_PASSES: updater.runner.budget.halve,
-    }
-    mine, passes = updater.ranks.together(lambda: retry_smaller(work, Shrink(remedies)))
+    work = partial(
+        group_gradients, updater, plan, parts, groups, scale, sketch.buckets, lambda: sketch(weights.own_gradients())
+    )
+    if weights.sharded:
+        weights.meet()
+        mine, passes = work()
+    else:
+        remedies: dict[Remedy, Callable[[], bool]] = {
+            DROP_GRAPHS: partial(drop_graphs, parts),
+            FORGET_RECORDINGS: updater.runner.forget,
+            HALVE_PASSES: updater.runner.budget.halve,
+        }
+        mine, passes = updater.ranks.together(lambda: retry_smaller(work, Shrink(remedies)))
     found = updater.ranks.sum(to_host(mine)).double().numpy()
     return summary(plan, found, groups.prompts) | {"gradient_passes": updater.ranks.total(passes)}
 
@@ -109,7 +112,7 @@ def group_gradients(
                         for part, weight in zip(parts, weights, strict=True)
                         for batch in _passes(updater, part, step, groups.of == group, nodes, scale * weight[step.index])
                     ]
-                    if passes:
+                    if passes or updater.weights.sharded:
                         rows += updater.gradient(passes)
                         found[place, group, half] = take()
     updater.weights.drop_gradients()

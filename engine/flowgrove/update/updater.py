@@ -3,6 +3,8 @@ one optimiser step per update.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -111,12 +113,18 @@ class Updater:
         return stats
 
     def _gradient_in_meetings(self, passes: UpdatePasses, number: int) -> UpdateStats:
-        """The same where ranks have divided the weights: each runs as many passes as the one with the most. None of
+        """The same where ranks have divided the weights."""
+        with self._meeting():
+            return self._accumulate_in_meetings(passes, number)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around passes of ranks that have divided the weights: each runs as many as the one with the most. None of
         them can be repeated by one rank alone, so that a memory that is full ends the run. Raises PassTooLargeError.
         """
         with self.ranks.meeting():
             try:
-                return self._accumulate_in_meetings(passes, number)
+                yield
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -133,16 +141,8 @@ class Updater:
             self.policy.idle_pass(backward=True)
 
     def _accumulate_in_meetings(self, passes: UpdatePasses, number: int) -> UpdateStats:
-        stats, batches = UpdateStats(), passes.batches[number]
-        self.weights.drop_gradients()
-        most = self.ranks.most(len(batches))
-        for turn in range(most):
-            self.weights.reduce_copies(last=turn == most - 1)
-            if turn < len(batches):
-                self._pass(turn, *batches[turn], stats, on_policy=number == 0)
-            else:
-                self._idle()
-        self.weights.take_gradients()
+        stats = UpdateStats()
+        self._passes_in_meetings(passes.batches[number], stats, on_policy=number == 0)
         if number == 0:
             own = len(passes.to_refresh)
             most = self.ranks.most(own)
@@ -152,6 +152,19 @@ class Updater:
                     self.policy.idle_pass(backward=False)
         passes.batches[number] = []
         return stats
+
+    def _passes_in_meetings(
+        self, batches: list[tuple[Rolled, MicroBatch]], stats: UpdateStats, on_policy: bool
+    ) -> None:
+        self.weights.drop_gradients()
+        most = self.ranks.most(len(batches))
+        for turn in range(most):
+            self.weights.reduce_copies(last=turn == most - 1)
+            if turn < len(batches):
+                self._pass(turn, *batches[turn], stats, on_policy)
+            else:
+                self._idle()
+        self.weights.take_gradients()
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
@@ -208,9 +221,15 @@ class Updater:
             stats.drift.append(result.logp - rolled_logp)
 
     def gradient(self, batches: list[tuple[Rolled, MicroBatch]]) -> int:
-        """Leaves this rank's gradient of these passes, as of a first update; returns the rows whose backward ran."""
-        self.weights.drop_gradients()
+        """Leaves this rank's gradient of these passes, as of a first update; returns the rows whose backward ran. Ranks
+        that have divided the weights call it together, each with the passes that it has.
+        """
         stats = UpdateStats()
+        if self.weights.sharded:
+            with self._meeting():
+                self._passes_in_meetings(batches, stats, on_policy=True)
+            return stats.train_passes
+        self.weights.drop_gradients()
         for turn, (part, batch) in enumerate(batches):
             self._pass(turn, part, batch, stats, on_policy=True)
         return stats.train_passes
