@@ -6,9 +6,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RECIPE ?= recipes/quickstart.yaml
 SEEDS ?= 42
-# Workers of one thread each: two threads on one test finish little sooner than one.
+# Workers of one thread each: two threads on one test finish little sooner than one. One without work takes some of the
+# other's, whose tests may be the long ones.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Triton's interpreter is slow and cannot share a process with its compiler: make test runs the ops in it once more, make test-long every kernel test.
 INTERPRETED := tests/kernels/test_op_flow_step.py tests/kernels/test_op_flow_logprob.py tests/kernels/test_op_grpo_loss.py tests/kernels/test_op_clean_estimate.py tests/kernels/test_noise.py
 # what tests have measured is noted with them
