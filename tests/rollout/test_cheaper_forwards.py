@@ -135,13 +135,14 @@ def test_both_savings_together_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("model", "keys", "said"),
+    ("model", "sections", "said"),
     [
-        ({}, {"guidance_range": [0, 3]}, "model.guidance_scale is 1"),
-        ({"guidance_scale": 3.0}, {"cache": {"interval": 3}}, "diffusers has no cache for the sd3 transformer"),
+        ({}, {"rollout": {"guidance_range": [0, 3]}}, "model.guidance_scale is 1"),
+        ({}, {"update": {"detach_unconditional": True}}, "model.guidance_scale is 1"),
+        ({"guidance_scale": 3.0}, {"rollout": {"cache": {"interval": 3}}}, "no cache for the sd3 transformer"),
     ],
 )
-def test_what_cannot_be_left_out_is_said(model, keys, said):
-    recipe = small_recipe(model=model, rollout=keys)
+def test_what_cannot_be_left_out_is_said(model, sections, said):
+    recipe = small_recipe(model=model, **sections)
     with pytest.raises(UserError, match=said):
         Policy.load(recipe, CPU)

@@ -1,6 +1,7 @@
 """The updates: merged and packed passes give the losses and gradients of the naive loop, one edge at a time."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from flowgrove.credit import assign_credit
 from flowgrove.models.policy import Policy
+from flowgrove.models.qwen_image import QwenImage
 from flowgrove.rollout.loop import rollout
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.update.passes import Rolled, step_weights
@@ -106,6 +108,7 @@ def noise_of(recipe, plan, step, prompt, child, shape):
 )
 def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
     recipe, policy = small_recipe(**CASES[case]), policy_of(guidance=guidance)
+    policy = replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
     if recipe.update.kl_weight:
         policy = policy_with_reference(recipe, guidance)
     forest, prompts, credit, rows = rolled_out(recipe, policy)
@@ -125,6 +128,34 @@ def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
         packed_loss = float(next(losses))
         assert packed_loss == pytest.approx(naive_loss, rel=1e-10, abs=1e-12)
     assert edges == sum(int(c.trains.sum()) for c in credit.values()), "every edge trains exactly once"
+
+
+@pytest.mark.parametrize("guide", [None, QwenImage.guide], ids=["in the op", "as Qwen-Image does"])
+def test_a_detached_unconditional_half_has_no_gradient(guide, monkeypatch):
+    """The gradient of the guided velocity is that with an unconditional half from a pass without one."""
+    policy, scale = replace(policy_of(guidance=2.5), trains_unconditional=False), 2.5
+    prompts, first = encoded(policy), torch.zeros(1, dtype=torch.long)
+    x, sigma = torch.randn(1, *policy.adapter.latent_shape, dtype=torch.float64), torch.tensor([0.7])
+    if guide is not None:
+        monkeypatch.setattr(type(policy.adapter), "guide", guide)
+    found = policy.velocity(x, sigma, prompts, first)
+    guided = found.v if found.uncond is None else found.uncond + scale * (found.v - found.uncond)
+    policy.weights.drop_gradients()
+    guided.square().sum().backward()
+    weights = list(policy.weights.trainable().values())
+    ours = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights]
+    policy.weights.drop_gradients()
+    both = replace(policy, trains_unconditional=True)
+    v = both.velocity(x, sigma, prompts.unguided(), first).v
+    with torch.no_grad():
+        uncond = policy.adapter.velocity(x, sigma, prompts.uncond, scale)
+    guided = policy.adapter.guide(v, uncond, scale) if guide else uncond + scale * (v - uncond)
+    guided.square().sum().backward()
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in weights if p.grad is not None))
+    assert norm > 1e-3
+    for p, mine in zip(weights, ours, strict=True):
+        assert torch.allclose(torch.zeros_like(p) if p.grad is None else p.grad, mine, atol=1e-10 * norm, rtol=0)
+    policy.weights.drop_gradients()
 
 
 @pytest.mark.parametrize("tokens", [40, 200, 4096])

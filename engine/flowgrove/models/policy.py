@@ -89,6 +89,7 @@ class Policy:
     guidance_scale: float
     bytes_when_loaded: int = 0  # on the device, with the models of rewards, which are loaded before it
     tuned: bool = True  # False: the reference model
+    trains_unconditional: bool = True  # False: a constant in the gradient
 
     @classmethod
     def load(
@@ -111,13 +112,14 @@ class Policy:
             recipe, device, compute, texts, divided=ranks is not None and ranks.mesh is not None
         )
         use_attention(adapter, recipe.engine.attention, model, device)
-        _check_cheaper_forwards(recipe, adapter)
+        _check_guidance_and_cache(recipe, adapter)
         passes = texts is not None
         weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
             compile_blocks(adapter.transformer)
         loaded = allocated_memory(device)
-        return cls(adapter, encoder, weights, device, compute, model.guidance_scale, loaded)
+        policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, loaded)
+        return replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
 
     @classmethod
     def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
@@ -201,6 +203,7 @@ class Policy:
             v, uncond = self.adapter.velocity(
                 torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale
             ).chunk(2)
+        uncond = uncond if self.trains_unconditional else uncond.detach()
         guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
@@ -241,12 +244,15 @@ def _check_dtype(model: Model) -> None:
         raise UserError(f"model.dtype is {model.dtype}: {why}")
 
 
-def _check_cheaper_forwards(recipe: Recipe, adapter: Adapter) -> None:
+def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
     scale = recipe.model.guidance_scale
-    if recipe.rollout.guidance_range is not None and not adapter.needs_uncond(scale):
+    if not adapter.needs_uncond(scale):
         why = (
             "the model takes guidance as an input" if adapter.embeds_guidance else f"model.guidance_scale is {scale:g}"
         )
-        raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
+        if recipe.rollout.guidance_range is not None:
+            raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
+        if recipe.update.detach_unconditional:
+            raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")
     if recipe.rollout.cache is not None and not hasattr(adapter.transformer, "enable_cache"):
         raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")

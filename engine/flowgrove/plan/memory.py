@@ -192,10 +192,10 @@ class MemoryModel(UnloadedModel):
         return max(largest(self.prompts * nodes) for nodes in levels), largest(self._trained_states())
 
     def _trained_states(self) -> int:
-        """States that an update trains."""
-        counts = self.plan.counts
-        trained = counts.train_passes if self.recipe.engine.share else counts.unshared_train_passes
-        return -(-self.prompts * trained // self.plan.updates)
+        """States that the largest update trains."""
+        return self.prompts * max(
+            states if self.recipe.engine.share else edges for edges, states in self.plan.trained_by_update
+        )
 
     def _once(self, stage: str, size: int, count: Callable[[int], int]) -> int:
         if (stage, size) not in self._peaks:

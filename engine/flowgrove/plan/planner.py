@@ -117,12 +117,10 @@ class RolloutPlan:
         """Leaves below each child of the step."""
         return self.leaves // step.nodes_out
 
-    @cached_property
+    @property
     def updates(self) -> int:
         """The optimiser updates of the iteration."""
-        if self.edges_per_update is None:
-            return self.updates_per_iteration
-        return 1 + max((update for drawn in self._drawn_updates.values() for update in drawn), default=0)
+        return len(self.trained_by_update)
 
     def update_of_leaf(self, leaf: int) -> int:
         """The optimiser update (0 … updates − 1) that trains a leaf's trajectory: leaves in contiguous shares."""
@@ -130,26 +128,30 @@ class RolloutPlan:
 
     def update_of_edge(self, step: Step, child: int) -> int:
         """An edge trains once, in the update of its first leaf; with `parents`, siblings together, in that of their
-        first. With `edges_per_update` the trained edges are drawn for the updates, the same ones of every prompt.
+        first. With `edges_per_update` the edges of trained steps are drawn for the updates, of every prompt the same.
         """
         first = child - child % step.fanout if self.keep_siblings else child
-        if self.edges_per_update is not None:
-            return self._drawn_updates[step.index][first]
-        return self.update_of_leaf(first * self.width(step))
+        if self.edges_per_update is None:
+            return self.update_of_leaf(first * self.width(step))
+        return self._drawn_updates[step.index][first] if step.trained else 0
 
     @cached_property
     def _drawn_updates(self) -> dict[int, list[int]]:
         """The update of every child of every trained step: `edges_per_update` edges after each other in a seeded
-        order, siblings together where they are kept.
+        order; siblings that are kept together may make it more. Empty where updates are shares of the leaves.
         """
+        if self.edges_per_update is None:
+            return {}
         drawn = {step.index: [0] * step.nodes_out for step in self.trained_steps}
         together = {step.index: step.fanout if self.keep_siblings else 1 for step in self.trained_steps}
         firsts = [(index, first) for index, each in drawn.items() for first in range(0, len(each), together[index])]
         random.Random(f"edges/{self.seed}/{self.iteration}").shuffle(firsts)
-        before = 0
+        update, held = 0, 0
         for index, first in firsts:
-            drawn[index][first] = before // (self.edges_per_update or 1)
-            before += together[index]
+            if held >= self.edges_per_update:
+                update, held = update + 1, 0
+            drawn[index][first] = update
+            held += together[index]
         return drawn
 
     def selected_steps(self, prompt: int) -> list[frozenset[int]]:
@@ -178,12 +180,7 @@ class RolloutPlan:
         """Exact, but for `extreme` pruning, which depends on the rewards:
         there as many leaves as it keeps, spread over the tree.
         """
-        kept_leaf = self.countable_leaves
-        trained_edges, passes = 0, 0
-        for step in self.trained_steps:
-            edges = [child for child, kept in enumerate(self.kept_edges(step, 0, kept_leaf)) if kept]
-            trained_edges += len(edges)
-            passes += len({(child // step.fanout, self.update_of_edge(step, child)) for child in edges})
+        trained_edges, passes = (sum(column) for column in zip(*self.trained_by_update, strict=True))
         return Counts(
             leaves=self.leaves,
             rollout_forwards=sum(step.nodes_in for step in self.steps),
@@ -193,6 +190,21 @@ class RolloutPlan:
             unshared_rollout_forwards=self.leaves * len(self.steps),
             unshared_train_passes=trained_edges,
         )
+
+    @cached_property
+    def trained_by_update(self) -> list[tuple[int, int]]:
+        """(edges, states) of a prompt that each update trains, as `counts` has them all."""
+        last = max((update for each in self._drawn_updates.values() for update in each), default=0)
+        updates = self.updates_per_iteration if self.edges_per_update is None else last + 1
+        edges, states = [0] * updates, [0] * updates
+        for step in self.trained_steps:
+            kept = self.kept_edges(step, 0, self.countable_leaves)
+            of_edges = [(self.update_of_edge(step, child), child) for child in range(step.nodes_out) if kept[child]]
+            for update, _ in of_edges:
+                edges[update] += 1
+            for update, _ in {(update, child // step.fanout) for update, child in of_edges}:
+                states[update] += 1
+        return list(zip(edges, states, strict=True))
 
     @property
     def countable_leaves(self) -> Callable[[int], bool] | None:

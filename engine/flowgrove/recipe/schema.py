@@ -579,7 +579,8 @@ class Update(Section):
 
     warmup: Index = 0
     """The optimiser updates over which the learning rate rises linearly to update.lr.
-    An iteration has updates_per_iteration of them. Some tens help where the first iterations are the worst.
+    Those of earlier iterations count as if each had had as many as the present one. Some tens help where the first
+    iterations are the worst.
     Source: Goyal et al. (1706.02677), §2.2.
     """
 
@@ -625,8 +626,9 @@ class Update(Section):
     """The edges of a prompt that an update trains, drawn by seed; null: those of updates_per_iteration.
     The iteration then has as many updates as all trained edges take, the last with what is left, and
     updates_per_iteration says nothing. Edges that pruning by reward or step_fraction leaves out are missing in their
-    updates. BranchGRPO's code steps after 12 edges of a GPU's two trees, 6 of each: 34 updates an iteration, 6 with a
-    window. Many small updates move the weights further at the same learning rate, and run shared states again.
+    updates. BranchGRPO's code steps after 12 edges of a GPU's two trees, 6 of each: 34 updates an iteration without
+    pruning, 6 with a window of 4. Many small updates move the weights further at the same learning rate, and run shared
+    states again.
     Source: BranchGRPO's released code (2509.06040).
     """
 
@@ -823,7 +825,7 @@ class Tracking(Section):
 
 class Run(Section):
     iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
-    """The iterations of the run: each a rollout, its rewards and updates_per_iteration updates.
+    """The iterations of the run: each a rollout, its rewards and its updates.
     A finished run goes on where a larger number is given with the same run.out, unless update.lr_schedule is cosine.
     Source: MixGRPO (2507.21802), training settings.
     """

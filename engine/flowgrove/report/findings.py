@@ -75,8 +75,14 @@ def ratio_drifts(recipe: Recipe, lines: list[Line]) -> Finding | None:
         "ratio", "warning", "ratio_mean", "The policy ratio drifts",
         f"Its mean is 1 {'−' if ratio < 1 else '+'} {abs(ratio - 1):.2g}, outside the clip range of 1 − {low:g} to "
         f"1 + {high:g}: most edges have left the region in which the rollout says something about the new policy.",
-        "Lower update.lr or update.updates_per_iteration.",
+        f"Lower update.lr, or {_fewer_updates(recipe)}.",
     )  # fmt: skip
+
+
+def _fewer_updates(recipe: Recipe) -> str:
+    """The key that makes an iteration's updates fewer."""
+    drawn = recipe.update.edges_per_update is not None
+    return "raise update.edges_per_update" if drawn else "lower update.updates_per_iteration"
 
 
 def mostly_clipped(recipe: Recipe, lines: list[Line]) -> Finding | None:
@@ -88,7 +94,7 @@ def mostly_clipped(recipe: Recipe, lines: list[Line]) -> Finding | None:
         "clipped", "warning", "clipped_low", "Many trained edges are clipped",
         f"{low:.0%} of the ratios lie below the clip range and {high:.0%} above it: passes are computed whose edges "
         "train nothing.",
-        "Raise update.clip_range, or lower update.lr or update.updates_per_iteration.",
+        f"Raise update.clip_range, lower update.lr, or {_fewer_updates(recipe)}.",
     )  # fmt: skip
 
 

@@ -80,8 +80,8 @@ METRICS = (
         "holds for the eight keys below.",
         "1 within update.clip_range, a little below rather than above. Exactly 1 with one update per iteration, since "
         "the first update of an iteration has ratio 1 by construction.",
-        "Further away: lower update.lr, or update.updates_per_iteration. null together with train_passes above 0: no "
-        "ratio was finite, see skipped_updates.",
+        "Further away: lower update.lr, or have fewer updates an iteration. null together with train_passes above 0: "
+        "no ratio was finite, see skipped_updates.",
     ),
     Metric(
         "ratio_min",
@@ -103,8 +103,8 @@ METRICS = (
         "with a negative advantage have no gradient from it.",
         "0 to 0.3, somewhat larger than clipped_high: ratios drift below 1, as their squared term is never positive. "
         "The first update is never clipped, so that of n updates at most about (n - 1)/n can be.",
-        "Above a third: much of the rollout is not used; raise update.clip_range, or lower update.lr or "
-        "update.updates_per_iteration.",
+        "Above a third: much of the rollout is not used; raise update.clip_range, lower update.lr, or "
+        "have fewer updates an iteration.",
     ),
     Metric(
         "clipped_high",

@@ -208,7 +208,7 @@ class Updater:
                 kl_weight=update.kl_weight, v_uncond=v_uncond, guidance_scale=scale,
             )  # fmt: skip
         with span("backward", TRANSFORMER, len(batch), part.tokens_of(batch)):
-            if v_uncond is None or update.detach_unconditional:
+            if v_uncond is None or not v_uncond.requires_grad:
                 v.backward(grad_v)
             else:
                 torch.autograd.backward([v, v_uncond], [grad_v, grad_uncond])
