@@ -15,7 +15,7 @@ Imports run one way, from a line of this table to the lines below it or along on
     run
     tuning update evaluation cost
     setup
-    rollout credit
+    rollout credit split_evidence
     plan rewards
     models tiny
     passes rates

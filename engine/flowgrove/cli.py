@@ -238,11 +238,14 @@ def plan(
     from flowgrove.recipe.loading import load_recipe
     from flowgrove.report.cost_view import draw_time, time_json
     from flowgrove.report.plan_view import draw_memory, draw_plan, draw_ranks, memory_json, plan_json
+    from flowgrove.report.split_view import chosen_splits, draw_splits, split_json
+    from flowgrove.run.metrics import read_metrics
     from flowgrove.setup import Setup
 
     settings = load_recipe(recipe, tuple(set_ or ()))
     setup, division = Setup(settings), Division.of(settings.engine, ranks)
-    table, made = setup.table, setup.plan(iteration)
+    lines = read_metrics(recipe.parent) if setup.split_search is not None else []
+    table, made = setup.table, setup.plan(iteration, chosen_splits(settings, lines))
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
     predicted = seconds = None
     if memory:
@@ -255,10 +258,11 @@ def plan(
         seconds = predict_time(setup, division, device, utilisation)
     if as_json:
         content = plan_json(made, settings, division) | (memory_json(predicted) if predicted else {})
-        content |= time_json(seconds) if seconds else {}
+        content |= (time_json(seconds) if seconds else {}) | split_json(settings, lines)
         sys.stdout.write(json.dumps(content) + "\n")
     else:
         draw_plan(made, settings, Console(highlight=False), table.source)
+        draw_splits(settings, lines, iteration, Console(highlight=False, soft_wrap=True))
         if division.ranks > 1:
             draw_ranks(made, settings, division, Console(highlight=False))
     if predicted is not None:

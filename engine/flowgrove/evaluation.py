@@ -10,7 +10,7 @@ from flowgrove.device import to_host
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
-from flowgrove.plan.planner import round_half_up
+from flowgrove.plan.sigmas import round_half_up
 from flowgrove.ranks import Ranks
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.pixels import shrink

@@ -1,5 +1,6 @@
 """One iteration: plan → rollout → reward → credit → update, and the line that tells of it."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
 from flowgrove.setup import Setup
 from flowgrove.spans import Clock, span
+from flowgrove.split_evidence import SplitEvidence
 from flowgrove.tuning.graph_room import GraphRoom
 from flowgrove.update.gradient_noise import gradient_noise
 from flowgrove.update.passes import Rolled, Whole
@@ -87,12 +89,19 @@ class Stages:
         # that passes are recorded in
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.scores_on_a_thread = True  # where that gains something; a profiler sees only the iteration's own
+        self._setup = setup
+        self.evidence = self._no_evidence()
         self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
         largest = max((sized for sized, _ in self.sizes), key=lambda sized: sized.adapter.geometry.tokens)
         self.room = self._room(setup, largest) if room is None else room
 
     def _room(self, setup: Setup, largest: Policy) -> GraphRoom:
         return GraphRoom.of(setup, largest, self.runner, Division.of(setup.recipe.engine, self.ranks.size))
+
+    def _no_evidence(self) -> SplitEvidence | None:
+        """None where the recipe gives the splits, or has no tree."""
+        search = self._setup.split_search
+        return None if search is None else SplitEvidence(search, self.recipe.credit, self.rewards.weights)
 
     def run(self, texts: list[str], iteration: int, look: Look | None = None) -> dict[str, Any]:
         """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all.
@@ -107,8 +116,13 @@ class Stages:
     def _run(self, texts: list[str], iteration: int, look: Look | None) -> dict[str, Any]:
         clock, ranks = Clock(self.device), self.ranks
         counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
+        if iteration == 0:
+            self.evidence = self._no_evidence()
+        chosen = None if self.evidence is None else self.evidence.chosen
         with clock("plan"):
-            plans = [sized.plan(iteration) for (_, sized), count in zip(self.sizes, counts, strict=True) if count]
+            plans = [
+                sized.plan(iteration, chosen) for (_, sized), count in zip(self.sizes, counts, strict=True) if count
+            ]
             plan, buckets = plans[0], ranks.together(lambda: self._buckets(texts, plans))
         faults = Faults()
         with self.policy.weights.gathered():
@@ -137,6 +151,7 @@ class Stages:
             "dropped_prompts": int((~scored).sum()),
             **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),
+            **self._split_evidence(plan, scores),
             **measured,
             "rollout_forwards": forwards * len(texts),
             "train_passes": stats.train_passes,
@@ -144,6 +159,21 @@ class Stages:
             "samples_per_second": len(scores) / sum(seconds.values()),
             "peak_memory_bytes": ranks.most(peak_memory(self.device)),
         }
+
+    def _split_evidence(self, plan: RolloutPlan, scores: Tensor) -> dict[str, Any]:
+        """Takes what a probing iteration shows of its splits, and tells of it. It comes after the updates: a run that
+        is stopped before them saves what it knew when it began the iteration.
+        """
+        evidence = self.evidence
+        if evidence is None:
+            return {}
+        told = {"tree_splits": [step.index for step in plan.steps if step.fanout > 1]}
+        if plan.iteration >= evidence.search.probe:
+            return told
+        evidence.add(plan, scores.numpy().reshape(-1, plan.leaves, scores.shape[-1]))
+        if evidence.chosen is not None:  # CPUs of several kinds might round to different choices
+            evidence.chosen = tuple(json.loads(self.ranks.chosen(json.dumps(evidence.chosen)) or "[]"))
+        return told | evidence.told()
 
     def _gradient_noise(
         self, plan: RolloutPlan, rolled: list[Rolled], credit: dict[int, EdgeCredit], scored: Tensor, clock: Clock

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan, make_plan
 from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas
+from flowgrove.plan.split_search import Splits, SplitSearch
 from flowgrove.recipe.deciding import deciding
 from flowgrove.recipe.schema import Recipe, Rollout, Window
 
@@ -85,12 +86,24 @@ class Setup:
 
     @cached_property
     def first_plan(self) -> RolloutPlan:
-        """The plan of iteration 0, whose counts stand for the run."""
-        return make_plan(self.recipe, 0, self.table)
+        """The plan of iteration 0, whose counts stand for the run; where splits will be chosen, one whose tree takes
+        their budget.
+        """
+        return make_plan(self.recipe, 0, self.table, None if self.split_search is None else self.split_search.dear)
 
-    def plan(self, iteration: int) -> RolloutPlan:
-        """The plan of an iteration (0-based)."""
-        return make_plan(self.recipe, iteration, self.table) if iteration else self.first_plan
+    @cached_property
+    def split_search(self) -> SplitSearch | None:
+        """Which splits the tree may have, where rollout.tree.splits is auto."""
+        return SplitSearch.of(self.recipe)
+
+    def plan(self, iteration: int, chosen: Splits | None = None) -> RolloutPlan:
+        """The plan of an iteration (0-based). `chosen`: the splits that the run has chosen; while they are not known, a
+        tree that takes their budget stands in.
+        """
+        if iteration == 0 and self.split_search is None:
+            return self.first_plan
+        splits = None if self.split_search is None else self.split_search.splits(iteration, chosen)
+        return make_plan(self.recipe, iteration, self.table, splits)
 
     @cached_property
     def eval_plan(self) -> RolloutPlan:

@@ -25,6 +25,7 @@ from flowgrove.recipe.schema import Recipe
 from flowgrove.report.forest_capture import capture_forest
 from flowgrove.report.forests import forest_files, remove_forest, save_forest
 from flowgrove.report.grids import grid_files, load_grid, save_grid
+from flowgrove.report.split_view import choice_sentence
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
@@ -130,11 +131,17 @@ class Trainer:
         self.changes = False  # whether the checkpoints in the folder are of another recipe than this one
         if checkpoint is not None:
             self.completed, self.last_line = load_checkpoint(checkpoint, self.policy, self.updater, ranks)
+            ranks.together(lambda: self._restore_splits(checkpoint))
             place = checkpoint.resolve()
             if place.parent.parent == self.out.resolve():
                 self.saved = self.out / "checkpoints" / place.name
                 self.changes = not setup.is_of(read_state(checkpoint)["recipe"])
         ranks.by_first(self._tidy)
+
+    def _restore_splits(self, checkpoint: Path) -> None:
+        """What the run knew of its splits. Raises UserError where the checkpoint does not tell."""
+        if self.stages.evidence is not None:
+            self.stages.evidence.restore(read_state(checkpoint).get("splits"), self.completed)
 
     def _tidy(self) -> None:
         """Leaves the recipe in the folder, and nothing that was half written."""
@@ -265,6 +272,8 @@ class Trainer:
             if done == run.iterations or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 self._save()
             self._finish(line, log)
+            if "chosen_splits" in line:
+                self.say(f"rollout.tree.splits: {choice_sentence(self.recipe, [line])}")
             report(line)
             if done < run.iterations:  # a run that is done ends as such
                 self._stop_together()
@@ -274,7 +283,9 @@ class Trainer:
         """Begins the checkpoint of all iterations that are completed."""
         if self.saved is None:
             state = (self.policy, self.updater, self.completed, self.setup.fingerprint)
-            self.saved = self.writer.begin(*state, self.last_line or {})
+            evidence = self.stages.evidence
+            splits = None if evidence is None else evidence.state()
+            self.saved = self.writer.begin(*state, self.last_line or {}, splits)
             if self.changes:  # the recipe in the folder is always that of its newest checkpoint
                 self.writer.wait()
                 self.ranks.by_first(self._write_recipe)

@@ -33,7 +33,9 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, counting)
 
-    count(derived, "make_plan", lambda recipe, iteration, table: (iteration, recipe.rollout.window.strategy))
+    count(
+        derived, "make_plan", lambda recipe, iteration, table, splits=None: (iteration, recipe.rollout.window.strategy)
+    )
     count(prompts, "read_prompts", lambda path, key, column: key)
     count(derived, "recipe_sigmas", lambda recipe: ("table", recipe.rollout.window.strategy))
     count(memory.MemoryModel, "__init__", lambda model, *_: "memory model")

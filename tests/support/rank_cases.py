@@ -34,6 +34,9 @@ CASES = {
         "model": FP64, "update": KL, "data": {"prompts_per_iteration": 1}, "run": {"eval": {"tuned_share": 0.5}},
     },
     "two sizes": {"model": SIZES, "update": UPDATE},
+    "splits that the run chooses": {
+        "model": LORA, "rollout": {**TREE, "tree": {"splits": "auto", "probe": 2}}, "update": UPDATE,
+    },
 }  # fmt: skip
 MODES = {
     "ddp": {"distributed": "ddp"},

@@ -30,15 +30,18 @@ def passes_before(lines: Lines) -> list[int]:
 
 def planned_iterations(setup: Setup, passes: float) -> int:
     """The iterations after which a run will have spent so many weighted passes, by the counts of its plans: the window
-    moves, and so does the cost. It may take a few more: edges whose advantage turns out to be 0 cost nothing, and what
-    is drawn anew every iteration (update.step_fraction, update.edges_per_update) changes the count a little. Raises
-    UserError for more than a run can have.
+    moves, and so does the cost. It may take a few more: edges whose advantage turns out to be 0 cost nothing, splits
+    that the run chooses (rollout.tree.splits: auto) are counted as a tree that takes their budget, and what is drawn
+    anew every iteration (update.step_fraction, update.edges_per_update) changes the count a little. Raises UserError
+    for more than a run can have.
     """
     recipe, known = setup.recipe, dict[object, int]()
     spent = 0
     for iteration in range(_MOST):
         window = window_steps(recipe.rollout.window, recipe.rollout.steps, iteration, recipe.run.seed)
-        place = window, frozenset(pruned_depths(recipe.credit.prune, iteration))
+        place: tuple[object, ...] = (window, frozenset(pruned_depths(recipe.credit.prune, iteration)))
+        if setup.split_search is not None:
+            place += (setup.split_search.splits(iteration, None),)
         if place not in known:
             counts = setup.plan(iteration).counts
             shared = counts.rollout_forwards, counts.train_passes

@@ -1,5 +1,5 @@
 """The plan of one iteration: what every step of the schedule does, and what it costs. A pure function of recipe and
-iteration: no tensors, no model.
+iteration, and of the splits that were chosen where the recipe leaves them open: no tensors, no model.
 
 A rollout is a forest. Level t holds the distinct states before step t; node i of a level with fanout K has the children
 K·i … K·i + K−1, so the leaves below a node are contiguous. All algorithms differ only in σ, solver (`solvers.py`),
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from flowgrove.errors import UserError
-from flowgrove.plan.sigmas import SigmaTable, shifted_sigmas
+from flowgrove.plan.sigmas import SigmaTable, round_half_up, shifted_sigmas, tail_steps
 from flowgrove.plan.solvers import PLAIN, SOLVERS, history
+from flowgrove.plan.split_search import Splits, SplitSearch
 from flowgrove.recipe.schema import Cache, Prune, Recipe, Rollout, Tree
 from flowgrove.recipe.windows import pruned_depths, window_steps
 
@@ -223,9 +224,12 @@ class RolloutPlan:
         return max((step for step in self.steps if step.fanout > 1), key=lambda step: step.index, default=self.steps[0])
 
 
-def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -> RolloutPlan:
-    """The plan of `iteration` (0-based). `table`: the pipeline's σ table, needed where rollout.shift is null.
-    Raises UserError.
+def make_plan(
+    recipe: Recipe, iteration: int, table: SigmaTable | None = None, splits: Splits | None = None
+) -> RolloutPlan:
+    """The plan of `iteration` (0-based). `table`: the pipeline's σ table, needed where rollout.shift is null; `splits`:
+    where rollout.tree.splits is auto, those of this iteration; without them, those of its probing or, later, of a tree
+    that takes the budget. Raises UserError.
     """
     rollout, prune = recipe.rollout, recipe.credit.prune
     if table is None:
@@ -236,8 +240,9 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
             )
         table = shifted_sigmas(rollout.steps, rollout.shift)
     window = window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed)
-    stochastic = set(window) | set(rollout.tree.splits if rollout.tree else ())
-    fanouts = _fanouts(rollout, stochastic)
+    given = _splits(recipe, iteration, splits)
+    stochastic = set(window) | set(given)
+    fanouts = _fanouts(rollout, given, stochastic)
     roots = _roots(rollout, fanouts, stochastic)
     pruned = pruned_depths(prune, iteration)
     levels = _levels(rollout, table, stochastic)
@@ -287,11 +292,6 @@ def make_plan(recipe: Recipe, iteration: int, table: SigmaTable | None = None) -
     )
 
 
-def round_half_up(value: float) -> int:
-    """The nearest whole number, halves upwards; a product that misses a half by a float's rounding counts as one."""
-    return math.floor(round(value, 9) + 0.5)
-
-
 @lru_cache(maxsize=4)
 def _drawn(trained: tuple[int, ...], share: int, leaves: int, seed: str) -> list[frozenset[int]]:
     """`share` of the trained steps for every leaf; every step of a plan asks for them again."""
@@ -299,14 +299,24 @@ def _drawn(trained: tuple[int, ...], share: int, leaves: int, seed: str) -> list
     return [frozenset(draw.sample(trained, share)) for _ in range(leaves)]
 
 
-def _fanouts(rollout: Rollout, stochastic: set[int]) -> dict[int, int]:
+def _splits(recipe: Recipe, iteration: int, chosen: Splits | None) -> Splits:
+    tree = recipe.rollout.tree
+    if tree is None:
+        return ()
+    if isinstance(tree.splits, list):
+        return tuple(tree.splits)
+    search = SplitSearch.of(recipe)
+    return search.splits(iteration, None) if search is not None and chosen is None else chosen or ()
+
+
+def _fanouts(rollout: Rollout, splits: Splits, stochastic: set[int]) -> dict[int, int]:
     if rollout.tree is not None:
-        if rollout.tree.splits[-1] > rollout.steps - 2:
+        if splits[-1] > rollout.steps - 2:
             raise UserError(
-                f"rollout.tree.splits has {rollout.tree.splits[-1]}: "
+                f"rollout.tree.splits has {splits[-1]}: "
                 f"write steps from 0 to {rollout.steps - 2} (the last step is never stochastic)"
             )
-        return dict.fromkeys(rollout.tree.splits, rollout.tree.fanout)
+        return dict.fromkeys(splits, rollout.tree.fanout)
     if rollout.shared_initial_noise and stochastic:
         return {min(stochastic): rollout.group_size}
     return {}
@@ -342,7 +352,7 @@ def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[t
     head = total if rollout.tail is None else max(stochastic, default=-1) + 1
     positions = [float(i) for i in range(head + 1)]
     if rollout.tail is not None:
-        count = max(1, round_half_up((total - head) * rollout.tail.compress))
+        count = tail_steps(total - head, rollout.tail.compress)
         positions += [head + j * (total - head) / count for j in range(1, count)] + [float(total)]
     sigmas = [table(position) for position in positions]
     solvers = [

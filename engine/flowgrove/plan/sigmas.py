@@ -4,6 +4,7 @@ t_i = 1 − i/T;   σ = shift·t/((1 − t) + shift·t)      exactly 1 and 0 at 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -113,6 +114,16 @@ def _scheduled(
         raise ValueError(f"it takes no {foreign[0]}, which the pipeline gives its scheduler")
     scheduler.set_timesteps(steps, **keywords)
     return [float(s) for s in np.asarray(scheduler.sigmas, dtype=np.float64)], source
+
+
+def tail_steps(remaining: int, compress: float) -> int:
+    """How many steps the compressed tail takes in place of the remaining ones."""
+    return max(1, round_half_up(remaining * compress))
+
+
+def round_half_up(value: float) -> int:
+    """The nearest whole number, halves upwards; a product that misses a half by a float's rounding counts as one."""
+    return math.floor(round(value, 9) + 0.5)
 
 
 def recipe_sigmas(recipe: Recipe) -> SigmaTable:

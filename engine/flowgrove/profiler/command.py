@@ -108,7 +108,7 @@ def profile_recipe(name: str, setup: Setup, out: Path, iterations: int, warm_up:
     rates = ceilings(session.device, recipe.model.dtype)
     cost = Cost.of(count_flops(recipe), recipe.data.prompts_per_iteration)
     measured = Measured(
-        spent, whole / iterations, iterations, flops_of(spent, cost, setup.plan), bytes_of,
+        spent, whole / iterations, iterations, flops_of(spent, cost, session.plan), bytes_of,
         trace.launches(), trace.waits(),
     )  # fmt: skip
     rows = phase_table(measured, rates.matrix, rates.copied)

@@ -13,6 +13,7 @@ from flowgrove.iteration import NothingScoredError, Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
+from flowgrove.plan.planner import RolloutPlan
 from flowgrove.profiler.clock import Spent, Stopwatch
 from flowgrove.profiler.traffic import traffic_of
 from flowgrove.ranks import Ranks
@@ -51,6 +52,11 @@ class Session:
                 self.stages.run(self._texts[number], number)
         except NothingScoredError as nothing:
             raise nothing.reason from None
+
+    def plan(self, iteration: int) -> RolloutPlan:
+        """That of an iteration as it last ran."""
+        evidence = self.stages.evidence
+        return self.setup.plan(iteration, None if evidence is None else evidence.chosen)
 
     def counted(self, iterations: int) -> dict[str, int]:
         """Bytes that the fused ops move by path of the range (see `traffic_of`)."""

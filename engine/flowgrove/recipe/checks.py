@@ -26,6 +26,7 @@ def check_meaning(recipe: Recipe) -> None:
             "run.gradient_noise_every compares the gradients of prompts, and data.prompts_per_iteration is 1: write 2 "
             "or more, or null"
         )
+    _check_open_splits(recipe)
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
@@ -59,13 +60,30 @@ def _check_sharding(recipe: Recipe) -> None:
             raise UserError(f"{key} does not go with engine.distributed: fsdp2: write {instead}, or ddp")
 
 
+def _check_open_splits(recipe: Recipe) -> None:
+    """What a split explains is known only where nothing but splits is random, and nothing names steps beforehand."""
+    tree, window, prune = recipe.rollout.tree, recipe.rollout.window, recipe.credit.prune
+    if tree is None or tree.splits != "auto":
+        return
+    if window.strategy != "none":
+        raise UserError(
+            "rollout.tree.splits: auto measures the noise of splits, and that of the window would be taken for theirs: "
+            "write rollout.window.strategy: none, or the splits"
+        )
+    if prune is not None and prune.kind == "depth":
+        raise UserError(
+            "rollout.tree.splits: auto does not go with credit.prune.kind: depth, which would keep chosen splits from "
+            "training: write credit.prune: null, or the splits"
+        )
+
+
 def _check_depths(recipe: Recipe, prune: Prune) -> None:
     steps, tree = recipe.rollout.steps, recipe.rollout.tree
     if max(prune.first, prune.stop) >= steps:
         key = "first" if prune.first >= steps else "stop"
         found = f"credit.prune.{key} is {getattr(prune, key)}"
         raise UserError(f"{found}: the steps are 0 to {steps - 1} (rollout.steps); write {steps - 1} or less")
-    splits = set(tree.splits if tree else ())
+    splits = set(tree.splits if tree and tree.splits != "auto" else ())
     for iteration in range(min(recipe.run.iterations, _LOOKED_AT)):
         stochastic = splits.union(window_steps(recipe.rollout.window, steps, iteration, recipe.run.seed))
         if not stochastic or not stochastic <= set(pruned_depths(prune, iteration)):

@@ -67,7 +67,7 @@ def _explain(error: ValidationError) -> str:
 
 def _place(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the user wrote, without the union members and validators that pydantic adds."""
-    added = ("function-", "tuple[", "literal[", "constrained-")
+    added = ("function-", "tuple[", "literal[", "list[", "constrained-")
     return [
         str(part)
         for part in location

@@ -254,11 +254,13 @@ class Window(Section):
 
 
 class Tree(Section):
-    splits: list[int] = [0, 3, 6, 9]
+    splits: Literal["auto"] | list[int] = [0, 3, 6, 9]
     """The steps at which every trajectory splits into `fanout`, in rising order; they are stochastic and train.
     Early splits give different compositions, late ones finer credit. No split may be the last step. Below each root a
-    tree has fanout^n leaves, with n splits.
-    Source: BranchGRPO (2509.06040), branching steps.
+    tree has fanout^n leaves, with n splits. auto: the run chooses them. In its first `probe` iterations all steps take
+    turns as splits; then it keeps the n steps whose noise explains most of the differences in reward, among those that
+    `forwards` allows. It needs rollout.window.strategy: none.
+    Source: BranchGRPO (2509.06040), branching steps; auto: ours.
     """
 
     fanout: Annotated[int, Field(ge=2, le=MOST_LEAVES)] = 2
@@ -266,6 +268,21 @@ class Tree(Section):
     rollout.group_size must be K^n with n splits, or without shared noise a multiple of it. 3 with 4 splits makes 81
     leaves.
     Source: BranchGRPO (2509.06040), branch factor K.
+    """
+
+    forwards: Count | None = None
+    """The most rollout forwards of a prompt that a tree with splits: auto may cost, while probing and after it.
+    null: what a tree costs that begins with step 0 and splits at equal distances, n splits over all steps but the last.
+    More lets more of the splits be early, which costs forwards, but never leaves or training passes; `flowgrove plan`
+    shows what a tree costs.
+    Source: ours.
+    """
+
+    probe: Annotated[int, Field(ge=1, le=1000)] = 10
+    """The iterations, from the first on, in which steps take turns as splits, with splits: auto.
+    They train like all others. Every step is a split equally often, as far as `forwards` allows: take as many that
+    probe · n is some times the number of steps. More tell the steps apart more surely.
+    Source: ours.
     """
 
     sibling_correlation: Annotated[float, Field(ge=0, le=1)] = 0.0588
@@ -284,8 +301,12 @@ class Tree(Section):
 
     @model_validator(mode="after")
     def _splits_rise(self) -> "Tree":
+        if self.splits == "auto":
+            return self
         if not self.splits or self.splits != sorted(set(self.splits)) or self.splits[0] < 0:
-            raise ValueError("splits must be steps in rising order, like [0, 3, 6, 9]")
+            raise ValueError("splits must be steps in rising order, like [0, 3, 6, 9], or auto")
+        if self.forwards is not None:
+            raise ValueError("forwards is the budget of splits: auto, and the splits are given: remove one of them")
         return self
 
 

@@ -12,6 +12,7 @@ from flowgrove.report.forests import forest_content
 from flowgrove.report.lines import Line, evaluated_lines, total_reward, whole_lines
 from flowgrove.report.pictures import Address, data_uri, pictures_of
 from flowgrove.report.series import curves, mean, seconds_before, unshared_passes
+from flowgrove.report.split_view import splits_fact
 from flowgrove.run.metric_keys import METRICS
 
 
@@ -108,12 +109,13 @@ def _facts(recipe: Recipe, lines: list[Line], prompts_changed: bool) -> list[lis
     facts.append(["Iterations", f"{len(lines):,} of {recipe.run.iterations:,}", f"{seconds / len(lines):.2f} s each"])
     facts.append(["Time in stages", _duration(seconds), "without evaluations and checkpoints"])
     forwards, passes = ([line[key] for line in lines] for key in ("rollout_forwards", "train_passes"))
-    unshared = unshared_passes(recipe, [line["iteration"] for line in lines])
+    unshared = unshared_passes(recipe, lines)
     saved = [sum(loop[place] for loop in unshared) / max(1, sum(own)) for place, own in enumerate((forwards, passes))]
     facts.append([
         "Fewer rows than unshared", f"{saved[0]:.1f}× and {saved[1]:.1f}×",
         f"{mean(forwards):,.0f} rollout forwards and {mean(passes):,.0f} train passes an iteration",
     ])  # fmt: skip
+    facts += splits_fact(recipe, lines)
     facts.append(["Peak memory", f"{max(line['peak_memory_bytes'] for line in lines) / 2**30:.2f} GiB", ""])
     return facts
 

@@ -16,6 +16,7 @@ from flowgrove.report.gradient import (
     pooled_steps,
 )
 from flowgrove.report.lines import Line
+from flowgrove.report.split_view import splits_of
 
 FEWEST = 5  # measurements before anything is judged
 
@@ -92,7 +93,8 @@ def two_nodes(recipe: Recipe, lines: list[Line]) -> Finding | None:
     """
     if recipe.rollout.tree is None or recipe.credit.std != "group" or recipe.credit.std_shrinkage:
         return None
-    plan = make_plan(recipe, lines[-1]["iteration"], shifted_sigmas(recipe.rollout.steps, 1.0))
+    table = shifted_sigmas(recipe.rollout.steps, 1.0)
+    plan = make_plan(recipe, lines[-1]["iteration"], table, splits_of(recipe, lines[-1]))
     steps = pooled_steps(recipe, measured(lines)[-LATEST:])
     known = {step: one for step, one in steps.items() if one.measurements >= FEWEST}
     if not known:

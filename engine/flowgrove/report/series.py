@@ -11,6 +11,7 @@ from flowgrove.recipe.schema import Recipe
 from flowgrove.recipe.windows import pruned_depths, window_steps
 from flowgrove.report.gradient import gradient_content
 from flowgrove.report.lines import Line, evaluated_lines, total_reward
+from flowgrove.report.split_view import splits_of
 
 MOST_POINTS = 600  # a screen shows no more
 Column = list[float | None]
@@ -58,7 +59,7 @@ def curves(recipe: Recipe, lines: list[Line]) -> dict[str, Any]:
     series["reward"] = column(lambda line: total_reward(recipe, line))
     stages = list(dict.fromkeys(stage for line in lines for stage in line["seconds"]))
     steps = sorted({int(step) for line in lines for step in line.get("advantage_by_step", {})})
-    unshared = unshared_passes(recipe, [line["iteration"] for line in lines])
+    unshared = unshared_passes(recipe, lines)
     return {
         "every": buckets.each,
         "x": {
@@ -86,18 +87,19 @@ def seconds_before(lines: list[Line]) -> list[float]:
     return list(accumulate((sum(line["seconds"].values()) for line in lines), initial=0.0))
 
 
-def unshared_passes(recipe: Recipe, iterations: Iterable[int]) -> list[tuple[int, int]]:
-    """(rollout forwards, train passes) of each iteration in the loop that shares nothing, for all its prompts. They
-    hang on where the window stands and on what is pruned, not on σ.
+def unshared_passes(recipe: Recipe, lines: Iterable[Line]) -> list[tuple[int, int]]:
+    """(rollout forwards, train passes) of each line's iteration in the loop that shares nothing, for all its prompts.
+    They hang on where the window stands, on what is pruned and on splits that were chosen, not on σ.
     """
     rollout, prompts = recipe.rollout, recipe.data.prompts_per_iteration
     table, known = shifted_sigmas(rollout.steps, 1.0), {}
     found = []
-    for iteration in iterations:
+    for line in lines:
+        iteration, splits = line["iteration"], splits_of(recipe, line)
         window = window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed)
-        place = window, frozenset(pruned_depths(recipe.credit.prune, iteration))
+        place = window, frozenset(pruned_depths(recipe.credit.prune, iteration)), splits
         if place not in known:
-            counts = make_plan(recipe, iteration, table).counts
+            counts = make_plan(recipe, iteration, table, splits).counts
             known[place] = counts.unshared_rollout_forwards * prompts, counts.unshared_train_passes * prompts
         found.append(known[place])
     return found

@@ -71,8 +71,8 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: format, completed_iterations, recipe, line, and token_budget unless it is older
-    than that.
+    """What a checkpoint says of itself: format, completed_iterations, recipe, line, token_budget unless it is older
+    than that, and splits of a run that chooses them.
 
     Raises DamagedError, or UserError for a folder that is no checkpoint or may not be read.
     """

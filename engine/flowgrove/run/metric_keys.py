@@ -165,6 +165,30 @@ METRICS = (
         "trained.",
     ),
     Metric(
+        "tree_splits",
+        "With rollout.tree.splits: auto, as the two keys below: the steps at which the trees of this iteration split.",
+        "Others in each of the first rollout.tree.probe iterations, then always chosen_splits.",
+        "Every step must be random only where it is a split: with the splits written in the recipe the key is missing.",
+    ),
+    Metric(
+        "split_evidence",
+        "In probing iterations, what every step has explained so far when it was a split, as {step: share}: the "
+        "variance between siblings that the split's own noise causes, over that of a leaf that all splits of a tree "
+        "cause together, both in the mean of the probed trees. Steps that were no split yet are missing.",
+        "Positive for steps that matter, the larger the more; around 0, also below it, for those that do not. Those of "
+        "a tree need not sum to 1, as trees differ.",
+        "All steps alike within their scatter: more rollout.tree.probe or data.prompts_per_iteration tell them apart. "
+        "Empty: rewards do not differ within groups; raise rollout.noise_level.",
+    ),
+    Metric(
+        "chosen_splits",
+        "In the last probing iteration: the steps at which the trees split from here on, which explain most in sum "
+        "within rollout.tree.forwards.",
+        "It stands once in a run, and in its checkpoints from there on.",
+        "The latest splits that there are, at a large share of the budget: raise rollout.tree.forwards if early steps "
+        "have the larger split_evidence.",
+    ),
+    Metric(
         "gradient_snr",
         "In iterations that run.gradient_noise_every names, as are the keys below: signal to noise of the gradient at "
         "the iteration's policy, for every trained step, and for all of them together under all, as {step: value}: the "

@@ -74,15 +74,32 @@ class CheckpointWriter:
         self._thread: Thread | None = None  # of a rank that writes
         self._error: Exception | None = None
 
-    def begin(self, policy: Policy, updater: Updater, completed: int, fingerprint: str, line: dict[str, Any]) -> Path:
-        """Begins to write the present state; returns the folder, which is there once `wait` has returned.
+    def begin(
+        self,
+        policy: Policy,
+        updater: Updater,
+        completed: int,
+        fingerprint: str,
+        line: dict[str, Any],
+        splits: dict[str, Any] | None = None,
+    ) -> Path:
+        """Begins to write the present state; returns the folder, which is there once `wait` has returned. `splits`:
+        that of the splits which the run chooses, if it does.
 
         Raises UserError, also for what went wrong with the one before.
         """
         with span("checkpoint"):
-            return self._begin(policy, updater, completed, fingerprint, line)
+            return self._begin(policy, updater, completed, fingerprint, line, splits)
 
-    def _begin(self, policy: Policy, updater: Updater, completed: int, fingerprint: str, line: dict[str, Any]) -> Path:
+    def _begin(
+        self,
+        policy: Policy,
+        updater: Updater,
+        completed: int,
+        fingerprint: str,
+        line: dict[str, Any],
+        splits: dict[str, Any] | None,
+    ) -> Path:
         self.wait()
         ranks, pieces = self._ranks, dict(policy.weights.pieces)
         folder = self._run / "checkpoints" / f"step_{completed:06d}"
@@ -92,6 +109,7 @@ class CheckpointWriter:
             "recipe": fingerprint,
             "line": json.loads(json.dumps(line)),  # the last one gets an evaluation while this is written
             "token_budget": updater.runner.budget.tokens,
+            **({} if splits is None else {"splits": splits}),
         }
         parts = ranks.tell(_named(policy, pieces))
         writers = [rank for rank, part in enumerate(parts) if parts.index(part) == rank]
