@@ -3,10 +3,12 @@
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from flowgrove.compare.curves import Curve, Point, summarise
 from flowgrove.compare.processes import Failure, _Display
 from flowgrove.compare.runs import comparison_of, cores
 from flowgrove.compare.tables import write_tables
+from flowgrove.errors import UserError
 from flowgrove.run.finding import valid_checkpoints
 from subprocesses import PYTHON, ROOT, environment
 
@@ -138,6 +141,10 @@ REFUSED = {
     "--set run.eval_every=0": "no run.eval_every",
     "--set data.eval_prompts=null": "no data.eval_prompts",
     "--set update.lrr=1": "did you mean",
+    "--set run.seed=5": "--set run.seed=5 would change nothing, as --seeds says it: give --seeds alone",
+    "--lr 1e-4 --set update.lr=2e-4": "as --lr says it",
+    "--cost 10 --set run.iterations=9": "as --cost says it",
+    "--iterations 2 --set run.iterations=9": "as --iterations says it",
 }
 
 
@@ -156,6 +163,54 @@ def test_recipes_of_one_name_or_with_other_judges_are_refused(recipes, tmp_path)
     (tmp_path / "other.yaml").write_text(f"extends: {window}\nrun:\n  eval: {{samples: 3}}\n", encoding="utf-8")
     line = refuse("compare", window, tmp_path / "other.yaml", "--out", tmp_path / "out")
     assert "window and other have another run.eval" in line
+
+
+OTHER_EVALUATIONS = {
+    "rollout: {steps: 5}": "run.eval.steps",
+    "rollout: {shift: 3.0}": "rollout.shift",
+    "model: {guidance_scale: 2.0}": "run.eval.guidance_scale",
+    "model: {height: 16, width: 16}": "model.height",
+    "data: {eval_prompts: more.txt}": "data.eval_prompts",
+}
+
+
+@pytest.mark.parametrize("change", OTHER_EVALUATIONS)
+def test_what_a_null_in_run_eval_stands_for_is_compared(change, recipes, tmp_path):
+    window, _ = recipes
+    write_lines(tmp_path / "more.txt", ["a red square at the centre"])
+    other = tmp_path / "other.yaml"
+    other.write_text(f"extends: {window}\n{change}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"window and other have another {OTHER_EVALUATIONS[change]}: "):
+        comparison_of([window, other], tmp_path / "out")
+
+
+def test_one_evaluation_written_in_two_ways_is_one(recipes, tmp_path):
+    window, _ = recipes
+    other = tmp_path / "other.yaml"
+    changes = "rollout: {steps: 5}\nrun:\n  eval: {steps: 4, guidance_scale: 1.0}\nmodel: {guidance_scale: 2.0}\n"
+    other.write_text(f"extends: {window}\n{changes}", encoding="utf-8")
+    assert len(comparison_of([window, other], tmp_path / "out").runs) == 6
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_held_out_prompts_count_by_their_text_wherever_they_lie(kept, compared, recipes, tmp_path):
+    """A comparison from before evaluation.json was written knows the prompts by their path alone."""
+    out = shutil.copytree(compared[0], tmp_path / "out")
+    moved = [Path(shutil.copy(path, tmp_path)) for path in recipes]
+    for name in ("train.txt", "eval.txt"):
+        shutil.copy(recipes[0].parent / name, tmp_path)
+    if not kept:
+        (out / "evaluation.json").unlink()
+    assert comparison_of(moved, out, seeds="1", cost="100").runs
+    write_lines(tmp_path / "eval.txt", ["a red square at the centre"])
+    with pytest.raises(UserError, match=r"judged otherwise: data\.eval_prompts holds other prompts than when it began"):
+        comparison_of(moved, out, seeds="1", cost="100")
+
+
+def test_learning_rates_that_differ_little_have_folders_of_their_own(recipes, tmp_path):
+    runs = comparison_of([recipes[0]], tmp_path / "out", seeds="1", lrs="1e-4,1.0000001e-4").runs
+    assert [run.folder.name for run in runs] == ["window-lr0.0001-seed1", "window-lr0.00010000001-seed1"]
+    assert len({run.title for run in runs}) == 2
 
 
 def test_a_run_that_fails_is_named_and_the_others_count(recipes, tmp_path):

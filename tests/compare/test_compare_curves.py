@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import statistics
 
 import numpy as np
@@ -13,15 +14,17 @@ from PIL import Image
 from rich.console import Console
 
 from engine_cases import tiny_recipe
-from flowgrove.compare.curves import Curve, Point, points_of, summarise
+from flowgrove.compare.curves import Curve, Point, curve_of, points_of, summarise
 from flowgrove.compare.picture import draw_curves, over_seeds, spaced
-from flowgrove.compare.tables import draw_comparison, write_tables
-from flowgrove.recipe.loading import load_recipe
+from flowgrove.compare.runs import Run
+from flowgrove.compare.tables import draw_comparison, notes, write_tables
+from flowgrove.recipe.loading import dump_recipe, load_recipe
+from flowgrove.setup import Setup
 
 
-def curve(recipe, lr, seed, *points, done=True):
+def curve(recipe, lr, seed, *points, done=True, unscored=False):
     """Points: (passes, reward); an iteration costs 100 passes and 2 seconds."""
-    return Curve(recipe, lr, seed, [Point(p // 100, p, p / 50, r, r - 0.1) for p, r in points], done)
+    return Curve(recipe, lr, seed, [Point(p // 100, p, p / 50, r, r - 0.1) for p, r in points], done, unscored)
 
 
 SMALL, LARGE = 1e-4, 3e-4
@@ -98,6 +101,24 @@ def test_points_tell_what_the_lines_add_up_to(tmp_path):
         pytest.approx(Point(5, 60 + 30, 7.5, 0.6, 0.3)),
     ]
     assert points_of(recipe, lines[:3])[-1].iteration == 2, "a run that is not done has no last evaluation"
+
+
+def test_a_run_whose_last_evaluation_has_no_reward_has_not_stayed_behind(tmp_path):
+    recipe = load_recipe(tiny_recipe(tmp_path, run={"iterations": 2}))
+    told = {"rollout_forwards": 10, "train_passes": 1, "seconds": {"rollout": 1.0}, "peak_memory_bytes": 1,
+            "reward": {"shapes": {"mean": 0.1, "std": 0.1}},
+            **dict.fromkeys(("ratio_mean", "ratio_min", "ratio_max", "clipped_low", "clipped_high"))}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    for last, unscored in ((None, True), (0.5, False)):
+        lines = [{**told, "iteration": 0, "eval_reward": 0.3}, {**told, "iteration": 1, "eval_reward": last}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+        found = curve_of(Run("a", SMALL, 1, Setup(recipe), tmp_path))
+        assert (found.unscored, found.done) == (unscored, not unscored)
+    one, other = curve("a", SMALL, 1, (0, 0.5), (800, 0.8)), curve("a", LARGE, 1, (0, 0.5), done=False, unscored=True)
+    note = next(note for note in notes(summarise([one, other], "weighted_passes", [800])) if "0.0003" in note)
+    assert "their last evaluation could not be scored" in note
+    assert "have not come so far" not in note
 
 
 def test_bands_reach_from_the_worst_to_the_best_seed():

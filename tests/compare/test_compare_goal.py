@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine_cases import tiny_recipe
-from flowgrove.compare.goal import Goal, passes_before, planned_iterations
+from flowgrove.compare.goal import Goal, passes_before, planned_iterations, seconds_before
 from flowgrove.errors import UserError
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.setup import Setup
@@ -35,6 +35,13 @@ def setup(tmp_path):
 def test_a_train_pass_counts_as_three_forwards():
     assert passes_before([]) == [0]
     assert passes_before(lines((10, 4), (7, 1))) == [0, 22, 32]
+
+
+def test_seconds_that_measure_the_gradient_are_not_charged():
+    told = lines((1, 1), (1, 1))
+    told[0]["seconds"]["gradient_noise"] = 100.0
+    assert seconds_before(told) == [0, 3, 6]
+    assert Goal("seconds", 12.0).spent(told) == 6
 
 
 @pytest.mark.parametrize("name", ["shapes_mix", "shapes_branch", "shapes_flow_fast"])

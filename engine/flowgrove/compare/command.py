@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from flowgrove.compare.curves import Curve, Reached, curve_of, summarise
+from flowgrove.compare.judging import keep_judged
 from flowgrove.compare.picture import draw_curves
 from flowgrove.compare.processes import Failure, train_all
 from flowgrove.compare.runs import Comparison, cores
@@ -43,6 +44,7 @@ def compare(comparison: Comparison, jobs: int | None, say: Say, console: Console
     try:
         with Stopping() as stopping:
             stopping.hold()
+            keep_judged(comparison.out, comparison.runs[0].setup)
             at_once = jobs or (cores() if on_cpu else 1)
             failures = train_all(
                 comparison, at_once, threads, stopping, console, say, lambda: _write_tables(comparison, machine)

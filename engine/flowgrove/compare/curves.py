@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flowgrove.compare.goal import Axis, Lines, passes_before
+from flowgrove.compare.goal import Axis, Lines, passes_before, seconds_before
 from flowgrove.compare.runs import Run
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.lines import evaluations, total_reward
-from flowgrove.report.series import seconds_before
 
 
 class Point(NamedTuple):
@@ -33,7 +32,7 @@ class Point(NamedTuple):
 @dataclass(frozen=True)
 class Curve:
     """The evaluations of a recipe at a learning rate with a seed, in their order. `done`: whether the last comes after
-    all of the run's iterations.
+    all of the run's iterations. `unscored`: whether that one is missing, as none of its prompts could be scored.
     """
 
     recipe: str
@@ -41,6 +40,7 @@ class Curve:
     seed: int
     points: list[Point]
     done: bool = True
+    unscored: bool = False
 
     def at(self, cost: float, axis: Axis = "weighted_passes", key: str = "held_out_reward") -> float | None:
         """A value at a cost, None beyond the last evaluation."""
@@ -53,7 +53,8 @@ class Curve:
 @dataclass(frozen=True)
 class Reached:
     """What a recipe has reached at a cost, at the best of the learning rates that all seeds have taken so far: the one
-    of the highest mean over seeds. `untried`: those that some seed has not.
+    of the highest mean over seeds. `untried`: those that some seed has not; `unscored`: those of them that have trained
+    so far with every seed, and whose last evaluation has no reward.
     """
 
     recipe: str
@@ -68,6 +69,7 @@ class Reached:
     seconds: float
     tried: tuple[float, ...]
     untried: tuple[float, ...]
+    unscored: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -108,7 +110,8 @@ def curve_of(run: Run) -> Curve:
     recipe = load_recipe(run.folder / "recipe.yaml")
     points = points_of(recipe, lines)
     done = bool(points) and points[-1].iteration == recipe.run.iterations
-    return Curve(run.name, run.lr, run.seed, points, done)
+    unscored = lines[-1]["iteration"] + 1 == recipe.run.iterations and lines[-1].get("eval_reward") is None
+    return Curve(run.name, run.lr, run.seed, points, done, unscored)
 
 
 def summarise(curves: list[Curve], axis: Axis, costs: Sequence[float]) -> list[Reached]:
@@ -144,10 +147,14 @@ def _reached(curves: list[Curve], axis: Axis, cost: float) -> Reached | None:
     def mean(key: str) -> float:
         return statistics.fmean(curve.at(cost, axis, key) or 0.0 for curve in chosen)
 
+    def trained(rate: float) -> bool:
+        return all(curve.unscored or curve.at(cost, axis) is not None for curve in curves if curve.lr == rate)
+
     return Reached(
         recipe=curves[0].recipe, axis=axis, cost=cost, lr=best,
         rewards=tuple(there[best]), seeds=tuple(rewards[best]),
         before=statistics.fmean(curve.points[0].held_out_reward for curve in chosen), iterations=mean("iteration"),
         weighted_passes=mean("weighted_passes"), seconds=mean("seconds"), tried=tuple(there),
         untried=tuple(rate for rate in rates if rate not in there),
+        unscored=tuple(rate for rate in rates if rate not in there and trained(rate)),
     )  # fmt: skip

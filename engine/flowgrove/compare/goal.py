@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from flowgrove.errors import UserError
 from flowgrove.recipe.windows import pruned_depths, window_steps
-from flowgrove.report.series import seconds_before
 from flowgrove.setup import Setup
 
 TRAIN_WEIGHT = 3
 _FEWEST = 2  # iterations: the line of a single one has room for one evaluation, and no curve has one point
 _MOST = 1_000_000  # iterations of a run
+_MEASURING = "gradient_noise"  # a stage
 Axis = Literal["weighted_passes", "seconds"]
 AXES: tuple[Axis, ...] = ("weighted_passes", "seconds")
 Unit = Literal["iterations"] | Axis
@@ -26,6 +26,12 @@ def passes_before(lines: Lines) -> list[int]:
     """The weighted passes of all lines before each one, and of all of them: one number more than there are lines."""
     costs = (line["rollout_forwards"] + TRAIN_WEIGHT * line["train_passes"] for line in lines)
     return list(accumulate(costs, initial=0))
+
+
+def seconds_before(lines: Lines) -> list[float]:
+    """The seconds of stages in the same way, without those that measure the gradient's noise and train nothing."""
+    taken = (sum(time for stage, time in line["seconds"].items() if stage != _MEASURING) for line in lines)
+    return list(accumulate(taken, initial=0.0))
 
 
 def planned_iterations(setup: Setup, passes: float) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flowgrove.compare.curves import Curve, Reached
 from flowgrove.compare.goal import AXES, Axis
+from flowgrove.compare.runs import rate_text
 from flowgrove.compare.tables import in_words
 from flowgrove.report.figures import literal, pyplot, save_figure
 
@@ -85,7 +86,7 @@ def _panel(axes: Axes, axis: Axis, drawn: Sequence[tuple[Reached, list[Curve], d
         axes.fill_between(costs, lowest, highest, color=style["color"], alpha=0.13, lw=0)
         axes.plot(costs, mean, lw=1.8, **style)
         spent = f"{costs[-1]:,.0f} s" if axis == "seconds" else f"{costs[-1]:,.0f} passes"
-        told = f"{one.mean:.3f}, lr {one.lr:g}" if axis == one.axis else spent
+        told = f"{one.mean:.3f}, lr {rate_text(one.lr)}" if axis == one.axis else spent
         ends.append((costs[-1], mean[-1], f"{one.recipe}  {told}", style["color"]))
     axes.set_ylabel("held-out reward")
     axes.set_xlim(left=0)

@@ -43,7 +43,8 @@ class _Worker:
         run.log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(place for place in sys.path if place)
         few = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        with run.log.open("wb") as log:
+        with run.log.open("ab") as log:  # one that still ends, of a comparison that was killed, may write there too
+            self._begins = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "flowgrove.compare.worker"],
                 stdin=subprocess.PIPE,
@@ -66,11 +67,13 @@ class _Worker:
 
     def failure(self) -> Failure | None:
         """What went wrong with the run of a process that has ended."""
-        self._pipe.close()
+        with suppress(BrokenPipeError):  # it has ended before it read what was asked
+            self._pipe.close()
         if self.process.returncode == 0:
             return None
         with suppress(OSError):
-            for line in reversed(self.run.log.read_text(encoding="utf-8", errors="replace").splitlines()):
+            text = self.run.log.read_bytes()[self._begins :].decode(errors="replace")
+            for line in reversed(text.splitlines()):
                 if line.startswith("error: "):
                     return Failure(self.run, line.removeprefix("error: "))
         return Failure(self.run, f"its process ended with exit code {self.process.returncode}: see {self.run.log}")
@@ -119,6 +122,8 @@ def train_all(
         except BaseException:
             for worker in workers:
                 worker.end(signal.SIGTERM)
+            for worker in workers:  # what follows may begin them anew
+                worker.process.wait()
             raise
     return failures
 

@@ -4,12 +4,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flowgrove.compare.goal import Axis, Goal, Lines
+from flowgrove.compare.judging import check_judged, judged
 from flowgrove.errors import UserError
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.recipe.schema import Recipe
 from flowgrove.report.lines import whole_lines
 from flowgrove.run.finding import valid_checkpoints
 from flowgrove.run.manifest import DamagedError, read_state
@@ -29,7 +28,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, learning rate {self.lr:g}, seed {self.seed}"
+        return f"{self.name}, learning rate {rate_text(self.lr)}, seed {self.seed}"
 
     @property
     def log(self) -> Path:
@@ -88,6 +87,7 @@ def comparison_of(
         goal = Goal("seconds", costs[-1])
     else:
         costs, goal = (), Goal("iterations", iterations)
+    _check_settings(overrides, lrs is not None, given)
     rates = [None] if lrs is None else _positive(lrs, "--lr")
     runs = []
     for seed in _seeds(seeds):
@@ -98,7 +98,21 @@ def comparison_of(
     _check_alike(runs)
     for run in runs:
         _check_unchanged(run)
+    check_judged(out, runs[0].setup)
     return Comparison(out, runs, goal, costs)
+
+
+def _check_settings(overrides: tuple[str, ...], rates: bool, given: list[str]) -> None:
+    """Raises UserError for a setting of what an option decides."""
+    taken = {"run.seed": "--seeds"}
+    if rates:
+        taken["update.lr"] = "--lr"
+    if given:
+        taken["run.iterations"] = given[0]
+    for setting in overrides:
+        key = setting.partition("=")[0].strip()
+        if key in taken:
+            raise UserError(f"--set {setting} would change nothing, as {taken[key]} says it: give {taken[key]} alone")
 
 
 def _run(path: Path, out: Path, overrides: tuple[str, ...], seed: int, rate: float | None, goal: Goal) -> Run:
@@ -115,7 +129,7 @@ def _run(path: Path, out: Path, overrides: tuple[str, ...], seed: int, rate: flo
         key = "data.eval_prompts" if recipe.data.eval_prompts is None else "run.eval_every"
         raise UserError(f"{path} has no {key}: recipes are compared by their held-out reward")
     lr = recipe.update.lr
-    return Run(path.stem, lr, seed, Setup(recipe), out / "runs" / f"{path.stem}-lr{lr:g}-seed{seed}")
+    return Run(path.stem, lr, seed, Setup(recipe), out / "runs" / f"{path.stem}-lr{rate_text(lr)}-seed{seed}")
 
 
 def _check_names(recipes: list[Path]) -> None:
@@ -126,24 +140,17 @@ def _check_names(recipes: list[Path]) -> None:
 
 
 def _check_alike(runs: list[Run]) -> None:
-    """Raises UserError where recipes are not judged by the same rewards of the same pictures."""
-    first = runs[0]
-    for other in runs[1:]:
-        for key, told in _judged(first.setup).items():
-            if told != _judged(other.setup)[key]:
+    """Raises UserError where recipes are not judged by the same rewards of the same pictures of the same model."""
+    each = {run.name: run for run in runs}
+    first, *others = each.values()
+    here = judged(first.setup)
+    for other in others:
+        for key, told in judged(other.setup).items():
+            if told != here[key]:
                 raise UserError(
                     f"{first.name} and {other.name} have another {key}: what they reach is comparable where the same "
-                    "rewards judge the same held-out prompts"
+                    "rewards judge the same held-out prompts, drawn in the same way by the same model"
                 )
-
-
-def _judged(setup: Setup) -> dict[str, Any]:
-    recipe = setup.recipe
-    return {
-        "data.eval_prompts": setup.eval_prompts,
-        "run.eval": recipe.run.eval,
-        "reward": recipe.reward,
-    }
 
 
 def _check_unchanged(run: Run) -> None:
@@ -155,20 +162,11 @@ def _check_unchanged(run: Run) -> None:
         same = run.setup.is_of(read_state(checkpoints[-1])["recipe"])
     except DamagedError:
         return  # an older one may do; whoever goes on will say what is wrong
-    found = [] if same else differences(run.setup.recipe, run.folder)
-    there, here = load_recipe(run.folder / "recipe.yaml"), run.setup.recipe
-    found += [(key, own, old) for key, own, old in _evaluations(here, there) if own != old]
-    if found or not same:
+    if not same:
+        found = differences(run.setup.recipe, run.folder)
         raise UserError(
             f"{run.folder} holds a run of another recipe: {phrase(found)}: give another --out, or remove that folder"
         )
-
-
-def _evaluations(here: Recipe, there: Recipe) -> list[tuple[str, Any, Any]]:
-    """What decides the held-out reward and not the weights: (key, value here, value there)."""
-    settings = [recipe.run.eval.model_dump(mode="json") for recipe in (here, there)]
-    found = [(f"run.eval.{key}", value, settings[1][key]) for key, value in settings[0].items()]
-    return [*found, ("data.eval_prompts", here.data.eval_prompts, there.data.eval_prompts)]
 
 
 def _seeds(text: str) -> list[int]:
@@ -191,6 +189,12 @@ def _positive(text: str, option: str) -> tuple[float, ...]:
         example = "1e-4,2e-4" if option == "--lr" else "200000,400000"
         raise UserError(f"{option} is {text!r}: write numbers above 0, each once, like {example}")
     return tuple(found)
+
+
+def rate_text(lr: float) -> str:
+    """A learning rate, short, and as exact as it needs to be for no other to read the same."""
+    short = f"{lr:g}"
+    return short if float(short) == lr else repr(lr)
 
 
 def cores() -> int:

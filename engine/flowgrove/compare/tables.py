@@ -10,6 +10,7 @@ from rich.table import Table
 from flowgrove.bench.table import Row, write_columns
 from flowgrove.compare.curves import Curve, Reached
 from flowgrove.compare.processes import Failure
+from flowgrove.compare.runs import rate_text
 
 CHOSEN = "highest mean over seeds at this cost"
 _POINTS = (
@@ -85,7 +86,7 @@ def draw_comparison(found: list[Reached], console: Console) -> None:
             table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=True)
         for one in rows:
             table.add_row(
-                escape(one.recipe), f"{one.lr:g}", f"{one.mean:.3f}",
+                escape(one.recipe), rate_text(one.lr), f"{one.mean:.3f}",
                 f"{min(one.rewards):.3f}…{max(one.rewards):.3f}",
                 f"{one.iterations:.0f}", f"{one.weighted_passes:,.0f}", f"{one.seconds:,.0f}",
             )  # fmt: skip
@@ -110,11 +111,15 @@ def notes(found: list[Reached]) -> list[str]:
         if any(len(one.tried) > 1 for one in found)
         else "Each recipe at the one learning rate that was tried."
     ]
-    if any(one.untried for one in found):
-        told.append(
-            "Some learning rates have not come so far on all seeds and do not count yet: "
-            + "; ".join(f"{one.recipe} {_rates(one.untried, ', ')}" for one in found if one.untried)
-        )
+    behind = {one.recipe: tuple(rate for rate in one.untried if rate not in one.unscored) for one in found}
+    lost = {one.recipe: one.unscored for one in found}
+    for some, why in (
+        (behind, "have not come so far on all seeds"),
+        (lost, "have trained so far, but their last evaluation could not be scored (see the .log of the runs),"),
+    ):
+        if any(some.values()):
+            listed = "; ".join(f"{recipe} {_rates(rates, ', ')}" for recipe, rates in some.items() if rates)
+            told.append(f"Some learning rates {why} and do not count yet: {listed}")
     last = [one for one in found if one.cost == found[-1].cost]
     for edge, other in (("largest", "larger"), ("smallest", "smaller")):
         if names := [one.recipe for one in last if one.at_the_edge == edge]:
@@ -123,4 +128,4 @@ def notes(found: list[Reached]) -> list[str]:
 
 
 def _rates(rates: tuple[float, ...], between: str) -> str:
-    return between.join(f"{rate:g}" for rate in rates)
+    return between.join(rate_text(rate) for rate in rates)
