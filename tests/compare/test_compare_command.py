@@ -335,6 +335,29 @@ def test_the_shipped_recipes_are_compared_on_both_tasks(task, script, tmp_path, 
     assert "held-out reward at 50 weighted passes" in capsys.readouterr().out
 
 
+def test_medians_over_seeds_are_written_of_a_comparison(script, tmp_path, monkeypatch):
+    """By hand: the middle of three seeds, before and after."""
+    ends = {1: (0.5, 0.9), 2: (0.6, 0.7), 3: (0.4, 0.8)}
+    curves = [
+        Curve(f"shapes_{name}", 1e-4, seed, [Point(0, 0, 0, before, 0), Point(40, 100, 60, after, 0)])
+        for name in script.NAMES
+        for seed, (before, after) in ends.items()
+    ]
+    write_tables(curves, summarise(curves, "weighted_passes", [50]), "a machine", tmp_path)
+    monkeypatch.setattr(script, "FIGURES", tmp_path)
+    monkeypatch.setattr("sys.argv", ["compare_recipes.py", "medians", str(tmp_path)])
+    script.main()
+    rows = (tmp_path / "compare_rewards.csv").read_text(encoding="utf-8").splitlines()
+    assert (
+        rows[0] == (script.ROOT / "profiling/figures/compare_rewards.csv").read_text(encoding="utf-8").splitlines()[0]
+    )
+    assert rows[1:] == [f"shapes_{name},40,0.500,0.800,0.900 0.700 0.800,a machine" for name in script.NAMES]
+    curves[0] = Curve("shapes_dance", 2e-4, 1, curves[0].points)
+    write_tables(curves, summarise(curves, "weighted_passes", [50]), "a machine", tmp_path)
+    with pytest.raises(SystemExit, match="2 learning rates and lengths of shapes_dance"):
+        script.main()
+
+
 def test_a_terminal_sees_how_far_the_runs_are(compared, recipes):
     out, _ = compared
     comparison = comparison_of(list(recipes), out, seeds="1,2", cost="100")
