@@ -367,24 +367,60 @@ def test_the_host_reads_nothing_while_passes_run():
     assert count_host_reads(lambda: group_gradients(*work)) == 0
 
 
-def test_full_memory_gives_up_graphs_then_halves_passes_and_measures_again(monkeypatch):
+def fail_passes(monkeypatch, updater, fails):
+    """Memory is full in the passes whose numbers, or sizes in rows, `fails` names."""
+    original, calls = updater._backward, iter(range(1000))
+
+    def failing(part, batch, *rest):
+        if fails(next(calls), len(batch)):
+            raise torch.OutOfMemoryError
+        return original(part, batch, *rest)
+
+    monkeypatch.setattr(updater, "_backward", failing)
+
+
+def test_full_memory_halves_passes_of_the_measurement_alone_and_keeps_graphs(monkeypatch, caplog):
     recipe, policy = small_recipe(rollout=WINDOW), policy_of()
     expected = measured(recipe, policy)[-1]()
     updater, _, parts, measure = measured(recipe, policy, retained=RetainedGraphs(100))
-    failures, original = [3, 9], updater._backward
-    calls = iter(range(1000))
-
-    def failing(*arguments):
-        if next(calls) in failures:
-            raise torch.OutOfMemoryError
-        return original(*arguments)
-
-    monkeypatch.setattr(updater, "_backward", failing)
-    before = updater.runner.budget.tokens
+    budget = updater.runner.budget
+    before, largest = budget.tokens, budget._largest
+    fail_passes(monkeypatch, updater, lambda call, rows: rows > 1)
     told = measure()
-    assert not any(part.forest.retained for part in parts)
-    assert updater.runner.budget.tokens < before
+    assert all(part.forest.retained for part in parts)
+    assert (budget.tokens, budget._largest) == (before, largest)
+    assert "in this measurement" in caplog.text
     assert told["gradient_signal"]["all"] == pytest.approx(expected["gradient_signal"]["all"], rel=1e-6)
+    assert budget.halve(), "what an update gives up after it"
+    assert budget.tokens == largest // 2
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "on another rank"])
+def test_a_measurement_that_does_not_fit_is_left_out_on_all_ranks(elsewhere, monkeypatch, caplog):
+    recipe, policy = small_recipe(rollout=WINDOW), policy_of()
+    updater, _, parts, measure = measured(recipe, policy, retained=RetainedGraphs(100))
+    if elsewhere:
+        monkeypatch.setattr(updater.ranks, "most", lambda number: 1)
+    else:
+        fail_passes(monkeypatch, updater, lambda call, rows: call % 4 == 3)
+    before = updater.runner.budget.tokens
+    assert measure() == {}
+    assert "no room to measure the gradient's noise in iteration 0, and the run goes on" in caplog.text
+    assert all(part.forest.retained for part in parts)
+    assert updater.runner.budget.tokens == before
+    assert all(p.grad is None for p in updater.parameters)
+
+
+def test_other_errors_of_a_measurement_are_raised(monkeypatch):
+    recipe, policy = small_recipe(rollout=WINDOW), policy_of()
+    updater, *_, measure = measured(recipe, policy)
+
+    def broken(*arguments):
+        raise RuntimeError("not of memory")
+
+    monkeypatch.setattr(updater, "_backward", broken)
+    with pytest.raises(RuntimeError, match="not of memory"):
+        measure()
 
 
 def test_fewer_than_two_scored_prompts_measure_nothing():

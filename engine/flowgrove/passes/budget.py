@@ -11,11 +11,12 @@ _log = logging.getLogger("flowgrove")
 
 class PassBudget:
     """`tokens` that a pass may hold, picture and text, padding included; `row`: those of one row of the longest prompt;
-    `pixels` that are decoded together. Rollout, training and evaluation share it.
+    `pixels` that are decoded together. Rollout, training and evaluation share it. `lasting`: for how long passes stay
+    small once they are halved, as the warning says it.
     """
 
-    def __init__(self, tokens: int, row: int, pixels: int) -> None:
-        self.tokens, self.row, self.pixels = tokens, row, pixels
+    def __init__(self, tokens: int, row: int, pixels: int, lasting: str = "from here on") -> None:
+        self.tokens, self.row, self.pixels, self._lasting = tokens, row, pixels, lasting
         self._largest = 0  # pass of several rows since it was last halved
 
     @property
@@ -28,6 +29,10 @@ class PassBudget:
         passes = pack(tokens, self.tokens)
         self._largest = max([self._largest, *(len(rows) * int(tokens[rows[0]]) for rows in passes if len(rows) > 1)])
         return passes
+
+    def apart(self, lasting: str) -> "PassBudget":
+        """One of this size whose passes and halvings are its own."""
+        return PassBudget(self.tokens, self.row, self.pixels, lasting)
 
     def resize(self, tokens: int) -> None:
         """From here on passes hold `tokens`."""
@@ -58,5 +63,6 @@ class PassBudget:
         if not self._largest:
             return False
         self.tokens, self._largest = self._largest // 2, 0
-        _log.warning("the GPU's memory is full: passes hold %d tokens from here on (engine.token_budget)", self.tokens)
+        told = "the GPU's memory is full: passes hold %d tokens %s (engine.token_budget)"
+        _log.warning(told, self.tokens, self._lasting)
         return True

@@ -12,8 +12,9 @@ again in the next iteration.
     the error is raised                 x        x       x         x     the run: its last checkpoint is what is left
 
 A rollout repeats one step, an update all of its passes without a gradient from before, decoding and scoring the samples
-that were asked for. A measurement of the gradient's noise is repeated as an update is. Evaluation and sampling are
-rollouts that retain nothing, with decoding after them. None of it changes what is computed but for the order of sums.
+that were asked for. A measurement of the gradient's noise halves passes of its own, keeps the rollout's graphs, and is
+left out where not one row fits. Evaluation and sampling are rollouts that retain nothing, with decoding after them.
+None of it changes what is computed but for the order of sums.
 Where ranks have divided the weights (engine.distributed: fsdp2) a training pass is a meeting of all, which one of them
 cannot repeat: a memory that is full ends the run, and the same command goes on from its newest checkpoint with smaller
 passes. Where sizes are measured (engine.token_budget: auto, `flowgrove tune`) a size that does not fit is the end of

@@ -902,8 +902,11 @@ class Run(Section):
     gradient_noise_every: Count | None = None
     """The iterations between two measurements of the gradient's signal and noise; null: none.
     Measured are gradient_snr and the numbers beside it in metrics.jsonl, of every trained step, which the report draws
-    and judges: they tell why a recipe learns slowly. A measurement runs the training passes of the iteration once
-    more; it changes nothing that trains, so that it may be switched on when a run goes on. 5 to 10 is often enough.
+    and judges: they tell why a recipe learns slowly. A measurement runs the rows of one
+    more update, in many small passes: it takes several times the seconds of an update where passes are small, and
+    `flowgrove plan --time` leaves it out. It changes nothing that trains, so that it may be switched on when a run goes
+    on, and is left out with a warning where memory has no room for it. Only with engine.distributed: fsdp2 a memory
+    that is full in it ends the run, as in an update. 5 to 10 is often enough.
     Source: the gradient noise scale (1812.06162), of steps and halves of the leaves: ours.
     """
 

@@ -1,12 +1,14 @@
 """Signal and noise of an iteration's gradient (`run.gradient_noise_every`): the gradients of every trained step, of
 groups of prompts and of halves of their leaves, each from passes of its own before the updates.
 
-Nothing of the run changes by it: weights, graphs of the rollout and the optimiser's state are left as they are.
+Nothing of the run changes by it: weights, graphs of the rollout, the size of the run's passes and the optimiser's state
+are left as they are. Where memory is full, it takes smaller passes, or is given up. Only where ranks have divided the
+weights a full memory ends the run in it, as in an update.
 """
 
+import logging
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,22 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrove.credit import EdgeCredit
-from flowgrove.device import to_host
-from flowgrove.passes.out_of_memory import (
-    DROP_GRAPHS,
-    FORGET_RECORDINGS,
-    HALVE_PASSES,
-    Remedy,
-    Shrink,
-    retry_smaller,
-)
+from flowgrove.device import is_out_of_memory, to_host
+from flowgrove.passes.budget import PassBudget
+from flowgrove.passes.out_of_memory import FORGET_RECORDINGS, HALVE_PASSES, Shrink, retry_smaller
 from flowgrove.passes.packing import Ints
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.spans import span
 from flowgrove.update.edges import rows_of_step
 from flowgrove.update.micro_batches import MicroBatch, micro_batches
 from flowgrove.update.noise_estimates import estimate, halves, product
-from flowgrove.update.passes import Rolled, drop_graphs, step_weights
+from flowgrove.update.passes import Rolled, step_weights
 from flowgrove.update.sketch import Sketch
 from flowgrove.update.updater import Updater
 
@@ -38,6 +34,7 @@ from flowgrove.update.updater import Updater
 MOST_GROUPS = 8
 _FEWEST_NODES = 4  # two a half: of a single one the advantage says only which half is better
 Take = Callable[[], Tensor]
+_log = logging.getLogger("flowgrove")
 
 
 class Groups(NamedTuple):
@@ -60,41 +57,74 @@ def gradient_noise(
     updater: Updater, plan: RolloutPlan, parts: list[Rolled], credit: dict[int, EdgeCredit], scored: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """What a metrics line tells of it. `parts`: this rank's; `credit`, `scored`: of all prompts of the iteration.
-    Empty where fewer than two prompts are scored, or nothing trains.
+    Empty where fewer than two prompts are scored, nothing trains, or memory has no room for it on some rank.
     """
     groups = Groups.among(scored)
     selected = sum(int(edges.trains.sum()) for edges in credit.values())
     if len(groups.prompts) < 2 or not selected:
         return {}
-    recipe, weights = updater.recipe, updater.weights
-    dtype = updater.policy.state_dtype
-    sketch = Sketch(f"gradient/{recipe.run.seed}/{plan.iteration}", updater.policy.device, dtype)
-
+    recipe, weights, ranks = updater.recipe, updater.weights, updater.ranks
     scale = int(scored.sum()) / selected  # the gradient is the mean over prompts
-    work = partial(
-        group_gradients, updater, plan, parts, groups, scale, sketch.buckets, lambda: sketch(weights.own_gradients())
-    )
+    budget = updater.runner.budget.apart("in this measurement of the gradient's noise")
+
+    def work() -> tuple[Tensor, int]:
+        sketch = Sketch(
+            f"gradient/{recipe.run.seed}/{plan.iteration}", updater.policy.device, updater.policy.state_dtype
+        )
+        return group_gradients(
+            updater, plan, parts, groups, scale, sketch.buckets, lambda: sketch(weights.own_gradients()), budget
+        )
+
     if weights.sharded:
         weights.meet()
-        mine, passes = work()
+        measured: tuple[Tensor, int] | None = work()
     else:
-        remedies: dict[Remedy, Callable[[], bool]] = {
-            DROP_GRAPHS: partial(drop_graphs, parts),
-            FORGET_RECORDINGS: updater.runner.forget,
-            HALVE_PASSES: updater.runner.budget.halve,
-        }
-        mine, passes = updater.ranks.together(lambda: retry_smaller(work, Shrink(remedies)))
-    found = updater.ranks.sum(to_host(mine)).double().numpy()
-    return summary(plan, found, groups.prompts) | {"gradient_passes": updater.ranks.total(passes)}
+        measured = ranks.together(lambda: _where_it_fits(updater, work, budget))
+        if ranks.most(measured is None):
+            if ranks.first:
+                _log.warning(
+                    "no room to measure the gradient's noise in iteration %d, and the run goes on: the GPU's memory is "
+                    "full even in passes of one row (run.gradient_noise_every)",
+                    plan.iteration,
+                )
+            return {}
+    if measured is None:
+        return {}
+    mine, passes = measured
+    found = ranks.sum(to_host(mine)).double().numpy()
+    return summary(plan, found, groups.prompts) | {"gradient_passes": ranks.total(passes)}
+
+
+def _where_it_fits(
+    updater: Updater, work: Callable[[], tuple[Tensor, int]], budget: PassBudget
+) -> tuple[Tensor, int] | None:
+    """What `work` returns, in passes of `budget` that are halved until they fit; None: not one row does. The rollout's
+    graphs stay.
+    """
+    try:
+        return retry_smaller(work, Shrink({FORGET_RECORDINGS: updater.runner.forget, HALVE_PASSES: budget.halve}))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    updater.weights.drop_gradients()
+    return None
 
 
 def group_gradients(
-    updater: Updater, plan: RolloutPlan, parts: list[Rolled], groups: Groups, scale: float, length: int, take: Take
+    updater: Updater,
+    plan: RolloutPlan,
+    parts: list[Rolled],
+    groups: Groups,
+    scale: float,
+    length: int,
+    take: Take,
+    budget: PassBudget | None = None,
 ) -> tuple[Tensor, int]:
     """[trained steps, groups, 2, length]: the sums over each group's prompts of what `take` makes of the gradient, by
     half of the leaves, and the rows whose backward ran. Edges count `scale` times their step's weight. Steps that have
-    no halves have their whole gradient in the first.
+    no halves have their whole gradient in the first. `budget`: how large passes are; None: as the run's.
     """
+    budget = budget or updater.runner.budget
     policy, boundary = updater.policy, half_of_leaves(plan)
     found = torch.zeros(
         len(plan.trained_steps), len(groups.prompts), 2, length, dtype=policy.state_dtype, device=policy.device
@@ -110,7 +140,9 @@ def group_gradients(
                     passes = [
                         (part, batch)
                         for part, weight in zip(parts, weights, strict=True)
-                        for batch in _passes(updater, part, step, groups.of == group, nodes, scale * weight[step.index])
+                        for batch in _passes(
+                            updater, part, step, groups.of == group, nodes, scale * weight[step.index], budget
+                        )
                     ]
                     if passes or updater.weights.sharded:
                         rows += updater.gradient(passes)
@@ -155,7 +187,13 @@ def has_halves(plan: RolloutPlan, step: Step) -> bool:
 
 
 def _passes(
-    updater: Updater, part: Rolled, step: Step, prompts: NDArray[np.bool_], nodes: NDArray[np.bool_], weight: float
+    updater: Updater,
+    part: Rolled,
+    step: Step,
+    prompts: NDArray[np.bool_],
+    nodes: NDArray[np.bool_],
+    weight: float,
+    budget: PassBudget,
 ) -> list[MicroBatch]:
     """The passes of the edges of a step into some `nodes` of some `prompts` of the iteration, each of this `weight`.
     Graphs of the rollout stay for the updates.
@@ -165,7 +203,7 @@ def _passes(
     if recipe.update.kl_weight == 0:
         mine &= credit.advantage != 0
     edges = rows_of_step(forest, step, mine, credit.advantage, weight, "states")
-    passes = updater.runner.budget.passes(part.prompts.tokens[edges.prompt]) if len(edges) else []
+    passes = budget.passes(part.prompts.tokens[edges.prompt]) if len(edges) else []
     return micro_batches(edges, forest.plan, part.coefficients, passes, [], 1.0, part.policy.state_dtype)
 
 
