@@ -30,7 +30,7 @@ from flowgrove.report.figures import literal, pyplot, save_figure
 from flowgrove.setup import Setup
 from flowgrove.trainer import checked_rewards
 from flowgrove.update.gradient_noise import Groups, group_gradients
-from flowgrove.update.noise_estimates import estimate, product
+from flowgrove.update.noise_estimates import estimate, product, student
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.sketch import Sketch
 from flowgrove.update.updater import Updater, UpdateStats
@@ -86,14 +86,15 @@ def measure(recipe: Recipe, name: str, repeats: int, first_seed: int = 1) -> lis
     rows = []
     for key, one in estimates.items():
         per = count / one.noise if one.noise > 0 else 0.0
+        interval = student(len(prompts) - 1) * one.snr_error * count / prompts.sum()
         part = product(gradients[key], gradients["all"], prompts)
         rows.append({
             "recipe": name, "step": key, "repeats": repeats, "prompts": count, "weighted_passes": round(cost),
-            "snr": f"{per * one.signal:.5f}", "interval": f"{2 * per * one.error:.5f}",
+            "snr": f"{per * one.signal:.5f}", "interval": f"{interval:.5f}",
             "signal_share": f"{part / estimates['all'].signal:.4f}",
             "noise_share": f"{one.noise / noise if noise else 0:.4f}",
             f"snr_per_{PER}": f"{PER / cost * per * one.signal:.5f}",
-            f"interval_per_{PER}": f"{PER / cost * 2 * per * one.error:.5f}",
+            f"interval_per_{PER}": f"{PER / cost * interval:.5f}",
         })  # fmt: skip
     return rows
 

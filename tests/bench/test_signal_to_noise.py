@@ -10,7 +10,7 @@ import signal_to_noise
 from engine_cases import tiny_recipe
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.update.gradient_noise import group_gradients
-from flowgrove.update.noise_estimates import estimate
+from flowgrove.update.noise_estimates import estimate, student
 
 WINDOW = {"steps": 4, "group_size": 4, "window": {"strategy": "random", "size": 2, "every": 1}}
 REPEATS = 3
@@ -49,7 +49,7 @@ def test_repeats_are_pooled_as_prompts_of_one_iteration(tmp_path, monkeypatch):
         ]
         one = estimate(np.concatenate(parts), np.ones(2 * REPEATS))
         assert float(rows[key]["snr"]) == pytest.approx(2 * one.signal / one.noise, abs=1e-4)
-        assert float(rows[key]["interval"]) == pytest.approx(4 * one.error / one.noise, abs=1e-4)
+        assert float(rows[key]["interval"]) == pytest.approx(student(5) * one.snr_error / 3, abs=1e-4)
     assert sum(float(rows[str(step)]["noise_share"]) for step in steps) == pytest.approx(1, abs=1e-3)
     recipe = load_recipe(path)
     assert float(rows["all"]["weighted_passes"]) > 2 * recipe.rollout.group_size

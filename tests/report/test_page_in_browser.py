@@ -142,6 +142,7 @@ def test_every_curve_is_drawn_under_a_heading(page, page_file):
 
 def test_signal_and_noise_of_the_gradient_are_drawn_where_they_are_measured(page, tmp_path):
     told = {
+        "gradient_snr_error": {"all": 0.1, "0": 0.2, "3": 0.2},
         "gradient_signal": {"all": 4.0, "0": 1.0, "3": 2.0}, "gradient_signal_error": {"all": 1.0, "0": 0.5, "3": 0.5},
         "gradient_noise": {"all": 8.0, "0": 2.0, "3": 6.0}, "gradient_part": {"0": 1.0, "3": 3.0},
         "gradient_leaf_share": {},

@@ -23,7 +23,7 @@ from flowgrove.update.gradient_noise import (
     half_of_leaves,
     summary,
 )
-from flowgrove.update.noise_estimates import estimate, halves, product
+from flowgrove.update.noise_estimates import estimate, halves, product, student
 from flowgrove.update.passes import Rolled
 from flowgrove.update.sketch import Sketch
 from flowgrove.update.updater import Updater
@@ -33,8 +33,8 @@ from torchrun import train
 from update_cases import TREE, policy_with_reference
 
 KEYS = (
-    "gradient_snr", "gradient_signal", "gradient_signal_error", "gradient_noise", "gradient_noise_scale",
-    "gradient_part", "gradient_cosine", "gradient_leaf_share", "gradient_passes",
+    "gradient_snr", "gradient_snr_error", "gradient_signal", "gradient_signal_error", "gradient_noise",
+    "gradient_noise_scale", "gradient_part", "gradient_cosine", "gradient_leaf_share", "gradient_passes",
 )  # fmt: skip
 WINDOW = {"steps": 5, "group_size": 6, "window": {"strategy": "frozen", "size": 2, "start": 1}}
 # leaf → half: contiguous, whole subtrees of the first split
@@ -211,7 +211,7 @@ def test_estimates_are_right_in_the_mean_where_signal_and_noise_are_known(prompt
         one, other = estimate(first + second, counts), halves(first, second, counts, share)
         found.append(one)
         top, bottom, luck = top + other.leaf_share * one.noise, bottom + one.noise, luck + other.cosine
-    signal, _, noise = np.array(found).T
+    signal, _, noise, _ = np.array(found).T
     assert np.mean(signal) == pytest.approx(4, abs=5 * np.std(signal) / draws**0.5)
     assert np.mean(noise) == pytest.approx(13, abs=5 * np.std(noise) / draws**0.5)
     assert top / bottom == pytest.approx(9 / 13, abs=0.02)
@@ -226,6 +226,41 @@ def test_the_error_is_that_of_the_signal_where_there_is_none():
     sums = [np.sqrt(counts)[:, None] * generator.standard_normal((4, 30)) for _ in range(3000)]
     found = np.array([estimate(each, counts) for each in sums])
     assert np.std(found[:, 0]) == pytest.approx(np.sqrt(np.mean(found[:, 1] ** 2)), rel=0.05)
+
+
+def along_the_signal(generator, groups, each, signal):
+    """Sums over `groups` of `each` prompts, whose noise of 2 lies half along the signal."""
+    prompts = generator.standard_normal((groups, each, 30)) / 30**0.5
+    prompts[..., 0] += signal + generator.standard_normal((groups, each))
+    return prompts.sum(1)
+
+
+@pytest.mark.parametrize(("groups", "each", "signal"), [(8, 1, 1.0), (8, 2, 1.0), (4, 1, 1.0), (8, 2, 0.3)])
+def test_intervals_hold_the_ratio_where_there_is_a_signal(groups, each, signal):
+    generator, counts, draws = np.random.default_rng(2), np.full(groups, float(each)), 1500
+    found = [estimate(along_the_signal(generator, groups, each, signal), counts) for _ in range(draws)]
+    prompts = groups * each
+    off = [prompts * one.signal / one.noise - prompts * signal**2 / 2 for one in found]
+    inside = [abs(value) <= student(groups - 1) * one.snr_error for value, one in zip(off, found, strict=True)]
+    assert 0.89 < np.mean(inside) < 0.985
+
+
+def test_the_jackknife_is_that_of_estimates_without_each_group():
+    generator, counts = np.random.default_rng(3), np.array([3.0, 2, 2, 1])
+    sums = generator.standard_normal((4, 9)) + 1
+    left = [estimate(np.delete(sums, out, 0), np.delete(counts, out)) for out in range(4)]
+    ratios = [counts.sum() * one.signal / one.noise for one in left]
+    assert estimate(sums, counts).snr_error == pytest.approx((3 * np.var(ratios)) ** 0.5)
+    assert np.isnan(estimate(sums[:2], counts[:2]).snr_error)
+
+
+def test_a_95_percent_interval_of_student():
+    """Against his distribution, drawn: a normal number over the spread of others."""
+    draws = np.random.default_rng(4)
+    for freedom in (1, 2, 5, 10, 11, 30):
+        spread = np.sqrt(np.square(draws.standard_normal((100_000, freedom))).mean(1))
+        inside = np.abs(draws.standard_normal(100_000)) < student(freedom) * spread
+        assert np.mean(inside) == pytest.approx(0.95, abs=0.003)
 
 
 def test_without_a_signal_there_is_no_ratio_and_the_numbers_stay():
@@ -487,7 +522,7 @@ def test_several_ranks_measure_what_one_does(ranks, engine, tmp_path):
     train(ranks, recipe, "--out", tmp_path / "several", output=tmp_path / "log", **engine)
     (one,), (several,) = (metrics_of(tmp_path / name) for name in ("one", "several"))
     share = 1e-6 if engine["distributed"] == "ddp" else 0.03
-    for key in KEYS[1:4] + KEYS[5:6]:
+    for key in KEYS[2:5] + KEYS[6:7]:
         assert list(several[key]) == list(one[key])
         for name, value in one[key].items():
             near = share * one["gradient_noise"].get(name, one["gradient_noise"]["all"])

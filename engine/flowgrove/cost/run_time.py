@@ -53,7 +53,8 @@ class Alike:
 class RunTime:
     """What a run takes on one of its ranks, that with the most prompts. `encoding`: seconds of all prompts' texts,
     which are encoded once; `evaluation`: one of `evaluations`, None where its prompts are not on this machine;
-    `rests_on`: what each number rests on; `matrix_rate`: FLOPs per second that utilisation is a share of.
+    `rests_on`: what each number rests on; `matrix_rate`: FLOPs per second that utilisation is a share of;
+    `measures_noise`: whether some iterations measure the gradient's noise.
     """
 
     device: str
@@ -67,6 +68,7 @@ class RunTime:
     flops: list[Flops]
     rests_on: dict[str, str]
     matrix_rate: float | None
+    measures_noise: bool = False
 
     @cached_property
     def iteration(self) -> Spent:
@@ -96,6 +98,7 @@ class RunTime:
         """What is left out of it."""
         missing = [stage for stage in STAGES if self.iteration.seconds[stage] is None]
         missing += ["evaluations"] * (self.evaluation is None) + ["encoding"] * (self.encoding is None)
+        missing += ["measuring the gradient's noise"] * self.measures_noise
         return missing + ["what ranks send each other"] * (self.ranks > 1) + ["loading, checkpoints"]
 
     def utilisation(self, stage: str) -> float | None:
@@ -180,6 +183,7 @@ class _Predictor:
             flops=self.flops,
             rests_on=self.speeds.rests_on,
             matrix_rate=self.speeds.matrix_rate(),
+            measures_noise=self.recipe.run.gradient_noise_every is not None,
         )
 
     def _iteration(self, plan: RolloutPlan) -> Spent:

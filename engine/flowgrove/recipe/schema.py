@@ -538,10 +538,10 @@ class Credit(Section):
     """Whose standard deviation divides the differences: the group's, that of all prompts, the leaves', or nobody's.
     group gives every prompt the same weight, also where its samples hardly differ, which turns the mean gradient;
     global and none let prompts whose samples differ more train more, and do not. At each depth of a tree the nodes of
-    that depth are the group, so that two nodes always get ±0.71, however little they differ. leaves divides every depth
-    by the spread of the leaves' rewards: a split counts by how much of it it explains. In a flat group that is the same
-    as group. none keeps the rewards' own scale, which adv_clip then has too, and lets them weigh by it;
-    credit.normalise has no effect with it.
+    that depth are the group, so that two nodes always get ±0.71 (±1.41 with baseline: siblings), however little they
+    differ. leaves divides every depth by the spread of the leaves' rewards: a split counts by how much of it it
+    explains. In a flat group that is the same as group. none keeps the rewards' own scale, which adv_clip then has too,
+    and lets them weigh by it; credit.normalise has no effect with it.
     Source: GRPO (2402.03300); global: Flow-GRPO's released code; leaves: ours; none: Dr. GRPO (2503.20783).
     """
 
@@ -902,11 +902,11 @@ class Run(Section):
     gradient_noise_every: Count | None = None
     """The iterations between two measurements of the gradient's signal and noise; null: none.
     Measured are gradient_snr and the numbers beside it in metrics.jsonl, of every trained step, which the report draws
-    and judges: they tell why a recipe learns slowly. A measurement runs the rows of one
-    more update, in many small passes: it takes several times the seconds of an update where passes are small, and
-    `flowgrove plan --time` leaves it out. It changes nothing that trains, so that it may be switched on when a run goes
-    on, and is left out with a warning where memory has no room for it. Only with engine.distributed: fsdp2 a memory
-    that is full in it ends the run, as in an update. 5 to 10 is often enough.
+    and judges: they tell why a recipe learns slowly. A measurement runs the rows of all
+    updates of the iteration once more, in many small passes: it takes several times their seconds where passes are
+    small, and `flowgrove plan --time` leaves it out. It changes nothing that trains, so that it may be switched on when
+    a run goes on, and is left out with a warning where memory has no room for it. Only with engine.distributed: fsdp2 a
+    memory that is full in it ends the run, as in an update. 5 to 10 is often enough.
     Source: the gradient noise scale (1812.06162), of steps and halves of the leaves: ours.
     """
 

@@ -2,21 +2,28 @@
 an iteration has few prompts, since the mean of what it estimates without bias is what becomes sure.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.lines import Line
+from flowgrove.update.noise_estimates import MOST_GROUPS, jackknife, student
 
 LATEST = 20  # measurements that speak for how the run is now
 _SURE = 2  # standard errors
+_SPREAD = 5  # measurements whose spread tells by itself how far their mean may be off
 _POINTS = 200  # of a curve
 _TOLD = ("gradient_signal", "gradient_signal_error", "gradient_noise", "gradient_part", "gradient_leaf_share")
 
 
 class Pooled(NamedTuple):
     """Means over so many `measurements`, in which an iteration had `prompts`: the squared norm of the expected
-    gradient, its standard error without any signal, and the noise of a prompt's gradient.
+    gradient, its standard error without any signal, and the noise of a prompt's gradient. `interval`: half of the 95 %
+    interval of `snr`, infinite where it is not known.
     """
 
     measurements: int
@@ -24,16 +31,12 @@ class Pooled(NamedTuple):
     signal: float
     error: float
     noise: float
+    interval: float
 
     @property
     def snr(self) -> float:
         """Signal to noise of an iteration's gradient, which may be negative where there is no signal."""
         return self.prompts * self.signal / self.noise
-
-    @property
-    def interval(self) -> float:
-        """Half of the 95 % interval of `snr`."""
-        return _SURE * self.prompts * self.error / self.noise
 
     @property
     def measurable(self) -> bool:
@@ -48,16 +51,34 @@ def measured(lines: Iterable[Line]) -> list[Line]:
 
 def pooled(recipe: Recipe, lines: list[Line], key: str = "all") -> Pooled | None:
     """Of all steps together, or of one; None: no line tells of it, or there is no noise."""
-    found = []
+    found, errors = [], []
     for line in lines:
         told = [line[name].get(key) for name in _TOLD[:3]]
         if all(isinstance(value, int | float) for value in told):
             found.append((recipe.data.prompts_per_iteration - (line.get("dropped_prompts") or 0), *told))
+            errors.append(line.get("gradient_snr_error", {}).get(key))
     count = len(found)
     if not count or sum(noise for *_, noise in found) <= 0:
         return None
     prompts, signal, _, noise = (sum(column) / count for column in zip(*found, strict=True))
-    return Pooled(count, prompts, signal, sum(error**2 for _, _, error, _ in found) ** 0.5 / count, noise)
+    error = sum(error**2 for _, _, error, _ in found) ** 0.5 / count
+    return Pooled(count, prompts, signal, error, noise, _interval(np.array(found, dtype=np.float64), errors))
+
+
+def _interval(found: NDArray[np.float64], errors: list[float | None]) -> float:
+    """Half of the 95 % interval of the signal to noise of measurements (prompts, signal, error, noise), each with the
+    `errors` of its own groups: the wider one of what these and the measurements' spread give.
+    """
+    count, known = len(found), [error for error in errors if error is not None]
+    groups = int(min(MOST_GROUPS, found[:, 0].min()))
+    inside, among = math.nan, math.nan
+    if len(known) == count and groups > 1:
+        inside = student(count * (groups - 1)) * sum(error**2 for error in known) ** 0.5 / count
+    if count >= _SPREAD or (count > 1 and math.isnan(inside)):
+        prompts, signal, _, noise = (found.sum(0) - found).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            among = student(count - 1) * jackknife(prompts / (count - 1) * signal / noise)
+    return max((each for each in (inside, among) if math.isfinite(each)), default=math.inf)
 
 
 def pooled_steps(recipe: Recipe, lines: list[Line]) -> dict[int, Pooled]:
@@ -91,15 +112,14 @@ def gradient_content(recipe: Recipe, lines: list[Line], before: list[float]) -> 
     each = max(1, -(-len(found) // _POINTS))
     for end in range(len(found), 0, -each):
         some = pooled(recipe, found[max(0, end - LATEST) : end])
-        if some is not None:
+        if some is not None and math.isfinite(some.interval):
             at = found[end - 1]["iteration"]
             over.append((at, seconds[at], some.snr, some.interval))
     over.reverse()
     return {
-        "count": len(latest),
         "steps": list(steps),
         "snr": [one.snr for one in steps.values()],
-        "interval": [one.interval for one in steps.values()],
+        "interval": [one.interval if math.isfinite(one.interval) else None for one in steps.values()],
         "noise": [shares[step] for step in steps],
         "signal": [_part(latest, step) for step in steps] if whole is not None and whole.measurable else [],
         "over": {

@@ -111,7 +111,7 @@ def two_nodes(recipe: Recipe, lines: list[Line]) -> Finding | None:
         return None
     return Finding(
         "pairs", "note", "gradient_signal", "Depths of two nodes learn little",
-        f"{_named(pairs)} two nodes a prompt: one gets an advantage of .71 and the other of −.71, however little they "
+        f"{_named(pairs)} two nodes a prompt: their advantages are opposite and of one size, however little they "
         f"differ ({'; '.join(_told(step, known[step]) for step in pairs)}; {_told(best, known[best])}).",
         "Take fewer splits with a rollout.tree.fanout of 4, or credit.std: leaves, by which a split counts by what it "
         "explains.",

@@ -158,8 +158,10 @@ METRICS = (
     Metric(
         "advantage_by_step",
         "The mean |advantage| of the edges that train, for every step of the schedule that has some, as {step: value}.",
-        "0.6 to 0.9 for one reward of weight 1 (0.8 for normal scores). With per_reward normalisation several rewards "
-        "of weights that sum to 1 give less, the less they agree.",
+        "0.6 to 0.9 for one reward of weight 1 (0.8 for normal scores) with credit.std: group or global and baseline: "
+        "depth; a flat group of K with siblings has K/(K - 1) times that. With std: leaves it is smaller at splits "
+        "that explain little, with none of the reward's own scale. With per_reward normalisation several rewards of "
+        "weights that sum to 1 give less, the less they agree.",
         "Much less: in many groups all samples score alike; raise rollout.noise_level or rollout.group_size, or take "
         "a reward with finer steps. A step that should be there is missing: it was pruned. Empty: nothing was "
         "trained.",
@@ -193,13 +195,22 @@ METRICS = (
         "In iterations that run.gradient_noise_every names, as are the keys below: signal to noise of the gradient at "
         "the iteration's policy, for every trained step, and for all of them together under all, as {step: value}: the "
         "squared norm of the expected gradient over the expected squared distance from it, with this number of "
-        "prompts. Estimated from inner products between prompts; null where their mean is not positive.",
+        "prompts. Estimated from inner products between prompts; null where their mean is not positive, missing where "
+        "memory had no room for the measurement.",
         "all: 0.02 to 10, in the mean of several measurements, as single values jump and are often null. An update "
         "makes about snr / (1 + snr) of the progress that one without noise would make, and n of them add up to n "
         "times the signal to noise.",
         "Times run.iterations below 1: noise decides where the run goes; see gradient_leaf_share, and raise "
         "rollout.group_size or data.prompts_per_iteration. Far above 10: fewer prompts or samples do as well. A step "
         "far below the others: spend its passes elsewhere (rollout.window, rollout.tree.splits, credit.prune).",
+    ),
+    Metric(
+        "gradient_snr_error",
+        "The standard error of gradient_snr, for all and for every step, by leaving out one of up to 8 groups of "
+        "prompts at a time (a jackknife); null with two prompts. A 95 % interval reaches 2.4 of them with 8 groups, "
+        "4.3 with 3.",
+        "Of the size of gradient_snr in a single measurement; it falls with the root of their number.",
+        "Larger than the differences between steps: take the mean over more measurements, as the report does.",
     ),
     Metric(
         "gradient_signal",
@@ -255,7 +266,8 @@ METRICS = (
     Metric(
         "gradient_passes",
         "The rows whose backward ran for this measurement; train_passes does not count them.",
-        "About as large as train_passes.",
+        "About as large as train_passes. They run in 16 passes a step with 8 groups, so that their seconds are several "
+        "times those of the updates where passes are small.",
         "It grows with train_passes alone; raise run.gradient_noise_every where seconds.gradient_noise is too much.",
     ),
     Metric(

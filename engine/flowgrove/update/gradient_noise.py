@@ -25,13 +25,11 @@ from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.spans import span
 from flowgrove.update.edges import rows_of_step
 from flowgrove.update.micro_batches import MicroBatch, micro_batches
-from flowgrove.update.noise_estimates import estimate, halves, product
+from flowgrove.update.noise_estimates import MOST_GROUPS, estimate, halves, product
 from flowgrove.update.passes import Rolled, step_weights
 from flowgrove.update.sketch import Sketch
 from flowgrove.update.updater import Updater
 
-# The error of the signal falls with the number of groups as √(M/(M−1)), so that more of them hardly tell more
-MOST_GROUPS = 8
 _FEWEST_NODES = 4  # two a half: of a single one the advantage says only which half is better
 Take = Callable[[], Tensor]
 _log = logging.getLogger("flowgrove")
@@ -165,6 +163,7 @@ def summary(plan: RolloutPlan, found: NDArray[np.float64], prompts: Ints) -> dic
     compared = {key: halves(one[:, 0], one[:, 1], counts, share) for key, one in parts.items()} if halved else {}
     return {
         "gradient_snr": {key: _ratio(counts.sum() * one.signal, one.noise) for key, one in estimates.items()},
+        "gradient_snr_error": {key: _number(one.snr_error) for key, one in estimates.items()},
         "gradient_signal": {key: _number(one.signal) for key, one in estimates.items()},
         "gradient_signal_error": {key: _number(one.error) for key, one in estimates.items()},
         "gradient_noise": {key: _number(one.noise) for key, one in estimates.items()},

@@ -9,6 +9,10 @@ and a noise of its own. Groups of n_m prompts have the sums S_m = Σ_{p in m} g_
 
 The noise scale tr Σ/‖g‖² is the number of prompts with which it is 1.
 
+Its standard error is that of a jackknife over groups (Efron and Stein 1981): snr_m without group m, and
+
+    error² = (M − 1)/M · Σ_m (snr_m − mean)²
+
 Two halves of a prompt's leaves, subtrees that share no random choice after the first split, have h_1 + h_2 = g_p. Their
 inner product is that of a prompt's own gradient with itself; what is left of ‖g_p‖² is the luck of its leaves.
 Source: the gradient noise scale, McCandlish et al. (1812.06162), appendix A.
@@ -20,14 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+# The null error of the signal falls with the number of groups as √(M/(M−1)), so that more of them hardly tell more
+MOST_GROUPS = 8
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # two-sided 95 % of 1 to 10 degrees of freedom
 
 
 class Estimate(NamedTuple):
-    """‖g‖² and its standard error if there is no signal, and tr Σ of a prompt."""
+    """‖g‖² and its standard error if there is no signal, tr Σ of a prompt, and the standard error of snr by the
+    jackknife, whatever the signal; nan: of two groups there is none.
+    """
 
     signal: float
     error: float
     noise: float
+    snr_error: float
 
 
 class Halves(NamedTuple):
@@ -46,7 +56,31 @@ def estimate(sums: Array, prompts: Array) -> Estimate:
     pairs = _pairs(prompts)
     signal = among.sum() / pairs
     noise = (own.sum() - signal * (prompts**2).sum()) / prompts.sum()
-    return Estimate(float(signal), float(np.sqrt(2 * (among**2).sum()) / pairs), float(noise))
+    error = np.sqrt(2 * (among**2).sum()) / pairs
+    return Estimate(float(signal), float(error), float(noise), _snr_error(products, prompts))
+
+
+def student(freedom: int) -> float:
+    """The standard errors that a 95 % interval reaches to either side, at so many degrees of freedom."""
+    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.6 / freedom
+
+
+def jackknife(left: Array) -> float:
+    """The standard error of an estimate from its values [n] without each of n parts."""
+    return float(np.sqrt((len(left) - 1) / len(left) * np.square(left - left.mean()).sum()))
+
+
+def _snr_error(products: Array, prompts: Array) -> float:
+    """From the inner products [groups, groups] of sums over so many prompts."""
+    if len(prompts) < 3:
+        return float("nan")
+    own = np.diag(products)
+    whole = products.sum() - 2 * products.sum(0) + own
+    count, squares = prompts.sum() - prompts, (prompts**2).sum() - prompts**2
+    signal = (whole - own.sum() + own) / (count**2 - squares)
+    noise = (own.sum() - own - signal * squares) / count
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return jackknife(prompts.sum() * signal / noise)
 
 
 def product(one: Array, other: Array, prompts: Array) -> float:
