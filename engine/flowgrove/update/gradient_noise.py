@@ -78,7 +78,7 @@ def gradient_noise(
         measured: tuple[Tensor, int] | None = work()
     else:
         measured = ranks.together(lambda: _where_it_fits(updater, work, budget))
-        if ranks.most(measured is None):
+        if ranks.most(int(measured is None)):
             if ranks.first:
                 _log.warning(
                     "no room to measure the gradient's noise in iteration %d, and the run goes on: the GPU's memory is "
