@@ -52,11 +52,11 @@ from flowgrove.update.updater import Updater
 
 step = Updater._step
 
-def poisoned(self, stats, trained, number):
+def poisoned(self, stats, trained, iteration, number, updates):
     last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    if last and divmod(number, 2) in {updates}:
+    if last and (iteration, number) in {poisoned_updates}:
         self.parameters[3].grad.view(-1)[0] = float("{value}")
-    step(self, stats, trained, number)
+    step(self, stats, trained, iteration, number, updates)
 
 Updater._step = poisoned
 """
@@ -66,7 +66,7 @@ COMMAND = "from flowgrove.cli import app\n\napp()\n"
 def poison(monkeypatch, updates, value="nan"):
     """Inside this process."""
     monkeypatch.setattr(Updater, "_step", Updater._step)  # put back afterwards
-    exec(POISON.format(updates=set(updates), value=value), {})
+    exec(POISON.format(poisoned_updates=set(updates), value=value), {})
 
 
 def ended(*arguments):
@@ -207,7 +207,7 @@ def test_several_ranks_skip_and_leave_out_what_one_does(distributed, tmp_path, p
     case = {**CASES["tree pruned by reward"], "credit": {"std": "global", "prune": {"kind": "extreme", "keep": 1}}}
     case["model"] = FP64 if distributed == "fsdp2" else case["model"]
     recipe = written(tmp_path, reward=SHAPES_AND_PICKY, **case)
-    (tmp_path / "spoilt.py").write_text(POISON.format(updates={(1, 0)}, value="nan") + COMMAND)
+    (tmp_path / "spoilt.py").write_text(POISON.format(poisoned_updates={(1, 0)}, value="nan") + COMMAND)
     poison(monkeypatch, {(1, 0)})
     succeed("train", recipe, "--out", tmp_path / "one")
     options = ("--set", f"engine.distributed={distributed}", "--out", tmp_path / "several")

@@ -61,12 +61,12 @@ def test_mistake_10_every_step_of_the_optimiser_is_clipped_also_the_last_and_sma
     norms = []
 
     class Spy(Updater):
-        def _step(self, stats, trained, number):
+        def _step(self, *update):
             step = self.optimizer.step
             self.optimizer.step = lambda: norms.append(
                 float(torch.stack([p.grad.norm() for p in self.parameters]).norm())
             )
-            super()._step(stats, trained, number)
+            super()._step(*update)
             self.optimizer.step = step
 
     stats = Spy(recipe, policy, runner_of(policy)).run([Rolled(policy, forest, prompts, credit, rows)])
