@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -181,6 +182,23 @@ class Interrupting:
             except BaseException:  # a reward that catches everything
                 raise self.error from None
         return self.inner(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "ends_at_once"),
+    [(ValueError(), "2", False), (ValueError(), "1", True), (Stopped(signal.SIGTERM), "2", True), (None, "2", True)],
+)
+def test_a_rank_that_tells_an_error_is_not_ended_by_torchrun_meanwhile(error, ranks, ends_at_once, monkeypatch):
+    """torchrun ends all ranks when one has gone, which may be before the first has told why."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with suppress(ValueError, Stopped), Stopping():
+            if error is not None:
+                raise error
+        assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) != ends_at_once
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("error", [None, UserError("the reward failed")])

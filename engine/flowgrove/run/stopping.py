@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flowgrove.process import started
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ONE_REQUEST = 0.2  # seconds: a terminal that closes, or a wrapper that passes signals on, sends one request twice
 
@@ -46,9 +48,11 @@ class Stopping:
                     self._before[number] = signal.signal(number, self._hear)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # where an error ends all ranks, the first tells it, and torchrun ends those that are left when one has gone
+        telling = kind is not None and not issubclass(kind, Stopped) and started() > 1
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if telling and number == signal.SIGTERM else handler)
         self._before.clear()
 
     def told(self, number: int) -> None:
