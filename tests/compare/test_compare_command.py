@@ -230,8 +230,10 @@ def test_a_run_that_fails_is_named_and_the_others_count(recipes, tmp_path):
 @contextmanager
 def started(*arguments):
     """The command in a process of its own, ended with what it has begun when the block ends."""
+    # a shell's background jobs start with SIGINT ignored
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [PYTHON, "-m", "flowgrove", "compare", *map(str, arguments)],
+        [PYTHON, "-c", f"{heard}; from flowgrove.cli import app; app()", "compare", *map(str, arguments)],
         env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip

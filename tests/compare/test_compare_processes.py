@@ -4,7 +4,6 @@ import gc
 import io
 import signal
 import subprocess
-import sys
 import weakref
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from flowgrove.compare.runs import comparison_of
 from flowgrove.errors import UserError
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.stopping import Stopping
+from subprocesses import PYTHON, environment
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_a_folder_that_an_earlier_process_still_has_is_waited_for(tmp_path, monk
     holder += "lock = L(Path(sys.argv[1])); print(flush=True); input(); lock.release()"
     monkeypatch.setattr(worker, "_LOOK", 0.01)
     with subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path / "run")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": ":".join(sys.path)},
+        [PYTHON, "-c", holder, str(tmp_path / "run")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
     ) as process:  # fmt: skip
         process.stdout.readline()
         monkeypatch.setattr(worker, "_WAIT", 0.05)
@@ -80,7 +80,7 @@ def test_a_failure_is_the_processs_own_and_not_one_of_an_earlier_start(recipe, t
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n${SAYS:-:}\nexit 2\n", encoding="utf-8")
     program.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(processes.sys, "executable", str(program))
     reasons = []
     for says in (":", "echo error: of this one"):
         monkeypatch.setenv("SAYS", says)
@@ -103,7 +103,7 @@ signal.pause()
     class Slow:
         def __init__(self, run, *_):
             self.run = run
-            self.process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
+            self.process = subprocess.Popen([PYTHON, "-c", slow], stdout=subprocess.PIPE)
             self.process.stdout.readline()
             begun.append(self.process)
 

@@ -27,6 +27,7 @@ RUNS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy
 # modules of the engine → the calls that may stand there, with what they run
 ALLOWED = {
     ("machine.py", "subprocess.run"),  # the C++ compiler, asked for its version
+    ("processes.py", "subprocess.Popen"),  # this Python with compare/worker.py, for a run of a comparison
     ("remote.py", "subprocess.Popen"),  # this Python with run/trackers/child.py, for a tracker that run.log names
     ("python.py", "importlib.util.spec_from_file_location"),  # a reward named python, behind --allow-python
 }
