@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.bench.table import write_columns
-from flowgrove.plan.planner import RolloutPlan, make_plan
+from flowgrove.plan.planner import RolloutPlan, make_plan, weighted_passes
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from gaussian_mixture import Forests, true_gradient
@@ -133,7 +133,7 @@ def found(plans: list[RolloutPlan], prompts: int, drawn: Tensor, own: Tensor, od
     """
     forwards = prompts * sum(plan.counts.rollout_forwards for plan in plans) / len(plans)
     passes = prompts * sum(plan.counts.train_passes for plan in plans) / len(plans)
-    cost = forwards + 3 * passes
+    cost = weighted_passes(forwards, passes)
     signal, error = _with_error(lambda found, _: cost * _noise_to_signal(found), drawn, own)
     row = {
         "forwards": round(forwards, 1), "train_passes": round(passes, 1), "cost": round(cost, 1),

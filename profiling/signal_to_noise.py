@@ -24,6 +24,7 @@ from flowgrove.device import pick_backend, pick_device, to_host
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.plan.planner import weighted_passes
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.figures import literal, pyplot, save_figure
@@ -77,7 +78,7 @@ def measure(recipe: Recipe, name: str, repeats: int, first_seed: int = 1) -> lis
         sizes.append(groups.prompts)
         for each in found.values():  # steps that this repeat has not trained
             each.extend([torch.zeros_like(each[0])] * (len(sizes) - len(each)))
-        costs.append(line["rollout_forwards"] + 3 * plan.counts.train_passes * count)
+        costs.append(weighted_passes(line["rollout_forwards"], plan.counts.train_passes * count))
     prompts = np.concatenate(sizes).astype(np.float64)
     steps = {str(step): torch.cat(found[step]).double().numpy() for step in sorted(found)}
     gradients = {"all": sum(steps.values()), **steps}

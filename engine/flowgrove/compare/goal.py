@@ -1,7 +1,6 @@
 """How long the runs of a comparison train, and what they have spent: iterations, weighted passes or seconds.
 
-A pass that trains computes forward and backward, which is about three forwards: an iteration costs rollout_forwards +
-3 · train_passes weighted passes, whatever machine it runs on.
+An iteration costs rollout_forwards + 3 · train_passes weighted passes (`weighted_passes`), whatever machine it runs on.
 """
 
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from flowgrove.errors import UserError
+from flowgrove.plan.planner import weighted_passes
 from flowgrove.recipe.windows import pruned_depths, window_steps
 from flowgrove.setup import Setup
 
-TRAIN_WEIGHT = 3
 _FEWEST = 2  # iterations: the line of a single one has room for one evaluation, and no curve has one point
 _MOST = 1_000_000  # iterations of a run
 _MEASURING = "gradient_noise"  # a stage
@@ -24,7 +23,7 @@ Lines = list[dict[str, Any]]
 
 def passes_before(lines: Lines) -> list[int]:
     """The weighted passes of all lines before each one, and of all of them: one number more than there are lines."""
-    costs = (line["rollout_forwards"] + TRAIN_WEIGHT * line["train_passes"] for line in lines)
+    costs = (weighted_passes(line["rollout_forwards"], line["train_passes"]) for line in lines)
     return list(accumulate(costs, initial=0))
 
 
@@ -52,8 +51,8 @@ def planned_iterations(setup: Setup, passes: float) -> int:
             counts = setup.plan(iteration).counts
             shared = counts.rollout_forwards, counts.train_passes
             alone = counts.unshared_rollout_forwards, counts.unshared_train_passes
-            forwards, trained = shared if recipe.engine.share else alone
-            known[place] = (forwards + TRAIN_WEIGHT * trained) * recipe.data.prompts_per_iteration
+            cost = weighted_passes(*(shared if recipe.engine.share else alone))
+            known[place] = cost * recipe.data.prompts_per_iteration
         spent += known[place]
         if spent >= passes:
             return iteration + 1

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 from flowgrove.errors import UserError
 from flowgrove.plan.sigmas import SigmaTable, round_half_up, shifted_sigmas, tail_steps
@@ -18,6 +19,8 @@ from flowgrove.plan.solvers import PLAIN, SOLVERS, history
 from flowgrove.plan.split_search import Splits, SplitSearch
 from flowgrove.recipe.schema import Cache, Prune, Recipe, Rollout, Tree
 from flowgrove.recipe.windows import pruned_depths, window_steps
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Counts:
     train_passes: int
     unshared_rollout_forwards: int
     unshared_train_passes: int
+
+
+def weighted_passes(forwards: Number, train_passes: Number) -> Number:
+    """What they cost in forwards: a pass that trains computes forward and backward, which is about three of them."""
+    return forwards + 3 * train_passes
 
 
 @dataclass(frozen=True)

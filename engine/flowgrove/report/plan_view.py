@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowgrove.plan.division import ALONE, Division
-from flowgrove.plan.planner import RolloutPlan, Step
+from flowgrove.plan.planner import RolloutPlan, Step, weighted_passes
 from flowgrove.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
@@ -94,14 +94,8 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
         other = "" if unshared is None else f"{unshared * prompts:,}"
         console.print(f"{name:<18}{count:>12,}{count * prompts:>15,}{other:>15}")
     console.print(f"{'updates':<18}{'':>12}{plan.updates if plan.trained_steps else 0:>15,}")
-    # a training pass costs about three forwards: forward, and a backward twice as dear
-    shared, loop = (
-        f + 3 * p
-        for f, p in (
-            (counts.rollout_forwards, counts.train_passes),
-            (counts.unshared_rollout_forwards, counts.unshared_train_passes),
-        )
-    )
+    shared = weighted_passes(counts.rollout_forwards, counts.train_passes)
+    loop = weighted_passes(counts.unshared_rollout_forwards, counts.unshared_train_passes)
     console.print(f"cost against the unshared loop: {shared / loop:.0%} (one train pass counted as three forwards)")
 
 

@@ -89,41 +89,30 @@ class CheckpointWriter:
         Raises UserError, also for what went wrong with the one before.
         """
         with span("checkpoint"):
-            return self._begin(policy, updater, completed, fingerprint, line, splits)
-
-    def _begin(
-        self,
-        policy: Policy,
-        updater: Updater,
-        completed: int,
-        fingerprint: str,
-        line: dict[str, Any],
-        splits: dict[str, Any] | None,
-    ) -> Path:
-        self.wait()
-        ranks, pieces = self._ranks, dict(policy.weights.pieces)
-        folder = self._run / "checkpoints" / f"step_{completed:06d}"
-        state = {
-            "format": SHARDED if pieces else WHOLE,
-            "completed_iterations": completed,
-            "recipe": fingerprint,
-            "line": json.loads(json.dumps(line)),  # the last one gets an evaluation while this is written
-            "token_budget": updater.runner.budget.tokens,
-            **({} if splits is None else {"splits": splits}),
-        }
-        parts = ranks.tell(_named(policy, pieces))
-        writers = [rank for rank, part in enumerate(parts) if parts.index(part) == rank]
-        writes = ranks.rank in writers
-        made = ranks.by_first(lambda: self._make_room(folder))
-        partial = folder.with_name(ranks.chosen(None if made is None else made.name) or "")
-        tensors = ranks.together(lambda: self._copied(policy, updater) if writes else {})
-        job = _Job(folder, partial, state, tensors, pieces, writers)
-        self._pending = True
-        self._thread = None
-        if writes:
-            self._thread = Thread(target=self._work, args=(job,), name="checkpoint", daemon=True)
-            self._thread.start()
-        return folder
+            self.wait()
+            ranks, pieces = self._ranks, dict(policy.weights.pieces)
+            folder = self._run / "checkpoints" / f"step_{completed:06d}"
+            state = {
+                "format": SHARDED if pieces else WHOLE,
+                "completed_iterations": completed,
+                "recipe": fingerprint,
+                "line": json.loads(json.dumps(line)),  # the last one gets an evaluation while this is written
+                "token_budget": updater.runner.budget.tokens,
+                **({} if splits is None else {"splits": splits}),
+            }
+            parts = ranks.tell(_named(policy, pieces))
+            writers = [rank for rank, part in enumerate(parts) if parts.index(part) == rank]
+            writes = ranks.rank in writers
+            made = ranks.by_first(lambda: self._make_room(folder))
+            partial = folder.with_name(ranks.chosen(None if made is None else made.name) or "")
+            tensors = ranks.together(lambda: self._copied(policy, updater) if writes else {})
+            job = _Job(folder, partial, state, tensors, pieces, writers)
+            self._pending = True
+            self._thread = None
+            if writes:
+                self._thread = Thread(target=self._work, args=(job,), name="checkpoint", daemon=True)
+                self._thread.start()
+            return folder
 
     def wait(self) -> None:
         """Returns once what was begun stands on disk. Raises its error, on all ranks."""

@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 # The null error of the signal falls with the number of groups as √(M/(M−1)), so that more of them hardly tell more
 MOST_GROUPS = 8
-_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # two-sided 95 % of 1 to 10 degrees of freedom
 
 
 class Estimate(NamedTuple):
@@ -62,7 +62,7 @@ def estimate(sums: Array, prompts: Array) -> Estimate:
 
 def student(freedom: int) -> float:
     """The standard errors that a 95 % interval reaches to either side, at so many degrees of freedom."""
-    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.6 / freedom
+    return float(stdtrit(freedom, 0.975))
 
 
 def jackknife(left: Array) -> float:

@@ -139,7 +139,10 @@ class UpdatePasses:
 
     def drop_graphs(self) -> bool:
         """Lets go of the rollout's graphs: they are used up, or too large. Returns whether any was held."""
-        return drop_graphs(self.parts)
+        held = any(one.velocity is not None for part in self.parts for one in part.forest.retained)
+        for part in self.parts:
+            part.forest.retained.clear()
+        return held
 
     def _batches_of(self, number: int) -> list[tuple[Rolled, MicroBatch]]:
         scale = 1 / max(self.selected[number], 1)
@@ -199,14 +202,6 @@ class UpdatePasses:
                         v_uncond=v_uncond,
                         guidance_scale=scale,
                     )
-
-
-def drop_graphs(parts: list[Rolled]) -> bool:
-    """Lets go of the rollout's graphs. Returns whether any was held."""
-    held = any(one.velocity is not None for part in parts for one in part.forest.retained)
-    for part in parts:
-        part.forest.retained.clear()
-    return held
 
 
 def _rows_of(one: RetainedPass, forest: Forest, edges: Edges) -> Ints:

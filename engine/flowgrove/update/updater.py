@@ -168,12 +168,15 @@ class Updater:
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""
-        self.weights.drop_gradients()
         stats = UpdateStats()
-        for turn, (part, batch) in enumerate(passes.batches[number]):
-            self._pass(turn, part, batch, stats, on_policy=number == 0)
+        self._passes(passes.batches[number], stats, on_policy=number == 0)
         passes.drop_graphs()
         return stats
+
+    def _passes(self, batches: list[tuple[Rolled, MicroBatch]], stats: UpdateStats, on_policy: bool) -> None:
+        self.weights.drop_gradients()
+        for turn, (part, batch) in enumerate(batches):
+            self._pass(turn, part, batch, stats, on_policy)
 
     def _pass(self, turn: int, part: Rolled, batch: MicroBatch, stats: UpdateStats, on_policy: bool) -> None:
         """Pass number `turn` of the update, forward and backward."""
@@ -228,10 +231,8 @@ class Updater:
         if self.weights.sharded:
             with self._meeting():
                 self._passes_in_meetings(batches, stats, on_policy=True)
-            return stats.train_passes
-        self.weights.drop_gradients()
-        for turn, (part, batch) in enumerate(batches):
-            self._pass(turn, part, batch, stats, on_policy=True)
+        else:
+            self._passes(batches, stats, on_policy=True)
         return stats.train_passes
 
     def step(self) -> None:
