@@ -1,8 +1,9 @@
 """The shapes_* recipes side by side: what each reaches at equal cost, and what it costs against its own published loop.
 
-`python profiling/compare_recipes.py rewards` is `flowgrove compare` of all of them, at several learning rates over
-seeds, on one of two tasks: one shape at a place, or two with a relation, which is harder. It takes hours, and may be
-interrupted and started again; the tables then go to profiling/figures/compare_TASK*.csv.
+`python profiling/compare_recipes.py rewards` is `flowgrove compare` of all of them, at several learning rates, between
+which the first seed chooses, over seeds, on one of two tasks: one shape at a place, or two with a relation, which is
+harder. It takes hours, and may be interrupted and started again; the tables then go to
+profiling/figures/compare_TASK*.csv.
 `python profiling/compare_recipes.py medians DIR` writes what `flowgrove compare recipes/shapes_*.yaml --out DIR` has
 reached after as many iterations at the recipes' own learning rate, medians over seeds, to compare_rewards.csv.
 `python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove
@@ -41,7 +42,7 @@ NAMES = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix
 TASKS = ("shapes", "pairs")
 
 
-def rewards(task: str, names: list[str], seeds: str, lr: str, cost: str, runs: Path) -> None:
+def rewards(task: str, names: list[str], seeds: str, lr: str, cost: str, search: float, runs: Path) -> None:
     """Trains what is missing in the folder `runs`, where the picture stays, and writes compare_TASK.csv (at equal cost)
     and compare_TASK_curves.csv.
     """
@@ -51,7 +52,7 @@ def rewards(task: str, names: list[str], seeds: str, lr: str, cost: str, runs: P
     )
     settings = ("run.log=[jsonl]", "run.eval_every=10", "run.checkpoint_every=50", "run.keep_last=1", *prompts)
     recipes = [RECIPES / f"shapes_{name}.yaml" for name in names]
-    asked = comparison_of(recipes, runs / task, settings, seeds, lr, cost=cost)
+    asked = comparison_of(recipes, runs / task, settings, seeds, lr, cost=cost, search=search)
     result = compare(asked, None, print, Console(stderr=True, highlight=False))
     draw_comparison(result.found, Console(highlight=False))
     check(result.failures, len(asked.runs))
@@ -140,6 +141,9 @@ def main() -> None:
     reward.add_argument("--seeds", default="1,2,3")
     reward.add_argument("--lr", default="1e-4,2e-4,4e-4")
     reward.add_argument("--cost", default="150000,450000", help="in weighted passes, which every run trains to")
+    reward.add_argument(
+        "--search", type=float, default=150_000, help="cost at which the first seed chooses learning rates"
+    )
     reward.add_argument("--runs", type=Path, default=Path("runs/comparisons"), help="folder of the runs, which stay")
     middle = whats.add_parser("medians", help="what each has reached in a folder of flowgrove compare")
     middle.add_argument("out", type=Path, metavar="DIR")
@@ -148,7 +152,7 @@ def main() -> None:
     timing.add_argument("--iterations", type=int, nargs="+", default=[0, 10, 20, 30], help="which are timed")
     asked = parser.parse_args()
     if asked.what == "rewards":
-        rewards(asked.task, asked.recipes, asked.seeds, asked.lr, asked.cost, asked.runs)
+        rewards(asked.task, asked.recipes, asked.seeds, asked.lr, asked.cost, asked.search, asked.runs)
     elif asked.what == "medians":
         medians(asked.out)
     else:

@@ -370,6 +370,10 @@ def compare(
         typer.Option(help="weighted passes that every run trains to; where they are several, rewards are read at each"),
     ] = None,
     seconds: Annotated[str | None, typer.Option(help="the same in seconds of the stages, on a quiet machine")] = None,
+    search: Annotated[
+        float | None,
+        typer.Option(help="try learning rates with the first seed up to this cost alone, and go on with the best"),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="runs at a time; default: one a core on a CPU, one on a GPU")
     ] = None,
@@ -384,7 +388,7 @@ def compare(
     _allow(allow_python)
     from flowgrove.compare.runs import comparison_of
 
-    asked = comparison_of(recipes, out, tuple(set_ or ()), seeds, lr, iterations, cost, seconds)
+    asked = comparison_of(recipes, out, tuple(set_ or ()), seeds, lr, iterations, cost, seconds, search)
     from flowgrove.compare.command import check, written
     from flowgrove.compare.command import compare as run
     from flowgrove.compare.tables import comparison_json, draw_comparison

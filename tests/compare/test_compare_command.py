@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -145,6 +146,10 @@ REFUSED = {
     "--lr 1e-4 --set update.lr=2e-4": "as --lr says it",
     "--cost 10 --set run.iterations=9": "as --cost says it",
     "--iterations 2 --set run.iterations=9": "as --iterations says it",
+    "--search 5 --lr 1e-4,2e-4": "give --cost or --seconds too",
+    "--search 5 --cost 10 --lr 1e-4": "give several",
+    "--search 11 --cost 10 --lr 1e-4,2e-4": "at most 10",
+    "--search 0 --cost 10 --lr 1e-4,2e-4": "write a number above 0",
 }
 
 
@@ -283,6 +288,59 @@ def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_pat
     assert [line["seconds"] for line in after[: done - 1]] == [line["seconds"] for line in before[: done - 1]], (
         "they were not run again"
     )
+
+
+def test_a_search_asks_for_the_first_seed_and_then_for_the_best_rates(recipes, tmp_path, monkeypatch):
+    """By hand: the tree learns more at the large rate, the window at the small one."""
+    reached = {("tree", 1e-4): 0.6, ("tree", 1e-2): 0.7, ("window", 1e-4): 0.8, ("window", 1e-2): 0.5}
+    asked = []
+
+    def train_all(comparison, *_):
+        asked.append((comparison.goal.amount, [(run.name, run.lr, run.seed) for run in comparison.runs]))
+        return []
+
+    def curve_of(run):
+        points = [Point(0, 0, 0, 0.5, 0.5), Point(2, 160, 2, reached[run.name, run.lr], 0.5)]
+        return Curve(run.name, run.lr, run.seed, points)
+
+    monkeypatch.setattr(command, "train_all", train_all)
+    monkeypatch.setattr(command, "curve_of", curve_of)
+    options = {"seeds": "7,2", "lrs": "1e-4,1e-2", "cost": "160"}
+    command.compare(
+        comparison_of(list(recipes), tmp_path / "out", search=80, **options), 1, print, Console(file=io.StringIO())
+    )
+    first = [(name, lr, 7) for lr in (1e-4, 1e-2) for name in ("window", "tree")]
+    best = [(name, lr, seed) for seed in (7, 2) for name, lr in (("window", 1e-4), ("tree", 1e-2))]
+    assert asked[0] == (80, first)
+    assert (asked[1][0], sorted(asked[1][1])) == (160, sorted(best))
+    assert {row["lr"] for row in read_columns(tmp_path / "out" / "summary.csv") if row["recipe"] == "tree"} == {1e-2}
+
+
+@pytest.mark.long
+def test_a_search_trains_other_seeds_at_the_best_learning_rate_alone(recipes, tmp_path):
+    """The first seed shows every rate at the smaller cost; the best of them trains with both seeds to the larger."""
+    out, rates = tmp_path / "out", {"0.0001": 1e-4, "0.01": 1e-2}
+    options = (recipes[1], *SEEDS, "--lr", ",".join(rates), "--search", "80", "--cost", "160", "--out", out)
+    told = succeed("compare", *options, "--json")
+    first = {rate: out / "runs" / f"tree-lr{rate}-seed1" for rate in rates}
+    points = read_columns(out / "curves.csv")
+
+    def at_the_search(rate):
+        curve = [one for one in points if (one["lr"], one["seed"]) == (rates[rate], 1)]
+        return np.interp(80, [one["weighted_passes"] for one in curve], [one["held_out_reward"] for one in curve])
+
+    best, other = sorted(rates, key=at_the_search, reverse=True)
+    assert at_the_search(best) > at_the_search(other)
+    assert spent(metrics_of(first[best])) >= 160 > spent(metrics_of(first[other])) >= 80
+    assert spent(metrics_of(out / "runs" / f"tree-lr{best}-seed2")) >= 160
+    assert not (out / "runs" / f"tree-lr{other}-seed2").exists()
+    (row,) = strict_json(told.stdout)["summary"]
+    assert (row["lr"], row["seeds"], row["tried"], row["untried"]) == (rates[best], "1 2", "0.0001 0.01", "")
+    assert row["lr_chosen_by"] == "highest reward of seed 1 at 80 weighted passes"
+    assert f"the best learning rates of seed 1: tree {best}" in told.stderr
+    before = contents(out / "runs")
+    assert "2 of 2 runs are there already" in succeed("compare", *options).stderr
+    assert contents(out / "runs") == before
 
 
 @pytest.mark.long

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from flowgrove.compare.curves import Curve, Reached, curve_of, summarise
+from flowgrove.compare.curves import Curve, Reached, best_rates, curve_of, summarise
 from flowgrove.compare.judging import keep_judged
 from flowgrove.compare.picture import draw_curves
 from flowgrove.compare.processes import Failure, train_all
-from flowgrove.compare.runs import Comparison, cores
+from flowgrove.compare.runs import Comparison, cores, rate_text
 from flowgrove.compare.tables import write_tables
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
@@ -32,7 +32,8 @@ class Result:
 
 def compare(comparison: Comparison, jobs: int | None, say: Say, console: Console) -> Result:
     """Trains the runs of a comparison that are not whole, `jobs` at a time (None: on a CPU one per core, on a GPU one),
-    and writes curves.csv, summary.csv and rewards.png into its folder, which no other may have meanwhile.
+    those that choose learning rates first where it searches, and writes curves.csv, summary.csv and rewards.png into
+    its folder, which no other may have meanwhile.
 
     Raises Stopped, with the tables and the picture of what there is, after a signal.
     """
@@ -46,9 +47,23 @@ def compare(comparison: Comparison, jobs: int | None, say: Say, console: Console
             stopping.hold()
             keep_judged(comparison.out, comparison.runs[0].setup)
             at_once = jobs or (cores() if on_cpu else 1)
-            failures = train_all(
-                comparison, at_once, threads, stopping, console, say, lambda: _write_tables(comparison, machine)
-            )
+
+            def train(some: Comparison) -> list[Failure]:
+                return train_all(
+                    some, at_once, threads, stopping, console, say, lambda: _write_tables(comparison, machine)
+                )
+
+            part, failures = comparison, list[Failure]()
+            if comparison.search is not None:
+                part = comparison.searching()
+                failures += train(part)
+                if stopping.request is None:
+                    rates = best_rates([curve_of(run) for run in part.runs], comparison.axis, comparison.search)
+                    part = comparison.of_rates(rates)
+                    told = ", ".join(f"{name} {rate_text(rate)}" for name, rate in rates.items())
+                    say(f"the best learning rates of seed {comparison.runs[0].seed}: {told or 'none'}")
+            if stopping.request is None:
+                failures += train(part)
             curves, found = _write_tables(comparison, machine)
             picture = comparison.out / "rewards.png"
             if found:
@@ -56,8 +71,8 @@ def compare(comparison: Comparison, jobs: int | None, say: Say, console: Console
             else:
                 picture.unlink(missing_ok=True)  # it is of less cost
             if stopping.request is not None:
-                whole = sum(run.is_whole(comparison.goal) for run in comparison.runs)
-                say(f"{whole} of {len(comparison.runs)} runs are whole: the same command goes on with the others")
+                whole = sum(run.is_whole(part.goal) for run in part.runs)
+                say(f"{whole} of {len(part.runs)} runs are whole: the same command goes on with the others")
                 raise Stopped(stopping.request)
     finally:
         lock.release()
@@ -74,7 +89,7 @@ def check(failures: list[Failure], runs: int) -> None:
 
 def _write_tables(comparison: Comparison, machine: str) -> tuple[list[Curve], list[Reached]]:
     curves = [curve_of(run) for run in comparison.runs]
-    found = summarise(curves, comparison.axis, comparison.costs)
+    found = summarise(curves, comparison.axis, comparison.costs, comparison.search)
     write_tables(curves, found, machine, comparison.out)
     return curves, found
 

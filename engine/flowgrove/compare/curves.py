@@ -3,9 +3,10 @@
 Rewards are read at equal cost: on the line between the evaluations before and after it.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,8 @@ class Curve:
 class Reached:
     """What a recipe has reached at a cost, at the best of the learning rates that all seeds have taken so far: the one
     of the highest mean over seeds. `untried`: those that some seed has not; `unscored`: those of them that have trained
-    so far with every seed, and whose last evaluation has no reward.
+    so far with every seed, and whose last evaluation has no reward. With `search` the first seed has chosen at that
+    cost, and `tried` and the others are those of the search.
     """
 
     recipe: str
@@ -70,6 +72,7 @@ class Reached:
     tried: tuple[float, ...]
     untried: tuple[float, ...]
     unscored: tuple[float, ...]
+    search: float | None = None
 
     @property
     def mean(self) -> float:
@@ -114,14 +117,15 @@ def curve_of(run: Run) -> Curve:
     return Curve(run.name, run.lr, run.seed, points, done, unscored)
 
 
-def summarise(curves: list[Curve], axis: Axis, costs: Sequence[float]) -> list[Reached]:
+def summarise(curves: list[Curve], axis: Axis, costs: Sequence[float], search: float | None = None) -> list[Reached]:
     """Each recipe at each cost, the best first; without those that no learning rate has brought there on all seeds.
-    Without costs: at the weighted passes that all runs which are done have spent.
+    Without costs: at the weighted passes that all runs which are done have spent. With `search` a recipe is at the
+    learning rate whose curve of the first seed is highest there.
     """
     found = []
     for cost in costs or _in_common(curves):
         names = dict.fromkeys(curve.recipe for curve in curves)
-        each = [_reached([one for one in curves if one.recipe == name], axis, cost) for name in names]
+        each = [_reached([one for one in curves if one.recipe == name], axis, cost, search) for name in names]
         found += sorted((one for one in each if one is not None), key=lambda one: -one.mean)
     return found
 
@@ -131,7 +135,30 @@ def _in_common(curves: list[Curve]) -> list[float]:
     return [min(spent)] if spent else []
 
 
-def _reached(curves: list[Curve], axis: Axis, cost: float) -> Reached | None:
+def best_rates(curves: list[Curve], axis: Axis, search: float) -> dict[str, float]:
+    """The learning rate of each recipe whose curve of the first seed is highest at the cost `search`; none of a recipe
+    of which no curve has come so far.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for curve in curves:
+        reward = curve.at(search, axis) if curve.seed == curves[0].seed else None
+        if reward is not None and reward > found.get(curve.recipe, (0.0, -math.inf))[1]:
+            found[curve.recipe] = curve.lr, reward
+    return {recipe: rate for recipe, (rate, _) in found.items()}
+
+
+def _reached(curves: list[Curve], axis: Axis, cost: float, search: float | None) -> Reached | None:
+    if search is None:
+        return _best_over_seeds(curves, axis, cost)
+    rate = best_rates(curves, axis, search).get(curves[0].recipe)
+    found = _best_over_seeds([curve for curve in curves if curve.lr == rate], axis, cost)
+    first = _best_over_seeds([curve for curve in curves if curve.seed == curves[0].seed], axis, search)
+    if found is None or first is None:
+        return None
+    return replace(found, tried=first.tried, untried=first.untried, unscored=first.unscored, search=search)
+
+
+def _best_over_seeds(curves: list[Curve], axis: Axis, cost: float) -> Reached | None:
     rates = sorted({curve.lr for curve in curves})
     rewards = {rate: {curve.seed: curve.at(cost, axis) for curve in curves if curve.lr == rate} for rate in rates}
     there = {

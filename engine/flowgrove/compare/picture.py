@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flowgrove.compare.curves import Curve, Reached
 from flowgrove.compare.goal import AXES, Axis
 from flowgrove.compare.runs import rate_text
-from flowgrove.compare.tables import in_words
+from flowgrove.compare.tables import chosen_by, in_words
 from flowgrove.report.figures import literal, pyplot, save_figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, which is too light for a line
@@ -39,7 +39,7 @@ def draw_curves(curves: list[Curve], found: list[Reached], path: Path) -> None:
     seeds = len(rows[0].seeds)
     told = f"Mean over {seeds} seeds, band from the worst to the best of them" if seeds > 1 else "One seed"
     several = any(len(one.tried) > 1 for one in rows)
-    rates = "Each recipe at its own best learning rate: the one with the highest mean there." if several else ""
+    rates = f"Each recipe at its own best learning rate: the one with the {chosen_by(rows[0])}." if several else ""
     figure.suptitle(
         f"{told}; lines end at {in_words(rows[0])}.\n{rates}",
         fontsize=9, x=0.01, ha="left", color=_MUTED,

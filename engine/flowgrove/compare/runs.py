@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowgrove.compare.goal import Axis, Goal, Lines
@@ -51,18 +51,29 @@ class Run:
 class Comparison:
     """Runs in the order in which they begin: every recipe with the first seed, then with the next. `costs`: where
     rewards are read, in the goal's unit, the largest last; none where runs have a number of iterations, and the least
-    that one of them has spent is all that they have in common.
+    that one of them has spent is all that they have in common. `search`: the cost that the first seed's runs train to
+    before the others begin, which go on with the best learning rate alone; None: all learning rates take all seeds.
     """
 
     out: Path
     runs: list[Run]
     goal: Goal
     costs: tuple[float, ...]
+    search: float | None = None
 
     @property
     def axis(self) -> Axis:
         """What costs are costs in."""
         return "seconds" if self.goal.unit == "seconds" else "weighted_passes"
+
+    def searching(self) -> "Comparison":
+        """The runs that choose the learning rates."""
+        first = [run for run in self.runs if run.seed == self.runs[0].seed]
+        return replace(self, runs=first, goal=Goal(self.goal.unit, self.search))
+
+    def of_rates(self, rates: dict[str, float]) -> "Comparison":
+        """The runs at the learning rates that were chosen, by recipe; of one without, none."""
+        return replace(self, runs=[run for run in self.runs if rates.get(run.name) == run.lr])
 
 
 def comparison_of(
@@ -74,6 +85,7 @@ def comparison_of(
     iterations: int | None = None,
     cost: str | None = None,
     seconds: str | None = None,
+    search: float | None = None,
 ) -> Comparison:
     """The runs that the options of `flowgrove compare` ask for. Raises UserError for what cannot be compared."""
     given = [name for name, value in (("--iterations", iterations), ("--cost", cost), ("--seconds", seconds)) if value]
@@ -89,6 +101,8 @@ def comparison_of(
         costs, goal = (), Goal("iterations", iterations)
     _check_settings(overrides, lrs is not None, given)
     rates = [None] if lrs is None else _positive(lrs, "--lr")
+    if search is not None:
+        _check_search(search, costs, len(rates))
     runs = []
     for seed in _seeds(seeds):
         for rate in rates:
@@ -99,7 +113,17 @@ def comparison_of(
     for run in runs:
         _check_unchanged(run)
     check_judged(out, runs[0].setup)
-    return Comparison(out, runs, goal, costs)
+    return Comparison(out, runs, goal, costs, search)
+
+
+def _check_search(search: float, costs: tuple[float, ...], rates: int) -> None:
+    """Raises UserError where there is nothing to search, or no unit to search in."""
+    if not costs:
+        raise UserError("--search is a cost at which learning rates are chosen: give --cost or --seconds too")
+    if rates < 2:
+        raise UserError("--search chooses between learning rates: give several, like --lr 1e-4,2e-4,4e-4")
+    if not 0 < search <= costs[-1]:
+        raise UserError(f"--search is {search:,g}: write a number above 0 and at most {costs[-1]:,g}, where runs end")
 
 
 def _check_settings(overrides: tuple[str, ...], rates: bool, given: list[str]) -> None:

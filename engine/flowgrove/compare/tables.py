@@ -12,7 +12,6 @@ from flowgrove.compare.curves import Curve, Reached
 from flowgrove.compare.processes import Failure
 from flowgrove.compare.runs import rate_text
 
-CHOSEN = "highest mean over seeds at this cost"
 _POINTS = (
     "recipe", "lr", "seed", "iteration", "weighted_passes", "seconds", "held_out_reward", "training_reward",
 )  # fmt: skip
@@ -51,11 +50,18 @@ def summary_rows(found: list[Reached], machine: str) -> list[Row]:
             "seconds": round(one.seconds, 1),
             "tried": _rates(one.tried, " "),
             "untried": _rates(one.untried, " "),
-            "lr_chosen_by": CHOSEN,
+            "lr_chosen_by": chosen_by(one),
             "machine": machine,
         }
         for one in found
     ]
+
+
+def chosen_by(one: Reached) -> str:
+    """How its learning rate was chosen."""
+    if one.search is None:
+        return "highest mean over seeds at this cost"
+    return f"highest reward of seed {one.seeds[0]} at {_amount(one.search, one)}"
 
 
 def write_tables(curves: list[Curve], found: list[Reached], machine: str, out: Path) -> None:
@@ -98,16 +104,20 @@ def draw_comparison(found: list[Reached], console: Console) -> None:
 
 def in_words(one: Reached) -> str:
     """The cost that rewards are read at."""
-    return f"{one.cost:,.0f} weighted passes" if one.axis == "weighted_passes" else f"{one.cost:,.0f} seconds of stages"
+    return _amount(one.cost, one)
+
+
+def _amount(cost: float, one: Reached) -> str:
+    return f"{cost:,.0f} {'weighted passes' if one.axis == 'weighted_passes' else 'seconds of stages'}"
 
 
 def notes(found: list[Reached]) -> list[str]:
     """How the learning rates were chosen, and which recipes may do better at others."""
     if not found:
         return []
-    seeds = len(found[0].rewards)
+    how = chosen_by(found[0]).replace("over seeds", f"over {len(found[0].rewards)} seeds")
     told = [
-        f"Each recipe at its own best learning rate: the one of the highest mean over {seeds} seeds at this cost."
+        f"Each recipe at its own best learning rate: the one of the {how}."
         if any(len(one.tried) > 1 for one in found)
         else "Each recipe at the one learning rate that was tried."
     ]
