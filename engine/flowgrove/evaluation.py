@@ -1,15 +1,16 @@
 """Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flowgrove.device import to_host
-from flowgrove.models.policy import Policy
+from flowgrove.models.policy import Policy, Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import RolloutPlan
 from flowgrove.plan.sigmas import round_half_up
 from flowgrove.ranks import Ranks
 from flowgrove.rewards.faults import Faults
@@ -21,18 +22,21 @@ from flowgrove.setup import Setup
 from flowgrove.spans import span
 
 PROMPTS_AT_ONCE = 32
+COMPARED_PROMPTS = 4  # whose rollouts are run in both precisions
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores
-    float64 [prompts · samples, rewards]; NaN in all of a prompt's that could not be scored.
+    float64 [prompts · samples, rewards]; NaN in all of a prompt's that could not be scored. `distance`: what
+    `rollout_distance` finds, where a run has a rollout.precision.
     """
 
     pictures: Tensor
     prompts: list[str]
     scores: Tensor
+    distance: float | None = None
 
     def weighted(self, weights: list[float]) -> float | None:
         """Mean over the pictures that were scored of the weighted sum of rewards; None if there are none."""
@@ -132,3 +136,33 @@ def evaluate(
         of_prompts = found.view(-1, samples * found.shape[1])
         of_prompts[~of_prompts.isfinite().all(1)] = torch.nan
         return Evaluated(ranks.gather_all(small), repeated, found)
+
+
+def rollout_distance(
+    setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], ranks: Ranks | None = None
+) -> float:
+    """What rollout.precision changes: the distance of final latents to those of the same noise in full precision,
+    ‖x − x_full‖ / ‖x_full‖, as the mean over the leaves of the first few `prompts` by the plan of iteration 0.
+
+    Each of the `ranks` takes its share of these prompts; all return the same.
+    """
+    ranks, plan = ranks or Ranks(), setup.first_plan
+    some = prompts[:COMPARED_PROMPTS]
+    mine = ranks.share(len(some))
+    coefficients = plan_coefficients(plan).to(policy.device, non_blocking=True)
+
+    def leaves(plan: RolloutPlan, encoded: Prompts) -> Tensor:
+        seed, first = setup.recipe.run.seed, mine.start
+        return rollout(
+            plan, coefficients, policy, encoded, runner, seed=seed, iteration=EVAL_ITERATION, first_prompt=first
+        ).leaves.flatten(1)
+
+    def compare() -> list[Tensor]:
+        if not some[mine]:
+            return []
+        encoded = policy.encode(some[mine])
+        full, cheap = (leaves(each, encoded) for each in (replace(plan, precision=None), plan))
+        return [to_host((cheap - full).norm(dim=1) / full.norm(dim=1)).double()]
+
+    with span("rollout_distance"):
+        return float(ranks.gather_all(ranks.together(compare)).mean())

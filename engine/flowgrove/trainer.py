@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError, one_line
-from flowgrove.evaluation import Evaluated, evaluate
+from flowgrove.evaluation import Evaluated, evaluate, rollout_distance
 from flowgrove.files import is_full, remove_left_behind, write_text
 from flowgrove.iteration import Look, NothingScoredError, Stages
 from flowgrove.models.policy import Policy
@@ -354,6 +355,7 @@ class Trainer:
             "eval_reward": evaluated.weighted(weights),
             "eval_reward_confidence": found["weighted_sum"]["confidence"] if found else None,
             "eval_rewards": {name: found[name] for name in names if found},
+            **({} if evaluated.distance is None else {"rollout_distance": evaluated.distance}),
         }
 
     def _keep_if_best(self, reward: float) -> None:
@@ -429,6 +431,8 @@ class Trainer:
             faults = Faults()
             model = (self.setup, self.policy, self.runner)
             evaluated = evaluate(*model, self.rewards, held_out, between, self.ranks, faults)
+            if self.recipe.rollout.precision is not None:
+                evaluated = replace(evaluated, distance=rollout_distance(*model, held_out, self.ranks))
         reward = evaluated.weighted(self.rewards.weights)
         lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples
         faults.tell(f"the evaluation after {iteration} iterations", lost)

@@ -183,9 +183,9 @@ def test_the_recipe_in_the_run_folder_is_resolved(run, recipe):
 
 
 def test_every_key_that_a_run_writes_is_explained_and_no_other(run):
-    """Those of splits that a run chooses are tested with such a run."""
-    open_splits = {"tree_splits", "split_evidence", "chosen_splits"}
-    assert {key for line in metrics_of(run) for key in line} == {metric.key for metric in METRICS} - open_splits
+    """Those of splits that a run chooses, and of a rollout.precision, are tested with such runs."""
+    others = {"tree_splits", "split_evidence", "chosen_splits", "rollout_distance"}
+    assert {key for line in metrics_of(run) for key in line} == {metric.key for metric in METRICS} - others
 
 
 def test_every_metrics_line_has_the_keys_of_the_design(run, recipe):

@@ -48,6 +48,7 @@ DEFAULTS = {
         "tail": None,
         "guidance_range": None,
         "cache": None,
+        "precision": None,
     },
     "credit": {
         "normalise": "per_reward",

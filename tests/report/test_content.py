@@ -65,8 +65,10 @@ def test_evaluations_come_with_their_intervals_and_the_time_before_them(tmp_path
         "eval_rewards": {"shapes": {"mean": 0.4, "confidence": 0.2}},
     }
     lines = [LINE | {"iteration": n} | (told if n in (0, 3) else {}) for n in range(4)]
+    lines[3]["rollout_distance"] = 0.01
     assert run_of(tmp_path, lines, run={"iterations": 4})[1]["held_out"] == {
         "iteration": [0, 4], "seconds": [0.0, 6.0], "mean": [0.5, 0.5], "confidence": [0.1, 0.1],
+        "distance": [None, 0.01],
         "rewards": [{"mean": [0.4, 0.4], "confidence": [0.2, 0.2]}],
     }  # fmt: skip
 

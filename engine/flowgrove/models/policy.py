@@ -117,6 +117,8 @@ class Policy:
         weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
             compile_blocks(adapter.transformer)
+        if recipe.rollout.precision is not None and passes:
+            weights.quantise(recipe.rollout.precision, recipe.engine.compile)
         loaded = allocated_memory(device)
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, loaded)
         return replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
@@ -158,6 +160,17 @@ class Policy:
     def _reference_adapter(self) -> Adapter:
         copy = self.weights.reference_copy
         return self.adapter if copy is None else self.adapter.on(copy)
+
+    def cheap(self) -> "Policy":
+        """This policy with its linear layers in rollout.precision, for passes that nothing differentiates."""
+        transformer = self.weights.quantised
+        if transformer not in self._cheap_adapters:
+            self._cheap_adapters[transformer] = self.adapter.on(transformer)
+        return replace(self, adapter=self._cheap_adapters[transformer])
+
+    @cached_property
+    def _cheap_adapters(self) -> dict[Any, Adapter]:
+        return {}  # kept, since an adapter keeps what it finds of its transformer
 
     def encode(self, texts: list[str]) -> Prompts:
         """Each distinct text is encoded once."""

@@ -89,7 +89,7 @@ class PassRunner:
             taylor_factors_dtype=policy.compute_dtype,
             cache_identifiers=[CACHED_ATTENTION],
         )  # fmt: skip
-        transformer = policy.weights.transformer
+        transformer = policy.adapter.transformer
         transformer.enable_cache(config)
         self._cached = transformer
         try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.masters import Masters, Piece
+from flowgrove.models.quantised import Precision, QuantisedCopy
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
@@ -64,6 +65,8 @@ class Weights:
         copies = compute == torch.bfloat16 and passes and not (self.sharded and lora is None)
         self._masters = Masters(transformer, compute) if copies else None
         self._first = next(iter(self.trainable().values()))
+        self._compute = compute
+        self._quantised: QuantisedCopy | None = None
 
     @property
     def pieces(self) -> dict[str, Piece]:
@@ -100,6 +103,18 @@ class Weights:
     @property
     def _divided(self) -> dict[str, nn.Parameter]:
         return self.sharded[0].masters if self.sharded else {}
+
+    def quantise(self, precision: Precision, compiled: bool = False) -> None:
+        """Keeps the transformer a second time, with linear layers in this precision. Raises UserError."""
+        self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled)
+
+    @property
+    def quantised(self) -> Any:
+        """That transformer, of the weights as they are now. Raises ValueError where there is none."""
+        if self._quantised is None:
+            raise ValueError("these weights were not quantised")
+        self._quantised.follow()
+        return self._quantised.transformer
 
     @contextmanager
     def gathered(self, reference: bool = False) -> Iterator[None]:
@@ -160,6 +175,8 @@ class Weights:
             self._masters.refresh()
         if self.sharded:
             self.sharded[0].free()
+        if self._quantised is not None:
+            self._quantised.changed()
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from flowgrove.errors import UserError
 from flowgrove.plan.sigmas import SigmaTable, round_half_up, shifted_sigmas, tail_steps
@@ -81,6 +81,8 @@ class RolloutPlan:
     seed: int
     guidance_range: tuple[int, int] | None
     cache: Cache | None
+    precision: Literal["fp8", "int8"] | None = None
+    fuses: bool = False  # whether credit takes the log-probability of every stochastic step, trained or not
 
     @property
     def roots(self) -> int:
@@ -103,6 +105,10 @@ class RolloutPlan:
             or step.stochastic
             or self.guidance_range[0] <= step.index < self.guidance_range[1]
         )
+
+    def cheap(self, step: Step) -> bool:
+        """Whether the step's passes run in rollout.precision: where nothing trains, and no log-probability counts."""
+        return self.precision is not None and not step.trained and not (step.stochastic and self.fuses)
 
     def caches(self, step: Step) -> bool:
         """Whether the step may extrapolate its attention:
@@ -297,6 +303,8 @@ def make_plan(
         seed=recipe.run.seed,
         guidance_range=rollout.guidance_range,
         cache=rollout.cache,
+        precision=rollout.precision,
+        fuses=recipe.credit.fusion_beta != 0,
     )
 
 

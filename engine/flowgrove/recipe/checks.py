@@ -30,6 +30,11 @@ def check_meaning(recipe: Recipe) -> None:
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
+    if rollout.precision is not None and recipe.model.dtype == "fp64":
+        raise UserError(
+            f"rollout.precision: {rollout.precision} does not go with model.dtype: fp64, which computes everything in "
+            "float64: write null, or another dtype"
+        )
 
 
 def shards_of(engine: Engine, ranks: int) -> int:
@@ -54,6 +59,7 @@ def _check_sharding(recipe: Recipe) -> None:
     for key, set_, instead in (
         ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
         ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
+        (f"rollout.precision: {recipe.rollout.precision}", recipe.rollout.precision is not None, "null"),
         (f"update.optimizer: {recipe.update.optimizer}", recipe.update.optimizer != "adamw", "adamw"),
     ):
         if set_:

@@ -418,6 +418,16 @@ class Rollout(Section):
     Source: TaylorSeer (2503.06923), as diffusers has it.
     """
 
+    precision: Literal["fp8", "int8"] | None = None
+    """The precision of linear layers in steps that do not train; null: that of all other passes.
+    fp8 (float8 e4m3, on GPUs from compute capability 8.9 on) or int8 (everywhere) rounds the weights of the
+    transformer's blocks per output channel and activations per token, by torchao and torch's own kernels. The rounded
+    weights take a byte each beside the others. It changes training pictures a little (rollout_distance of metrics);
+    steps with a gradient or a log-probability that counts, evaluation and samples are in full precision. Not for
+    model.dtype fp64 and engine.distributed: fsdp2.
+    Source: torchao's dynamic quantisation; LLM.int8 (2208.07339) and FP8 formats (2209.05433).
+    """
+
     @model_validator(mode="after")
     def _cps_noise(self) -> "Rollout":
         if self.dynamics == "cps" and self.noise_level > 1:

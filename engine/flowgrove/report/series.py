@@ -139,6 +139,7 @@ def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[st
         "seconds": [rounded(seconds.get(done, before[-1])) for done, _ in chosen],
         "mean": [line["eval_reward"] for _, line in chosen],
         "confidence": [_number(line.get("eval_reward_confidence")) for _, line in chosen],
+        "distance": [_number(line.get("rollout_distance")) for _, line in chosen],
         "rewards": [
             {key: [part(line, reward.name, key) for _, line in chosen] for key in ("mean", "confidence")}
             for reward in recipe.reward
