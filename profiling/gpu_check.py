@@ -181,6 +181,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     recipe += ["--out", tempfile.mkdtemp(prefix="flowgrove-")]
     short = ["run.iterations=1", "run.eval_every=0", "run.checkpoint_every=0", "data.prompts_per_iteration=1"]
     short += ["rollout.group_size=2", "rollout.steps=3", "rollout.window.size=1", "update.updates_per_iteration=1"]
+    short += ["rollout.tree={splits: [0], fanout: 2}"]
     long = ["engine.device=cuda", "engine.cuda_graphs=true", "run.iterations=30"]
     engine = [*command, "bench", "engine", "--out", str(out), "--rounds", "1"]
     smoke = [*script("gpu_smoke.py"), "--plain"]
@@ -203,7 +204,7 @@ def _first(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         Step("smoke", 60, [*script("gpu_smoke.py"), *(["--sizes", "63"] if dry else [])]),
         *_op_steps(ops, dry, "sd35_512,wan_480p81,wide", "bf16,fp32"),
         Step("tests", 150, _pytest(python, dry, "-m gpu tests"), {"OMP_NUM_THREADS": "1"}),
-        Step("recipe", 40, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
+        Step("recipe", 60, [*recipe, *(word for key in (short if dry else long) for word in ("--set", key))]),
         Step("engine sd3_mid", 60, [*engine, "--prompts", "1", *mid]),
         Step("counters", 40, [*([] if dry else ncu), *smoke, "--rows", "16", "--sizes", "63" if dry else "129600"]),
         Step("sanitizer", 60, [*memory, *families, "63" if dry else "63,1032,66000"]),

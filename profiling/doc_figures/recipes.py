@@ -26,11 +26,14 @@ _PUBLISHED = (
     (("branch_flux",), "BranchGRPO, a tree of {pictures} leaves, depth pruning"),
     (("branch_mix_flux",), "BranchGRPO-Mix"),
     (("branch_mix_flash_flux",), "BranchGRPO-Mix with Flash's tail: ours"),
+    (("grove_flux",), "ours, untuned: a tree of {pictures} leaves, split in the first 2 steps, Flash's tail"),
     (("flow_sd35m",), "Flow-GRPO, {pictures} pictures"),
     (("fast_sd35m",), "Flow-GRPO-Fast"),
     (("mix_sd35m",), "MixGRPO"),
+    (("grove_sd35m",), "ours, untuned"),
     (("mix_qwen",), "MixGRPO, {pictures} pictures, window {window} of {all_steps}"),
     (("flow_wan",), "Flow-GRPO, {pictures} videos"),
+    (("grove_wan",), "ours, untuned"),
 )
 _SHAPES = {
     "shapes_dance": "DanceGRPO, {share} % of steps",

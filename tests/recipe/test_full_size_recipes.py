@@ -14,7 +14,8 @@ from flowgrove.rewards.registry import _REWARDS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASES = ("flux", "sd35m")  # what others extend
-# PRIOR_ART §5 and MATH §5: steps, leaves, rollout forwards, trained edges of iteration 0
+# PRIOR_ART §5 and MATH §5: steps, leaves, rollout forwards, trained edges of iteration 0. The grove_* are ours: a root,
+# its children, and every leaf in each step of the tail.
 COUNTS = {
     "dance_flux": (16, 12, 1 + 12 * 15, 12 * 9),
     "mix_flux": (25, 12, 1 + 12 * 24, 48),
@@ -23,6 +24,9 @@ COUNTS = {
     "branch_flux": (20, 16, 203, 202 - 4 * 16),
     "branch_mix_flux": (20, 16, 203, 34),
     "branch_mix_flash_flux": (14, 16, 107, 34),
+    "grove_flux": (9, 16, 117, 20),
+    "grove_sd35m": (5, 16, 53, 20),
+    "grove_wan": (9, 9, 67, 12),
     "flow_sd35m": (10, 24, 240, 216),
     "fast_sd35m": (10, 24, 217, 72),
     "mix_sd35m": (10, 24, 217, 96),

@@ -138,6 +138,6 @@ def test_warnings_come_before_notes(recipe):
 
 @pytest.mark.parametrize("lines", [12, 25, 40])
 def test_a_real_healthy_run_has_no_warning(recipe, lines):
-    """Of 40 iterations of recipes/quickstart.yaml, whose clip range is 1e-3 too."""
+    """Of 40 iterations of MixGRPO on the embedded pipeline, whose clip range is 1e-3 too."""
     texts = (ROOT / "tests" / "fixtures" / "quickstart_metrics.jsonl").read_text().splitlines()
     assert find(recipe, [json.loads(text) for text in texts][:lines]) == []
