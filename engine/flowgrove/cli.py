@@ -237,7 +237,9 @@ def plan(
     from flowgrove.plan.division import Division
     from flowgrove.recipe.loading import load_recipe
     from flowgrove.report.cost_view import draw_time, time_json
-    from flowgrove.report.plan_view import draw_memory, draw_plan, draw_ranks, memory_json, plan_json
+    from flowgrove.report.plan_view import (
+        draw_memory, draw_plan, draw_ranks, draw_rounding, memory_json, plan_json, rounding_json,
+    )  # fmt: skip
     from flowgrove.report.split_view import chosen_splits, draw_splits, split_json
     from flowgrove.run.metrics import read_metrics
     from flowgrove.setup import Setup
@@ -247,7 +249,11 @@ def plan(
     lines = read_metrics(recipe.parent) if setup.split_search is not None else []
     table, made = setup.table, setup.plan(iteration, chosen_splits(settings, lines))
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
-    predicted = seconds = None
+    predicted = seconds = rounding = None
+    if made.precision is not None:
+        from flowgrove.plan.rounding import count_rounding
+
+        rounding = count_rounding(settings)
     if memory:
         from flowgrove.plan.communication import predict
 
@@ -259,9 +265,11 @@ def plan(
     if as_json:
         content = plan_json(made, settings, division) | (memory_json(predicted) if predicted else {})
         content |= (time_json(seconds) if seconds else {}) | split_json(settings, lines)
+        content |= rounding_json(made, rounding)
         sys.stdout.write(json.dumps(content) + "\n")
     else:
         draw_plan(made, settings, Console(highlight=False), table.source)
+        draw_rounding(made, rounding, Console(highlight=False, soft_wrap=True))
         draw_splits(settings, lines, iteration, Console(highlight=False, soft_wrap=True))
         if division.ranks > 1:
             draw_ranks(made, settings, division, Console(highlight=False))

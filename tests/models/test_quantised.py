@@ -225,7 +225,7 @@ def test_products_on_a_gpu_are_those_of_the_cpu(precision, rows):
     torch.manual_seed(0)
     layer = nn.Linear(64, 96).bfloat16().cuda().requires_grad_(False)
     x = torch.randn(2, rows, 64, device="cuda", dtype=torch.bfloat16)
-    own = QuantisedLinear(layer, precision, torch.bfloat16)
+    own = QuantisedLinear(layer, precision, torch.bfloat16, *quantised_weight(layer.weight, precision))
     assert apart(own(x).float(), layer(x).float()) < 0.05
     product = _int8_product if precision == "int8" else _fp8_product
     expected = product(x.cpu().flatten(0, 1), own.codes.cpu(), own.scale.cpu(), layer.bias.cpu(), torch.bfloat16)

@@ -65,7 +65,10 @@ class QuantisedCopy:
             raise UserError(f"rollout.precision is {precision}: the transformer is one {sizes}; write null")
         check_precision(precision, next(iter(layers.values())).weight.device)
         self.precision = precision
-        self.layers = {name: QuantisedLinear(layer, precision, compute) for name, layer in layers.items()}
+        self.layers = {
+            name: QuantisedLinear(layer, precision, compute, *quantised_weight(layer.weight, precision))
+            for name, layer in layers.items()
+        }
         self.transformer = _twin(transformer, {layer: self.layers[name] for name, layer in layers.items()})
         self.trains = any(layer.weight.requires_grad for layer in layers.values())
         self.outdated = False
@@ -93,13 +96,14 @@ class QuantisedLinear(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, layer: nn.Linear, precision: Precision, compute: torch.dtype) -> None:
+    def __init__(
+        self, layer: nn.Linear, precision: Precision, compute: torch.dtype, codes: Tensor, scale: Tensor
+    ) -> None:
         super().__init__()
         self.precision, self.compute = precision, compute
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         self._layer = (layer,)  # in a tuple: no part of this one
-        codes, scale = quantised_weight(layer.weight, precision)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
@@ -116,6 +120,24 @@ class QuantisedLinear(nn.Module):
         product = _compiled(self.precision) if fused else _PRODUCTS[self.precision]
         y: Tensor = product(x.flatten(0, -2), self.codes, self.scale, self.bias, self.compute)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+def unloaded_copy(transformer: nn.Module, precision: Precision, compute: torch.dtype) -> nn.Module:
+    """The second tree of a transformer whose tensors have no storage."""
+    dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
+    instead = {
+        layer: QuantisedLinear(
+            layer, precision, compute, torch.empty(layer.weight.shape, dtype=dtype), torch.empty(layer.out_features)
+        )
+        for layer in quantisable(transformer, precision).values()
+    }
+    return _twin(transformer, instead)
+
+
+def copy_bytes(transformer: nn.Module, precision: Precision) -> int:
+    """Bytes of rounded weights and their scales."""
+    layers = quantisable(transformer, precision).values()
+    return sum(layer.weight.numel() + torch.float32.itemsize * layer.out_features for layer in layers)
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

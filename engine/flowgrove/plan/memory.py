@@ -4,12 +4,13 @@ counted by a dispatch mode, which adds up what is alive.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrove.models.quantised import Precision, copy_bytes, quantisable, unloaded_copy
 from flowgrove.models.runner import tokens_per_pass
 from flowgrove.passes.packing import pack
 from flowgrove.plan.allocations import graph_bytes, peak_bytes
@@ -23,7 +24,13 @@ from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
 
 GPU_SHARE = 0.9  # of a GPU's memory can be planned with: the allocator's fragments and what libraries take
-LOADED = ("transformer", "master weights", "VAE", "untouched copy")  # what a policy holds before it trains
+LOADED = (
+    "transformer",
+    "master weights",
+    "VAE",
+    "untouched copy",
+    "rounded copy",
+)  # what a policy holds before it trains
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class MemoryModel(UnloadedModel):
             "VAE": self.vae_bytes,
             "untouched copy": copy * self.compute.itemsize if self.copies else 0,
             "untouched copy, gathered": self.gathered if stays_gathered else 0,
+            "rounded copy": 0 if plan.precision is None else copy_bytes(self.transformer, plan.precision),
             "gradients": sizes.trained * self.master.itemsize,
             "optimiser": sizes.trained * _OPTIMIZER_BYTES[recipe.update.optimizer],
             "averaged weights": sizes.trained * self.master.itemsize if recipe.update.ema_decay else 0,
@@ -207,7 +215,10 @@ class MemoryModel(UnloadedModel):
         """Bytes of a pass of the rollout, and of x, v, x' and a history of the widest level."""
         width = max(step.nodes_out for step in self.plan.steps)
         widest = 4 * self.prompts * width * self._state_bytes
-        return self._once("rollout", states, self._rolling) + widest
+        largest = self._once("rollout", states, self._rolling)
+        if self.plan.precision is not None:
+            largest = max(largest, self._once("cheap rollout", states, self._rolling_cheaply))
+        return largest + widest
 
     def _rolling(self, states: int) -> int:
         @torch.no_grad()
@@ -215,6 +226,24 @@ class MemoryModel(UnloadedModel):
             return self.velocity(states)
 
         return peak_bytes(roll, self.like_cuda)
+
+    def _rolling_cheaply(self, states: int) -> int:
+        """Bytes of a pass in rollout.precision. On a GPU the rounding of activations is one kernel, so that a layer
+        holds its rounded input and, of int8, its sums beside what a layer of full precision holds.
+        """
+        precision = cast(Precision, self.plan.precision)
+        if self.like_cuda:
+            layers = quantisable(self.transformer, precision).values()
+            sums = torch.int32.itemsize if precision == "int8" else 0
+            widest = max((layer.in_features + sums * layer.out_features for layer in layers), default=0)
+            return self._rolling(states) + states * self.doubled * self.geometry.tokens * widest
+        cheap = self.on(unloaded_copy(self.transformer, precision, self.compute))
+
+        @torch.no_grad()
+        def roll() -> Tensor:
+            return cheap.velocity(states)
+
+        return peak_bytes(roll)
 
     def _training(self, states: int) -> int:
         """Gradients stay and are counted as resident: they are there before the pass, as of another one."""

@@ -65,6 +65,12 @@ class UnloadedModel:
         other.geometry, other.adapter = geometry, self.adapter.at(geometry)
         return other
 
+    def on(self, transformer: nn.Module) -> Self:
+        """This model with another transformer of the same configuration."""
+        other = copy.copy(self)
+        other.transformer, other.adapter = transformer, self.adapter.on(transformer)
+        return other
+
     def velocity(self, states: int) -> Tensor:
         """The velocity of a pass of so many states, each of the longest prompt; with guidance of both rows of each."""
         return self.velocity_of_rows(states * self.doubled)

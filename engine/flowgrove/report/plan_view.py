@@ -12,6 +12,7 @@ from flowgrove.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
     from flowgrove.plan.communication import Prediction
+    from flowgrove.plan.rounding import Rounding
 
 _DRAWN_LEAVES = 32
 _STEP = ("index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out")
@@ -102,7 +103,33 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
 def _cheaper(plan: RolloutPlan, step: Step, recipe: Recipe) -> str:
     """What a step leaves out of its forward."""
     unguided = "unguided" if recipe.model.guidance_scale > 1 and not plan.guided(step) else ""
-    return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "") if part)
+    rounded = plan.precision if plan.cheap(step) else ""
+    return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "", rounded) if part)
+
+
+def draw_rounding(plan: RolloutPlan, rounding: "Rounding | None", console: Console) -> None:
+    """Which forwards run in rollout.precision, and what each of them saves; None: not known without the model."""
+    if plan.precision is None:
+        return
+    steps = [step for step in plan.steps if plan.cheap(step)]
+    forwards = sum(step.nodes_in for step in steps)
+    of = f"{len(steps)} of {len(plan.steps)} steps, {forwards:,} of {plan.counts.rollout_forwards:,} rollout forwards"
+    console.print(f"{plan.precision} in {of} per prompt")
+    if rounding is not None:
+        flops, share = rounding.flops / 1e12, rounding.rounded_flops / rounding.flops
+        weights = f"{_size(rounding.rounded_bytes)} of weights instead of {_size(rounding.full_bytes)}"
+        layers = f"{rounding.layers} linear layers in 8 bits, {share:.0%} of its {flops:.3g} TFLOP"
+        console.print(f"such a forward of a row runs {layers}, and reads {weights}")
+
+
+def rounding_json(plan: RolloutPlan, rounding: "Rounding | None") -> dict[str, Any]:
+    """What rollout.precision adds to the object of `flowgrove plan --json`."""
+    if plan.precision is None:
+        return {}
+    steps = [step for step in plan.steps if plan.cheap(step)]
+    counts = {"precision": plan.precision, "steps": [step.index for step in steps]}
+    found = {} if rounding is None else asdict(rounding)
+    return {"rounding": {**found, **counts, "rollout_forwards": sum(step.nodes_in for step in steps)}}
 
 
 def draw_ranks(plan: RolloutPlan, recipe: Recipe, division: Division, console: Console) -> None:
