@@ -221,24 +221,25 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     # the cheapest first: in it the default lever warms up
     recipes = ["branch_mix_flash", *([] if dry else ["branch_mix", "mix"]), "dance:published"]
     engine = ["--model", "tiny" if dry else model, "--recipes", ",".join(recipes), "--levers", "ends"]
+    engine += ["--precision", "int8" if dry else "fp8"]
     every = ["--prompts", "1", "--rounds", "1", "--out", str(out)]
     script = [python, str(ROOT / "profiling" / "profile_model.py")]
     profile = [*script, "--model", "tiny" if dry else model, "--prompts", "1"]
     scaling = ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
-    eager = ["--rows", "1,2,4,8", "--repeats", "5"]
-    compiled = ["--modes", "compiled", "--rows", "1,4"]
+    eager = ["--modes", "eager,recorded,fp8,fp8+recorded", "--rows", "1,2,4,8", "--repeats", "5"]
+    compiled = ["--modes", "compiled,fp8+compiled", "--rows", "1,4"]
     if dry:
         scaling = ["--leaves", "1,2,4", "--prompts", "1,2,3"]
-        eager, compiled = ["--rows", "1", "--repeats", "1"], ["--modes", "eager", "--rows", "1"]
+        eager, compiled = (["--modes", modes, "--rows", "1", "--repeats", "1"] for modes in ("eager,int8", "eager"))
     rows = [*bench, "rows", "--model", model]
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
         *_op_steps([*bench, "ops", "--out", str(out)], dry, "sd35_512,wan_480p81,wide,row_64m", options.dtypes),
-        Step("engine", 170, [*bench, "engine", *engine, *every]),
+        Step("engine", 210, [*bench, "engine", *engine, *every]),
         Step("tests", 150, _pytest(python, dry, options.pytest), {"OMP_NUM_THREADS": "1"}),
-        Step("rows", 60, [*rows, *eager, "--out", str(out)]),
+        Step("rows", 100, [*rows, *eager, "--out", str(out)]),
         Step("profile", 75, profile),
-        Step("rows compiled", 90, [*rows, *compiled, "--json"]),
+        Step("rows compiled", 120, [*rows, *compiled, "--json"]),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
 
@@ -402,14 +403,14 @@ def _engine(out: Path, began: float) -> Iterator[str]:
 def _rows(out: Path, began: float) -> Iterator[str]:
     rows = list(_tables(out, "rows_*.csv", began))
     if rows:
-        yield "blocks  rows mode      forward ms  train ms  TFLOP/s"
+        yield "blocks  rows mode          forward ms  train ms  TFLOP/s"
     for row in rows:
         figures = [
             f"{float(row[key]):9.3f}" if row[key] else " " * 9
             for key in ("forward_ms", "train_ms", "forward_tflop_per_s")
         ]
         derived = "derived" if row["derived"] == "True" else ""
-        yield f"{row['blocks']:7} {row['rows']:>4} {row['mode']:9} {' '.join(figures)} {derived}"
+        yield f"{row['blocks']:7} {row['rows']:>4} {row['mode']:13} {' '.join(figures)} {derived}"
 
 
 def _counters(output: str) -> Iterator[str]:

@@ -238,7 +238,13 @@ def plan(
     from flowgrove.recipe.loading import load_recipe
     from flowgrove.report.cost_view import draw_time, time_json
     from flowgrove.report.plan_view import (
-        draw_memory, draw_plan, draw_ranks, draw_rounding, memory_json, plan_json, rounding_json,
+        draw_memory,
+        draw_plan,
+        draw_ranks,
+        draw_rounding,
+        memory_json,
+        plan_json,
+        rounding_json,
     )  # fmt: skip
     from flowgrove.report.split_view import chosen_splits, draw_splits, split_json
     from flowgrove.run.metrics import read_metrics
@@ -482,13 +488,14 @@ def engine(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")
     ] = False,
+    precision: Annotated[str | None, typer.Option(help="also with rollout.precision: fp8 or int8")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added."""
     from flowgrove.bench.engine import bench_engine, settings_of
     from flowgrove.bench.table import draw_engine, print_rows
 
-    settings = settings_of(model, recipes, levers, prompts, rounds, compiled, device)
+    settings = settings_of(model, recipes, levers, prompts, rounds, compiled, device, precision)
     print_rows(bench_engine(settings, _say, out), as_json, draw_engine)
 
 
@@ -527,7 +534,11 @@ def rows(
     ] = "tiny",
     rows_: Annotated[str, typer.Option("--rows", help="rows of a pass, with commas between")] = "1,2,4,8",
     modes: Annotated[
-        str | None, typer.Option(help="eager, recorded (CUDA graphs), compiled; default: eager, and recorded on a GPU")
+        str | None,
+        typer.Option(
+            help="eager, recorded (CUDA graphs), compiled, fp8, int8 (rollout.precision), fp8+recorded, fp8+compiled, "
+            "…; default: eager, and recorded on a GPU"
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",

@@ -21,11 +21,13 @@ _NAMES = {
 
 
 def _pairs(rows: Rows) -> dict[str, tuple[Row, Row]]:
-    """(published loop, last lever) by recipe, in the order of the docs; the same row twice where only one ran."""
+    """(published loop, last lever in full precision) by recipe, in the order of the docs; the same row twice where only
+    one ran.
+    """
     order = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash")
     found = {}
     for name in order:
-        of_recipe = [row for row in rows if row["recipe"] == name]
+        of_recipe = [row for row in rows if row["recipe"] == name and not row["lever"].endswith(" rollouts")]
         if of_recipe:
             found[name] = of_recipe[0], of_recipe[-1]
     return found

@@ -227,6 +227,30 @@ def test_what_was_measured_stays_if_a_later_recipe_is_stopped(monkeypatch, tmp_p
         assert [row["recipe"] for row in csv.DictReader(file)] == ["branch_mix_flash"]
 
 
+def test_rollouts_in_8_bits_are_a_lever():
+    """Of one plan with the lever before it: the same rows, most forwards of which are cheap."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    rows = bench("--recipes", "mix_flash", "--levers", "ours", "--precision", "int8")
+    assert [row["lever"] for row in rows] == ["+ reused graphs", "+ int8 rollouts"]
+    assert [(row["rollout_forwards"], row["train_passes"]) for row in rows] == [COUNTS["mix_flash"][2]] * 2
+    assert rows[0]["rows_speedup"] == rows[1]["rows_speedup"]
+
+
+def test_the_lever_runs_its_untrained_steps_in_8_bits(monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    cheap = []
+    quantised = Policy.cheap
+    monkeypatch.setattr(Policy, "cheap", lambda policy: cheap.append(1) or quantised(policy))
+    settings = engine.settings_of("tiny", "mix_flash:ours", "all", 1, 1, False, "cpu", "int8")
+    bench = engine._Bench({"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, settings, lambda _: None)
+    lever = engine.Lever.rounded("int8", False)
+    stages = lever.stages(bench._recipe("mix_flash"), PUBLISHED["mix_flash"], bench.policy, bench.runner, bench.rewards)
+    assert cheap == []
+    with bench._ready(lever, PUBLISHED["mix_flash"], stages):
+        stages.run(bench.texts, 0)
+    assert len(cheap) == 10 - 4  # steps of the plan without its window
+
+
 def test_the_room_for_graphs_is_settled_once_and_in_no_iteration(monkeypatch):
     """Predicting it takes seconds on a large model, which would count as a rollout's."""
     seen = []

@@ -28,11 +28,37 @@ def test_times_are_of_every_size_and_agree_with_their_rate():
         (("--rows", "0"), "--rows is '0'"),
         (("--modes", "fast"), "--modes names fast"),
         (("--modes", "recorded"), "measure on a GPU"),
+        (("--modes", "fp8"), "--modes names fp8: cpu devices like this one have no float8"),
         (("--model", "x"), "--model is x"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, text):
     assert text in refuse("bench", "rows", "--device", "cpu", *arguments)
+
+
+def test_passes_in_8_bits_are_timed_without_a_backward():
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    told = succeed(
+        "bench", "rows", "--model", "tiny", "--rows", "2", "--repeats", "1", "--device", "cpu", "--json", "--modes",
+        "int8,eager",
+    )  # fmt: skip
+    eager, int8 = json.loads(told.stdout)
+    assert (eager["mode"], int8["mode"]) == ("eager", "int8")
+    assert eager["train_ms"] is not None
+    assert int8["train_ms"] is None
+    assert int8["forward_tflop"] == eager["forward_tflop"]
+    assert int8["forward_ms"] > 0
+
+
+def test_blocks_are_taken_out_of_the_transformer_that_is_timed(flux):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    flux.weights.quantise("int8")
+    cheap = flux.cheap()
+    timer = row_times._Timer(cheap, runner_of(flux), 1, 1.0)
+    with row_times._cut(timer.lists[0], 1):
+        assert len(cheap.adapter.transformer.transformer_blocks) == 1
+        assert len(flux.transformer.transformer_blocks) == 3
+    assert timer.sizes == [3, 2]
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.models.quantised import PRECISIONS, Precision, check_precision
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.budget import PassBudget
@@ -92,13 +93,20 @@ PUBLISHED = {
 class Lever(NamedTuple):
     """What is switched on besides the levers before it, as the whole `engine` section of the recipe.
 
-    `paced`: passes of the published loop's size; `alone`: states shared where that loop shares them and nowhere else.
+    `paced`: passes of the published loop's size; `alone`: states shared where that loop shares them and nowhere else;
+    `precision`: rollout.precision.
     """
 
     name: str
     engine: dict[str, Any]
     paced: bool = False
     alone: bool = False
+    precision: Precision | None = None
+
+    @classmethod
+    def rounded(cls, precision: Precision, compiled: bool) -> "Lever":
+        """Steps that do not train in 8 bits; with compiled blocks where those are measured too."""
+        return cls(f"+ {precision}{ROUNDED}", COMPILED.engine if compiled else {}, precision=precision)
 
     @property
     def retains(self) -> bool:
@@ -117,7 +125,8 @@ class Lever(NamedTuple):
             unshared = {**self.engine, "share": False, "reuse_rollout_graph": False}
             rollout, update = {**unshared, "share": published.shares}, unshared
         updater = Updater(_with(recipe, update), policy, runner)
-        return Stages(Setup(_with(recipe, rollout)), policy, updater, rewards, room if self.retains else NO_ROOM)
+        rolled = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"precision": self.precision})})
+        return Stages(Setup(_with(rolled, rollout)), policy, updater, rewards, room if self.retains else NO_ROOM)
 
     def set_budget(self, published: Published, policy: Policy, budget: PassBudget, texts: list[str], own: int) -> int:
         """Makes passes as large as the lever wants them, `own` tokens or the published loop's rows.
@@ -131,6 +140,7 @@ class Lever(NamedTuple):
         return published.rows
 
 
+ROUNDED = " rollouts"  # how such levers' names end
 LOOP = Lever("published loop", {"backend": "reference"}, paced=True, alone=True)
 REUSED = Lever("+ reused graphs", {})
 LEVERS = (
@@ -155,7 +165,7 @@ Say = Callable[[str], None]
 class Settings:
     """What is measured: `model` of bench.models, recipes by name with one of CHOICES each, iterations timed of each.
 
-    `compiled`: the lever that takes minutes to warm up too.
+    `compiled`: the lever that takes minutes to warm up too; `precision`: that of rollouts in 8 bits.
     """
 
     device: torch.device
@@ -164,17 +174,22 @@ class Settings:
     prompts: int
     rounds: int
     compiled: bool = False
+    precision: Precision | None = None
 
     def levers(self, choice: str) -> tuple[Lever, ...]:
         """all: on a GPU with CUDA graphs; ends: the published loop and the last default lever; published, ours: one of
-        these. Compiled blocks without CUDA graphs, beside ours."""
+        these. Compiled blocks without CUDA graphs, beside ours, and rollouts in 8 bits."""
         recorded = [GRAPHS] if self.device.type == "cuda" else []
         chosen = {"all": (*LEVERS, *recorded), "ends": (LOOP, REUSED), "published": (LOOP,), "ours": (REUSED,)}[choice]
-        return (*chosen, *([COMPILED] if self.compiled and choice != "published" else []))
+        if choice == "published":
+            return chosen
+        rounded = [] if self.precision is None else [Lever.rounded(self.precision, self.compiled)]
+        return (*chosen, *([COMPILED] if self.compiled else []), *rounded)
 
 
 def settings_of(
-    model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str
+    model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str,
+    precision: str | None = None,
 ) -> Settings:  # fmt: skip
     """Settings from the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
     if levers not in CHOICES:
@@ -189,7 +204,12 @@ def settings_of(
         if name in chosen:
             raise UserError(f"--recipes names {name} twice: write it once, behind a colon one of {', '.join(CHOICES)}")
         chosen[name] = choice or levers
-    return Settings(machine.pick_device(device), model, chosen, prompts, rounds, compiled)
+    place = machine.pick_device(device)
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"--precision is {precision}: write {' or '.join(PRECISIONS)}, or leave it out")
+    if precision is not None:
+        check_precision(precision, place)
+    return Settings(place, model, chosen, prompts, rounds, compiled, precision)
 
 
 def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
@@ -248,7 +268,7 @@ def compare(rows: list[Row], planned: dict[str, tuple[int, int]]) -> None:
     where that loop was not run, and what its seconds would be divided by is None.
     """
     loops = {row["recipe"]: row for row in rows if row["lever"] == LOOP.name}
-    last = {row["recipe"]: row for row in rows}
+    last = {row["recipe"]: row for row in rows if not row["lever"].endswith(ROUNDED)}  # of one row at one cost
     dance = loops.get("dance")
     for row in rows:
         loop, final = loops.get(row["recipe"]), last[row["recipe"]]
@@ -281,8 +301,10 @@ class _Bench:
         self.policy = Policy.load(_with(first, COMPILED.engine) if settings.compiled else first, self.device)
         self.runner = PassRunner.of(first, self.policy)
         self.own = self.runner.budget.tokens
+        if settings.precision is not None:
+            self.policy.weights.quantise(settings.precision, settings.compiled)
         self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy, self.runner)
-        self.warm = False
+        self.warm: set[str] = set()  # levers that keep nothing per shape, and have run
         short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})
         stages = LOOP.stages(short, Published(), self.policy, self.runner, self.rewards)
         with self._ready(LOOP, Published(), stages):
@@ -312,10 +334,11 @@ class _Bench:
             for lever in levers
         }
         for lever in levers:
-            if not lever.paced and (choice == "all" or lever != REUSED or not self.warm):
+            if not lever.paced and (choice == "all" or lever.name not in self.warm):
                 with self._ready(lever, published, stages[lever.name]):
                     stages[lever.name].run(self.texts, 0)
-                self.warm = True
+                if lever == REUSED or lever.precision is not None:
+                    self.warm.add(lever.name)
         self.say(f"{name}: warm")
         found: dict[str, list[Row]] = {lever.name: [] for lever in levers}
         for number in range(rounds):
@@ -338,14 +361,16 @@ class _Bench:
     @contextmanager
     def _ready(self, lever: Lever, published: Published, stages: Stages) -> Iterator[int]:
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
-        engine = stages.recipe.engine
         rows = lever.set_budget(published, self.policy, self.runner.budget, self.texts, self.own)
-        with pick_backend(stages.recipe), _stance(engine.compile):
+        # on a GPU the rounding of activations is compiled, whether the blocks are or not
+        with pick_backend(stages.recipe), _stance(stages.recipe.engine.compile or lever.precision is not None):
             yield rows
 
     def _iteration(self, lever: Lever, published: Published, stages: Stages) -> Row:
         with self._ready(lever, published, stages) as rows:
             per_row = self._row_times(rows)
+            if lever.precision is not None:
+                per_row = per_row._replace(forward=self._mixed(rows, per_row.forward, stages))
             self.passes.release()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -356,6 +381,14 @@ class _Bench:
     def _row_times(self, rows: int) -> Timed:
         once = self.passes.timed(rows)
         return once if rows * sum(once) >= _LONG else self.passes.timed(rows, _REPEATS)
+
+    def _mixed(self, rows: int, full: float, stages: Stages) -> float:
+        """Seconds of an average forward of a row, of which some run in 8 bits; `full`: of one that does not."""
+        plan, share = stages.sizes[0][1].first_plan, stages.recipe.engine.share
+        cheap = Passes(self.policy.cheap(), self.runner)
+        spent = cheap.seconds_per_row(cheap.forward, rows, _REPEATS)
+        forwards = plan.counts.rollout_forwards if share else plan.counts.unshared_rollout_forwards
+        return full + (spent - full) * plan.cheap_forwards(share) / forwards
 
 
 def _stance(compiled: bool) -> AbstractContextManager[None]:

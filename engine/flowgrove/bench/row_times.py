@@ -1,5 +1,5 @@
-"""What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, and with compiled
-blocks.
+"""What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, with compiled
+blocks, and with linear layers in 8 bits (rollout.precision), which have no backward.
 
 A FLUX of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the cost of a
 double block, of a single block and of what lies around them come out, and with them the cost of FLUX.1-dev's 19 and 38.
@@ -26,6 +26,7 @@ from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
+from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings
 from flowgrove.tuning.pass_times import Passes
@@ -34,7 +35,12 @@ COLUMNS = (
     "model", "blocks", "rows", "mode", "tokens", "forward_ms", "train_ms", "forward_tflop", "forward_tflop_per_s",
     "derived", "repeats", "device", "torch", "triton", "compiler", "date",
 )  # fmt: skip
-MODES = ("eager", "recorded", "compiled")  # in this order: compiled blocks stay compiled
+MODES = (  # in this order: compiled blocks stay compiled
+    "eager", "recorded",
+    *(f"{precision}{how}" for precision in PRECISIONS for how in ("", "+recorded")),
+    "compiled",
+    *(f"{precision}+compiled" for precision in PRECISIONS),
+)  # fmt: skip
 WHOLE_FLUX = (19, 38)  # double and single blocks of FLUX.1-dev
 
 
@@ -59,8 +65,10 @@ def settings_of(model: str, rows: str, modes: str | None, repeats: int, device: 
     for mode in chosen:
         if mode not in MODES:
             raise UserError(f"--modes names {mode}: write some of {', '.join(MODES)}")
-        if mode == "recorded" and place.type != "cuda":
-            raise UserError("--modes names recorded, which are CUDA recordings: leave it out, or measure on a GPU")
+        if "recorded" in mode and place.type != "cuda":
+            raise UserError(f"--modes names {mode}, which are CUDA recordings: leave it out, or measure on a GPU")
+        if "fp8" in mode and not has_fp8(place):
+            raise UserError(f"--modes names {mode}: {place.type} devices like this one have no float8: leave it out")
     return Settings(place, model, tuple(map(int, counts)), tuple(chosen), repeats)
 
 
@@ -71,12 +79,17 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
     with bench_model(settings.model, settings.device) as model:
         recipe = bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine})
         policy = Policy.load(recipe, settings.device)
-        timer = _Timer(policy, PassRunner.of(recipe, policy), settings.repeats)
+        runner = PassRunner.of(recipe, policy)
+        timer = _Timer(policy, runner, settings.repeats)
         for mode in (mode for mode in MODES if mode in settings.modes):
+            one = timer
             if mode == "compiled":
                 compile_blocks(policy.transformer)
+            elif (precision := precision_of(mode)) is not None:
+                policy.weights.quantise(precision, compiled="compiled" in mode)
+                one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop)
             for rows in settings.rows:
-                lines = timer.lines(mode, rows)
+                lines = one.lines(mode, rows)
                 found += [{"model": settings.model, **line, "repeats": settings.repeats, **where} for line in lines]
                 say("; ".join(f"{line['blocks']} blocks, {rows} rows, {mode}: {_told(line)}" for line in lines))
     if out is not None:
@@ -94,20 +107,28 @@ def _told(line: Row) -> str:
     return f"{line['forward_ms']:.2f} ms a row{train}"
 
 
-class _Timer:
-    """Times a policy's passes."""
+def precision_of(mode: str) -> Precision | None:
+    """The rollout.precision of a mode."""
+    return next((precision for precision in PRECISIONS if mode.startswith(precision)), None)
 
-    def __init__(self, policy: Policy, runner: PassRunner, repeats: int) -> None:
+
+class _Timer:
+    """Times a policy's passes. `tflop`: of a row's forward; None: counted here."""
+
+    def __init__(self, policy: Policy, runner: PassRunner, repeats: int, tflop: float | None = None) -> None:
         self.policy, self.repeats, self.passes = policy, repeats, Passes(policy, runner)
         self.lists = [
             blocks
             for name in ("transformer_blocks", "single_transformer_blocks")
-            if (blocks := getattr(policy.transformer, name, None)) is not None
+            if (blocks := getattr(policy.adapter.transformer, name, None)) is not None
         ]
         self.sizes = [len(blocks) for blocks in self.lists]
+        self.tflop = self._counted() if tflop is None else tflop
+
+    def _counted(self) -> float:
         with FlopCounterMode(display=False) as counter:
             self.passes.forward(self.passes.states(1))
-        self.tflop = counter.get_total_flops() / 1e12
+        return counter.get_total_flops() / 1e12
 
     def lines(self, mode: str, rows: int) -> list[Row]:
         """The model as it is; and of one with blocks of two kinds, the whole of FLUX.1-dev as its blocks make it."""
@@ -139,11 +160,12 @@ class _Timer:
 
     def _milliseconds(self, mode: str, rows: int) -> NDArray[np.float64] | None:
         """(forward, forward and backward) of a row; None where the memory is too small.
-        A recorded pass has no backward.
+        A recorded pass has no backward, nor has one in 8 bits.
         """
         try:
-            if mode == "recorded":
-                return 1e3 * np.array([self.passes.seconds_per_row(self._recorded(), rows, self.repeats), np.nan])
+            if "recorded" in mode or precision_of(mode) is not None:
+                run = self._recorded() if "recorded" in mode else self.passes.forward
+                return 1e3 * np.array([self.passes.seconds_per_row(run, rows, self.repeats), np.nan])
             return 1e3 * np.array(self.passes.timed(rows, self.repeats))
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -26,6 +26,7 @@ from flowgrove.models.blocks import blocks_of
 from flowgrove.models.compiling import compile_blocks
 
 Precision = Literal["fp8", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp8", "int8")
 MULTIPLES = {"fp8": 16, "int8": 8}  # of which both sides of a weight must be one for the kernels
 FP8_FROM = (8, 9)  # compute capability
 _MOST = {"fp8": 448.0, "int8": 127.0}
@@ -142,13 +143,17 @@ def copy_bytes(transformer: nn.Module, precision: Precision) -> int:
 
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Raises UserError where a format cannot be computed, or torchao is missing."""
-    if precision == "fp8":
+    if precision == "fp8" and not has_fp8(device):
         if device.type != "cuda":
             raise UserError(f"rollout.precision is fp8, but the run is on a {device.type}: write int8, or null")
-        if torch.cuda.get_device_capability(device) < FP8_FROM:
-            name = torch.cuda.get_device_name(device)
-            raise UserError(f"rollout.precision is fp8, which {name} cannot compute: write int8, or null")
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"rollout.precision is fp8, which {name} cannot compute: write int8, or null")
     _rounding(precision)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies float8 numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM
 
 
 @torch.no_grad()

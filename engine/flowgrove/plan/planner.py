@@ -110,6 +110,10 @@ class RolloutPlan:
         """Whether the step's passes run in rollout.precision: where nothing trains, and no log-probability counts."""
         return self.precision is not None and not step.trained and not (step.stochastic and self.fuses)
 
+    def cheap_forwards(self, share: bool = True) -> int:
+        """The forwards of a prompt that do; `share` False: where every leaf runs for itself."""
+        return sum(step.nodes_in if share else self.leaves for step in self.steps if self.cheap(step))
+
     def caches(self, step: Step) -> bool:
         """Whether the step may extrapolate its attention:
         nothing after the last stochastic step needs a gradient or a ratio.

@@ -111,9 +111,8 @@ def draw_rounding(plan: RolloutPlan, rounding: "Rounding | None", console: Conso
     """Which forwards run in rollout.precision, and what each of them saves; None: not known without the model."""
     if plan.precision is None:
         return
-    steps = [step for step in plan.steps if plan.cheap(step)]
-    forwards = sum(step.nodes_in for step in steps)
-    of = f"{len(steps)} of {len(plan.steps)} steps, {forwards:,} of {plan.counts.rollout_forwards:,} rollout forwards"
+    steps, forwards = sum(plan.cheap(step) for step in plan.steps), plan.cheap_forwards()
+    of = f"{steps} of {len(plan.steps)} steps, {forwards:,} of {plan.counts.rollout_forwards:,} rollout forwards"
     console.print(f"{plan.precision} in {of} per prompt")
     if rounding is not None:
         flops, share = rounding.flops / 1e12, rounding.rounded_flops / rounding.flops
@@ -126,10 +125,9 @@ def rounding_json(plan: RolloutPlan, rounding: "Rounding | None") -> dict[str, A
     """What rollout.precision adds to the object of `flowgrove plan --json`."""
     if plan.precision is None:
         return {}
-    steps = [step for step in plan.steps if plan.cheap(step)]
-    counts = {"precision": plan.precision, "steps": [step.index for step in steps]}
-    found = {} if rounding is None else asdict(rounding)
-    return {"rounding": {**found, **counts, "rollout_forwards": sum(step.nodes_in for step in steps)}}
+    steps = [step.index for step in plan.steps if plan.cheap(step)]
+    counts = {"precision": plan.precision, "steps": steps, "rollout_forwards": plan.cheap_forwards()}
+    return {"rounding": {**({} if rounding is None else asdict(rounding)), **counts}}
 
 
 def draw_ranks(plan: RolloutPlan, recipe: Recipe, division: Division, console: Console) -> None:
