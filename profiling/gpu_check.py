@@ -219,7 +219,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     bench = [*command, "bench"]
     model = "sd3_mid" if dry else "flux_slim"
     # the cheapest first: in it the default lever warms up
-    recipes = ["branch_mix_flash", *([] if dry else ["branch_mix", "mix"]), "dance:published"]
+    recipes = ["branch_mix_flash", *([] if dry else ["grove", "branch_mix", "mix"]), "dance:published"]
     engine = ["--model", "tiny" if dry else model, "--recipes", ",".join(recipes), "--levers", "ends"]
     engine += ["--precision", "int8" if dry else "fp8"]
     every = ["--prompts", "1", "--rounds", "1", "--out", str(out)]

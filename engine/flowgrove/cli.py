@@ -481,7 +481,7 @@ def engine(
     ] = "tiny",
     recipes: Annotated[
         str, typer.Option(help="algorithms, with commas between; with levers of their own as in dance:published,mix")
-    ] = "dance,flow,flow_fast,mix,mix_flash,branch,branch_mix,branch_mix_flash",
+    ] = "dance,flow,flow_fast,mix,mix_flash,branch,branch_mix,branch_mix_flash,grove",
     levers: Annotated[str, typer.Option(help="all; ends: the published loop and the default; published; ours")] = "all",
     prompts: Annotated[int, typer.Option(min=1, help="prompts of an iteration, 16 pictures each")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each lever")] = 3,

@@ -17,6 +17,7 @@ _NAMES = {
     "mix": "MixGRPO",
     "branch_mix": "BranchGRPO-Mix",
     "branch_mix_flash": "BranchGRPO-Mix with Flash's tail: ours",
+    "grove": "a tree that splits in its first two steps, with Flash's tail: ours",
 }
 
 
@@ -24,7 +25,7 @@ def _pairs(rows: Rows) -> dict[str, tuple[Row, Row]]:
     """(published loop, last lever in full precision) by recipe, in the order of the docs; the same row twice where only
     one ran.
     """
-    order = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash")
+    order = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash", "grove")
     found = {}
     for name in order:
         of_recipe = [row for row in rows if row["recipe"] == name and not row["lever"].endswith(" rollouts")]

@@ -43,6 +43,7 @@ COUNTS = {
     "branch": ((203, 202), (203, 202), (203, 187)),
     "branch_mix": ((203, 34), (203, 34), (203, 19)),
     "branch_mix_flash": ((107, 34), (107, 34), (107, 19)),
+    "grove": ((117, 20), (117, 20), (117, 5)),
 }
 ENGINE = ("bench", "engine", "--prompts", "1", "--rounds", "1", "--device", "cpu", "--json")
 

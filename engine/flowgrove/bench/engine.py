@@ -64,6 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # 20 steps and 16 leaves, as BranchGRPO 
     "branch": {**_DANCE, "tree": _TREE, **_EVERY},
     "branch_mix": {**_DANCE, "tree": _TREE, "window": _WINDOW},
     "branch_mix_flash": {**_DANCE, "tree": _TREE, "window": _WINDOW, **_FLASH},
+    "grove": {"tree": {"splits": [0, 1], "fanout": 4}, "window": {"strategy": "frozen", "size": 2}, **_FLASH},
 }
 
 
@@ -77,7 +78,8 @@ class Published(NamedTuple):
     shares: bool = False
 
 
-# branch_mix_flash, which nobody published, as BranchGRPO's loop would run it; Flow-GRPO's configurations say 8 to 16
+# branch_mix_flash and grove, which nobody published, as BranchGRPO's loop would run them; Flow-GRPO's configurations
+# say 8 to 16
 PUBLISHED = {
     "dance": Published(),
     "flow": Published(rows=8),
@@ -87,6 +89,7 @@ PUBLISHED = {
     "branch": Published(shares=True),
     "branch_mix": Published(shares=True),
     "branch_mix_flash": Published(shares=True),
+    "grove": Published(shares=True),
 }
 
 
