@@ -582,6 +582,9 @@ def profile(
     iterations: Annotated[int, typer.Option(min=1, help="iterations that are timed, and again profiled")] = 1,
     warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="iterations before them")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder for its files; default: profiles/NAME")] = None,
+    equal_rows: Annotated[
+        bool, typer.Option("--equal-rows", help="instead, list the rows that the iterations compute twice, and why")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     allow_python: AllowPython = False,
 ) -> None:
@@ -593,6 +596,15 @@ def profile(
     from flowgrove.recipe.loading import load_recipe
 
     settings = load_recipe(recipe, tuple(set_ or ()))
+    if equal_rows:
+        from flowgrove.profiler.equal_rows import log_rows
+        from flowgrove.profiler.show_rows import draw_rows
+        from flowgrove.setup import Setup
+
+        if as_json:
+            raise UserError("--equal-rows prints a table: leave --json out")
+        draw_rows(log_rows(Setup(settings), iterations), settings, Console(highlight=False))
+        return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what the profiler notes of memory from before it
     from flowgrove.profiler.command import profile_recipe
     from flowgrove.profiler.show import draw_profile

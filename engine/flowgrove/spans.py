@@ -83,6 +83,13 @@ class Span:
 
 
 span = Span
+
+
+def current_path() -> str:
+    """The path of the range that this context is in; empty outside all."""
+    return _path.get()
+
+
 Listener = Callable[[Span], AbstractContextManager[object]]
 
 

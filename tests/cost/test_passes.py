@@ -31,6 +31,16 @@ CASES = {
         {"model": {**FP32, "guidance_scale": 3.0}, "rollout": {"guidance_range": [1, 3]}}, KEPT, 210
     ),
     "a reference model": ({"update": {"kl_weight": 0.1}}, KEPT, 140),
+    "a reference model of a tree": (
+        {"rollout": TREE, "update": {"kl_weight": 0.1, "updates_per_iteration": 4}}, NO_ROOM, 175
+    ),
+    "a reference model, replayed": (
+        {"rollout": TREE, "update": {"kl_weight": 0.1}, "engine": {"exact_replay": True}}, NO_ROOM, 175
+    ),
+    "a reference model, unshared": ({"update": {"kl_weight": 0.1}, "engine": {"share": False}}, NO_ROOM, 140),
+    "a reference model in bf16": (
+        {"model": {**FP32, "dtype": "bf16"}, "update": {"kl_weight": 0.1, "updates_per_iteration": 4}}, NO_ROOM, 140
+    ),
     "old log-probabilities anew": ({"model": {**FP32, "dtype": "bf16"}}, KEPT, 140),
     "some steps train": ({"update": {"step_fraction": 0.5}}, NO_ROOM, 140),
     "pruned by rewards": ({"rollout": TREE, "credit": {"prune": {"kind": "depth", "every": 1}}}, NO_ROOM, 140),

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flowgrove.evaluation import PROMPTS_AT_ONCE
 from flowgrove.models.geometry import Geometry
 from flowgrove.passes.packing import Ints, pack
 from flowgrove.plan.planner import RolloutPlan, Step
+from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 from flowgrove.rollout.forest import edges_in_update
@@ -21,6 +23,7 @@ from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 # Kinds of passes. forward: without gradient; extrapolated: that with attention from the steps before; kept: one whose
 # graph stays for the first update; backward: of such a graph; train: forward and backward; reference: a forward of the
 # reference model; renewed: a forward that takes the old policy's log-probability anew.
+Bools = NDArray[np.bool_]
 ROLLOUT = ("forward", "extrapolated", "kept")
 
 
@@ -40,6 +43,10 @@ class Passes:
     decodes: Counter[int] = field(default_factory=Counter)
     samples: int = 0
 
+    def add(self, kind: str, sizes: list[int], rows: int) -> None:
+        """A pass of this kind of each of these sizes, in states of so many rows."""
+        self.of_transformer.update(Pass(kind, states, rows) for states in sizes)
+
     def states(self, *kinds: str) -> int:
         """States in passes of these kinds."""
         return sum(one.states * count for one, count in self.of_transformer.items() if one.kind in kinds)
@@ -49,7 +56,8 @@ class Passes:
 class Engine:
     """How a rank's engine packs. `tokens`: of a pass; `doubled`: rows of a state with guidance; `pixels_per_decode`:
     that are decoded together; `beside`: whether samples are scored beside the rollout, so that it runs some prompts at
-    a time; `graphs` makes what keeps graphs in an iteration, None where none is kept.
+    a time; `graphs` makes what keeps graphs in an iteration, None where none is kept; `divided`: whether ranks have
+    divided the weights.
     """
 
     tokens: int
@@ -57,6 +65,7 @@ class Engine:
     pixels_per_decode: int
     beside: bool
     graphs: Callable[[], RetainedGraphs | None] = lambda: None
+    divided: bool = False
 
 
 def passes_of_iteration(
@@ -124,28 +133,34 @@ def _train(
     kept: list[int],
 ) -> None:  # fmt: skip
     share, replays = recipe.engine.share, recipe.engine.exact_replay and recipe.engine.share
+    keeps = keeps_reference_velocities(recipe, plan, engine.divided)
     sizes: list[int] = []
+    references = list(kept)  # rows of each pass whose reference velocity is not known yet
     row = geometry.tokens * engine.doubled
-    rows = 0
+    rows: list[Bools] = []
     for step in plan.trained_steps:
-        mask = states_in_update(plan, step, prompts, update)
+        mask = states_in_update(plan, step, prompts, update).ravel()
+        earlier = [states_in_update(plan, step, prompts, number).ravel() for number in range(update if keeps else 0)]
         if replays:
-            flat = mask.ravel()
-            sizes += [len(some) for some in _packed(flat.size, row, engine) if flat[some].any()]
+            for some in _packed(len(mask), row, engine):
+                if mask[some].any():
+                    sizes.append(len(some))
+                    references.append(0 if any(one[some].any() for one in earlier) else len(some))
+        elif share:
+            rows.append(~np.logical_or.reduce([np.zeros_like(mask), *earlier])[mask])
         else:
-            rows += int(mask.sum()) if share else _edges(plan, step, prompts, update)
-    sizes += [len(some) for some in _packed(rows - sum(kept), row, engine)]
-    for states in sizes:
-        found.of_transformer[Pass("train", states, engine.doubled)] += 1
-    for states in kept:
-        found.of_transformer[Pass("backward", states, engine.doubled)] += 1
+            rows.append(np.ones(_edges(plan, step, prompts, update), dtype=bool))
+    new = np.concatenate([*rows, np.zeros(0, dtype=bool)])[sum(kept) :]
+    for some in _packed(len(new), row, engine):
+        sizes.append(len(some))
+        references.append(int(new[some].sum()))
+    found.add("train", sizes, engine.doubled)
+    found.add("backward", kept, engine.doubled)
     if recipe.update.kl_weight > 0:
-        for states in sizes + kept:
-            found.of_transformer[Pass("reference", states, engine.doubled)] += 1
+        found.add("reference", [states for states in references if states], engine.doubled)
     noisy = recipe.model.dtype == "bf16" and share and not replays and recipe.update.step_weight != "guard"
     if update > 0 and noisy:
-        for states in sizes:
-            found.of_transformer[Pass("renewed", states, engine.doubled)] += 1
+        found.add("renewed", sizes, engine.doubled)
 
 
 def _edges(plan: RolloutPlan, step: Step, prompts: range, update: int) -> int:
@@ -167,8 +182,7 @@ def _score(found: Passes, samples: int, geometry: Geometry, engine: Engine) -> N
 
 
 def _forwards(found: Passes, kind: str, states: int, doubled: int, geometry: Geometry, engine: Engine) -> None:
-    for some in _packed(states, geometry.tokens * doubled, engine):
-        found.of_transformer[Pass(kind, len(some), doubled)] += 1
+    found.add(kind, [len(some) for some in _packed(states, geometry.tokens * doubled, engine)], doubled)
 
 
 def _packed(states: int, tokens: int, engine: Engine) -> list[Ints]:

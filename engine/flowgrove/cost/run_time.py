@@ -157,6 +157,7 @@ class _Predictor:
             pixels_per_decode=PIXELS_PER_DECODE[self.kind],
             beside=self.kind == "cuda" or any(is_remote(reward.name) for reward in self.recipe.reward),
             graphs=lambda: room.graphs(full),
+            divided=self.division.shards is not None,
         )
 
     def run_time(self) -> RunTime:

@@ -4,7 +4,7 @@ evaluation and tuning are handed one, and every pass of a run goes through it.
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 from diffusers import TaylorSeerCacheConfig
 from torch import Tensor
@@ -39,7 +39,7 @@ class PassRunner:
         self._failed = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, policy: Policy) -> "PassRunner":
+    def of(cls, recipe: Recipe, policy: Policy) -> Self:
         """What a recipe asks for. Raises UserError for a size that the model cannot draw, and CUDA graphs on a CPU."""
         device = policy.device
         row = max(policy.sized(sized).adapter.geometry.tokens for sized in recipe.at_sizes())

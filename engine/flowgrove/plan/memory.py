@@ -16,6 +16,7 @@ from flowgrove.passes.packing import pack
 from flowgrove.plan.allocations import graph_bytes, peak_bytes
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan
+from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.plan.unloaded import UnloadedModel
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
@@ -175,6 +176,8 @@ class MemoryModel(UnloadedModel):
             "forest": self.prompts * kept * self._state_bytes,
             "prompts": self.embeddings,
         }
+        if keeps_reference_velocities(recipe, plan, self.division.shards is not None):
+            resident["reference velocities"] = resident["forest"]
         if recipe.engine.cuda_graphs:  # recordings hold their memory for good
             resident["CUDA graphs"] = self._rollout(self._largest_passes(tokens)[0])
         return resident

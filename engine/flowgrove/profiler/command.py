@@ -12,6 +12,7 @@ from flowgrove.device import pick_backend, total_memory
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.machine import describe, free_memory
+from flowgrove.models.runner import PassRunner
 from flowgrove.plan.flops import count_flops
 from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.profiler.advice import SHOWN, Suggestion, suggestions
@@ -90,7 +91,7 @@ def profile_recipe(name: str, setup: Setup, out: Path, iterations: int, warm_up:
     """
     if (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run: give another folder with --out")
-    recipe, session = setup.recipe, Session(setup, max(iterations, warm_up))
+    recipe, session = setup.recipe, Session(setup, max(iterations, warm_up), PassRunner)
     out.mkdir(parents=True, exist_ok=True)
     with pick_backend(recipe):
         say("counting the bytes of ops")
@@ -144,7 +145,7 @@ def profile_recipe(name: str, setup: Setup, out: Path, iterations: int, warm_up:
     return found
 
 
-def _fits(session: Session, recipe: Recipe) -> bool:
+def _fits(session: Session[PassRunner], recipe: Recipe) -> bool:
     """Whether another recipe with the same passes fits by prediction: on a GPU beside models of rewards, on a CPU into
     the memory that is free now.
     """

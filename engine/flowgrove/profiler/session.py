@@ -1,8 +1,9 @@
 """A recipe set up as `flowgrove train` sets it up, without a run folder: iterations that can be measured."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,13 +24,16 @@ from flowgrove.trainer import checked_rewards
 from flowgrove.tuning.token_budget import settle_token_budget
 from flowgrove.update.updater import Updater
 
+Runner = TypeVar("Runner", bound=PassRunner)
 
-class Session:
-    """A recipe's model and stages. `most`: iterations numbered from 0 that will run. Raises UserError as `train` does
-    before its first iteration.
+
+class Session(Generic[Runner]):
+    """A recipe's model and stages. `most`: iterations numbered from 0 that will run; `runner`: the class of what runs
+    their passes; `held_out`: prompts that will be evaluated. Raises UserError as `train` does before its first
+    iteration.
     """
 
-    def __init__(self, setup: Setup, most: int) -> None:
+    def __init__(self, setup: Setup, most: int, runner: type[Runner], held_out: Sequence[str] = ()) -> None:
         keep_freed_memory()
         self.setup, recipe = setup, setup.recipe
         self.device = pick_device(recipe)
@@ -38,9 +42,9 @@ class Session:
             prompts_of_iteration(setup.prompts, number, recipe.data.prompts_per_iteration, recipe.run.seed)
             for number in range(most)
         ]
-        asked = list(dict.fromkeys(text for texts in self._texts for text in texts))
+        asked = list(dict.fromkeys([*held_out, *(text for texts in self._texts for text in texts)]))
         self.policy = Policy.load_together(recipe, self.device, asked, Ranks())
-        self.runner = PassRunner.of(recipe, self.policy)
+        self.runner = runner.of(recipe, self.policy)
         settle_token_budget(setup, self.policy, self.runner, None)
         self.updater = Updater(recipe, self.policy, self.runner)
         self.stages = Stages(setup, self.policy, self.updater, self.rewards)

@@ -34,6 +34,7 @@ class MicroBatch:
     sigma: Tensor
     coef: StepCoefficients
     prompts: Ints  # `prompt` on the host
+    states: Ints  # `state` on the host
     velocity: Velocity | None
 
     def __len__(self) -> int:
@@ -88,6 +89,7 @@ def micro_batches(
             sigma=sigma[row],
             coef=coefficients[whole["step"][row]],
             prompts=edges.prompt[row],
+            states=edges.state[row],
             velocity=velocity,
         )
         for end, part, velocity in zip(ends, passes, velocities, strict=True)

@@ -3,11 +3,12 @@ and again in smaller passes where the device's memory is too small.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowgrove.credit import EdgeCredit
 from flowgrove.models.policy import Policy, Prompts, Velocity
@@ -18,10 +19,20 @@ from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rollout.forest import Forest, RetainedPass
-from flowgrove.spans import OPS, TRANSFORMER, Span, span
+from flowgrove.rollout.loop import as_index
+from flowgrove.spans import OPS, TRANSFORMER, span
 from flowgrove.update.edges import Edges, UpdateSize, edges_of_update, update_sizes
 from flowgrove.update.micro_batches import MicroBatch, micro_batches
 from flowgrove_kernels import StepCoefficients, flow_logprob
+from flowgrove_kernels.affine import guided
+
+
+class _KeptVelocities:
+    """`of` [S, ...]: the reference model's guided velocity of every state of a forest that is `known` on the host."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.of = torch.empty_like(states)
+        self.known = np.zeros(len(states), dtype=bool)
 
 
 @dataclass
@@ -36,36 +47,51 @@ class Rolled:
     credit: dict[int, EdgeCredit]
     coefficients: StepCoefficients
     first_prompt: int = 0
+    _kept: _KeptVelocities | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def reference_velocity(self, runner: PassRunner, batch: MicroBatch) -> Velocity:
-        """The reference model's, of the same rows in the same pass."""
-        with self._range("reference", batch), self.policy.reference() as reference:
-            return self._velocity(runner, reference, batch)
+    def reference_velocity(self, runner: PassRunner, batch: MicroBatch, keep: bool) -> Tensor:
+        """The reference model's guided velocity [B, ...] of the rows of a pass, in the states' dtype: of the same rows
+        in the same pass, or with `keep` of those of them that no pass has had before.
+        """
+        if not keep:
+            return self._reference(runner, batch, np.arange(len(batch)))
+        if self._kept is None:
+            self._kept = _KeptVelocities(self.forest.states)
+        kept, new = self._kept, np.flatnonzero(~self._kept.known[batch.states])
+        if len(new):
+            rows = as_index(new, batch.state.device)
+            kept.of[batch.state[rows]] = self._reference(runner, batch, new)
+            kept.known[batch.states[new]] = True
+        return kept.of[batch.state]
+
+    def _reference(self, runner: PassRunner, batch: MicroBatch, some: Ints) -> Tensor:
+        with self.policy.reference() as reference:
+            v, uncond, scale = self._velocity(runner, reference, batch, some, "reference")
+        return guided(v, uncond, scale or 1.0, self.policy.state_dtype)
 
     def velocity(self, runner: PassRunner, batch: MicroBatch) -> Velocity:
         """The velocity of a pass; the rollout's own where its graph was retained."""
         if batch.velocity is not None:
             return batch.velocity
-        with self._range("transformer", batch):
-            return self._velocity(runner, self.policy, batch)
+        return self._velocity(runner, self.policy, batch, np.arange(len(batch)), "transformer")
 
     def tokens_of(self, batch: MicroBatch) -> int:
         """Tokens of a pass."""
         return self.prompts.tokens_of(batch.prompts)
 
-    def _range(self, name: str, batch: MicroBatch) -> Span:
-        return span(name, TRANSFORMER, len(batch), self.tokens_of(batch))
-
-    def _velocity(self, runner: PassRunner, policy: Policy, batch: MicroBatch) -> Velocity:
-        return runner.velocity(
-            policy,
-            self.forest.states[batch.state],
-            batch.sigma,
-            self.prompts,
-            batch.prompt,
-            self.prompts.longest(batch.prompts),
-        )
+    def _velocity(self, runner: PassRunner, policy: Policy, batch: MicroBatch, some: Ints, name: str) -> Velocity:
+        """That of `some` rows of a pass, in one pass."""
+        prompts, rows = batch.prompts[some], as_index(some, batch.state.device)
+        with span(name, TRANSFORMER, len(some), self.prompts.tokens_of(prompts)):
+            return runner.velocity(
+                policy,
+                self.forest.states[batch.state[rows]],
+                batch.sigma[rows],
+                self.prompts,
+                batch.prompt[rows],
+                self.prompts.longest(prompts),
+            )
 
 
 class Whole(NamedTuple):

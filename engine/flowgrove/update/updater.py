@@ -15,6 +15,7 @@ from flowgrove.device import is_out_of_memory, to_host
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import PassTooLargeError, retry_smaller
+from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
 from flowgrove.spans import COMMUNICATION, OPS, OPTIMIZER, TRANSFORMER, span
@@ -23,7 +24,6 @@ from flowgrove.update.micro_batches import MicroBatch
 from flowgrove.update.optimizers import make_optimizer
 from flowgrove.update.passes import Rolled, UpdatePasses, Whole
 from flowgrove_kernels import NoiseKey, grpo_loss_and_grad
-from flowgrove_kernels.affine import guided
 
 
 @dataclass
@@ -199,8 +199,8 @@ class Updater:
             )
         reference = None
         if update.kl_weight > 0:
-            v_ref, uncond_ref, scale = part.reference_velocity(self.runner, batch)
-            reference = guided(v_ref, uncond_ref, scale or 1.0, part.policy.state_dtype)
+            keep = keeps_reference_velocities(self.recipe, plan, bool(self.weights.sharded))
+            reference = part.reference_velocity(self.runner, batch, keep)
         v, v_uncond, scale = part.velocity(self.runner, batch)
         with span("grpo_loss", OPS, len(batch)):
             result, grad_v, grad_uncond = grpo_loss_and_grad(
