@@ -563,6 +563,10 @@ def tune(
     compiled: Annotated[
         bool, typer.Option("--compile", help="also measure engine.compile, which takes minutes")
     ] = False,
+    precision: Annotated[
+        bool,
+        typer.Option("--precision", help="also measure rollout.precision, which changes training pictures a little"),
+    ] = False,
 ) -> None:
     """Measure which engine settings run a recipe fastest on this machine,
     and write a recipe that extends it with them.
@@ -571,7 +575,7 @@ def tune(
     """
     from flowgrove.tuning.tune import tune_recipe
 
-    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say)
+    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say, precision)
     _say(f"wrote {target}: train with `flowgrove train {target}`")
 
 

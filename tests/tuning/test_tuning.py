@@ -397,6 +397,32 @@ def test_what_is_set_by_hand_is_kept_and_written_down(tmp_path):
     assert "× 35 tokens" not in written.read_text(), "nothing is measured in its place"
 
 
+@pytest.mark.parametrize(("cheap", "expected"), [(0.2, "int8"), (5.0, None)])
+def test_rollouts_in_8_bits_are_chosen_where_their_passes_are_faster(cheap, expected, tmp_path, monkeypatch):
+    """A forward takes 1 s, a training pass 3 s; two of the four steps train, so that 8 of 13 forwards are cheap."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "token_budget": 35, "attention": "sdpa"})
+
+    def seconds(self, run, rows, repeats=1):
+        if run == self.train:
+            return 3.0
+        return 1.0 if self.policy.adapter.transformer is self.policy.transformer else cheap
+
+    monkeypatch.setattr(Passes, "seconds_per_row", seconds)
+    monkeypatch.setattr(tune, "keep_times", lambda *_: None)
+    overrides = ("engine.token_budget=35", "engine.attention=sdpa", "rollout.steps=4")
+    written = tune.tune_recipe(recipe, overrides, None, False, print, with_precision=True)
+    found = load_recipe(written)
+    assert found.rollout.precision == expected
+    assert found.rollout.steps == 4
+    forwards, passes = 2 * 13, 2 * 6
+    spent = forwards * (1 + 8 / 13 * (cheap - 1)) + passes * 3
+    chosen = ", chosen" if expected == "int8" else ""
+    assert f"# rollout.precision: int8: {1e3 * (1 + 8 / 13 * (cheap - 1)):.3g} + 3e+03 ms, {spent:.3g} s{chosen}\n" in (
+        written.read_text()
+    )
+
+
 def test_an_existing_file_stays_as_it_is(tmp_path):
     recipe = tiny_recipe(tmp_path)
     for options, file in (((), tmp_path / "mine_tuned.yaml"), (("--out", recipe), recipe)):

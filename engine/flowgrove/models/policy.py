@@ -163,14 +163,7 @@ class Policy:
 
     def cheap(self) -> "Policy":
         """This policy with its linear layers in rollout.precision, for passes that nothing differentiates."""
-        transformer = self.weights.quantised
-        if transformer not in self._cheap_adapters:
-            self._cheap_adapters[transformer] = self.adapter.on(transformer)
-        return replace(self, adapter=self._cheap_adapters[transformer])
-
-    @cached_property
-    def _cheap_adapters(self) -> dict[Any, Adapter]:
-        return {}  # kept, since an adapter keeps what it finds of its transformer
+        return replace(self, adapter=self.weights.quantised.adapter(self.adapter))
 
     def encode(self, texts: list[str]) -> Prompts:
         """Each distinct text is encoded once."""

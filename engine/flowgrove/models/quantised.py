@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError
+from flowgrove.models.adapter import Adapter
 from flowgrove.models.blocks import blocks_of
 from flowgrove.models.compiling import compile_blocks
+from flowgrove.models.geometry import Geometry
 
 Precision = Literal["fp8", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp8", "int8")
@@ -73,8 +75,15 @@ class QuantisedCopy:
         self.transformer = _twin(transformer, {layer: self.layers[name] for name, layer in layers.items()})
         self.trains = any(layer.weight.requires_grad for layer in layers.values())
         self.outdated = False
+        self._adapters: dict[Geometry, Adapter] = {}  # kept, since an adapter keeps what it finds of its transformer
         if compiled:
             compile_blocks(self.transformer)
+
+    def adapter(self, full: Adapter) -> Adapter:
+        """An adapter of the transformer's, of this copy instead."""
+        if full.geometry not in self._adapters:
+            self._adapters[full.geometry] = full.on(self.transformer)
+        return self._adapters[full.geometry]
 
     def changed(self) -> None:
         """The transformer's weights have changed."""

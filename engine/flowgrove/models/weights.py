@@ -104,17 +104,21 @@ class Weights:
     def _divided(self) -> dict[str, nn.Parameter]:
         return self.sharded[0].masters if self.sharded else {}
 
-    def quantise(self, precision: Precision, compiled: bool = False) -> None:
-        """Keeps the transformer a second time, with linear layers in this precision. Raises UserError."""
-        self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled)
+    def quantise(self, precision: Precision | None, compiled: bool = False) -> None:
+        """Keeps the transformer a second time, with linear layers in this precision; None: no more. Raises
+        UserError.
+        """
+        self._quantised = None  # first, for its memory
+        if precision is not None:
+            self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled)
 
     @property
-    def quantised(self) -> Any:
-        """That transformer, of the weights as they are now. Raises ValueError where there is none."""
+    def quantised(self) -> QuantisedCopy:
+        """That copy, of the weights as they are now. Raises ValueError where there is none."""
         if self._quantised is None:
             raise ValueError("these weights were not quantised")
         self._quantised.follow()
-        return self._quantised.transformer
+        return self._quantised
 
     @contextmanager
     def gathered(self, reference: bool = False) -> Iterator[None]:

@@ -9,7 +9,7 @@ import statistics
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from flowgrove.machine import describe
 from flowgrove.models.attention import UNSAFE, attention_names, missing, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
+from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
 from flowgrove.models.runner import PassRunner, tokens_per_pass
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.recordings import Recordings
+from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.recipe.yaml_files import write_yaml
@@ -38,7 +40,7 @@ _ROUNDS = 3
 _DIFFERENCE = 0.05
 _NO_ROOM = "does not fit into the memory"
 
-Value = int | str | bool
+Value = int | str | bool | None
 Say = Callable[[str], None]
 
 
@@ -51,17 +53,21 @@ class Candidate(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The value of an engine key, and the measurements behind it, a line each."""
+    """The value of a key, and the measurements behind it, a line each."""
 
     key: str
     value: Value
     lines: list[str]
+    section: str = "engine"
 
 
-def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say) -> Path:
+def tune_recipe(
+    path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say, with_precision: bool = False
+) -> Path:
     """Measures and writes `out` (None: NAME_tuned.yaml beside the recipe NAME.yaml), a recipe that extends `path` with
-    `overrides` and the engine settings found; keys of `engine` among the overrides stay as given. Returns the file.
-    Raises UserError if it exists, or if nothing runs here.
+    `overrides` and the engine settings found; keys of `engine` among the overrides stay as given. `with_precision`:
+    rollout.precision too, unless the recipe has one. Returns the file. Raises UserError if it exists, or if nothing
+    runs here.
     """
     target = out or path.with_name(f"{path.stem}_tuned.yaml")
     if target.exists():
@@ -73,11 +79,12 @@ def tune_recipe(path: Path, overrides: tuple[str, ...], out: Path | None, with_c
     work, fixed = Work.of(setup), given.pop("engine", {})
     tuner = _Tuner(setup, fixed, work, with_compile)
     choices = []
-    for measure in (tuner.token_budget, tuner.attention, tuner.compiled, tuner.cuda_graphs):
+    rounded = [tuner.precision] if with_precision else []  # before blocks are compiled, which compiled ones stay
+    for measure in (tuner.token_budget, tuner.attention, *rounded, tuner.compiled, tuner.cuda_graphs):
         choice = measure()
-        if choice.key not in fixed:
+        if choice.section != "engine" or choice.key not in fixed:
             choices.append(choice)
-            say("\n  ".join([f"engine.{choice.key}: {choice.value}", *choice.lines]))
+            say("\n  ".join([f"{choice.section}.{choice.key}: {choice.value}", *choice.lines]))
     target.parent.mkdir(parents=True, exist_ok=True)
     base = os.path.relpath(path.resolve(), target.parent.resolve())
     write_text(target, _text({"extends": base, **given}, fixed, choices, _header(tuner.device, work)))
@@ -127,6 +134,7 @@ class _Tuner:
 
     def __init__(self, setup: Setup, fixed: dict[str, Any], work: Work, with_compile: bool) -> None:
         recipe = setup.recipe
+        self.setup = setup
         self.recipe, self.fixed, self.work, self.device = recipe, fixed, work, pick_device(recipe)
         self.measures_compile = with_compile and "compile" not in fixed
         plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | (
@@ -154,7 +162,7 @@ class _Tuner:
         row, sizes = self.passes.tokens, [2**power for power in range(self.work.widest.bit_length())]
         candidates = [Candidate(rows * row, f"{rows} × {row} tokens", self._timed(rows)) for rows in sizes]
         choice = choose("token_budget", candidates, self.work)
-        self.runner.budget.resize(int(choice.value))
+        self.runner.budget.resize(cast(int, choice.value))
         return choice
 
     def attention(self) -> Choice:
@@ -193,6 +201,42 @@ class _Tuner:
         )
         self._use(str(choice.value))
         return choice
+
+    def precision(self) -> Choice:
+        """Rollouts in 8 bits, unless the recipe has a precision: the forwards of steps that do not train take their
+        time, the others that of full precision.
+        """
+        recipe, why = self.recipe, None
+        if recipe.rollout.precision is not None:
+            why = "the recipe has one"
+        elif recipe.model.dtype == "fp64" or recipe.engine.distributed == "fsdp2":
+            why = "not for model.dtype fp64 and engine.distributed: fsdp2"
+        if why is not None:
+            return Choice("precision", recipe.rollout.precision, [f"not measured: {why}"], "rollout")
+        candidates = [Candidate(None, "null", self._timed(self.rows))]
+        for precision in PRECISIONS:
+            if precision == "int8" or has_fp8(self.device):
+                candidates.append(Candidate(precision, precision, self._rounded(precision)))
+        choice = choose("precision", candidates, self.work)
+        self.policy.weights.quantise(None)
+        return choice._replace(section="rollout")
+
+    def _rounded(self, precision: Precision) -> Callable[[], Timed]:
+        rollout = self.recipe.rollout.model_copy(update={"precision": precision})
+        plan = make_plan(self.recipe.model_copy(update={"rollout": rollout}), 0, self.setup.table)
+        share, counts = self.recipe.engine.share, plan.counts
+        forwards = counts.rollout_forwards if share else counts.unshared_rollout_forwards
+        part = plan.cheap_forwards(share) / forwards
+
+        def measure() -> Timed:
+            self.passes.release()
+            full = self.passes.timed(self.rows)
+            self.policy.weights.quantise(precision)
+            cheap = Passes(self.policy.cheap(), self.runner)
+            spent = cheap.seconds_per_row(cheap.forward, self.rows)
+            return full._replace(forward=full.forward + part * (spent - full.forward))
+
+        return measure
 
     def compiled(self) -> Choice:
         """torch.compile of the blocks, on request."""
@@ -240,7 +284,8 @@ class _Tuner:
     def keep(self, setup: Setup, choices: list[Choice], say: Say) -> None:
         """Keeps what `flowgrove plan --time` needs of the recipe with these choices, for passes as large as a run's
         with them or without."""
-        engine = self.recipe.engine.model_copy(update={choice.key: choice.value for choice in choices})
+        chosen = {choice.key: choice.value for choice in choices if choice.section == "engine"}
+        engine = self.recipe.engine.model_copy(update=chosen)
         self._beside = None  # the optimiser needs its room now
         runner = PassRunner(self.runner.budget, Recordings(self.device) if engine.cuda_graphs else None)
         largest = max(self.rows, tokens_per_pass(self.recipe, self.device.type) // self.passes.tokens)
@@ -294,8 +339,12 @@ def _header(device: torch.device, work: Work) -> list[str]:
 def _text(content: dict[str, Any], fixed: dict[str, Any], choices: list[Choice], header: list[str]) -> str:
     """YAML with the measurements as comments."""
     engine = [f"{write_yaml(fixed)}"] if fixed else []
-    engine += [
-        "".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}) for choice in choices
-    ]
+    for choice in choices:
+        if choice.section == "engine":
+            engine.append("".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}))
+        else:
+            name = f"{choice.section}.{choice.key}"
+            header = [*header, *(f"{name}: {line}" for line in choice.lines)]
+            content = {**content, choice.section: {**content.get(choice.section, {}), choice.key: choice.value}}
     top = "".join(f"# {line}\n" for line in header)
     return top + write_yaml(content, allow_unicode=True) + "engine:\n" + textwrap.indent("".join(engine), "  ")
