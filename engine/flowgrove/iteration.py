@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_of
 from flowgrove.device import to_host
+from flowgrove.models.compiled_passes import compile_ahead
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.division import Division
@@ -94,6 +95,7 @@ class Stages:
         self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
         largest = max((sized for sized, _ in self.sizes), key=lambda sized: sized.adapter.geometry.tokens)
         self.room = self._room(setup, largest) if room is None else room
+        self._compiles = bool(self.recipe.engine.compile)
 
     def _room(self, setup: Setup, largest: Policy) -> GraphRoom:
         return GraphRoom.of(setup, largest, self.runner, Division.of(setup.recipe.engine, self.ranks.size))
@@ -110,6 +112,10 @@ class Stages:
 
         Prompts that cannot be scored are left out. Raises NothingScoredError if that is all of them.
         """
+        if self._compiles:  # in nobody's time
+            self._compiles = False
+            with span("compile"):
+                compile_ahead(self.policy, self.recipe, self.runner.budget.rows)
         with span(f"iteration {iteration}"):
             return self._run(texts, iteration, look)
 

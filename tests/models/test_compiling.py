@@ -1,9 +1,16 @@
 """engine.compile: every block of every family is compiled, and computes what it computed."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from flowgrove.errors import UserError
+from flowgrove.models import compiling
+from flowgrove.models.compiled_passes import compile_ahead
+from flowgrove.models.compiling import compile_blocks, eager_blocks
 from flowgrove.models.policy import Policy
 from policy_cases import CPU, encoded, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
@@ -17,6 +24,19 @@ def folders(tmp_path_factory):
     return {name: str(write_pipeline(name, root / name)) for name in MODELS} | {"sd3": "tiny"}
 
 
+@pytest.fixture(autouse=True)
+def cache_of_the_tests(monkeypatch, kept):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept / "inductor"))
+
+
+@pytest.fixture
+def graphs(monkeypatch, fresh_dynamo):
+    """What torch.compile hands to its backend, which runs it as it is."""
+    found = []
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: found.append(graph) or graph.forward)
+    return found
+
+
 def policy_with(folders, name, compiled, **model):
     told = {**MODELS.get(name, {"adapter": "sd3"}), "path": folders[name], "dtype": "fp32", **model}
     return Policy.load(small_recipe(model=told, engine={"device": "cpu", "compile": compiled}), CPU)
@@ -28,13 +48,97 @@ def test_all_blocks_are_compiled_and_nothing_else(folders, monkeypatch, name):
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: found.append((module, options)))
     policy = policy_with(folders, name, True)
     assert len(found) == BLOCKS[name]
-    assert all(options == {"dynamic": True} for _, options in found)
+    assert all(options == {"dynamic": True, "backend": "inductor", "mode": None} for _, options in found)
     blocks = {id(module) for module, _ in found}
     attention = [module for module in policy.transformer.modules() if hasattr(module, "to_q")]
     inside = {id(part) for module, _ in found for part in module.modules()}
     assert attention
     assert all(id(module) in inside for module in attention)
     assert len(blocks) == len(found)
+
+
+def test_the_reference_copy_is_compiled_too(folders, monkeypatch):
+    found = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: found.append((module, options)))
+    told = {"adapter": "sd3", "path": "tiny", "dtype": "fp32"}
+    engine = {"device": "cpu", "compile": "max-autotune-no-cudagraphs"}
+    Policy.load(small_recipe(model=told, engine=engine, update={"kl_weight": 0.1}), CPU)
+    assert len(found) == 2 * BLOCKS["sd3"]
+    assert {options["mode"] for _, options in found} == {"max-autotune-no-cudagraphs"}
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_with_cuda_graphs_of_their_own_are_refused(mode):
+    with pytest.raises(UserError, match=f"engine.compile.*{mode}.*engine.cuda_graphs: true"):
+        small_recipe(engine={"device": "cpu", "compile": mode})
+
+
+@torch.no_grad()
+def test_blocks_that_are_first_counted_are_compiled_afterwards(folders, graphs):
+    """A block that torch.compile met under a dispatch mode would stay eager for good."""
+    policy = policy_with(folders, "sd3", True)
+    x, prompts = torch.randn(2, *policy.adapter.latent_shape), encoded(policy)
+    with eager_blocks(policy.transformer), FlopCounterMode(display=False) as counter:
+        policy.velocity(x, torch.tensor([0.5, 0.2]), prompts, torch.arange(2))
+    assert counter.get_total_flops() > 0
+    assert graphs == []
+    policy.velocity(x, torch.tensor([0.5, 0.2]), prompts, torch.arange(2))
+    assert len(graphs) == BLOCKS["sd3"]
+
+
+@torch.no_grad()
+def test_lengths_that_are_equal_once_may_part_later(folders, graphs):
+    """Rows as many as tokens; torch would take both for the same number."""
+    policy = policy_with(folders, "flux", True)
+    prompts = encoded(policy)
+    tokens = policy.adapter.latent_shape[0]
+    for number, rows in enumerate((tokens, tokens + 1, 3)):
+        x = torch.randn(rows, *policy.adapter.latent_shape)
+        policy.velocity(x, torch.full((rows,), 0.5), prompts, torch.zeros(rows, dtype=torch.int64))
+        if number == 0:
+            first = len(graphs)
+    assert len(graphs) == first > 0
+
+
+@pytest.mark.parametrize("ahead", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_all_graphs_are_compiled_ahead_and_leave_no_gradients(folders, graphs, ahead):
+    policy = policy_with(folders, "sd3", True, lora={"rank": 4, "alpha": 8})
+    prompts = encoded(policy)
+
+    def run(rows, grad):
+        x = torch.randn(rows, *policy.adapter.latent_shape)
+        with torch.set_grad_enabled(grad):
+            policy.velocity(x, torch.full((rows,), 0.5), prompts, torch.zeros(rows, dtype=torch.int64))
+
+    if ahead:
+        compile_ahead(policy, small_recipe(), 8)
+        assert all(parameter.grad is None for parameter in policy.weights.trainable().values())
+    else:
+        run(3, False)
+    compiled = len(graphs)
+    for rows, grad in ((1, False), (4, True), (5, False), (1, True)):
+        run(rows, grad)
+    assert compiled == (12 if ahead else 3)
+    assert len(graphs) == 12
+
+
+@pytest.mark.parametrize("set_", [None, "/somewhere/else"])
+def test_what_is_compiled_is_kept_where_the_user_says_or_in_their_cache_folder(monkeypatch, tmp_path, set_):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if set_ is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", set_)
+    compile_blocks(nn.Module())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (set_ or str(tmp_path / "flowgrove" / "compiled"))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compile_blocks(nn.Module())
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.long

@@ -366,7 +366,7 @@ class _Bench:
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         rows = lever.set_budget(published, self.policy, self.runner.budget, self.texts, self.own)
         # on a GPU the rounding of activations is compiled, whether the blocks are or not
-        with pick_backend(stages.recipe), _stance(stages.recipe.engine.compile or lever.precision is not None):
+        with pick_backend(stages.recipe), _stance(bool(stages.recipe.engine.compile) or lever.precision is not None):
             yield rows
 
     def _iteration(self, lever: Lever, published: Published, stages: Stages) -> Row:

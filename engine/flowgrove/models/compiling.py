@@ -1,17 +1,55 @@
-"""torch.compile of a transformer, block by block:
-the blocks share their code, so one of each kind is compiled and all run faster.
+"""torch.compile of a transformer, block by block: the blocks of a kind share their code, so one of each is compiled and
+all run faster. What is compiled holds for any number of rows from two on and any lengths; one row has its
+own graphs.
 """
 
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
 from torch import nn
 
 from flowgrove.models.blocks import blocks_of
 
+BACKEND = "inductor"
+# Graphs of one kind of block: with and without a gradient, of one row and more, with LoRA layers on and off, of a first
+# or last block that differs. torch would run a kind eagerly after 8.
+_MOST_GRAPHS = 64
 
-def compile_blocks(transformer: nn.Module) -> int:
-    """Compiles every block of the transformer's lists of blocks, for any number of rows; returns how many.
-    They compile when they first run.
+
+def compile_blocks(transformer: nn.Module, mode: bool | str = True) -> int:
+    """Compiles every block of the transformer's lists of blocks; returns how many. They compile when they first run.
+
+    `mode`: of torch.compile; True: its default. What inductor writes is kept in the user's cache folder between runs,
+    unless TORCHINDUCTOR_CACHE_DIR says where.
     """
+    _keep_what_is_compiled()
+    import torch._dynamo.config as dynamo
+    import torch.fx.experimental._config as shapes
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_GRAPHS)
+    shapes.use_duck_shape = False  # it takes lengths that are equal once for the same, and compiles anew when they part
     blocks = blocks_of(transformer)
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, backend=BACKEND, mode=None if isinstance(mode, bool) else mode)
     return len(blocks)
+
+
+def eager_blocks(transformer: nn.Module) -> AbstractContextManager[object]:
+    """Inside, the transformer's compiled blocks run as they were. Whatever counts their operations runs in it: a block
+    that torch.compile first meets under a dispatch mode stays eager from then on.
+    """
+    compiled = any(block._compiled_call_impl is not None for block in blocks_of(transformer))
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _keep_what_is_compiled() -> None:
+    """A folder that cannot be made or written leaves torch its own, in the system's folder for temporary files."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowgrove" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

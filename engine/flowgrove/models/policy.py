@@ -116,7 +116,9 @@ class Policy:
         passes = texts is not None
         weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
-            compile_blocks(adapter.transformer)
+            for one in (adapter.transformer, weights.reference_copy):
+                if one is not None:
+                    compile_blocks(one, recipe.engine.compile)
         if recipe.rollout.precision is not None and passes:
             weights.quantise(recipe.rollout.precision, recipe.engine.compile)
         loaded = allocated_memory(device)
@@ -213,16 +215,17 @@ class Policy:
         guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
-    def idle_pass(self, backward: bool) -> None:
-        """A pass of one blank row that counts for nothing, its gradients being 0: ranks that have divided the weights
-        run their passes together, and one of them may have fewer.
+    def idle_pass(self, backward: bool, rows: int = 1) -> None:
+        """A pass of blank rows that counts for nothing, its gradients being 0: ranks that have divided the weights run
+        their passes together, and one of them may have fewer.
         """
-        x = torch.zeros(1, *self.adapter.latent_shape, dtype=self.state_dtype, device=self.device)
+        x = torch.zeros(rows, *self.adapter.latent_shape, dtype=self.state_dtype, device=self.device)
         blank = self.adapter.blank(1, self.compute_dtype).to(self.device)
+        blank = blank[torch.zeros(rows, dtype=torch.int64, device=self.device)]
         # an adapter of its own, since an adapter keeps what it finds of its transformer, which may lie in rows now
         adapter = self.adapter.on(self.adapter.transformer)
         with self._precision(), torch.set_grad_enabled(backward):
-            sigma = torch.ones(1, dtype=torch.float32, device=self.device)
+            sigma = torch.ones(rows, dtype=torch.float32, device=self.device)
             v = adapter.velocity(x, sigma, blank, self.guidance_scale)
         if backward:
             v.backward(torch.zeros_like(v))

@@ -61,7 +61,9 @@ class QuantisedCopy:
     Raises UserError for a device or installation that cannot, and for a transformer without such layers.
     """
 
-    def __init__(self, transformer: Any, precision: Precision, compute: torch.dtype, compiled: bool = False) -> None:
+    def __init__(
+        self, transformer: Any, precision: Precision, compute: torch.dtype, compiled: bool | str = False
+    ) -> None:
         layers = quantisable(transformer, precision)
         if not layers:
             sizes = f"in whose blocks no linear layer's sizes are multiples of {MULTIPLES[precision]}"
@@ -77,7 +79,7 @@ class QuantisedCopy:
         self.outdated = False
         self._adapters: dict[Geometry, Adapter] = {}  # kept, since an adapter keeps what it finds of its transformer
         if compiled:
-            compile_blocks(self.transformer)
+            compile_blocks(self.transformer, compiled)
 
     def adapter(self, full: Adapter) -> Adapter:
         """An adapter of the transformer's, of this copy instead."""

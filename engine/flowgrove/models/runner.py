@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import PIXELS_PER_DECODE
+from flowgrove.models.compiling import eager_blocks
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
@@ -82,7 +83,7 @@ class PassRunner:
     @contextmanager
     def caching(self, policy: Policy, cache: Cache) -> Iterator[None]:
         """Inside the block the attention layers of some steps are extrapolated from the steps before,
-        each pass under its `cache_name`.
+        each pass under its `cache_name`. Compiled blocks run eagerly: what they compute changes from step to step.
         """
         config = TaylorSeerCacheConfig(
             cache_interval=cache.interval, disable_cache_before_step=cache.order + 1, max_order=cache.order,
@@ -93,7 +94,8 @@ class PassRunner:
         transformer.enable_cache(config)
         self._cached = transformer
         try:
-            yield
+            with eager_blocks(transformer):
+                yield
         finally:
             self._cached = None
             transformer.disable_cache()

@@ -104,7 +104,7 @@ class Weights:
     def _divided(self) -> dict[str, nn.Parameter]:
         return self.sharded[0].masters if self.sharded else {}
 
-    def quantise(self, precision: Precision | None, compiled: bool = False) -> None:
+    def quantise(self, precision: Precision | None, compiled: bool | str = False) -> None:
         """Keeps the transformer a second time, with linear layers in this precision; None: no more. Raises
         UserError.
         """

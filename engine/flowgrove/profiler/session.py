@@ -64,7 +64,7 @@ class Session(Generic[Runner]):
 
     def counted(self, iterations: int) -> dict[str, int]:
         """Bytes that the fused ops move by path of the range (see `traffic_of`)."""
-        compiled = self.setup.recipe.engine.compile
+        compiled = bool(self.setup.recipe.engine.compile)
         found = traffic_of(lambda: self.run(iterations), compiled)
         if compiled:  # blocks ran eagerly, and so do the passes recorded of them
             self.runner.forget()

@@ -746,10 +746,13 @@ class Engine(Section):
     Source: diffusers' attention dispatch.
     """
 
-    compile: bool = False
-    """Whether torch.compile compiles each transformer block.
-    It costs minutes at the beginning of a run and pays in long ones; `flowgrove tune --compile` measures it.
-    Source: PyTorch's regional compilation.
+    compile: bool | Literal["max-autotune-no-cudagraphs"] = False
+    """Whether torch.compile compiles each transformer block, and how.
+    true: a handful of graphs, for passes of any rows and lengths, before the first iteration: minutes that pay in long
+    runs, and less the next time, since compiled code stays in the user's cache folder (TORCHINDUCTOR_CACHE_DIR).
+    max-autotune-no-cudagraphs: it also times several kernels for each product, which takes longer. CUDA graphs are
+    engine.cuda_graphs, which goes with either. `flowgrove tune --compile` measures it.
+    Source: PyTorch's regional compilation; the modes are torch.compile's.
     """
 
     cuda_graphs: bool = False
@@ -789,6 +792,16 @@ class Engine(Section):
     (HSDP): gathers then stay on the fast links, and every machine holds all weights once.
     Source: PyTorch FSDP (2304.11277), hybrid sharding.
     """
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _mode_of_compile(cls, value: Any) -> Any:
+        if value in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"{value} records CUDA graphs of its own, which passes whose graphs are kept would overwrite: write "
+                "true or max-autotune-no-cudagraphs, and engine.cuda_graphs: true"
+            )
+        return value
 
 
 class Evaluation(Section):

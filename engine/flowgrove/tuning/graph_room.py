@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from flowgrove.device import total_memory
+from flowgrove.models.compiling import eager_blocks
 from flowgrove.models.policy import Policy, Velocity
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.allocations import graph_bytes
@@ -85,7 +86,8 @@ def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
         x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
         return runner.velocity(policy, x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
 
-    return room_of_cpu(total_memory(policy.device), started_here()), graph_bytes(velocity)
+    with eager_blocks(policy.transformer):
+        return room_of_cpu(total_memory(policy.device), started_here()), graph_bytes(velocity)
 
 
 def room_of_cpu(memory: int, ranks: int) -> int:

@@ -1,0 +1,38 @@
+"""The first passes of compiled blocks: every graph that a run will need is compiled before its first iteration, so that
+none is in a later one, where another number of rows comes first.
+"""
+
+from flowgrove.device import is_out_of_memory
+from flowgrove.models.policy import Policy
+from flowgrove.recipe.schema import Recipe
+
+
+def compile_ahead(policy: Policy, recipe: Recipe, most_rows: int) -> None:
+    """Runs the compiled blocks of `policy` once in every way that a run of `recipe` does, in blank passes of one row
+    and of two, but of no more than `most_rows`. What has no room compiles when it first runs, and so do weights that
+    are divided among ranks.
+    """
+    if policy.weights.sharded:
+        return
+    for rows in _rows(policy, recipe, most_rows):
+        try:
+            policy.idle_pass(False, rows)
+            policy.idle_pass(True, rows)
+            if recipe.rollout.precision is not None:
+                policy.cheap().idle_pass(False, rows)
+            if recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1:
+                with policy.reference() as reference:
+                    reference.idle_pass(False, rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            policy.weights.drop_gradients()
+
+
+def _rows(policy: Policy, recipe: Recipe, most: int) -> list[int]:
+    """With guidance a pass of one state has two rows."""
+    if not policy.doubles:
+        return [1, 2][:most]
+    unguided = recipe.rollout.guidance_range is not None or recipe.run.eval.guidance_scale is not None
+    return [1, 2] if unguided else [2]
