@@ -88,7 +88,7 @@ def _command(function: Callable[..., None], group: typer.Typer = app) -> Callabl
                 _fail(tell(error), 1)
             _fail(
                 "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: "
-                "true (a run goes on with either), "
+                "full (a run goes on with either), "
                 "or begin anew with fewer data.prompts_per_iteration"
             )
         except KeyboardInterrupt as interruption:

@@ -192,19 +192,25 @@ def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
     assert all(p.grad is None and not p.requires_grad for part in others for p in part.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "lora"), [("fp32", None), ("bf16", LORA)], ids=["full training", "lora in bf16"])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_gradient_checkpointing_changes_no_gradient(folders, name):
+def test_gradient_checkpointing_changes_no_gradient(folders, name, dtype, lora):
     gradients = []
-    for checkpointing in (False, True):
-        policy = policy_of(folders, name, model={"gradient_checkpointing": checkpointing})
+    for checkpointing in ("none", "full", "selective"):
+        policy = policy_of(folders, name, model={"gradient_checkpointing": checkpointing, "dtype": dtype, "lora": lora})
+        trained = policy.weights.trainable()
+        for number, parameter in enumerate(trained.values()):  # B of LoRA starts at 0, which would hide A's gradient
+            if lora:
+                torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(number))
+        policy.weights.refresh()
         with torch.enable_grad():
             v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
             v.square().sum().backward()
-        gradients.append(
-            torch.cat([p.grad.flatten() for p in policy.weights.trainable().values() if p.grad is not None])
-        )
-    assert torch.equal(*gradients)
+        gradients.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]))
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -68,6 +68,8 @@ def test_guidance_of_at_most_1_costs_nothing(folders, scale):
         (None, True, 1.0, "fp32"),
         pytest.param(LORA, False, 4.0, "fp32", marks=pytest.mark.long),
         (LORA, True, 1.0, "bf16"),
+        pytest.param(None, "selective", 1.0, "fp32", marks=pytest.mark.long),
+        (LORA, "selective", 1.0, "bf16"),
     ],
 )
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])

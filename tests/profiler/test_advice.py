@@ -155,12 +155,15 @@ def test_recomputation_is_told_of_where_memory_has_room():
 
     def fits(recipe):
         asked.append(recipe.model.gradient_checkpointing)
-        return len(asked) == 1
+        return len(asked) in (1, 3)
 
     found = advice.recomputation(facts(sections=sections, fits=fits))
-    assert (found.key, found.value, found.saves) == ("model.gradient_checkpointing", "false", pytest.approx(2.0))
+    assert (found.key, found.value, found.saves) == ("model.gradient_checkpointing", "none", pytest.approx(2.0))
+    assert advice.recomputation(facts(sections=sections, fits=fits)).value == "selective"
     assert advice.recomputation(facts(sections=sections, fits=fits)) is None, "no room"
-    assert asked == [False, False]
+    assert asked == ["none", "none", "selective", "none", "selective"]
+    compiled = facts(sections={**sections, "engine": {"compile": True}}, fits=lambda recipe: False)
+    assert advice.recomputation(compiled) is None
     assert advice.recomputation(facts()) is None
 
 

@@ -21,7 +21,7 @@ DEFAULTS = {
         "frames": None,
         "sizes": None,
         "text_tokens": None,
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": "full",
         "vae_tiling": False,
     },
     "data": {"eval_prompts": None, "prompts_per_iteration": 8, "prompt_key": None, "embedding_cache": "auto"},

@@ -34,7 +34,7 @@ def bench_model(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """The `model` section of a recipe for the model `name`; what it writes is gone after the block.
     Raises UserError.
     """
-    plain = {"adapter": "sd3", "dtype": "fp32" if device.type == "cpu" else "bf16", "gradient_checkpointing": False}
+    plain = {"adapter": "sd3", "dtype": "fp32" if device.type == "cpu" else "bf16", "gradient_checkpointing": "none"}
     if name == "tiny":
         yield {**plain, "path": "tiny"}
     elif name == "sd3_mid":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.masters import Masters, Piece
 from flowgrove.models.quantised import Precision, QuantisedCopy
@@ -50,8 +51,7 @@ class Weights:
         if lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1):
             self.reference_copy = self._frozen_copy(compute, divided=mesh is not None)
         choose_trainable(transformer, lora, lora_targets, recipe.run.seed)
-        if recipe.model.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        checkpoint_blocks(transformer, recipe.model.gradient_checkpointing)
         # the transformer and the reference copy, where ranks divide them
         self.sharded: list[sharding.ShardedTransformer] = []
         # whether training passes free what they have gathered

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPPreTrainedModel
 
 from flowgrove.errors import UserError
+from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import part_names
 from flowgrove.models.geometry import Geometry, longest_prompt
@@ -78,18 +79,17 @@ def counted(run: Callable[[], object]) -> FlopCounterMode:
 
 
 def _at_size(model: UnloadedModel, encode: int | None) -> Flops:
-    checkpoints = model.recipe.model.gradient_checkpointing
+    kind = model.recipe.model.gradient_checkpointing
     with model.running():
         with torch.no_grad():
             forward = counted(lambda: model.velocity_of_rows(1))
             reference = _reference(model, forward.get_total_flops())
-        executed = _training(model) if checkpoints else 0
-        model.transformer.disable_gradient_checkpointing()
+        executed = _training(model)
+        checkpoint_blocks(model.transformer, "none")
         try:
             trained = _training(model)
         finally:
-            if checkpoints:
-                model.transformer.enable_gradient_checkpointing()
+            checkpoint_blocks(model.transformer, kind)
         latents = torch.empty(1, *model.geometry.latent_shape, dtype=model.master)
         decode = counted(lambda: model.adapter.decode(latents)).get_total_flops()
     return Flops(
@@ -97,7 +97,7 @@ def _at_size(model: UnloadedModel, encode: int | None) -> Flops:
         doubled=model.doubled,
         forward=forward.get_total_flops(),
         backward=trained - forward.get_total_flops(),
-        recomputed=executed - trained if checkpoints else 0,
+        recomputed=executed - trained,
         extrapolated=forward.get_total_flops() - _of_attention(forward),
         reference=reference,
         decode=decode,

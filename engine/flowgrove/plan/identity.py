@@ -49,7 +49,7 @@ class Identity:
                 "attention": "sdpa" if engine.attention == "auto" else engine.attention,
                 "compile": str(engine.compile),
                 "cuda_graphs": str(engine.cuda_graphs),
-                "gradient_checkpointing": str(model.gradient_checkpointing),
+                "gradient_checkpointing": model.gradient_checkpointing,
             },
             step=OptimizerStep.of(recipe),
         )

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from flowgrove.errors import UserError
+from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families import configuration_folder, family_of, read_geometry
 from flowgrove.models.geometry import Geometry
@@ -49,8 +50,7 @@ class UnloadedModel:
             self.transformer = model_from_config(self.folder, "transformer")
             choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
             vae = model_from_config(self.folder, "vae")
-        if recipe.model.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        checkpoint_blocks(self.transformer, recipe.model.gradient_checkpointing)
         self._mode = FakeTensorMode()
         with self.running():
             materialise(self.transformer, self.compute, self.master)

@@ -77,13 +77,14 @@ def graphs_of_the_rollout(facts: Facts) -> Suggestion | None:
 def recomputation(facts: Facts) -> Suggestion | None:
     """Activations that are computed twice although they would fit."""
     saved = facts.forward * facts.rows(stage="update", name="backward")
-    if not facts.recipe.model.gradient_checkpointing or not facts.tells(saved):
-        return None
-    model = facts.recipe.model.model_copy(update={"gradient_checkpointing": False})
-    if not facts.fits(facts.recipe.model_copy(update={"model": model})):
+    if facts.recipe.model.gradient_checkpointing != "full" or not facts.tells(saved):
         return None
     reason = "each backward runs a forward again to save memory, and by prediction there is room without that"
-    return Suggestion("model.gradient_checkpointing", "false", reason, saved)
+    for kind in ("none",) if facts.recipe.engine.compile else ("none", "selective"):
+        model = facts.recipe.model.model_copy(update={"gradient_checkpointing": kind})
+        if facts.fits(facts.recipe.model_copy(update={"model": model})):
+            return Suggestion("model.gradient_checkpointing", kind, reason, saved)
+    return None
 
 
 def recorded_passes(facts: Facts) -> Suggestion | None:

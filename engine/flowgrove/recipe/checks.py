@@ -30,6 +30,11 @@ def check_meaning(recipe: Recipe) -> None:
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
+    if recipe.engine.compile and recipe.model.gradient_checkpointing == "selective":
+        raise UserError(
+            "model.gradient_checkpointing: selective does not go with engine.compile: true, which hides a block's "
+            "products: write full or none"
+        )
     if rollout.precision is not None and recipe.model.dtype == "fp64":
         raise UserError(
             f"rollout.precision: {rollout.precision} does not go with model.dtype: fp64, which computes everything in "

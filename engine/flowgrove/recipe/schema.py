@@ -18,6 +18,7 @@ Steps = Annotated[int, Field(ge=2, le=1000)]  # the schedules that models are tr
 Share = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=32_768)]
 Text = Annotated[str, Field(min_length=1)]
+Checkpointing = Literal["full", "selective", "none"]
 AdapterName = Literal["sd3", "flux", "qwen_image", "wan"]  # the registry of model families: modules of models/
 
 
@@ -131,12 +132,20 @@ class Model(Section):
     Source: the pipelines' max_sequence_length in diffusers.
     """
 
-    gradient_checkpointing: bool = True
-    """Whether a training pass keeps only the inputs of each block and computes the rest again in its backward.
-    It saves most of the memory of activations for one more forward per training pass. Switch it off where memory
-    allows; `flowgrove plan --memory` predicts the peak.
-    Source: Chen et al. (1604.06174).
+    gradient_checkpointing: Checkpointing = "full"
+    """What a training pass computes again in its backward instead of keeping it.
+    full: all but the inputs of each block, which saves most of the memory of activations for one more forward per
+    training pass. selective: all but these and what attention and large matrix products give, which leaves element by
+    element work to compute again. none: nothing. true is full, false is none. The gradient is the same. Take what
+    memory allows; `flowgrove plan --memory` predicts the peak, and `flowgrove tune` measures what it saves. selective
+    does not go with engine.compile.
+    Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198).
     """
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     vae_tiling: bool = False
     """Whether the autoencoder decodes in tiles, as diffusers' enable_tiling does.

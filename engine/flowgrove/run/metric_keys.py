@@ -305,7 +305,7 @@ METRICS = (
         "rollout and update take nearly all of it; the first iteration is slower.",
         "reward large: the scorer is the bottleneck; raise its batch_size or concurrency, or its server's. rollout "
         "large: rollout.tail, an earlier window, engine.cuda_graphs. update large: fewer trained steps, "
-        "model.gradient_checkpointing: false. `flowgrove tune` measures what else helps.",
+        "model.gradient_checkpointing: none. `flowgrove tune` measures what else helps.",
     ),
     Metric(
         "samples_per_second",
@@ -320,7 +320,7 @@ METRICS = (
         "resident set of the process. It never falls.",
         "Level after the first iterations and the first evaluation, at or below nine tenths of the GPU's memory.",
         "Still growing after that: a reward of yours keeps what it computes. Too close to the limit: lower "
-        "engine.token_budget, set engine.reuse_rollout_graph: false, model.gradient_checkpointing: true or "
+        "engine.token_budget, set engine.reuse_rollout_graph: false, model.gradient_checkpointing: full or "
         "model.vae_tiling: true.",
     ),
 )

@@ -1,0 +1,49 @@
+"""What a training pass keeps of each block of the transformer for its backward, which computes the rest again."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flowgrove.recipe.schema import Checkpointing
+
+_PRODUCTS = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2)}  # where their factors stand
+_NARROW = 8  # times fewer numbers go into an element of a product than it has columns: LoRA's second one
+
+
+def checkpoint_blocks(transformer: Any, kind: Checkpointing) -> None:
+    """Makes the blocks of a diffusers transformer keep what `kind` says: none, nothing that is computed again; full,
+    their inputs alone; selective, also what attention and matrix products give.
+    """
+    if kind == "none":
+        transformer.disable_gradient_checkpointing()
+    elif kind == "selective":
+        transformer.enable_gradient_checkpointing(_selectively)
+    else:
+        transformer.enable_gradient_checkpointing()
+
+
+def _selectively(block: Any, *inputs: Any) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, _keeps)
+    return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _keeps(_: object, op: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:
+    """Products over few numbers cost less to compute again than to keep, and so do the batched ones of attention that
+    no kernel fuses, whose scores grow with the square of the tokens.
+    """
+    if op in _PRODUCTS:
+        left, right = (inputs[place] for place in _PRODUCTS[op])
+        return _policy(left.shape[1] * _NARROW > right.shape[1])
+    return _policy(_is_attention(str(op)))
+
+
+def _is_attention(name: str) -> bool:
+    """Whether an op is a kernel of attention, PyTorch's own or another's, and no part of a backward."""
+    fused = "scaled_dot_product" in name or "flash_attn" in name or "attention_forward" in name
+    return fused and "backward" not in name
+
+
+def _policy(keep: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
