@@ -8,6 +8,7 @@ from torch import nn
 
 import flowgrove.models
 from flowgrove.errors import UserError
+from flowgrove.models.blocks import blocks_of
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import (
     QuantisedCopy,
@@ -214,6 +215,29 @@ def test_a_transformer_without_such_layers_is_refused():
 def test_a_policy_without_a_precision_has_no_cheap_one():
     with pytest.raises(ValueError, match="not quantised"):
         policy_of("fp32").cheap()
+
+
+def test_compiled_blocks_of_both_precisions_stay_apart():
+    """Without a compiler: torch's own graphs, run as they are."""
+    policy = Policy.load(recipe_of("sd3", "tiny", dtype="fp32", lora={"rank": 4, "alpha": 8}), CPU, TEXTS)
+    eager = [velocity(one) for one in (policy, policy.cheap())]
+    torch._dynamo.reset()
+    try:
+        for transformer in (policy.transformer, policy.cheap().adapter.transformer):
+            for block in blocks_of(transformer):
+                block.compile(backend="eager", dynamic=True, fullgraph=True)
+        for one, expected in zip((policy, policy.cheap()) * 2, eager * 2, strict=True):
+            torch.testing.assert_close(velocity(one), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_a_copy_is_compiled_by_itself():
+    policy = Policy.load(recipe_of("sd3", "tiny", dtype="fp32"), CPU, TEXTS)
+    for block in blocks_of(policy.transformer):
+        block.compile(backend="eager")
+    policy.weights.quantise("int8")
+    assert all(block._compiled_call_impl is None for block in blocks_of(policy.cheap().adapter.transformer))
 
 
 @pytest.mark.gpu

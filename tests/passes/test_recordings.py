@@ -251,3 +251,23 @@ def test_a_gpu_goes_on_after_a_failed_capture():
     torch.cuda.empty_cache()
     (result,) = graphs("works", lambda x: [x * 2], [x])
     assert bool((result == 2).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_recordings_are_of_one_precision_each_and_follow_rounded_weights(device):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    policy, graphs, plain, recording = policy_on(device)
+    policy.weights.quantise("int8")
+    recipe = small_recipe(rollout={"precision": "int8"})
+    for factor in (1.0, 1.02, 0.97):
+        with torch.no_grad():
+            for weight in policy.weights.trainable().values():
+                weight.mul_(factor)
+        policy.weights.refresh()
+        eager, replayed = (leaves_of(policy, runner, recipe)[0] for runner in (plain, recording))
+        assert torch.equal(eager, replayed)
+        count = len(graphs)
+    full = leaves_of(policy, recording, small_recipe())[0]
+    assert not torch.equal(full, replayed)
+    steps = [(len(TEXTS), False), (len(TEXTS), True), (4 * len(TEXTS), False), (4 * len(TEXTS), True)]
+    assert count == len(steps)  # rows of a pass, and whether it is in 8 bits

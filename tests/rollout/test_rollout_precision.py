@@ -48,6 +48,7 @@ class Counting(PassRunner):
 
     def velocity(self, policy, x, sigma, *rest):
         eight_bits = policy.adapter.transformer is not policy.weights.transformer
+        assert eight_bits == (policy.precision == "int8")
         self.rows[float(sigma[0]), eight_bits] += len(x)
         return super().velocity(policy, x, sigma, *rest)
 

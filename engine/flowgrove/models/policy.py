@@ -24,6 +24,7 @@ from flowgrove.models.embeddings import Encoder
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder
 from flowgrove.models.loading import encode_together, load_model
+from flowgrove.models.quantised import Precision
 from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints
 from flowgrove.ranks import Ranks
@@ -90,6 +91,7 @@ class Policy:
     bytes_when_loaded: int = 0  # on the device, with the models of rewards, which are loaded before it
     tuned: bool = True  # False: the reference model
     trains_unconditional: bool = True  # False: a constant in the gradient
+    precision: Precision | None = None  # of linear layers, where they are rounded
 
     @classmethod
     def load(
@@ -165,7 +167,8 @@ class Policy:
 
     def cheap(self) -> "Policy":
         """This policy with its linear layers in rollout.precision, for passes that nothing differentiates."""
-        return replace(self, adapter=self.weights.quantised.adapter(self.adapter))
+        copy = self.weights.quantised
+        return replace(self, adapter=copy.adapter(self.adapter), precision=copy.precision)
 
     def encode(self, texts: list[str]) -> Prompts:
         """Each distinct text is encoded once."""

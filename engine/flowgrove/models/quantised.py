@@ -34,6 +34,7 @@ FP8_FROM = (8, 9)  # compute capability
 _MOST = {"fp8": 448.0, "int8": 127.0}
 _LEAST_SCALE = torch.finfo(torch.float32).eps  # of a row of zeros
 _LEAST_ROWS = 17  # of torch._int_mm on a GPU
+_VNNI = torch.cpu._is_vnni_supported()  # CPUs without it add products of bytes up in 16 bits, which overflow
 _NOT_PER_TOKEN = re.compile(r"(^|\.)(norm\w*|\w+_mod)(\.|$)")
 _LORA = re.compile(r"(^|\.)lora_")
 
@@ -221,7 +222,7 @@ def _integer_product(x: Tensor, codes: Tensor) -> Tensor:
         few = _LEAST_ROWS - x.shape[0]
         if few > 0:
             return torch._int_mm(nn.functional.pad(x, (0, 0, 0, few)), codes.t())[: x.shape[0]].float()
-    elif not torch.cpu._is_vnni_supported():  # there products of bytes are added up in 16 bits, which overflow
+    elif not _VNNI:
         return x.float() @ codes.float().t()
     return torch._int_mm(x, codes.t()).float()
 

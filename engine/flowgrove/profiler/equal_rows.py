@@ -58,7 +58,7 @@ class RowLog(PassRunner):
         if stage := stage_of(current_path()):
             stage = stage if policy.tuned or stage == EVALUATION else stage + REFERENCE
             scale = policy.guidance_scale if policy.adapter.embeds_guidance else None
-            model = self._model(policy) + f"{policy.adapter.geometry}{scale}".encode()
+            model = self._model(policy) + f"{policy.adapter.geometry}{scale}{policy.precision}".encode()
             texts = self._embedded(prompts)
             for state, at, prompt in zip(x, sigma, prompt_of.tolist(), strict=True):
                 for text in (texts[prompt],) if prompts.uncond is None else (texts[prompt], texts[-1]):
