@@ -4,8 +4,6 @@
 which the first seed chooses, over seeds, on one of two tasks: one shape at a place, or two with a relation, which is
 harder. It takes hours, and may be interrupted and started again; the tables then go to
 profiling/figures/compare_TASK*.csv.
-`python profiling/compare_recipes.py medians DIR` writes what `flowgrove compare recipes/shapes_*.yaml --out DIR` has
-reached after as many iterations at the recipes' own learning rate, medians over seeds, to compare_rewards.csv.
 `python profiling/compare_recipes.py timings` times some iterations of each and of its published loop (as `flowgrove
 bench engine` has it: the authors' own batch and sharing, ops in eager PyTorch), in turn, and writes forwards, passes
 and seconds per iteration. Run them on an idle machine.
@@ -24,7 +22,6 @@ import torch
 from rich.console import Console
 
 from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
-from flowgrove.bench.table import Row, read_columns, write_columns
 from flowgrove.compare.command import check, compare
 from flowgrove.compare.runs import comparison_of
 from flowgrove.compare.tables import draw_comparison
@@ -38,7 +35,7 @@ from flowgrove.tuning.pass_times import Passes
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 FIGURES = ROOT / "profiling" / "figures"
-NAMES = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash")
+NAMES = ("dance", "flow", "flow_fast", "mix", "mix_flash", "branch", "branch_mix", "branch_mix_flash", "grove")
 TASKS = ("shapes", "pairs")
 
 
@@ -58,25 +55,6 @@ def rewards(task: str, names: list[str], seeds: str, lr: str, cost: str, search:
     check(result.failures, len(asked.runs))
     for name, target in (("summary.csv", ".csv"), ("curves.csv", "_curves.csv")):
         shutil.copyfile(asked.out / name, FIGURES / f"compare_{task}{target}")
-
-
-def medians(out: Path) -> None:
-    """Writes compare_rewards.csv from the tables of the comparison in `out`."""
-    points, machine = read_columns(out / "curves.csv"), read_columns(out / "summary.csv")[0]["machine"]
-    rows: list[Row] = []
-    for name in (f"shapes_{name}" for name in NAMES):
-        own = [point for point in points if point["recipe"] == name]
-        each = [[point for point in own if point["seed"] == seed] for seed in sorted({point["seed"] for point in own})]
-        ends = {(point["lr"], curve[-1]["iteration"]) for curve in each for point in curve}
-        if len(ends) != 1:
-            raise SystemExit(
-                f"{out} has {len(ends)} learning rates and lengths of {name}: train all runs with one of each"
-            )
-        before, after = ([curve[place]["held_out_reward"] for curve in each] for place in (0, -1))
-        row = {"recipe": name, "iterations": each[0][-1]["iteration"], "before": f"{statistics.median(before):.3f}"}
-        row |= {"after": f"{statistics.median(after):.3f}", "after_each_seed": " ".join(f"{one:.3f}" for one in after)}
-        rows.append({**row, "machine": machine})
-    write_columns(rows, list(rows[0]), FIGURES / "compare_rewards.csv")
 
 
 def timings(name: str, iterations: list[int]) -> dict[str, Any]:
@@ -145,16 +123,12 @@ def main() -> None:
         "--search", type=float, default=150_000, help="cost at which the first seed chooses learning rates"
     )
     reward.add_argument("--runs", type=Path, default=Path("runs/comparisons"), help="folder of the runs, which stay")
-    middle = whats.add_parser("medians", help="what each has reached in a folder of flowgrove compare")
-    middle.add_argument("out", type=Path, metavar="DIR")
     timing = whats.add_parser("timings", help="what an iteration of each costs, and of its published loop")
     timing.add_argument("--recipes", nargs="+", default=list(NAMES), choices=NAMES)
     timing.add_argument("--iterations", type=int, nargs="+", default=[0, 10, 20, 30], help="which are timed")
     asked = parser.parse_args()
     if asked.what == "rewards":
         rewards(asked.task, asked.recipes, asked.seeds, asked.lr, asked.cost, asked.search, asked.runs)
-    elif asked.what == "medians":
-        medians(asked.out)
     else:
         time_all(asked.recipes, asked.iterations)
 

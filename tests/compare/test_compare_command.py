@@ -233,10 +233,12 @@ def test_a_run_that_fails_is_named_and_the_others_count(recipes, tmp_path):
 
 
 @contextmanager
-def started(*arguments):
-    """The command in a process of its own, ended with what it has begun when the block ends."""
-    # a shell's background jobs start with SIGINT ignored
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+def started(*arguments, background=False):
+    """The command in a process of its own, ended with what it has begun when the block ends. With `background` it
+    ignores SIGINT, as a shell's background jobs do.
+    """
+    handler = "signal.SIG_IGN" if background else "signal.default_int_handler"
+    heard = f"import signal; signal.signal(signal.SIGINT, {handler})"
     process = subprocess.Popen(
         [PYTHON, "-c", f"{heard}; from flowgrove.cli import app; app()", "compare", *map(str, arguments)],
         env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -261,20 +263,24 @@ def count(run):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_path):
-    """Ctrl+C leaves tables of what there is; after a kill the runs notice that they are alone, and save."""
+    """Ctrl+C leaves tables of what there is, and so does SIGTERM to a background job; after a kill the runs notice that
+    they are alone, and save.
+    """
     window, _ = recipes
     out = tmp_path / "out"
     run = out / "runs" / "window-lr0.0001-seed1"
     options = (window, "--seeds", 1, "--out", out, "--set", "run.eval_every=1000")
-    with started(*options, "--iterations", 1000) as process:
+    with started(*options, "--iterations", 1000, background=number == signal.SIGTERM) as process:
         wait_until(lambda: count(run) >= 2)
         os.kill(process.pid, number)
         text = process.communicate(timeout=DEADLINE)[0]
     wait_until(lambda: valid_checkpoints(run) and not (run / ".lock").exists())
-    if number == signal.SIGINT:
-        assert process.returncode == 130
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
         assert "0 of 1 runs are whole: the same command goes on" in text
         assert "Traceback" not in text
         assert {row["iteration"] for row in read_columns(out / "curves.csv")} == {0}
@@ -393,29 +399,6 @@ def test_the_shipped_recipes_are_compared_on_both_tasks(task, script, tmp_path, 
         f"compare_{task}_curves.csv",
     ]
     assert "held-out reward at 50 weighted passes" in capsys.readouterr().out
-
-
-def test_medians_over_seeds_are_written_of_a_comparison(script, tmp_path, monkeypatch):
-    """By hand: the middle of three seeds, before and after."""
-    ends = {1: (0.5, 0.9), 2: (0.6, 0.7), 3: (0.4, 0.8)}
-    curves = [
-        Curve(f"shapes_{name}", 1e-4, seed, [Point(0, 0, 0, before, 0), Point(40, 100, 60, after, 0)])
-        for name in script.NAMES
-        for seed, (before, after) in ends.items()
-    ]
-    write_tables(curves, summarise(curves, "weighted_passes", [50]), "a machine", tmp_path)
-    monkeypatch.setattr(script, "FIGURES", tmp_path)
-    monkeypatch.setattr("sys.argv", ["compare_recipes.py", "medians", str(tmp_path)])
-    script.main()
-    rows = (tmp_path / "compare_rewards.csv").read_text(encoding="utf-8").splitlines()
-    assert (
-        rows[0] == (script.ROOT / "profiling/figures/compare_rewards.csv").read_text(encoding="utf-8").splitlines()[0]
-    )
-    assert rows[1:] == [f"shapes_{name},40,0.500,0.800,0.900 0.700 0.800,a machine" for name in script.NAMES]
-    curves[0] = Curve("shapes_dance", 2e-4, 1, curves[0].points)
-    write_tables(curves, summarise(curves, "weighted_passes", [50]), "a machine", tmp_path)
-    with pytest.raises(SystemExit, match="2 learning rates and lengths of shapes_dance"):
-        script.main()
 
 
 def test_a_terminal_sees_how_far_the_runs_are(compared, recipes):

@@ -108,7 +108,7 @@ def train_all(
                 if stopping.request is not None and not display.ending:
                     display.ending = True
                     for worker in workers:
-                        worker.end(signal.SIGINT)
+                        worker.end(signal.SIGTERM)  # SIGINT is ignored in what a shell's background job begins
                 for worker in [one for one in workers if one.process.poll() is not None]:
                     workers.remove(worker)
                     failure = worker.failure()
