@@ -489,13 +489,16 @@ def engine(
         bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")
     ] = False,
     precision: Annotated[str | None, typer.Option(help="also with rollout.precision: fp8 or int8")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="also with model.gradient_checkpointing: full and selective")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added."""
     from flowgrove.bench.engine import bench_engine, settings_of
     from flowgrove.bench.table import draw_engine, print_rows
 
-    settings = settings_of(model, recipes, levers, prompts, rounds, compiled, device, precision)
+    settings = settings_of(model, recipes, levers, prompts, rounds, compiled, device, precision, checkpointing)
     print_rows(bench_engine(settings, _say, out), as_json, draw_engine)
 
 
@@ -567,6 +570,9 @@ def tune(
         bool,
         typer.Option("--precision", help="also measure rollout.precision, which changes training pictures a little"),
     ] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="also measure model.gradient_checkpointing, of which some may fit")
+    ] = False,
 ) -> None:
     """Measure which engine settings run a recipe fastest on this machine,
     and write a recipe that extends it with them.
@@ -575,7 +581,7 @@ def tune(
     """
     from flowgrove.tuning.tune import tune_recipe
 
-    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say, precision)
+    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, _say, precision, checkpointing)
     _say(f"wrote {target}: train with `flowgrove train {target}`")
 
 

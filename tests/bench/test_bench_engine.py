@@ -126,6 +126,16 @@ def test_levers_of_choice_and_a_loop_that_was_not_run(tmp_path):
     assert (tmp_path / "engine_tiny_cpu.png").stat().st_size > 10_000
 
 
+def test_checkpoints_are_levers_before_ours(monkeypatch):
+    """Rows are weighed by ours, which computes nothing again."""
+    kinds = []
+    monkeypatch.setattr(engine, "checkpoint_blocks", lambda transformer, kind: kinds.append(kind))
+    rows = bench("--recipes", "mix_flash", "--levers", "ours", "--checkpointing")
+    assert [row["lever"] for row in rows] == [*(lever.name for lever in engine.CHECKPOINTED), REUSED.name]
+    assert len({(row["rollout_forwards"], row["train_passes"]) for row in rows}) == 1
+    assert kinds[-3:] == ["full", "selective", "none"]
+
+
 def test_all_recipes_are_compared_with_the_published_dance():
     def row(recipe, lever, forwards, passes, seconds, forward=1.0, train=4.0):
         times = {"seconds": seconds, "predicted_s": seconds, "row_forward_s": forward, "row_train_s": train}

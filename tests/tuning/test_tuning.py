@@ -423,6 +423,28 @@ def test_rollouts_in_8_bits_are_chosen_where_their_passes_are_faster(cheap, expe
     )
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_computed_again_is_chosen_by_its_passes_and_by_memory(compiled, tmp_path, monkeypatch):
+    """Nothing computed again has no room; selectively takes 2 s instead of 3, but not where blocks are compiled."""
+    recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "token_budget": 35, "attention": "sdpa"})
+    kinds, used = {"full": 3.0, "selective": 2.0}, []
+
+    def seconds(self, run, rows, repeats=1):
+        if used[-1] == "none":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return kinds[used[-1]] if run == self.train else 1.0
+
+    monkeypatch.setattr(Passes, "seconds_per_row", seconds)
+    monkeypatch.setattr(tune, "checkpoint_blocks", lambda transformer, kind: used.append(kind))
+    monkeypatch.setattr(tune, "keep_times", lambda *_: None)
+    overrides = ("engine.token_budget=35", "engine.attention=sdpa", f"engine.compile={str(compiled).lower()}")
+    found = load_recipe(tune.tune_recipe(recipe, overrides, None, False, print, with_checkpointing=True))
+    assert found.model.gradient_checkpointing == used[-1] == ("full" if compiled else "selective")
+    assert ("selective" in used) == (not compiled)
+    text = (tmp_path / "mine_tuned.yaml").read_text()
+    assert "# model.gradient_checkpointing: none: does not fit into the memory" in text
+
+
 def test_an_existing_file_stays_as_it_is(tmp_path):
     recipe = tiny_recipe(tmp_path)
     for options, file in (((), tmp_path / "mine_tuned.yaml"), (("--out", recipe), recipe)):

@@ -25,6 +25,7 @@ from flowgrove.bench.table import write_columns, write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
+from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, check_precision
 from flowgrove.models.runner import PassRunner
@@ -32,7 +33,7 @@ from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.recordings import Recordings
 from flowgrove.recipe.loading import parse_recipe
-from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.schema import Checkpointing, Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.spans import span_totals
@@ -105,6 +106,7 @@ class Lever(NamedTuple):
     paced: bool = False
     alone: bool = False
     precision: Precision | None = None
+    checkpointing: Checkpointing = "none"
 
     @classmethod
     def rounded(cls, precision: Precision, compiled: bool) -> "Lever":
@@ -155,6 +157,7 @@ LEVERS = (
 )
 GRAPHS = Lever("+ CUDA graphs", {"cuda_graphs": True})
 COMPILED = Lever("+ compiled blocks", {"compile": True})
+CHECKPOINTED = tuple(Lever(f"{kind} checkpointing", {}, checkpointing=kind) for kind in ("full", "selective"))
 CHOICES = ("all", "ends", "published", "ours")
 
 _REPEATS = 3  # of a pass whose rows are timed
@@ -168,7 +171,8 @@ Say = Callable[[str], None]
 class Settings:
     """What is measured: `model` of bench.models, recipes by name with one of CHOICES each, iterations timed of each.
 
-    `compiled`: the lever that takes minutes to warm up too; `precision`: that of rollouts in 8 bits.
+    `compiled`: the lever that takes minutes to warm up too; `precision`: that of rollouts in 8 bits; `checkpointed`:
+    those that compute activations again too.
     """
 
     device: torch.device
@@ -178,21 +182,25 @@ class Settings:
     rounds: int
     compiled: bool = False
     precision: Precision | None = None
+    checkpointed: bool = False
 
     def levers(self, choice: str) -> tuple[Lever, ...]:
         """all: on a GPU with CUDA graphs; ends: the published loop and the last default lever; published, ours: one of
-        these. Compiled blocks without CUDA graphs, beside ours, and rollouts in 8 bits."""
+        these. Compiled blocks without CUDA graphs, beside ours, and rollouts in 8 bits; checkpoints before ours."""
         recorded = [GRAPHS] if self.device.type == "cuda" else []
         chosen = {"all": (*LEVERS, *recorded), "ends": (LOOP, REUSED), "published": (LOOP,), "ours": (REUSED,)}[choice]
         if choice == "published":
             return chosen
+        if self.checkpointed:
+            ours = chosen.index(REUSED)
+            chosen = (*chosen[:ours], *CHECKPOINTED, *chosen[ours:])
         rounded = [] if self.precision is None else [Lever.rounded(self.precision, self.compiled)]
         return (*chosen, *([COMPILED] if self.compiled else []), *rounded)
 
 
 def settings_of(
     model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str,
-    precision: str | None = None,
+    precision: str | None = None, checkpointed: bool = False,
 ) -> Settings:  # fmt: skip
     """Settings from the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
     if levers not in CHOICES:
@@ -212,7 +220,7 @@ def settings_of(
         raise UserError(f"--precision is {precision}: write {' or '.join(PRECISIONS)}, or leave it out")
     if precision is not None:
         check_precision(precision, place)
-    return Settings(place, model, chosen, prompts, rounds, compiled, precision)
+    return Settings(place, model, chosen, prompts, rounds, compiled, precision, checkpointed)
 
 
 def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
@@ -365,6 +373,7 @@ class _Bench:
     def _ready(self, lever: Lever, published: Published, stages: Stages) -> Iterator[int]:
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         rows = lever.set_budget(published, self.policy, self.runner.budget, self.texts, self.own)
+        checkpoint_blocks(self.policy.transformer, lever.checkpointing)
         # on a GPU the rounding of activations is compiled, whether the blocks are or not
         with pick_backend(stages.recipe), _stance(bool(stages.recipe.engine.compile) or lever.precision is not None):
             yield rows

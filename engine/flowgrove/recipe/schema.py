@@ -137,8 +137,8 @@ class Model(Section):
     full: all but the inputs of each block, which saves most of the memory of activations for one more forward per
     training pass. selective: all but these and what attention and large matrix products give, which leaves element by
     element work to compute again. none: nothing. true is full, false is none. The gradient is the same. Take what
-    memory allows; `flowgrove plan --memory` predicts the peak, and `flowgrove tune` measures what it saves. selective
-    does not go with engine.compile.
+    memory allows; `flowgrove plan --memory` predicts the peak, and `flowgrove tune --checkpointing` measures what it
+    saves. selective does not go with engine.compile.
     Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198).
     """
 

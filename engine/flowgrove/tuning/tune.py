@@ -19,6 +19,7 @@ from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.machine import describe
 from flowgrove.models.attention import UNSAFE, attention_names, missing, use_attention
+from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
@@ -27,7 +28,7 @@ from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.recordings import Recordings
 from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.schema import Checkpointing, Recipe
 from flowgrove.recipe.yaml_files import write_yaml
 from flowgrove.setup import Setup
 from flowgrove.tuning.model_times import keep_times
@@ -62,12 +63,13 @@ class Choice(NamedTuple):
 
 
 def tune_recipe(
-    path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say, with_precision: bool = False
-) -> Path:
+    path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say,
+    with_precision: bool = False, with_checkpointing: bool = False,
+) -> Path:  # fmt: skip
     """Measures and writes `out` (None: NAME_tuned.yaml beside the recipe NAME.yaml), a recipe that extends `path` with
     `overrides` and the engine settings found; keys of `engine` among the overrides stay as given. `with_precision`:
-    rollout.precision too, unless the recipe has one. Returns the file. Raises UserError if it exists, or if nothing
-    runs here.
+    rollout.precision too, unless the recipe has one; `with_checkpointing`: model.gradient_checkpointing. Returns the
+    file. Raises UserError if it exists, or if nothing runs here.
     """
     target = out or path.with_name(f"{path.stem}_tuned.yaml")
     if target.exists():
@@ -79,8 +81,9 @@ def tune_recipe(
     work, fixed = Work.of(setup), given.pop("engine", {})
     tuner = _Tuner(setup, fixed, work, with_compile)
     choices = []
-    rounded = [tuner.precision] if with_precision else []  # before blocks are compiled, which compiled ones stay
-    for measure in (tuner.token_budget, tuner.attention, *rounded, tuner.compiled, tuner.cuda_graphs):
+    # before blocks are compiled, which compiled ones stay
+    asked = [tuner.checkpointing] * with_checkpointing + [tuner.precision] * with_precision
+    for measure in (tuner.token_budget, tuner.attention, *asked, tuner.compiled, tuner.cuda_graphs):
         choice = measure()
         if choice.section != "engine" or choice.key not in fixed:
             choices.append(choice)
@@ -202,6 +205,17 @@ class _Tuner:
         self._use(str(choice.value))
         return choice
 
+    def checkpointing(self) -> Choice:
+        """What training passes compute again, of what fits beside all that an iteration keeps; selectively only where
+        no block is compiled.
+        """
+        compiled = self.measures_compile or self.recipe.engine.compile
+        kinds: tuple[Checkpointing, ...] = ("full", "none") if compiled else ("full", "selective", "none")
+        candidates = [Candidate(kind, kind, self._timed(self.rows, checkpointing=kind)) for kind in kinds]
+        choice = choose("gradient_checkpointing", candidates, self.work)
+        checkpoint_blocks(self.policy.transformer, cast(Checkpointing, choice.value))
+        return choice._replace(section="model")
+
     def precision(self) -> Choice:
         """Rollouts in 8 bits, unless the recipe has a precision: the forwards of steps that do not train take their
         time, the others that of full precision.
@@ -265,11 +279,15 @@ class _Tuner:
         with torch.compiler.set_stance(self._stance):
             return choose("cuda_graphs", candidates, self.work)
 
-    def _timed(self, rows: int, attention: str | None = None) -> Callable[[], Timed]:
+    def _timed(
+        self, rows: int, attention: str | None = None, checkpointing: Checkpointing | None = None
+    ) -> Callable[[], Timed]:
         def measure() -> Timed:
             self.passes.release()
             if attention is not None:
                 self._use(attention)
+            if checkpointing is not None:
+                checkpoint_blocks(self.policy.transformer, checkpointing)
             return self.passes.timed(rows)
 
         return measure
@@ -286,10 +304,13 @@ class _Tuner:
         with them or without."""
         chosen = {choice.key: choice.value for choice in choices if choice.section == "engine"}
         engine = self.recipe.engine.model_copy(update=chosen)
+        model = self.recipe.model.model_copy(
+            update={choice.key: choice.value for choice in choices if choice.section == "model"}
+        )
         self._beside = None  # the optimiser needs its room now
         runner = PassRunner(self.runner.budget, Recordings(self.device) if engine.cuda_graphs else None)
         largest = max(self.rows, tokens_per_pass(self.recipe, self.device.type) // self.passes.tokens)
-        tuned = self.recipe.model_copy(update={"engine": engine})
+        tuned = self.recipe.model_copy(update={"engine": engine, "model": model})
         with torch.compiler.set_stance(self._stance):
             rows = max(1, min(largest, self.work.widest))
             keep_times(setup, tuned, self.policy, runner, self.passes, rows, say)
