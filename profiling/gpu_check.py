@@ -226,11 +226,13 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
     script = [python, str(ROOT / "profiling" / "profile_model.py")]
     profile = [*script, "--model", "tiny" if dry else model, "--prompts", "1"]
     scaling = ["--leaves", "1,4,16,64,256", "--prompts", "1,4,16,64"]
-    eager = ["--modes", "eager,recorded,fp8,fp8+recorded", "--rows", "1,2,4,8", "--repeats", "5"]
+    eager = ["--modes", "eager,recorded,fp8,fp8+recorded,attention", "--rows", "1,2,4,8", "--repeats", "5"]
     compiled = ["--modes", "compiled,fp8+compiled", "--rows", "1,4"]
     if dry:
         scaling = ["--leaves", "1,2,4", "--prompts", "1,2,3"]
-        eager, compiled = (["--modes", modes, "--rows", "1", "--repeats", "1"] for modes in ("eager,int8", "eager"))
+        eager, compiled = (
+            ["--modes", modes, "--rows", "1", "--repeats", "1"] for modes in ("eager,int8,_native_math", "eager")
+        )
     rows = [*bench, "rows", "--model", model]
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),

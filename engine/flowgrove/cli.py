@@ -540,7 +540,7 @@ def rows(
         str | None,
         typer.Option(
             help="eager, recorded (CUDA graphs), compiled, fp8, int8 (rollout.precision), fp8+recorded, fp8+compiled, "
-            "…; default: eager, and recorded on a GPU"
+            "…, attention (every kernel of it that runs here) or one by name; default: eager, and recorded on a GPU"
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,

@@ -1,7 +1,7 @@
 """Evaluation and sampling: the plain ODE with fixed seeds, through the same plan and rollout as training."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 class Evaluated:
     """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores
     float64 [prompts · samples, rewards]; NaN in all of a prompt's that could not be scored. `distance`: what
-    `rollout_distance` finds, where a run has a rollout.precision.
+    `rollout_distance` finds, where a run has a rollout.precision or rollout.attention.
     """
 
     pictures: Tensor
@@ -141,8 +141,9 @@ def evaluate(
 def rollout_distance(
     setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], ranks: Ranks | None = None
 ) -> float:
-    """What rollout.precision changes: the distance of final latents to those of the same noise in full precision,
-    ‖x − x_full‖ / ‖x_full‖, as the mean over the leaves of the first few `prompts` by the plan of iteration 0.
+    """What rollout.precision and rollout.attention change: the distance of final latents to those of the same noise
+    without them, ‖x − x_full‖ / ‖x_full‖, as the mean over the leaves of the first few `prompts` by the
+    plan of iteration 0.
 
     Each of the `ranks` takes its share of these prompts; all return the same.
     """
@@ -161,7 +162,7 @@ def rollout_distance(
         if not some[mine]:
             return []
         encoded = policy.encode(some[mine])
-        full, cheap = (leaves(each, encoded) for each in (replace(plan, precision=None), plan))
+        full, cheap = (leaves(each, encoded) for each in (plan.uncheapened, plan))
         return [to_host((cheap - full).norm(dim=1) / full.norm(dim=1)).double()]
 
     with span("rollout_distance"):

@@ -431,7 +431,7 @@ class Trainer:
             faults = Faults()
             model = (self.setup, self.policy, self.runner)
             evaluated = evaluate(*model, self.rewards, held_out, between, self.ranks, faults)
-            if self.recipe.rollout.precision is not None:
+            if self.recipe.rollout.cheapens:
                 evaluated = replace(evaluated, distance=rollout_distance(*model, held_out, self.ranks))
         reward = evaluated.weighted(self.rewards.weights)
         lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples

@@ -50,6 +50,24 @@ def test_passes_in_8_bits_are_timed_without_a_backward():
     assert int8["forward_ms"] > 0
 
 
+def test_kernels_of_attention_are_timed_or_left_out_with_a_reason(tmp_path):
+    told = succeed("bench", "rows", "--rows", "1", "--repeats", "1", "--device", "cpu", "--modes", "eager,_native_math")
+    assert "_native_math is left out: engine.attention is _native_math: the sd3 transformer" in told.output
+    assert row_times.settings_of("tiny", "1", "eager,attention", 1, "cpu").modes == ("eager",)
+    assert "--modes names cudnn: it needs a GPU" in refuse("bench", "rows", "--device", "cpu", "--modes", "cudnn")
+
+
+def test_a_kernel_without_a_backward_is_timed_without_one(flux):
+    flux.weights.quantise(None, attention="_native_math")
+    forward, train = (
+        row_times._Timer(flux.cheap(), runner_of(flux), 1, 1.0, trains=trains) for trains in (False, True)
+    )
+    (line, *_), (other, *_) = (timer.lines("_native_math", 1) for timer in (forward, train))
+    assert line["forward_ms"] > 0
+    assert line["train_ms"] is None
+    assert other["train_ms"] > 0
+
+
 def test_blocks_are_taken_out_of_the_transformer_that_is_timed(flux):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     flux.weights.quantise("int8")

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch as dispatch
 
 from flowgrove.doctor import findings
 from flowgrove.errors import UserError
 from flowgrove.models import attention
 from flowgrove.models.policy import Policy
-from policy_cases import CPU, encoded, small_recipe
+from flowgrove.models.runner import PassRunner
+from flowgrove.rollout.loop import rollout
+from policy_cases import CPU, encoded, plan_and_coefficients, runner_of, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
 
 SD3 = {"adapter": "sd3", "path": "tiny", "dtype": "fp32"}
@@ -75,6 +78,84 @@ def test_what_cannot_run_is_refused_with_what_to_do(folders, wanted, text):
     assert "\n" not in str(caught.value)
 
 
+def test_sage_is_for_steps_that_do_not_train(folders, monkeypatch):
+    monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32"}
+    with pytest.raises(UserError, match=r"engine.attention is sage, which has no backward: .*rollout.attention"):
+        policy_with(model, "sage")
+    recipe = small_recipe(model=model, rollout={"attention": "sage"})
+    assert Policy.load(recipe, CPU).cheap().adapter.transformer is not None
+
+
+def test_a_kernel_that_cannot_run_is_refused_for_rollouts_too(folders):
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32"}
+    with pytest.raises(UserError, match=r"rollout.attention is cudnn: it needs a GPU; or write null"):
+        Policy.load(small_recipe(model=model, rollout={"attention": "cudnn"}), CPU)
+
+
+@torch.no_grad()
+def test_rollouts_may_have_another_backend_that_training_never_sees(folders):
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32", "lora": {"rank": 4, "alpha": 8}}
+    policy = Policy.load(small_recipe(model=model, rollout={"attention": "_native_math"}), CPU)
+    cheap = policy.cheap()
+
+    def backends(transformer):
+        found = (getattr(module, "processor", None) for module in transformer.modules())
+        return {each._attention_backend for each in found if hasattr(each, "_attention_backend")}
+
+    assert {backend.value for backend in backends(cheap.adapter.transformer)} == {"_native_math"}
+    assert backends(policy.transformer) == {None}
+    assert dispatch._AttentionBackendRegistry.get_active_backend()[0] == dispatch.AttentionBackendName.NATIVE
+    for parameter in policy.weights.trainable().values():  # the twin's are the same
+        parameter.normal_(std=0.1)
+    policy.weights.refresh()
+    x = torch.randn(2, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    one, two = (p.velocity(x, torch.tensor([0.7, 0.3]), encoded(p), torch.tensor([0, 1])).v for p in (policy, cheap))
+    assert (one - two).abs().max() <= 1e-5
+
+
+def test_steps_that_do_not_train_alone_have_it(folders):
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32"}
+    recipe = small_recipe(model=model, rollout={"attention": "_native_math"})
+    policy = Policy.load(recipe, CPU)
+    plan, coefficients = plan_and_coefficients(recipe)
+    seen = {}
+
+    class Watching(PassRunner):
+        def velocity(self, policy, x, sigma, *rest):
+            seen[float(sigma[0])] = policy.adapter.transformer is not policy.weights.transformer
+            return super().velocity(policy, x, sigma, *rest)
+
+    rollout(
+        plan, coefficients, policy, encoded(policy), Watching(runner_of(policy, recipe).budget), seed=3, iteration=0
+    )
+    assert seen == {torch.tensor(step.sigma).item(): not step.trained for step in plan.steps}
+    assert set(seen.values()) == {True, False}
+
+
+@pytest.mark.parametrize("padding", ["end", "middle"])
+def test_varlen_of_diffusers_takes_the_first_keys(monkeypatch, padding):
+    """Why Qwen-Image, whose text stands padded before the picture, is refused it: where this fails, it need not be."""
+
+    def by_length(q, k, v, cu_seqlens_q, cu_seqlens_k, **_):
+        def one(b):
+            rows, keys = (slice(int(cu[b]), int(cu[b + 1])) for cu in (cu_seqlens_q, cu_seqlens_k))
+            parts = (t.transpose(0, 1) for t in (q[rows], k[keys], v[keys]))
+            return torch.nn.functional.scaled_dot_product_attention(*parts).transpose(0, 1)
+
+        return torch.cat([one(b) for b in range(len(cu_seqlens_q) - 1)])
+
+    monkeypatch.setattr(dispatch, "flash_attn_varlen_func", by_length)
+    q, k, v = torch.randn(3, 2, 7, 2, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 5:] = padding == "middle"
+    mask[0, 1:3] = padding == "end"
+    parts = (t.transpose(1, 2) for t in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask[:, None, None]).transpose(1, 2)
+    found = dispatch._flash_varlen_attention(q, k, v, attn_mask=mask)
+    assert torch.allclose(found, expected, atol=1e-5) == (padding == "end")
+
+
 def test_sd3_takes_sdpa_or_xformers(monkeypatch):
     policy_with(SD3, "sdpa")
     monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
@@ -94,7 +175,9 @@ def test_backends_without_masks_or_mixed_precision_are_refused_where_those_are_n
 ):
     monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
     model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", **changes}
-    for wanted in ("flash", "flash3", "_native_flash", "sage"):
+    masked = ("flash_varlen",) if name == "qwen_image" else ()
+    text = "and qwen_image masks prompts" if masked else text
+    for wanted in ("flash", "flash3", "sdpa_flash", "_native_flash", "sage", *masked):
         with pytest.raises(UserError, match=f"engine.attention is {wanted}.*{text}"):
             policy_with(model, wanted)
 

@@ -49,6 +49,7 @@ DEFAULTS = {
         "guidance_range": None,
         "cache": None,
         "precision": None,
+        "attention": None,
     },
     "credit": {
         "normalise": "per_reward",

@@ -1,5 +1,5 @@
 """What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, with compiled
-blocks, and with linear layers in 8 bits (rollout.precision), which have no backward.
+blocks, with other attention kernels, and with linear layers in 8 bits (rollout.precision), which have no backward.
 
 A FLUX of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the cost of a
 double block, of a single block and of what lies around them come out, and with them the cost of FLUX.1-dev's 19 and 38.
@@ -24,6 +24,7 @@ from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
+from flowgrove.models.attention import FORWARD_ONLY, attention_here, attention_names, check_attention, missing
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
@@ -35,6 +36,7 @@ COLUMNS = (
     "model", "blocks", "rows", "mode", "tokens", "forward_ms", "train_ms", "forward_tflop", "forward_tflop_per_s",
     "derived", "repeats", "device", "torch", "triton", "compiler", "date",
 )  # fmt: skip
+ATTENTION = "attention"  # a mode for each kernel that can be selected here
 MODES = (  # in this order: compiled blocks stay compiled
     "eager", "recorded",
     *(f"{precision}{how}" for precision in PRECISIONS for how in ("", "+recorded")),
@@ -61,10 +63,17 @@ def settings_of(model: str, rows: str, modes: str | None, repeats: int, device: 
     counts = [word.strip() for word in rows.split(",")]
     if not all(word.isdecimal() and int(word) for word in counts):
         raise UserError(f"--rows is {rows!r}: write whole numbers from 1 up with commas between, like 1,2,4")
-    chosen = [word.strip() for word in modes.split(",")] if modes else MODES[: 2 if place.type == "cuda" else 1]
+    chosen = [word.strip() for word in modes.split(",")] if modes else [*MODES[: 2 if place.type == "cuda" else 1]]
+    if ATTENTION in chosen:
+        chosen = [mode for mode in chosen if mode != ATTENTION] + attention_here(place)
     for mode in chosen:
-        if mode not in MODES:
-            raise UserError(f"--modes names {mode}: write some of {', '.join(MODES)}")
+        if mode in attention_names():
+            if (reason := missing(mode, place)) is not None:
+                raise UserError(f"--modes names {mode}: {reason}; or leave it out")
+        elif mode not in MODES:
+            raise UserError(
+                f"--modes names {mode}: write some of {', '.join(MODES)}, {ATTENTION}, or one of its kernels"
+            )
         if "recorded" in mode and place.type != "cuda":
             raise UserError(f"--modes names {mode}, which are CUDA recordings: leave it out, or measure on a GPU")
         if "fp8" in mode and not has_fp8(place):
@@ -81,15 +90,30 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
         policy = Policy.load(recipe, settings.device)
         runner = PassRunner.of(recipe, policy)
         timer = _Timer(policy, runner, settings.repeats)
-        for mode in (mode for mode in MODES if mode in settings.modes):
+        kernels = tuple(mode for mode in settings.modes if mode not in MODES)
+        for mode in (mode for mode in (*MODES[:1], *kernels, *MODES[1:]) if mode in settings.modes):
             one = timer
-            if mode == "compiled":
+            if mode in kernels:
+                try:
+                    check_attention(policy.adapter, mode, recipe.model, settings.device)
+                except UserError as error:  # not for this model
+                    say(f"{mode} is left out: {error}")
+                    continue
+                policy.weights.quantise(None, attention=mode)
+                one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop, trains=mode not in FORWARD_ONLY)
+            elif mode == "compiled":
                 compile_blocks(policy.transformer)
             elif (precision := precision_of(mode)) is not None:
                 policy.weights.quantise(precision, compiled="compiled" in mode)
                 one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop)
             for rows in settings.rows:
-                lines = one.lines(mode, rows)
+                try:
+                    lines = one.lines(mode, rows)
+                except Exception as error:  # whatever a kernel raises that does not take these tensors
+                    if mode not in kernels:
+                        raise
+                    say(f"{mode} is left out: {' '.join(str(error).split())[:150]}")
+                    break
                 found += [{"model": settings.model, **line, "repeats": settings.repeats, **where} for line in lines]
                 say("; ".join(f"{line['blocks']} blocks, {rows} rows, {mode}: {_told(line)}" for line in lines))
     if out is not None:
@@ -113,10 +137,14 @@ def precision_of(mode: str) -> Precision | None:
 
 
 class _Timer:
-    """Times a policy's passes. `tflop`: of a row's forward; None: counted here."""
+    """Times a policy's passes. `tflop`: of a row's forward; None: counted here. `trains`: whether they have a backward
+    that can be trusted.
+    """
 
-    def __init__(self, policy: Policy, runner: PassRunner, repeats: int, tflop: float | None = None) -> None:
-        self.policy, self.repeats, self.passes = policy, repeats, Passes(policy, runner)
+    def __init__(
+        self, policy: Policy, runner: PassRunner, repeats: int, tflop: float | None = None, trains: bool = True
+    ) -> None:
+        self.policy, self.repeats, self.passes, self.trains = policy, repeats, Passes(policy, runner), trains
         self.lists = [
             blocks
             for name in ("transformer_blocks", "single_transformer_blocks")
@@ -160,10 +188,10 @@ class _Timer:
 
     def _milliseconds(self, mode: str, rows: int) -> NDArray[np.float64] | None:
         """(forward, forward and backward) of a row; None where the memory is too small.
-        A recorded pass has no backward, nor has one in 8 bits.
+        A recorded pass has no backward, nor has one in 8 bits, nor with every kernel of attention.
         """
         try:
-            if "recorded" in mode or precision_of(mode) is not None:
+            if "recorded" in mode or precision_of(mode) is not None or not self.trains:
                 run = self._recorded() if "recorded" in mode else self.passes.forward
                 return 1e3 * np.array([self.passes.seconds_per_row(run, rows, self.repeats), np.nan])
             return 1e3 * np.array(self.passes.timed(rows, self.repeats))

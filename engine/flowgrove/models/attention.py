@@ -2,18 +2,32 @@
 All of them come through diffusers' attention dispatch.
 """
 
+import copy
+from typing import Any
+
 import torch
 from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention_processor import XFormersJointAttnProcessor
+from torch import nn
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
+from flowgrove.models.twins import twin
 from flowgrove.recipe.schema import Model
 
 # ours for diffusers'; all others are diffusers' own
-_NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn"}
+_NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn", "sdpa_flash": "_native_flash"}
 # Whose backward has ended a run with an illegal memory access, after which a process can do nothing more on its GPU.
 UNSAFE = ("cudnn",)
+# for passes without a gradient alone: some of them have no backward
+FORWARD_ONLY = (
+    *UNSAFE, "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda", "_sage_qk_int8_pv_fp8_cuda_sm90",
+    "_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton",
+)  # fmt: skip
+_SLOW = ("sdpa", "_native_math", "flex")  # the one that others are compared with, and two for other ends
+# They take a mask's sum for a number of keys from the first on (diffusers 0.42): right for padding at the end,
+# and text stands before the picture.
+_FIRST_KEYS = ("flash_varlen", "_flash_varlen_3", "sage_varlen")
 _INSTALL = {
     "flash": "pip install flash-attn --no-build-isolation",
     "flash_varlen": "pip install flash-attn --no-build-isolation",
@@ -25,7 +39,7 @@ _INSTALL = {
 
 def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.device) -> None:
     """Sets engine.attention on an adapter's transformer; auto leaves PyTorch's own. Raises UserError for a backend that
-    cannot run here or on this model.
+    cannot run or train here or on this model.
 
     PyTorch's own attention does without cuDNN's kernels from here on, in the whole process: on an H200 with torch 2.11
     their backward read outside its memory for one row of FLUX (PyTorch issues 122695 and 190321 tell of others).
@@ -34,33 +48,62 @@ def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.de
     torch.backends.cuda.enable_cudnn_sdp(False)
     if wanted == "auto":
         return
-    name = _NAMES.get(wanted, wanted)
-    if (reason := missing(wanted, device)) is not None:
-        raise UserError(f"engine.attention is {wanted}: {reason}; or write auto")
-    if _takes_no_mask(name):
-        if adapter.masks_prompts:
-            raise UserError(
-                f"engine.attention is {wanted}, which takes no mask, "
-                f"and {recipe.adapter} masks prompts of different lengths: write sdpa or flash_varlen"
-            )
-        if recipe.dtype == "bf16" and recipe.lora is None:
-            raise UserError(
-                f"engine.attention is {wanted}, which wants bf16 throughout: with model.lora: "
-                "null norms train in fp32; write sdpa, or give a lora"
-            )
-    transformer = adapter.transformer
-    switchable = any(
-        hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules()
-    )
-    if switchable:
-        transformer.set_attention_backend(name)
-    elif name == "xformers":
-        transformer.set_attn_processor(XFormersJointAttnProcessor())
-    elif name != "native":
+    check_attention(adapter, wanted, recipe, device)
+    if "sage" in wanted:
         raise UserError(
-            f"engine.attention is {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself "
+            f"engine.attention is {wanted}, which has no backward: write it for rollout.attention, whose steps do not "
+            "train, and auto here"
+        )
+    name = _NAMES.get(wanted, wanted)
+    if _switchable(adapter):
+        adapter.transformer.set_attention_backend(name)
+    elif name == "xformers":
+        adapter.transformer.set_attn_processor(XFormersJointAttnProcessor())
+
+
+def check_attention(
+    adapter: Adapter, wanted: str, recipe: Model, device: torch.device, key: str = "engine.attention"
+) -> None:
+    """Raises UserError for a backend that cannot run here or on this model; `key`: where it was asked for."""
+    name, otherwise = _NAMES.get(wanted, wanted), "auto" if key == "engine.attention" else "null"
+    if (reason := missing(wanted, device)) is not None:
+        raise UserError(f"{key} is {wanted}: {reason}; or write {otherwise}")
+    if adapter.masks_prompts and (_takes_no_mask(name) or name in _FIRST_KEYS):
+        why = "which takes no mask" if _takes_no_mask(name) else "which takes a mask for a number of first tokens"
+        raise UserError(
+            f"{key} is {wanted}, {why}, and {recipe.adapter} masks prompts of different lengths: write sdpa"
+        )
+    if _takes_no_mask(name) and recipe.dtype == "bf16" and recipe.lora is None:
+        raise UserError(
+            f"{key} is {wanted}, which wants bf16 throughout: with model.lora: "
+            "null norms train in fp32; write sdpa, or give a lora"
+        )
+    if not _switchable(adapter) and (name != "native" and (name != "xformers" or key != "engine.attention")):
+        raise UserError(
+            f"{key} is {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself "
             "runs flash kernels) or xformers"
         )
+
+
+def with_attention(transformer: Any, wanted: str) -> Any:
+    """A transformer that shares all of another one but the backend of its attention, which `check_attention` has let.
+    diffusers' own setter would set it for the whole process.
+    """
+    instead: dict[nn.Module, nn.Module] = {}
+    for module in transformer.modules():
+        if hasattr(getattr(module, "processor", None), "_attention_backend"):
+            one = copy.copy(module)
+            one._modules = dict(module._modules)
+            one.processor = copy.copy(module.processor)
+            one.processor._attention_backend = dispatch.AttentionBackendName(_NAMES.get(wanted, wanted))
+            instead[module] = one
+    return twin(transformer, instead)
+
+
+def _switchable(adapter: Adapter) -> bool:
+    """Whether the transformer's attention goes through the dispatch."""
+    modules = adapter.transformer.modules()
+    return any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in modules)
 
 
 def missing(wanted: str, device: torch.device) -> str | None:
@@ -88,3 +131,12 @@ def attention_names() -> list[str]:
     """All that engine.attention takes besides auto."""
     theirs = {ours: name for name, ours in _NAMES.items()}
     return sorted(theirs.get(backend.value, backend.value) for backend in dispatch.AttentionBackendName)
+
+
+def attention_here(device: torch.device) -> list[str]:
+    """The kernels that are worth measuring beside sdpa here, without those that would be downloaded."""
+    return [
+        name
+        for name in attention_names()
+        if name not in _SLOW and "hub" not in name and "varlen" not in name and missing(name, device) is None
+    ]

@@ -18,7 +18,7 @@ def compile_ahead(policy: Policy, recipe: Recipe, most_rows: int) -> None:
         try:
             policy.idle_pass(False, rows)
             policy.idle_pass(True, rows)
-            if recipe.rollout.precision is not None:
+            if recipe.rollout.cheapens:
                 policy.cheap().idle_pass(False, rows)
             if recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1:
                 with policy.reference() as reference:

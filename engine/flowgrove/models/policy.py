@@ -17,7 +17,7 @@ from torch import Tensor
 from flowgrove.device import allocated_memory, to_device
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
-from flowgrove.models.attention import use_attention
+from flowgrove.models.attention import check_attention, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
@@ -121,8 +121,11 @@ class Policy:
             for one in (adapter.transformer, weights.reference_copy):
                 if one is not None:
                     compile_blocks(one, recipe.engine.compile)
-        if recipe.rollout.precision is not None and passes:
-            weights.quantise(recipe.rollout.precision, recipe.engine.compile)
+        rolled = recipe.rollout
+        if rolled.attention is not None:
+            check_attention(adapter, rolled.attention, model, device, "rollout.attention")
+        if rolled.cheapens and passes:
+            weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
         loaded = allocated_memory(device)
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, loaded)
         return replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
@@ -166,7 +169,7 @@ class Policy:
         return self.adapter if copy is None else self.adapter.on(copy)
 
     def cheap(self) -> "Policy":
-        """This policy with its linear layers in rollout.precision, for passes that nothing differentiates."""
+        """This policy in rollout.precision and with rollout.attention, for passes that nothing differentiates."""
         copy = self.weights.quantised
         return replace(self, adapter=copy.adapter(self.adapter), precision=copy.precision)
 

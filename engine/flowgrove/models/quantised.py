@@ -11,7 +11,6 @@ compiled kernel. What is rounded are the linear layers that run per token in the
 shift and scale every token alike; they, norms and LoRA layers run as they are.
 """
 
-import copy
 import re
 from collections.abc import Callable
 from functools import cache
@@ -22,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from flowgrove.errors import UserError
-from flowgrove.models.adapter import Adapter
+from flowgrove.models.attention import with_attention
 from flowgrove.models.blocks import blocks_of
-from flowgrove.models.compiling import compile_blocks
-from flowgrove.models.geometry import Geometry
+from flowgrove.models.twins import Twin, twin
 
 Precision = Literal["fp8", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp8", "int8")
@@ -55,15 +53,21 @@ def quantisable(transformer: nn.Module, precision: Precision) -> dict[str, nn.Li
     }
 
 
-class QuantisedCopy:
+class QuantisedCopy(Twin):
     """A second tree of a transformer's modules, which shares all of it but the layers that are rounded.
 
-    `transformer`: that tree. Where the weights train, `outdated` says that they have changed since they were rounded.
+    `transformer`: that tree; `attention`: of its passes, None: the transformer's. Where the weights train, `outdated`
+    says that they have changed since they were rounded.
     Raises UserError for a device or installation that cannot, and for a transformer without such layers.
     """
 
     def __init__(
-        self, transformer: Any, precision: Precision, compute: torch.dtype, compiled: bool | str = False
+        self,
+        transformer: Any,
+        precision: Precision,
+        compute: torch.dtype,
+        compiled: bool | str = False,
+        attention: str | None = None,
     ) -> None:
         layers = quantisable(transformer, precision)
         if not layers:
@@ -75,18 +79,10 @@ class QuantisedCopy:
             name: QuantisedLinear(layer, precision, compute, *quantised_weight(layer.weight, precision))
             for name, layer in layers.items()
         }
-        self.transformer = _twin(transformer, {layer: self.layers[name] for name, layer in layers.items()})
+        rounded = twin(transformer, {layer: self.layers[name] for name, layer in layers.items()})
+        super().__init__(rounded if attention is None else with_attention(rounded, attention), compiled)
         self.trains = any(layer.weight.requires_grad for layer in layers.values())
         self.outdated = False
-        self._adapters: dict[Geometry, Adapter] = {}  # kept, since an adapter keeps what it finds of its transformer
-        if compiled:
-            compile_blocks(self.transformer, compiled)
-
-    def adapter(self, full: Adapter) -> Adapter:
-        """An adapter of the transformer's, of this copy instead."""
-        if full.geometry not in self._adapters:
-            self._adapters[full.geometry] = full.on(self.transformer)
-        return self._adapters[full.geometry]
 
     def changed(self) -> None:
         """The transformer's weights have changed."""
@@ -144,7 +140,7 @@ def unloaded_copy(transformer: nn.Module, precision: Precision, compute: torch.d
         )
         for layer in quantisable(transformer, precision).values()
     }
-    return _twin(transformer, instead)
+    return twin(transformer, instead)
 
 
 def copy_bytes(transformer: nn.Module, precision: Precision) -> int:
@@ -238,17 +234,3 @@ _PRODUCTS = {"fp8": _fp8_product, "int8": _int8_product}
 @cache
 def _compiled(precision: Precision) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], torch.compile(_PRODUCTS[precision], dynamic=True))
-
-
-def _twin(module: nn.Module, instead: dict[nn.Linear, QuantisedLinear]) -> nn.Module:
-    """A module with some layers replaced: parts that hold none of them are shared, the others are copied without their
-    weights, which they share too.
-    """
-    if isinstance(module, nn.Linear) and module in instead:
-        return instead[module]
-    parts = {name: None if part is None else _twin(part, instead) for name, part in module._modules.items()}
-    if all(part is module._modules[name] for name, part in parts.items()):
-        return module
-    twin = copy.copy(module)
-    twin._modules = parts
-    return twin

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flowgrove.models.attention import with_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.masters import Masters, Piece
 from flowgrove.models.quantised import Precision, QuantisedCopy
 from flowgrove.models.trainable import choose_trainable
+from flowgrove.models.twins import Twin
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Recipe
 from flowgrove.spans import COMMUNICATION, span
@@ -66,7 +68,7 @@ class Weights:
         self._masters = Masters(transformer, compute) if copies else None
         self._first = next(iter(self.trainable().values()))
         self._compute = compute
-        self._quantised: QuantisedCopy | None = None
+        self._quantised: Twin | None = None
 
     @property
     def pieces(self) -> dict[str, Piece]:
@@ -104,16 +106,18 @@ class Weights:
     def _divided(self) -> dict[str, nn.Parameter]:
         return self.sharded[0].masters if self.sharded else {}
 
-    def quantise(self, precision: Precision | None, compiled: bool | str = False) -> None:
-        """Keeps the transformer a second time, with linear layers in this precision; None: no more. Raises
-        UserError.
+    def quantise(self, precision: Precision | None, compiled: bool | str = False, attention: str | None = None) -> None:
+        """Keeps the transformer a second time, with linear layers in this precision and this attention, as
+        `check_attention` has let it; None of both: no more. Raises UserError.
         """
         self._quantised = None  # first, for its memory
         if precision is not None:
-            self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled)
+            self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled, attention)
+        elif attention is not None:
+            self._quantised = Twin(with_attention(self.transformer, attention), compiled)
 
     @property
-    def quantised(self) -> QuantisedCopy:
+    def quantised(self) -> Twin:
         """That copy, of the weights as they are now. Raises ValueError where there is none."""
         if self._quantised is None:
             raise ValueError("these weights were not quantised")

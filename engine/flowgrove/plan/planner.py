@@ -9,7 +9,7 @@ fanout and `trained` of their steps.
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, TypeVar
 
@@ -82,6 +82,7 @@ class RolloutPlan:
     guidance_range: tuple[int, int] | None
     cache: Cache | None
     precision: Literal["fp8", "int8"] | None = None
+    attention: str | None = None
     fuses: bool = False  # whether credit takes the log-probability of every stochastic step, trained or not
 
     @property
@@ -107,8 +108,16 @@ class RolloutPlan:
         )
 
     def cheap(self, step: Step) -> bool:
-        """Whether the step's passes run in rollout.precision: where nothing trains, and no log-probability counts."""
-        return self.precision is not None and not step.trained and not (step.stochastic and self.fuses)
+        """Whether the step's passes run in rollout.precision and with rollout.attention: where nothing trains, and no
+        log-probability counts.
+        """
+        cheapens = self.precision is not None or self.attention is not None
+        return cheapens and not step.trained and not (step.stochastic and self.fuses)
+
+    @property
+    def uncheapened(self) -> "RolloutPlan":
+        """The same with all steps run as those that train."""
+        return replace(self, precision=None, attention=None)
 
     def cheap_forwards(self, share: bool = True) -> int:
         """The forwards of a prompt that do; `share` False: where every leaf runs for itself."""
@@ -308,6 +317,7 @@ def make_plan(
         guidance_range=rollout.guidance_range,
         cache=rollout.cache,
         precision=rollout.precision,
+        attention=rollout.attention,
         fuses=recipe.credit.fusion_beta != 0,
     )
 

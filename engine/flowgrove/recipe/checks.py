@@ -65,6 +65,7 @@ def _check_sharding(recipe: Recipe) -> None:
         ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
         ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
         (f"rollout.precision: {recipe.rollout.precision}", recipe.rollout.precision is not None, "null"),
+        (f"rollout.attention: {recipe.rollout.attention}", recipe.rollout.attention is not None, "null"),
         (f"update.optimizer: {recipe.update.optimizer}", recipe.update.optimizer != "adamw", "adamw"),
     ):
         if set_:

@@ -437,6 +437,20 @@ class Rollout(Section):
     Source: torchao's dynamic quantisation; LLM.int8 (2208.07339) and FP8 formats (2209.05433).
     """
 
+    attention: Text | None = None
+    """The attention kernel of steps that do not train; null: engine.attention.
+    The names of engine.attention, and those that have no backward or none to trust: sage and its kind, which round
+    queries and keys to 8 bits, and cudnn. It changes training pictures a little (rollout_distance of metrics); the
+    steps are those of rollout.precision, with which it goes together. `flowgrove bench rows --modes eager,attention`
+    measures what runs here. Not for engine.distributed: fsdp2.
+    Source: diffusers' attention dispatch; SageAttention (2410.02367).
+    """
+
+    @property
+    def cheapens(self) -> bool:
+        """Whether steps that do not train run otherwise than those that do."""
+        return self.precision is not None or self.attention is not None
+
     @model_validator(mode="after")
     def _cps_noise(self) -> "Rollout":
         if self.dynamics == "cps" and self.noise_level > 1:

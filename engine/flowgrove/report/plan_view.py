@@ -103,8 +103,8 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
 def _cheaper(plan: RolloutPlan, step: Step, recipe: Recipe) -> str:
     """What a step leaves out of its forward."""
     unguided = "unguided" if recipe.model.guidance_scale > 1 and not plan.guided(step) else ""
-    rounded = plan.precision if plan.cheap(step) else ""
-    return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "", rounded) if part)
+    cheaper = [plan.precision, plan.attention] if plan.cheap(step) else []
+    return ", ".join(part for part in (unguided, "cached" if plan.extrapolates(step) else "", *cheaper) if part)
 
 
 def draw_rounding(plan: RolloutPlan, rounding: "Rounding | None", console: Console) -> None:

@@ -103,10 +103,10 @@ def open_model(
     """The base model of what `open_recipe` found. `texts`: prompts that it will encode, or the other `ranks`; None:
     only its weights are wanted. Raises UserError.
     """
-    # no copy of the reference model, and none in rollout.precision
+    # no copy of the reference model, and none for cheaper rollouts
     without = {
         "update": recipe.update.model_copy(update={"kl_weight": 0.0}),
-        "rollout": recipe.rollout.model_copy(update={"precision": None}),
+        "rollout": recipe.rollout.model_copy(update={"precision": None, "attention": None}),
     }
     untrained = recipe.model_copy(update=without)
     policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks or Ranks())

@@ -75,9 +75,9 @@ METRICS = (
     ),
     Metric(
         "rollout_distance",
-        "Where rollout.precision is set and the iteration evaluates: how far that precision moves final latents, as "
-        "the distance to those of the same noise in full precision over their norm. It is a mean over the samples of "
-        "the first four held-out prompts, rolled out by the plan of iteration 0.",
+        "Where rollout.precision or rollout.attention is set and the iteration evaluates: how far they move final "
+        "latents, as the distance to those of the same noise without them over their norm. It is a mean over the "
+        "samples of the first four held-out prompts, rolled out by the plan of iteration 0.",
         "Level over the run: below 0.05 samples can hardly be told apart; below 0.3 they are other samples of the same "
         "model, whose rewards rank alike.",
         "Rising: weights have grown outliers that 8 bits do not resolve; compare a run with rollout.precision: null, "
