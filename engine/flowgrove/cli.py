@@ -242,6 +242,7 @@ def plan(
         draw_plan,
         draw_ranks,
         draw_rounding,
+        draw_ways,
         memory_json,
         plan_json,
         rounding_json,
@@ -256,10 +257,16 @@ def plan(
     table, made = setup.table, setup.plan(iteration, chosen_splits(settings, lines))
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
     predicted = seconds = rounding = None
+    weighed: list[Any] = []
     if made.precision is not None:
         from flowgrove.plan.rounding import count_rounding
 
         rounding = count_rounding(settings)
+    if memory or time:
+        from flowgrove.tuning.checkpointing import settled_here
+
+        setup, weighed = settled_here(setup, device_type, division)
+        settings = setup.recipe
     if memory:
         from flowgrove.plan.communication import predict
 
@@ -281,6 +288,7 @@ def plan(
             draw_ranks(made, settings, division, Console(highlight=False))
     if predicted is not None:
         draw_memory(predicted, device_type, division, Console(highlight=False, stderr=as_json))
+        draw_ways(weighed, settings, Console(highlight=False, stderr=as_json, soft_wrap=True))
     if seconds is not None:
         draw_time(seconds, Console(highlight=False, stderr=as_json, soft_wrap=True))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,14 @@ class Setup:
         """The set-up of the same recipe with another run.iterations."""
         run = self.recipe.run.model_copy(update={"iterations": iterations})
         return Setup(self.recipe.model_copy(update={"run": run}))
+
+    def computing_again(self, kind: str) -> "Setup":
+        """This set-up, with what it has derived, of the recipe with another model.gradient_checkpointing."""
+        other = copy(self)
+        model = self.recipe.model.model_copy(update={"gradient_checkpointing": kind})
+        other.recipe, other._memory = self.recipe.model_copy(update={"model": model}), {}
+        vars(other).pop("sizes", None)
+        return other
 
     @cached_property
     def prompts(self) -> list[str]:

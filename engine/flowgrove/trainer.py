@@ -41,6 +41,7 @@ from flowgrove.run.trackers.interface import Status
 from flowgrove.run.trackers.registry import check_installed
 from flowgrove.run.tracking import Trackers
 from flowgrove.setup import Setup
+from flowgrove.tuning.checkpointing import settled
 from flowgrove.tuning.token_budget import settle_meetings, settle_token_budget
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater, UpdateStats
@@ -115,9 +116,11 @@ class Trainer:
 
     def _load(self, resume: str, say: Say, force: bool) -> None:
         """The model, and the state of the run so far."""
-        setup, recipe, ranks = self.setup, self.recipe, self.ranks
+        ranks, device = self.ranks, pick_device(self.recipe)
         checkpoint = self._checkpoint(resume, say, force)
-        self.policy = Policy.load_together(recipe, pick_device(recipe), self._texts(), ranks)
+        self.setup = setup = settled(self.setup, device, ranks)
+        recipe = setup.recipe
+        self.policy = Policy.load_together(recipe, device, self._texts(), ranks)
         self.runner = PassRunner.of(recipe, self.policy)
         ranks.by_first(lambda: self._settle_budget(checkpoint))
         self.runner.budget.resize(ranks.most(self.runner.budget.tokens if ranks.first else 0))

@@ -14,7 +14,7 @@ _NARROW = 8  # times fewer numbers go into an element of a product than it has c
 
 def checkpoint_blocks(transformer: Any, kind: Checkpointing) -> None:
     """Makes the blocks of a diffusers transformer keep what `kind` says: none, nothing that is computed again; full,
-    their inputs alone; selective, also what attention and matrix products give.
+    their inputs alone; selective, also what attention and matrix products give. auto, where it is not settled, is full.
     """
     if kind == "none":
         transformer.disable_gradient_checkpointing()

@@ -21,6 +21,7 @@ from flowgrove.ranks import Ranks
 from flowgrove.setup import Setup
 from flowgrove.spans import listening
 from flowgrove.trainer import checked_rewards
+from flowgrove.tuning.checkpointing import settled
 from flowgrove.tuning.token_budget import settle_token_budget
 from flowgrove.update.updater import Updater
 
@@ -35,9 +36,10 @@ class Session(Generic[Runner]):
 
     def __init__(self, setup: Setup, most: int, runner: type[Runner], held_out: Sequence[str] = ()) -> None:
         keep_freed_memory()
-        self.setup, recipe = setup, setup.recipe
-        self.device = pick_device(recipe)
+        self.device = pick_device(setup.recipe)
         self.rewards = checked_rewards(setup)
+        self.setup = setup = settled(setup, self.device)
+        recipe = setup.recipe
         self._texts = [
             prompts_of_iteration(setup.prompts, number, recipe.data.prompts_per_iteration, recipe.run.seed)
             for number in range(most)

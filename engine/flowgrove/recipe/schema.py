@@ -18,7 +18,7 @@ Steps = Annotated[int, Field(ge=2, le=1000)]  # the schedules that models are tr
 Share = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=32_768)]
 Text = Annotated[str, Field(min_length=1)]
-Checkpointing = Literal["full", "selective", "none"]
+Checkpointing = Literal["full", "selective", "none", "auto"]
 AdapterName = Literal["sd3", "flux", "qwen_image", "wan"]  # the registry of model families: modules of models/
 
 
@@ -136,9 +136,10 @@ class Model(Section):
     """What a training pass computes again in its backward instead of keeping it.
     full: all but the inputs of each block, which saves most of the memory of activations for one more forward per
     training pass. selective: all but these and what attention and large matrix products give, which leaves element by
-    element work to compute again. none: nothing. true is full, false is none. The gradient is the same. Take what
-    memory allows; `flowgrove plan --memory` predicts the peak, and `flowgrove tune --checkpointing` measures what it
-    saves. selective does not go with engine.compile.
+    element work to compute again. none: nothing. auto: of these the one with which, with the rollout's graphs that then
+    fit, updates are predicted to be fastest. true is full, false is none. The gradient is the same. `flowgrove plan
+    --memory` predicts the peak and tells what auto weighs; `flowgrove tune --checkpointing` measures. selective does
+    not go with engine.compile.
     Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198).
     """
 

@@ -13,6 +13,7 @@ from flowgrove.recipe.schema import Recipe
 if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
     from flowgrove.plan.communication import Prediction
     from flowgrove.plan.rounding import Rounding
+    from flowgrove.tuning.checkpointing import Way
 
 _DRAWN_LEAVES = 32
 _STEP = ("index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out")
@@ -163,6 +164,21 @@ def draw_memory(predictions: "list[Prediction]", device_type: str, division: Div
         console.print("\npredicted bytes that it sends")
         draw("iteration", [found.communication.iteration for found in predictions])
         row("evaluation", [found.communication.evaluation for found in predictions])
+
+
+def draw_ways(found: "list[Way]", recipe: Recipe, console: Console) -> None:
+    """What model.gradient_checkpointing: auto has weighed, and what was taken for it; nothing if nothing was."""
+    if not found:
+        return
+    console.print("\nmodel.gradient_checkpointing: auto weighs")
+    least = min(way.flops for way in found)
+    for way in found:
+        kept = f"graphs of {way.kept:,} states of the rollout beside it, {_size(way.need.graph)} each"
+        more = f"{(way.flops - least) / 1e12:.3g} TFLOP more an iteration than the least"
+        console.print(
+            f"  {way.need.kind:<10}{_size(way.need.peak):>11}{'' if way.fits else ', too much'}; {kept}; {more}"
+        )
+    console.print(f"taken here: {recipe.model.gradient_checkpointing}")
 
 
 def _size(count: int) -> str:
