@@ -227,7 +227,7 @@ def test_of_several_ranks_the_one_with_the_most_prompts_is_predicted(tmp_path):
     recipe = load_recipe(
         tiny_recipe(
             tmp_path, data={"prompts": "train.txt", "eval_prompts": "eval.txt", "prompts_per_iteration": 5},
-            engine={"device": "cpu", "distributed": "ddp", "reuse_rollout_graph": False},
+            rollout={"precision": "int8"}, engine={"device": "cpu", "distributed": "ddp", "reuse_rollout_graph": False},
             run={"gradient_noise_every": 5},
         )
     )  # fmt: skip
@@ -237,6 +237,7 @@ def test_of_several_ranks_the_one_with_the_most_prompts_is_predicted(tmp_path):
     assert divided.iteration.seconds["update"] == pytest.approx(3 / 5 * alone.iteration.seconds["update"])
     assert divided.evaluation.seconds["decode"] == pytest.approx(alone.evaluation.seconds["decode"] / 2)
     assert "measuring the gradient's noise" in divided.not_predicted
+    assert "what rollout.precision saves" in divided.not_predicted
     assert "what ranks send each other" in divided.not_predicted
     assert divided.iteration.seconds["rewards"] is None
     assert "rewards" in divided.not_predicted

@@ -3,6 +3,7 @@
 import pytest
 
 from engine_cases import metrics_of, succeed, tiny_recipe
+from torchrun import torchrun
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
 
@@ -43,3 +44,17 @@ def test_evaluation_and_samples_need_no_torchao(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     succeed("sample", recipe, "--prompts", tmp_path / "eval.txt", "--out", tmp_path / "samples")
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.long
+def test_ranks_measure_the_distance_together(tmp_path):
+    """Of prompts that they divide. Sums in another order make other activations round up."""
+    recipe = tiny_recipe(
+        tmp_path, rollout={"precision": "int8"}, update={"updates_per_iteration": 1}, run={"iterations": 1}
+    )
+    succeed("train", recipe, "--out", tmp_path / "one")
+    two = ("train", recipe, "--set", "engine.distributed=ddp", "--out", tmp_path / "two")
+    torchrun(2, "-m", "flowgrove", *two, output=tmp_path / "log")
+    (alone,), (together,) = (metrics_of(tmp_path / run) for run in ("one", "two"))
+    assert together["rollout_distance"] == pytest.approx(alone["rollout_distance"], rel=0.3)
+    assert (together["ratio_min"], together["ratio_max"]) == (1, 1)

@@ -54,7 +54,8 @@ class RunTime:
     """What a run takes on one of its ranks, that with the most prompts. `encoding`: seconds of all prompts' texts,
     which are encoded once; `evaluation`: one of `evaluations`, None where its prompts are not on this machine;
     `rests_on`: what each number rests on; `matrix_rate`: FLOPs per second that utilisation is a share of;
-    `measures_noise`: whether some iterations measure the gradient's noise.
+    `measures_noise`: whether some iterations measure the gradient's noise; `rounds`: whether steps run in
+    rollout.precision, which are taken to cost what the others do.
     """
 
     device: str
@@ -69,6 +70,7 @@ class RunTime:
     rests_on: dict[str, str]
     matrix_rate: float | None
     measures_noise: bool = False
+    rounds: bool = False
 
     @cached_property
     def iteration(self) -> Spent:
@@ -99,6 +101,7 @@ class RunTime:
         missing = [stage for stage in STAGES if self.iteration.seconds[stage] is None]
         missing += ["evaluations"] * (self.evaluation is None) + ["encoding"] * (self.encoding is None)
         missing += ["measuring the gradient's noise"] * self.measures_noise
+        missing += ["what rollout.precision saves"] * self.rounds
         return missing + ["what ranks send each other"] * (self.ranks > 1) + ["loading, checkpoints"]
 
     def utilisation(self, stage: str) -> float | None:
@@ -185,6 +188,7 @@ class _Predictor:
             rests_on=self.speeds.rests_on,
             matrix_rate=self.speeds.matrix_rate(),
             measures_noise=self.recipe.run.gradient_noise_every is not None,
+            rounds=self.recipe.rollout.precision is not None,
         )
 
     def _iteration(self, plan: RolloutPlan) -> Spent:

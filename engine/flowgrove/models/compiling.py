@@ -24,16 +24,21 @@ def compile_blocks(transformer: nn.Module, mode: bool | str = True) -> int:
     `mode`: of torch.compile; True: its default. What inductor writes is kept in the user's cache folder between runs,
     unless TORCHINDUCTOR_CACHE_DIR says where.
     """
-    _keep_what_is_compiled()
-    import torch._dynamo.config as dynamo
-    import torch.fx.experimental._config as shapes
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_GRAPHS)
-    shapes.use_duck_shape = False  # it takes lengths that are equal once for the same, and compiles anew when they part
+    settle_compiler()
     blocks = blocks_of(transformer)
     for block in blocks:
         block.compile(dynamic=True, backend=BACKEND, mode=None if isinstance(mode, bool) else mode)
     return len(blocks)
+
+
+def settle_compiler() -> None:
+    """Whatever is compiled from here on holds for any sizes, may have a graph for each of its uses, and is kept."""
+    import torch._dynamo.config as dynamo
+    import torch.fx.experimental._config as shapes
+
+    _keep_what_is_compiled()
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_GRAPHS)
+    shapes.use_duck_shape = False  # it takes lengths that are equal once for the same, and compiles anew when they part
 
 
 def eager_blocks(transformer: nn.Module) -> AbstractContextManager[object]:

@@ -19,10 +19,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flowgrove.errors import UserError
 from flowgrove.models.attention import with_attention
 from flowgrove.models.blocks import blocks_of
+from flowgrove.models.compiling import settle_compiler
 from flowgrove.models.twins import Twin, twin
 
 Precision = Literal["fp8", "int8"]
@@ -38,14 +40,17 @@ _LORA = re.compile(r"(^|\.)lora_")
 
 
 def quantisable(transformer: nn.Module, precision: Precision) -> dict[str, nn.Linear]:
-    """The layers that are rounded, by name: linear ones of the blocks that run per token."""
+    """The layers that are rounded, by name: linear ones of the blocks that run per token, unless a folder holds their
+    weights quantised already.
+    """
     own = {id(module) for block in blocks_of(transformer) for module in block.modules()}
     multiple = MULTIPLES[precision]
     return {
         name: module
         for name, module in transformer.named_modules()
         if id(module) in own
-        and isinstance(module, nn.Linear)
+        and type(module) is nn.Linear
+        and not is_traceable_wrapper_subclass(module.weight)
         and not _NOT_PER_TOKEN.search(name)
         and not _LORA.search(name)
         and module.in_features % multiple == 0
@@ -71,8 +76,8 @@ class QuantisedCopy(Twin):
     ) -> None:
         layers = quantisable(transformer, precision)
         if not layers:
-            sizes = f"in whose blocks no linear layer's sizes are multiples of {MULTIPLES[precision]}"
-            raise UserError(f"rollout.precision is {precision}: the transformer is one {sizes}; write null")
+            why = f"no plain linear layer of the transformer's blocks has multiples of {MULTIPLES[precision]} as sizes"
+            raise UserError(f"rollout.precision is {precision}: {why}; write null")
         check_precision(precision, next(iter(layers.values())).weight.device)
         self.precision = precision
         self.layers = {
@@ -233,4 +238,5 @@ _PRODUCTS = {"fp8": _fp8_product, "int8": _int8_product}
 
 @cache
 def _compiled(precision: Precision) -> Callable[..., Tensor]:
+    settle_compiler()
     return cast(Callable[..., Tensor], torch.compile(_PRODUCTS[precision], dynamic=True))
