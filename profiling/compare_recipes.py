@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from doc_figures.compared import SEARCH
 from flowgrove.bench.engine import LOOP, PUBLISHED, REUSED
 from flowgrove.compare.command import check, compare
 from flowgrove.compare.runs import comparison_of
@@ -118,9 +119,9 @@ def main() -> None:
     reward.add_argument("--recipes", nargs="+", default=every, choices=every, metavar="NAME", help=f"of {every}")
     reward.add_argument("--seeds", default="1,2,3")
     reward.add_argument("--lr", default="1e-4,2e-4,4e-4")
-    reward.add_argument("--cost", default="150000,450000", help="in weighted passes, which every run trains to")
+    reward.add_argument("--cost", default="100000,300000", help="in weighted passes, which every run trains to")
     reward.add_argument(
-        "--search", type=float, default=150_000, help="cost at which the first seed chooses learning rates"
+        "--search", type=float, default=SEARCH, help="cost at which the first seed chooses learning rates"
     )
     reward.add_argument("--runs", type=Path, default=Path("runs/comparisons"), help="folder of the runs, which stay")
     timing = whats.add_parser("timings", help="what an iteration of each costs, and of its published loop")

@@ -6,6 +6,7 @@ it is imported; `pages` puts them into the pages, `drawings` draws. `profiling/m
 
 from doc_figures import (
     busy_machine,
+    compared,
     engine,
     gradient_variance,
     ops,
@@ -19,6 +20,7 @@ from doc_figures import (
 
 __all__ = [
     "busy_machine",
+    "compared",
     "engine",
     "gradient_variance",
     "ops",

@@ -24,6 +24,7 @@ DRAWN = {
     "scaling_*.csv": ("flowgrove.bench.scaling_plot", "plot_scaling"),
     "roofline_*.csv": ("roofline", "plot_roofline"),
     "quickstart_reward.csv": ("doc_figures.quickstart", "plot_reward"),
+    "compare_*_curves.csv": ("doc_figures.compared", "plot_curves"),
     "gradient_variance.csv": ("doc_figures.gradient_variance", "plot"),
 }
 # plots that no CSV holds → where they come from

@@ -1,7 +1,5 @@
 """What the engine benchmark found: an iteration of the published loops, and of Flowgrove."""
 
-import math
-import textwrap
 from collections.abc import Iterator
 
 from doc_figures.registry import Row, Rows, block, numbers, only, table, version
@@ -10,8 +8,6 @@ TINY, SD3, FLUX = "engine_tiny_cpu.csv", "engine_sd3_mid_cpu.csv", "engine_flux_
 _LOOP, _FUSED, _FULL, _SHARED, _REUSED = (
     "published loop", "+ fused ops", "+ full batches", "+ shared states", "+ reused graphs",
 )  # fmt: skip
-_MARK = "¹"
-_ODD = 1.25  # times the seconds of its passes from which an iteration has spent them on something else
 _NAMES = {
     "dance": "DanceGRPO, the published loop",
     "mix": "MixGRPO",
@@ -42,35 +38,16 @@ def _times(value: float, digits: int = 1) -> str:
     return "1" if value == 1 else f"{value:.{digits}f}"
 
 
-def _mark(row: Row) -> str:
-    """Behind seconds that are not those of the iteration alone."""
-    return f" {_MARK}" if row["lever"] != _LOOP and row["seconds"] > _ODD * row["predicted_s"] else ""
-
-
-def _with_footnote(lines: str, text: str, rows: Rows) -> str:
-    """The footnote stands below a table that has its mark. {}: seconds beyond those of the passes, from and to."""
-    beyond = [row["seconds"] - row["predicted_s"] for row in rows if _mark(row)]
-    if not beyond:
-        return lines
-    note = text.format(math.floor(min(beyond)), math.ceil(max(beyond)))
-    return f"{lines}\n\n{textwrap.fill(f'{_MARK} {note}', 120, break_on_hyphens=False)}\n"
-
-
 @block("README.md", FLUX)
 def cost_of_an_iteration(rows: Rows) -> str:
     heads = ("recipe", "rows through the transformer: rollout, training", "× by rows alone", "seconds", "× in time")
     lines = []
     for name, (_, ours) in _pairs(rows).items():
         fewer = _times(ours["rows_over_dance"])
-        seconds = f"{ours['seconds']:.1f}{_mark(ours)}"
+        seconds = f"{ours['seconds']:.1f}"
         bold = fewer if ours["lever"] == _LOOP else f"**{fewer}**"
         lines.append((_NAMES[name], _counts(ours), bold, seconds, _times(ours["over_dance"])))
-    return _with_footnote(
-        table(heads, lines),
-        "About {} to {} of these seconds are a memory prediction that a run makes once and that fell into the measured "
-        "iteration, a fault of the benchmark that is mended and was not measured again.",
-        rows,
-    )
+    return table(heads, lines)
 
 
 @numbers("README.md", FLUX)
@@ -102,20 +79,25 @@ def rows_per_prompt(rows: Rows) -> str:
 def slim_flux(rows: Rows) -> str:
     lines = []
     for name, (loop, ours) in _pairs(rows).items():
-        over = [_times(ours["over_dance"]) + _mark(ours), _times(ours["rows_over_dance"])]
+        over = [_times(ours["over_dance"]), _times(ours["rows_over_dance"])]
         own = ["", "", ""]
         if ours is not loop:
             seconds, gain = f"{ours['seconds']:.1f}", f"{ours['speedup']:.2f}"
-            own = [seconds + _mark(ours), gain + _mark(ours), f"{ours['rows_speedup']:.2f}"]
+            own = [seconds, gain, f"{ours['rows_speedup']:.2f}"]
         lines.append((f"`{name}`", f"{loop['seconds']:.1f}", *own, *over))
     heads = (
         "", "published loop, s", "Flowgrove, s", "×", "of that by rows", "× of DanceGRPO's loop", "of that by rows",
     )  # fmt: skip
-    return _with_footnote(
-        table(heads, lines),
-        "Of these seconds about {} to {} are the memory prediction, which a run makes once and which fell into the "
-        "rollout of the measured iteration: a fault of the benchmark, mended since and not measured again.",
-        rows,
+    return table(heads, lines)
+
+
+@numbers("docs/performance.md", FLUX)
+def fp8_rollouts(rows: Rows) -> Iterator[tuple[str, ...]]:
+    before = {row["recipe"]: row["seconds"] for row in rows if row["lever"] == _REUSED}
+    after = {row["recipe"]: row["seconds"] for row in rows if row["lever"] == "+ fp8 rollouts"}
+    yield (
+        "`rollout.precision: fp8` takes another {} to {} %",
+        *_range([100 * (1 - after[n] / before[n]) for n in after], 0),
     )
 
 

@@ -7,11 +7,11 @@ from functools import partial
 from rich.console import Console
 
 from doc_figures.plan_memory import DIVIDED_FLUX, MEMORY, WHOLE_FLUX, Planned, peak_gib, predictions_in, shipped
-from doc_figures.registry import Rows, block, numbers, only, table, version
+from doc_figures.registry import Rows, block, numbers, table, version
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.plan_view import draw_memory, draw_ranks, forest_lines
 
-REWARDS, TIMINGS = "compare_rewards.csv", "compare_timings.csv"
+TIMINGS = "compare_timings.csv"
 _MODELS = {
     "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
     "stabilityai/stable-diffusion-3.5-medium": "SD3.5-Medium",
@@ -35,7 +35,7 @@ _PUBLISHED = (
     (("flow_wan",), "Flow-GRPO, {pictures} videos"),
     (("grove_wan",), "ours, untuned"),
 )
-_SHAPES = {
+SHAPES = {
     "shapes_dance": "DanceGRPO, {share} % of steps",
     "shapes_flow": "Flow-GRPO",
     "shapes_flow_fast": "Flow-GRPO-Fast",
@@ -44,10 +44,11 @@ _SHAPES = {
     "shapes_branch": "BranchGRPO, depth pruning",
     "shapes_branch_mix": "BranchGRPO-Mix",
     "shapes_branch_mix_flash": "BranchGRPO-Mix with Flash's tail",
+    "shapes_grove": "ours: a tree of {pictures} leaves, split in the first 2 steps, Flash's tail",
 }
 
 
-def _facts(recipe: Recipe) -> dict[str, str]:
+def facts_of(recipe: Recipe) -> dict[str, str]:
     """What the descriptions name."""
     rollout = recipe.rollout
     return {
@@ -75,7 +76,7 @@ def shipped_recipes(memory: Rows) -> str:
     lines, above = [], ""
     for names, text in _PUBLISHED:
         recipe = Planned(names[0]).load()
-        model, facts = _model(recipe), _facts(recipe)
+        model, facts = _model(recipe), facts_of(recipe)
         plans = [Planned(name).plan().counts for name in names]
         counts = " · ".join(f"{plan.rollout_forwards}, {plan.train_passes}" for plan in plans)
         peaks = dict.fromkeys(f"{peak_gib(memory, Planned(name))} GiB" for name in names)
@@ -155,46 +156,29 @@ def flow_wan(memory: Rows) -> Iterator[tuple[str, ...]]:
     yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("flow_wan"))
 
 
-@block("docs/algorithms.md", REWARDS)
-def shapes_rewards(rows: Rows) -> str:
-    lines = []
-    for name, text in _SHAPES.items():
-        row = only(rows, recipe=name)
-        seeds = " ".join(_short(float(value)) for value in row["after_each_seed"].split())
-        reached = f"{_short(row['before'])} → **{_short(row['after'])}** ({seeds})"
-        lines.append((f"`{name}`", text.format(**_facts(Planned(name).load())), reached))
-    return table(("`recipes/`", "algorithm", "reward before → after"), lines)
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}".removeprefix("0")
-
-
 @block("docs/algorithms.md", TIMINGS)
 def shapes_timings(rows: Rows) -> str:
     lines = []
-    for name in _SHAPES:
-        row = only(rows, recipe=name)
+    for row in rows:
         ours, loop = (
             ", ".join(f"{row[f'{prefix}{key}']:,}" for key in ("rollout_forwards", "train_passes"))
             for prefix in ("", "published_")
         )
         gain, seconds, published = row["rows_speedup"], row["seconds"], row["published_seconds"]
-        lines.append((f"`{name}`", ours, loop, f"{gain:.2f}", f"{seconds:.2f}", f"{published:.2f}"))
+        lines.append((f"`{row['recipe']}`", ours, loop, f"{gain:.2f}", f"{seconds:.2f}", f"{published:.2f}"))
     heads = ("", "forwards, passes", "its published loop", "× by rows alone", "seconds", "published loop's")
     return table(heads, lines)
 
 
-@numbers("docs/algorithms.md", REWARDS, TIMINGS)
-def shapes(rewards: Rows, timings: Rows) -> Iterator[tuple[str, ...]]:
+@numbers("docs/algorithms.md", TIMINGS)
+def shapes(timings: Rows) -> Iterator[tuple[str, ...]]:
     recipe = Planned("shapes_mix").load()
-    of_run = (
-        recipe.data.prompts_per_iteration,
-        recipe.rollout.group_size,
-        recipe.rollout.steps,
-        rewards[0]["iterations"],
+    yield (
+        "{} prompts × {} pictures, {} steps",
+        f"{recipe.data.prompts_per_iteration}",
+        f"{recipe.rollout.group_size}",
+        f"{recipe.rollout.steps}",
     )
-    yield "{} prompts × {} pictures, {} steps, {} iterations; rewards are the median", *map(str, of_run)
     machine = timings[0]["machine"].split(", ")
     yield (
         "rows of iteration {}, seconds on two x86-64 cores (torch {}, the reference backend)",

@@ -116,6 +116,13 @@ def test_the_whole_flux_is_what_its_blocks_cost(flux, monkeypatch):
     assert (derived["blocks"], derived["derived"], derived["forward_tflop_per_s"]) == ("19+38", True, None)
     assert derived["forward_ms"] == pytest.approx(5 + 2 * 19 + 0.5 * 38)
     assert derived["train_ms"] == pytest.approx(3 * derived["forward_ms"])
+
+
+def test_nothing_is_derived_from_passes_that_wait_for_the_host(flux, monkeypatch):
+    """By hand: without its blocks a pass takes no less."""
+    timer = row_times._Timer(flux, runner_of(flux), 1)
+    monkeypatch.setattr(timer, "_milliseconds", lambda mode, rows: np.array([20.0, 60.0]))
+    assert [line["blocks"] for line in timer.lines("eager", 1)] == ["3+2"]
     assert timer.sizes == [len(blocks) for blocks in timer.lists], "the blocks that were taken out are back"
 
 

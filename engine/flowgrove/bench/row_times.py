@@ -171,7 +171,8 @@ class _Timer:
             if fewer is None:
                 return found
             total += (WHOLE_FLUX[place] - size) * (whole - fewer) / (size - 1)
-        return [*found, self._line(WHOLE_FLUX, mode, rows, total, derived=True)]
+        total[total <= whole] = np.nan  # passes that wait for the host cost no more with more blocks
+        return found if np.isnan(total).all() else [*found, self._line(WHOLE_FLUX, mode, rows, total, derived=True)]
 
     def _line(
         self, blocks: Sequence[int], mode: str, rows: int, spent: NDArray[np.float64] | None, *, derived: bool = False

@@ -23,19 +23,25 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))  # one for ever
 _MUTED = "#666666"
 _BETWEEN = 0.052  # of an axis's height: two labels
 _SAMPLES = 200
+_COSTS: dict[Axis, str] = {
+    "weighted_passes": "weighted passes: rollout forwards + 3 × train passes",
+    "seconds": "seconds of the stages, without evaluations",
+}
 Floats = NDArray[np.float64]
 
 
-def draw_curves(curves: list[Curve], found: list[Reached], path: Path) -> None:
-    """Writes the picture. `found`: recipes at costs, of which those at the largest are drawn, the best first. A line is
-    the mean over seeds and ends at that cost, its band reaches from the worst to the best of them.
+def draw_curves(curves: list[Curve], found: list[Reached], path: Path, shown: Sequence[Axis] = AXES) -> None:
+    """Writes the picture, a panel over each cost that is `shown`. `found`: recipes at costs, of which those at the
+    largest are drawn, the best first. A line is the mean over seeds and ends at that cost, its band reaches from the
+    worst to the best of them.
     """
     rows = [one for one in found if one.cost == found[-1].cost]
     names = dict.fromkeys(curve.recipe for curve in curves)  # a recipe keeps its colour whatever it reaches
     styles = {name: _style(number) for number, name in enumerate(names)}
-    figure, panels = pyplot.subplots(2, 1, figsize=(8, 9.2), layout="constrained")
-    for axes, axis in zip(panels, AXES, strict=True):
+    figure, panels = pyplot.subplots(len(shown), 1, figsize=(8, 4.6 * len(shown)), layout="constrained", squeeze=False)
+    for axes, axis in zip(panels[:, 0], shown, strict=True):
         _panel(axes, axis, [(one, _runs(curves, one), styles[one.recipe]) for one in rows])
+        axes.set_xlabel(_COSTS[axis])
     seeds = len(rows[0].seeds)
     told = f"Mean over {seeds} seeds, band from the worst to the best of them" if seeds > 1 else "One seed"
     several = any(len(one.tried) > 1 for one in rows)
@@ -44,8 +50,6 @@ def draw_curves(curves: list[Curve], found: list[Reached], path: Path) -> None:
         f"{told}; lines end at {in_words(rows[0])}.\n{rates}",
         fontsize=9, x=0.01, ha="left", color=_MUTED,
     )  # fmt: skip
-    panels[0].set_xlabel("weighted passes: rollout forwards + 3 × train passes")
-    panels[1].set_xlabel("seconds of the stages, without evaluations")
     save_figure(figure, path)
 
 

@@ -1,0 +1,43 @@
+"""The shapes_* recipes at equal cost, each at its own best learning rate: tables and pictures."""
+
+from pathlib import Path
+
+from doc_figures.plan_memory import Planned
+from doc_figures.recipes import SHAPES, facts_of
+from doc_figures.registry import Rows, block, only, table
+from flowgrove.compare.curves import Curve, Point, best_rates, summarise
+from flowgrove.compare.picture import draw_curves
+
+SEARCH = 100_000  # weighted passes at which the first seed chooses learning rates
+
+
+@block("docs/algorithms.md", "compare_shapes.csv")
+def equal_cost_shapes(rows: Rows) -> str:
+    return _equal_cost(rows)
+
+
+def plot_curves(rows: Rows, path: Path) -> None:
+    """Held-out reward over weighted passes, to what all recipes have spent with every seed, in whole thousands."""
+    found: dict[tuple[str, float, int], list[Point]] = {}
+    for row in rows:
+        point = Point(*(row[key] for key in Point._fields))
+        found.setdefault((row["recipe"], row["lr"], row["seed"]), []).append(point)
+    curves = [Curve(*key, points) for key, points in found.items()]
+    rates = best_rates(curves, "weighted_passes", SEARCH)
+    end = min(curve.points[-1].weighted_passes for curve in curves if curve.lr == rates[curve.recipe]) // 1000 * 1000
+    draw_curves(curves, summarise(curves, "weighted_passes", [end], SEARCH), path, ["weighted_passes"])
+
+
+def _equal_cost(rows: Rows) -> str:
+    """The best at the largest cost first."""
+    costs = sorted({row["cost"] for row in rows})
+    ordered = sorted((row for row in rows if row["cost"] == costs[-1]), key=lambda row: -row["mean"])
+    lines = []
+    for last in ordered:
+        name = last["recipe"]
+        cells = [f"`{name}`", SHAPES[name].format(**facts_of(Planned(name).load())), f"{last['lr']:g}"]
+        for cost in costs:
+            row = only(rows, recipe=name, cost=cost)
+            cells.append(f"**{row['mean']:.3f}** ({row['lowest']:.3f} to {row['highest']:.3f})")
+        lines.append(tuple(cells))
+    return table(("`recipes/`", "algorithm", "lr", *(f"{cost:,.0f} passes" for cost in costs)), lines)
