@@ -257,7 +257,7 @@ def plan(
     table, made = setup.table, setup.plan(iteration, chosen_splits(settings, lines))
     device_type = "cpu" if settings.engine.device == "cpu" else "cuda"  # planned here, trained there
     predicted = seconds = rounding = None
-    weighed: list[Any] = []
+    weighed: list[Any] | None = []
     if made.precision is not None:
         from flowgrove.plan.rounding import count_rounding
 
@@ -288,6 +288,7 @@ def plan(
             draw_ranks(made, settings, division, Console(highlight=False))
     if predicted is not None:
         draw_memory(predicted, device_type, division, Console(highlight=False, stderr=as_json))
+    if predicted is not None or weighed is None:
         draw_ways(weighed, settings, Console(highlight=False, stderr=as_json, soft_wrap=True))
     if seconds is not None:
         draw_time(seconds, Console(highlight=False, stderr=as_json, soft_wrap=True))

@@ -1,15 +1,18 @@
 """model.gradient_checkpointing: auto takes what by prediction makes updates fastest within memory."""
 
+import io
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from engine_cases import UNTIMED, succeed, tiny_recipe
 from flowgrove.plan.division import ALONE
 from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.recipe.loading import load_recipe
+from flowgrove.report.plan_view import draw_ways
 from flowgrove.setup import Setup
 from flowgrove.tuning import checkpointing
 from flowgrove.tuning.checkpointing import Need, best, needs, settled, settled_here, ways
@@ -79,6 +82,27 @@ def test_another_value_stays_and_ranks_take_the_first_ones(monkeypatch):
     found = settled(setup, torch.device("cpu"), second)
     assert found.recipe.model.gradient_checkpointing == "selective"
     assert setup.recipe.model.gradient_checkpointing == "auto"
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_a_plan_for_a_gpu_that_is_not_here_shows_full_and_says_so(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    setup, weighed = settled_here(Setup(small_recipe(model=MODEL, engine={"device": device})), "cuda", ALONE)
+    assert (setup.recipe.model.gradient_checkpointing, weighed) == ("full", None)
+    told = io.StringIO()
+    draw_ways(weighed, setup.recipe, Console(file=told, soft_wrap=True))
+    (line,) = told.getvalue().splitlines()
+    assert line == "model.gradient_checkpointing: auto is weighed where the run trains, and shown as full here"
+
+
+@pytest.mark.parametrize("options", [("--memory",), ("--time", "--device", "h100")])
+def test_plan_prints_that_line(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("flowgrove.plan.communication.predict", lambda *_: [])
+    monkeypatch.setattr("flowgrove.report.plan_view.draw_memory", lambda *_: None)
+    monkeypatch.setattr("flowgrove.cost.run_time.predict_time", lambda *_: None)
+    recipe = tiny_recipe(tmp_path, model={"gradient_checkpointing": "auto"}, engine={"device": "cuda"})
+    assert "and shown as full here" in succeed("plan", recipe, *options).stdout
 
 
 def test_a_run_trains_as_with_the_value_that_was_taken(tmp_path):

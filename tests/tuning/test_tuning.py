@@ -22,7 +22,7 @@ from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.resume import stored_budget
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
-from flowgrove.tuning import token_budget, tune
+from flowgrove.tuning import model_times, token_budget, tune
 from flowgrove.tuning.pass_times import Passes, Timed, Work
 from flowgrove.tuning.token_budget import (
     cache_budget,
@@ -264,7 +264,7 @@ def test_candidates_are_measured_in_turn_and_the_first_near_the_best_is_taken():
         measured("near", Timed(1.02e-3, 2e-3), asked),
         measured("best", Timed(1e-3, 2e-3), asked),
     ]
-    key, value, lines = choose("attention", candidates, WORK, ("a note",))
+    key, value, lines, _ = choose("attention", candidates, WORK, ("a note",))
     assert (key, value) == ("attention", "near")
     assert asked == ["slow", "near", "best"] * 4
     assert lines == ["slow: 2 + 3 ms, 0.29 s", "near: 1.02 + 2 ms, 0.162 s, chosen", "best: 1 + 2 ms, 0.16 s", "a note"]
@@ -443,6 +443,18 @@ def test_what_is_computed_again_is_chosen_by_its_passes_and_by_memory(compiled, 
     assert ("selective" in used) == (not compiled)
     text = (tmp_path / "mine_tuned.yaml").read_text()
     assert "# model.gradient_checkpointing: none: does not fit into the memory" in text
+
+
+def test_flops_that_are_kept_are_those_of_the_setting_that_was_measured(monkeypatch):
+    setup, kinds = Setup(small_recipe()), []
+    monkeypatch.setattr(
+        model_times, "count_flops", lambda recipe: kinds.append(recipe.model.gradient_checkpointing) or ["flops"]
+    )
+    monkeypatch.setattr(model_times._Measuring, "transformer", lambda *_: {})
+    monkeypatch.setattr(model_times._Measuring, "decoding", lambda *_: {})
+    tuned, policy = setup.computing_again("full").recipe, SimpleNamespace(device=CPU)
+    model_times.keep_times(setup, tuned, policy, None, None, 1, print)
+    assert (setup.recipe.model.gradient_checkpointing, kinds) == ("none", ["full"])
 
 
 def test_an_existing_file_stays_as_it_is(tmp_path):

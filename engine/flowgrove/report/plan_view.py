@@ -166,8 +166,13 @@ def draw_memory(predictions: "list[Prediction]", device_type: str, division: Div
         row("evaluation", [found.communication.evaluation for found in predictions])
 
 
-def draw_ways(found: "list[Way]", recipe: Recipe, console: Console) -> None:
-    """What model.gradient_checkpointing: auto has weighed, and what was taken for it; nothing if nothing was."""
+def draw_ways(found: "list[Way] | None", recipe: Recipe, console: Console) -> None:
+    """What model.gradient_checkpointing: auto has weighed, and what was taken for it; nothing if nothing was. None:
+    there is no such device here to weigh it for.
+    """
+    if found is None:
+        kind = recipe.model.gradient_checkpointing
+        console.print(f"model.gradient_checkpointing: auto is weighed where the run trains, and shown as {kind} here")
     if not found:
         return
     console.print("\nmodel.gradient_checkpointing: auto weighs")

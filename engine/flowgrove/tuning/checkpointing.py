@@ -109,12 +109,12 @@ def settled(setup: Setup, device: torch.device, ranks: Ranks | None = None) -> S
     return setup.computing_again(ranks.chosen(ranks.by_first(choose)) or "full")
 
 
-def settled_here(setup: Setup, device_type: str, division: Division) -> tuple[Setup, list[Way]]:
-    """The same for a plan, with what was weighed: full where this machine has no device of the type."""
+def settled_here(setup: Setup, device_type: str, division: Division) -> tuple[Setup, list[Way] | None]:
+    """The same for a plan, with what was weighed: full and None where this machine has no device of the type."""
     if setup.recipe.model.gradient_checkpointing != "auto":
         return setup, []
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return setup.computing_again("full"), None
     device = pick_device(setup.recipe)
-    if device.type != device_type:
-        return setup.computing_again("full"), []
     found = ways(setup, needs(setup, device_type, division), device_type == "cuda", total_memory(device), 0, division)
     return setup.computing_again(best(found)), found

@@ -50,7 +50,7 @@ def keep_times(
     """
     device, recipe = policy.device, setup.recipe
     measuring = _Measuring(policy, runner, passes, say)
-    (flops, *_) = count_flops(recipe)
+    (flops, *_) = count_flops(tuned)
     identity = Identity.of(tuned)
     curves = measuring.transformer(flops, rows) | measuring.decoding(flops)
     if not curves:
