@@ -1,11 +1,12 @@
 """The shapes_* recipes at equal cost, each at its own best learning rate: tables and pictures."""
 
+from collections import Counter
 from pathlib import Path
 
 from doc_figures.plan_memory import Planned
 from doc_figures.recipes import SHAPES, facts_of
 from doc_figures.registry import Rows, block, only, table
-from flowgrove.compare.curves import Curve, Point, best_rates, summarise
+from flowgrove.compare.curves import Curve, Point, Search, summarise
 from flowgrove.compare.picture import draw_curves
 
 SEARCH = 100_000  # weighted passes at which the first seed chooses learning rates
@@ -18,14 +19,17 @@ def equal_cost_shapes(rows: Rows) -> str:
 
 def plot_curves(rows: Rows, path: Path) -> None:
     """Held-out reward over weighted passes, to what all recipes have spent with every seed, in whole thousands."""
-    found: dict[tuple[str, float, int], list[Point]] = {}
+    points: dict[tuple[str, float, int], list[Point]] = {}
     for row in rows:
         point = Point(*(row[key] for key in Point._fields))
-        found.setdefault((row["recipe"], row["lr"], row["seed"]), []).append(point)
-    curves = [Curve(*key, points) for key, points in found.items()]
-    rates = best_rates(curves, "weighted_passes", SEARCH)
+        points.setdefault((row["recipe"], row["lr"], row["seed"]), []).append(point)
+    curves = [Curve(*key, each) for key, each in points.items()]
+    seeds = len({curve.seed for curve in curves})
+    runs = Counter((curve.recipe, curve.lr) for curve in curves)
+    rates = {recipe: lr for (recipe, lr), count in runs.items() if count == seeds}  # the others were only tried
     end = min(curve.points[-1].weighted_passes for curve in curves if curve.lr == rates[curve.recipe]) // 1000 * 1000
-    draw_curves(curves, summarise(curves, "weighted_passes", [end], SEARCH), path, ["weighted_passes"])
+    found = summarise(curves, "weighted_passes", [end], Search(SEARCH, rates))
+    draw_curves(curves, found, path, ["weighted_passes"])
 
 
 def _equal_cost(rows: Rows) -> str:

@@ -320,6 +320,18 @@ def test_a_search_asks_for_the_first_seed_and_then_for_the_best_rates(recipes, t
     assert asked[0] == (80, first)
     assert (asked[1][0], sorted(asked[1][1])) == (160, sorted(best))
     assert {row["lr"] for row in read_columns(tmp_path / "out" / "summary.csv") if row["recipe"] == "tree"} == {1e-2}
+    # a run that goes on reads otherwise at the search's cost: that changes no choice
+    reached["tree", 1e-2] = 0.55
+    command.compare(
+        comparison_of(list(recipes), tmp_path / "out", search=80, **options), 1, print, Console(file=io.StringIO())
+    )
+    assert asked[3] == asked[1]
+    assert {row["lr"] for row in read_columns(tmp_path / "out" / "summary.csv") if row["recipe"] == "tree"} == {1e-2}
+    (tmp_path / "out" / "learning_rates.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged: remove it"):
+        command.compare(
+            comparison_of(list(recipes), tmp_path / "out", search=80, **options), 1, print, Console(file=io.StringIO())
+        )
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from engine_cases import tiny_recipe
-from flowgrove.compare.curves import Curve, Point, best_rates, curve_of, points_of, summarise
+from flowgrove.compare.curves import Curve, Point, Search, best_rates, curve_of, points_of, summarise
 from flowgrove.compare.picture import draw_curves, over_seeds, spaced
 from flowgrove.compare.runs import Run
 from flowgrove.compare.tables import draw_comparison, notes, write_tables
@@ -69,7 +69,7 @@ def test_each_cost_has_its_own_best_learning_rate_and_order():
 def test_a_search_chooses_by_the_first_seed_alone():
     """At 400 passes seed 1 likes LARGE of both; b has it on one seed only, and says nothing of itself at 800."""
     assert best_rates(CURVES, "weighted_passes", 400) == {"a": LARGE, "b": LARGE}
-    (found,) = summarise(CURVES, "weighted_passes", [800], search=400)
+    (found,) = summarise(CURVES, "weighted_passes", [800], Search(400, {"a": LARGE, "b": LARGE}))
     assert (found.recipe, found.lr, found.rewards) == ("a", LARGE, (0.5, 0.7))
     assert (found.tried, found.untried, found.at_the_edge) == ((SMALL, LARGE), (), "largest")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from flowgrove.compare.curves import Curve, Reached, best_rates, curve_of, summarise
+from flowgrove.compare.curves import Curve, Reached, curve_of, summarise
 from flowgrove.compare.judging import keep_judged
 from flowgrove.compare.picture import draw_curves
 from flowgrove.compare.processes import Failure, train_all
 from flowgrove.compare.runs import Comparison, cores, rate_text
+from flowgrove.compare.searched import keep_searched, searched
 from flowgrove.compare.tables import write_tables
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
@@ -57,10 +58,11 @@ def compare(comparison: Comparison, jobs: int | None, say: Say, console: Console
             if comparison.search is not None:
                 part = comparison.searching()
                 failures += train(part)
-                if stopping.request is None:
-                    rates = best_rates([curve_of(run) for run in part.runs], comparison.axis, comparison.search)
-                    part = comparison.of_rates(rates)
-                    told = ", ".join(f"{name} {rate_text(rate)}" for name, rate in rates.items())
+                search = searched(comparison, [curve_of(run) for run in part.runs])
+                if search is not None and stopping.request is None:
+                    keep_searched(comparison, search)
+                    part = comparison.of_rates(search.rates)
+                    told = ", ".join(f"{name} {rate_text(rate)}" for name, rate in search.rates.items())
                     say(f"the best learning rates of seed {comparison.runs[0].seed}: {told or 'none'}")
             if stopping.request is None:
                 failures += train(part)
@@ -89,7 +91,7 @@ def check(failures: list[Failure], runs: int) -> None:
 
 def _write_tables(comparison: Comparison, machine: str) -> tuple[list[Curve], list[Reached]]:
     curves = [curve_of(run) for run in comparison.runs]
-    found = summarise(curves, comparison.axis, comparison.costs, comparison.search)
+    found = summarise(curves, comparison.axis, comparison.costs, searched(comparison, curves))
     write_tables(curves, found, machine, comparison.out)
     return curves, found
 

@@ -52,6 +52,14 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Search:
+    """The learning rates that the first seed has chosen at a cost, by recipe."""
+
+    cost: float
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Reached:
     """What a recipe has reached at a cost, at the best of the learning rates that all seeds have taken so far: the one
     of the highest mean over seeds. `untried`: those that some seed has not; `unscored`: those of them that have trained
@@ -117,10 +125,9 @@ def curve_of(run: Run) -> Curve:
     return Curve(run.name, run.lr, run.seed, points, done, unscored)
 
 
-def summarise(curves: list[Curve], axis: Axis, costs: Sequence[float], search: float | None = None) -> list[Reached]:
+def summarise(curves: list[Curve], axis: Axis, costs: Sequence[float], search: Search | None = None) -> list[Reached]:
     """Each recipe at each cost, the best first; without those that no learning rate has brought there on all seeds.
-    Without costs: at the weighted passes that all runs which are done have spent. With `search` a recipe is at the
-    learning rate whose curve of the first seed is highest there.
+    Without costs: at the weighted passes that all runs which are done have spent.
     """
     found = []
     for cost in costs or _in_common(curves):
@@ -147,15 +154,15 @@ def best_rates(curves: list[Curve], axis: Axis, search: float) -> dict[str, floa
     return {recipe: rate for recipe, (rate, _) in found.items()}
 
 
-def _reached(curves: list[Curve], axis: Axis, cost: float, search: float | None) -> Reached | None:
+def _reached(curves: list[Curve], axis: Axis, cost: float, search: Search | None) -> Reached | None:
     if search is None:
         return _best_over_seeds(curves, axis, cost)
-    rate = best_rates(curves, axis, search).get(curves[0].recipe)
-    found = _best_over_seeds([curve for curve in curves if curve.lr == rate], axis, cost)
-    first = _best_over_seeds([curve for curve in curves if curve.seed == curves[0].seed], axis, search)
+    chosen = [curve for curve in curves if curve.lr == search.rates.get(curves[0].recipe)]
+    found = _best_over_seeds(chosen, axis, cost) if chosen else None
+    first = _best_over_seeds([curve for curve in curves if curve.seed == curves[0].seed], axis, search.cost)
     if found is None or first is None:
         return None
-    return replace(found, tried=first.tried, untried=first.untried, unscored=first.unscored, search=search)
+    return replace(found, tried=first.tried, untried=first.untried, unscored=first.unscored, search=search.cost)
 
 
 def _best_over_seeds(curves: list[Curve], axis: Axis, cost: float) -> Reached | None:
