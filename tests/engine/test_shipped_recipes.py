@@ -87,4 +87,5 @@ def test_there_is_a_recipe_for_every_algorithm():
         "branch",
         "branch_mix",
         "branch_mix_flash",
+        "grove",
     }
