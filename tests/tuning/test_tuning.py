@@ -22,7 +22,7 @@ from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.resume import stored_budget
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
-from flowgrove.tuning import model_times, token_budget, tune
+from flowgrove.tuning import checkpointing, model_times, token_budget, tune
 from flowgrove.tuning.pass_times import Passes, Timed, Work
 from flowgrove.tuning.token_budget import (
     cache_budget,
@@ -455,6 +455,45 @@ def test_flops_that_are_kept_are_those_of_the_setting_that_was_measured(monkeypa
     tuned, policy = setup.computing_again("full").recipe, SimpleNamespace(device=CPU)
     model_times.keep_times(setup, tuned, policy, None, None, 1, print)
     assert (setup.recipe.model.gradient_checkpointing, kinds) == ("none", ["full"])
+
+
+def test_auto_is_settled_before_anything_is_measured(tmp_path, monkeypatch):
+    """Computing nothing again is fastest and fits: what runs take for auto is what is measured and kept for plan."""
+    monkeypatch.setattr(
+        checkpointing, "needs", lambda *_: [checkpointing.Need(kind, 1, 1, 1.0, again, 1, 0) for kind, again in AGAIN]
+    )
+    used, kept = [], []
+    monkeypatch.setattr(Passes, "__init__", lambda self, policy, runner: used.append(checkpointed(policy.transformer)))
+    for part in ("token_budget", "attention"):
+        monkeypatch.setattr(tune._Tuner, part, lambda self, part=part: tune.Choice(part, self.fixed[part], []))
+    monkeypatch.setattr(tune._Tuner, "keep", lambda self, setup, *_: kept.extend((setup.recipe, self.recipe)))
+    recipe = tiny_recipe(tmp_path, engine={"device": "cpu"}, model={"gradient_checkpointing": "auto"})
+    overrides = ("engine.token_budget=35", "engine.attention=sdpa")
+    written = tune.tune_recipe(recipe, overrides, None, False, print)
+    assert used == [False]
+    assert [one.model.gradient_checkpointing for one in kept] == ["none"] * 2
+    assert load_recipe(written).model.gradient_checkpointing == "auto"
+
+
+def checkpointed(transformer):
+    return any(getattr(module, "gradient_checkpointing", False) for module in transformer.modules())
+
+
+AGAIN = (("full", 1.0), ("selective", 0.5), ("none", 0.0))
+
+
+def test_blocks_are_not_compiled_beside_selective_checkpoints(monkeypatch):
+    setup = Setup(small_recipe(model={"gradient_checkpointing": "selective"}, engine={"token_budget": 70}))
+    compiled = []
+    monkeypatch.setattr(tune, "compile_blocks", compiled.append)
+    monkeypatch.setattr(Passes, "seconds_per_row", lambda *_, **__: 1.0)
+    tuner = tune._Tuner(setup, {"token_budget": 70, "attention": "sdpa"}, WORK, True)
+    line = "not measured: gradient_checkpointing: selective does not go with it; give --checkpointing, too"
+    assert tuner.compiled() == ("compile", False, [line], "engine")
+    assert compiled == []
+    assert tuner.checkpointing().value == "full"
+    tuner.compiled()
+    assert len(compiled) == 1, "another value was chosen"
 
 
 def test_an_existing_file_stays_as_it_is(tmp_path):

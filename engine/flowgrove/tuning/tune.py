@@ -31,6 +31,7 @@ from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Checkpointing, Recipe
 from flowgrove.recipe.yaml_files import write_yaml
 from flowgrove.setup import Setup
+from flowgrove.tuning.checkpointing import settled
 from flowgrove.tuning.model_times import keep_times
 from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work, first_near_best
 from flowgrove.tuning.token_budget import no_room, room_beside
@@ -77,7 +78,7 @@ def tune_recipe(
     keep_freed_memory()  # as a run does
     recipe = load_recipe(path, overrides)
     given = _given(recipe, overrides)
-    setup = Setup(recipe)
+    setup = settled(Setup(recipe), pick_device(recipe))
     work, fixed = Work.of(setup), given.pop("engine", {})
     tuner = _Tuner(setup, fixed, work, with_compile)
     choices = []
@@ -151,6 +152,7 @@ class _Tuner:
         # taken while passes are measured
         self._beside = room_beside(setup, self.policy) if self.device.type == "cuda" else None
         self._processors = dict(self.policy.transformer.attn_processors)
+        self._recomputed = recipe.model.gradient_checkpointing
         self._stance = "default"  # of torch.compile, once the blocks are compiled
 
     @property
@@ -213,7 +215,8 @@ class _Tuner:
         kinds: tuple[Checkpointing, ...] = ("full", "none") if compiled else ("full", "selective", "none")
         candidates = [Candidate(kind, kind, self._timed(self.rows, checkpointing=kind)) for kind in kinds]
         choice = choose("gradient_checkpointing", candidates, self.work)
-        checkpoint_blocks(self.policy.transformer, cast(Checkpointing, choice.value))
+        self._recomputed = cast(Checkpointing, choice.value)
+        checkpoint_blocks(self.policy.transformer, self._recomputed)
         return choice._replace(section="model")
 
     def precision(self) -> Choice:
@@ -256,6 +259,12 @@ class _Tuner:
         """torch.compile of the blocks, on request."""
         if not self.measures_compile:
             return Choice("compile", self.recipe.engine.compile, ["not measured: give --compile, which takes minutes"])
+        if self._recomputed == "selective":
+            return Choice(
+                "compile",
+                False,
+                ["not measured: gradient_checkpointing: selective does not go with it; give --checkpointing, too"],
+            )
         compile_blocks(self.policy.transformer)
         plain = self._timed(self.rows)
 
