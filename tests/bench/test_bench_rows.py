@@ -28,6 +28,7 @@ def test_times_are_of_every_size_and_agree_with_their_rate():
         (("--rows", "0"), "--rows is '0'"),
         (("--modes", "fast"), "--modes names fast"),
         (("--modes", "recorded"), "measure on a GPU"),
+        (("--modes", "attention"), "--modes names attention, and no kernel but sdpa's runs here: write eager"),
         (("--modes", "fp8"), "--modes names fp8: cpu devices like this one have no float8"),
         (("--model", "x"), "--model is x"),
     ],
@@ -52,7 +53,8 @@ def test_passes_in_8_bits_are_timed_without_a_backward():
 
 def test_kernels_of_attention_are_timed_or_left_out_with_a_reason(tmp_path):
     told = succeed("bench", "rows", "--rows", "1", "--repeats", "1", "--device", "cpu", "--modes", "eager,_native_math")
-    assert "_native_math is left out: engine.attention is _native_math: the sd3 transformer" in told.output
+    assert "_native_math is left out: --modes names _native_math: diffusers' sd3 transformer" in told.output
+    assert "write auto" not in told.output
     assert row_times.settings_of("tiny", "1", "eager,attention", 1, "cpu").modes == ("eager",)
     assert "--modes names cudnn: it needs a GPU" in refuse("bench", "rows", "--device", "cpu", "--modes", "cudnn")
 

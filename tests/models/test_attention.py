@@ -79,12 +79,53 @@ def test_what_cannot_run_is_refused_with_what_to_do(folders, wanted, text):
 
 
 def test_sage_is_for_steps_that_do_not_train(folders, monkeypatch):
-    monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
-    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32"}
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "bf16", "lora": {"rank": 4, "alpha": 8}}
     with pytest.raises(UserError, match=r"engine.attention is sage, which has no backward: .*rollout.attention"):
         policy_with(model, "sage")
     recipe = small_recipe(model=model, rollout={"attention": "sage"})
     assert Policy.load(recipe, CPU).cheap().adapter.transformer is not None
+
+
+def test_kernels_of_bf16_are_refused_in_another_dtype(folders, monkeypatch):
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "fp32"}
+    policy = policy_with(model, "auto")
+    recipe = small_recipe(model=model).model
+    names = ("flash", "flash3", "sdpa_flash", "cudnn", "flash_varlen")
+    for wanted in names:
+        text = rf"engine.attention is {wanted}, .*model.dtype is fp32: write model.dtype: bf16, or auto$"
+        with pytest.raises(UserError, match=text):
+            attention.check_attention(policy.adapter, wanted, recipe, CPU)
+    for wanted in (*names, "sage", "sage_varlen", "_sage_qk_int8_pv_fp16_triton"):
+        text = rf"rollout.attention is {wanted}, .*model.dtype is fp32: write model.dtype: bf16, or null$"
+        with pytest.raises(UserError, match=text):
+            attention.check_attention(policy.adapter, wanted, recipe, CPU, "rollout.attention")
+    for key in ("engine.attention", "rollout.attention"):
+        for wanted in ("sdpa", "xformers", "_native_math", "_native_efficient"):
+            attention.check_attention(policy.adapter, wanted, recipe, CPU, key)
+
+
+def test_kernels_of_a_hub_are_for_engine_attention_alone(monkeypatch):
+    """Nothing would download them for the steps that do not train, which call them all the same."""
+    monkeypatch.setattr(dispatch, "_check_attention_backend_requirements", lambda backend: None)
+    gpu = torch.device("cuda")
+    hub = [name for name in attention.attention_names() if name.endswith("_hub")]
+    assert len(hub) >= 5
+    adapter, model = policy_with(SD3, "auto").adapter, small_recipe().model
+    for name in hub:
+        assert attention.missing(name, gpu) is None
+        for key, end in (("rollout.attention", "or write null"), ("--modes", "or leave it out")):
+            with pytest.raises(UserError, match=f"{name}: kernels of a hub are downloaded for .*; {end}$"):
+                attention.check_attention(adapter, name, model, gpu, key)
+    assert not set(hub) & set(attention.attention_here(gpu))
+
+
+def test_all_of_sages_kernels_have_no_backward():
+    """By their names in diffusers, those of its hub among them."""
+    untrained = {name for name in attention.attention_names() if not attention.trains_safely(name)}
+    assert {"cudnn", "sage", "sage_hub", "sage_blackwell_hub", "sage_varlen"} < untrained
+    assert all(name == "cudnn" or "sage" in name for name in untrained)
 
 
 def test_a_kernel_that_cannot_run_is_refused_for_rollouts_too(folders):
@@ -158,9 +199,12 @@ def test_varlen_of_diffusers_takes_the_first_keys(monkeypatch, padding):
 
 def test_sd3_takes_sdpa_or_xformers(monkeypatch):
     policy_with(SD3, "sdpa")
-    monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
     with pytest.raises(UserError, match="the sd3 transformer of diffusers takes sdpa"):
         policy_with(SD3, "flash")
+    for wanted in ("sdpa", "xformers", "_native_math"):  # its processors have no place for another
+        with pytest.raises(UserError, match=rf"rollout.attention is {wanted}: .*one attention kernel.*: write null$"):
+            Policy.load(small_recipe(model=SD3, rollout={"attention": wanted}), CPU)
     policy = policy_with(SD3, "xformers")
     kinds = {type(m.processor).__name__ for m in policy.transformer.modules() if hasattr(m, "processor")}
     assert kinds == {"XFormersJointAttnProcessor"}
@@ -173,7 +217,7 @@ def test_sd3_takes_sdpa_or_xformers(monkeypatch):
 def test_backends_without_masks_or_mixed_precision_are_refused_where_those_are_needed(
     folders, monkeypatch, name, changes, text
 ):
-    monkeypatch.setattr(attention, "missing", lambda wanted, device: None)
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
     model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", **changes}
     masked = ("flash_varlen",) if name == "qwen_image" else ()
     text = "and qwen_image masks prompts" if masked else text

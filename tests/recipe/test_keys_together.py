@@ -63,6 +63,13 @@ def test_a_group_of_one_may_train_on_the_divergence_alone(tmp_path):
     assert load_recipe(path, ("rollout.group_size=1", "update.kl_weight=0.1")).rollout.group_size == 1
 
 
+@pytest.mark.parametrize("mode", ["true", "max-autotune-no-cudagraphs"])
+def test_a_refused_mode_of_compilation_is_told_as_it_was_written(tmp_path, mode):
+    path = write(tmp_path / "r.yaml", recipe_content())
+    told = user_error(load_recipe, path, (f"engine.compile={mode}", "model.gradient_checkpointing=selective"))
+    assert f"engine.compile: {mode}, which" in told
+
+
 def test_one_entry_of_a_list_can_be_set(tmp_path):
     path = write(
         tmp_path / "r.yaml", recipe_content(reward=REWARDS, rollout={"tree": {"splits": [0, 1, 2]}, "group_size": 8})

@@ -24,7 +24,7 @@ from flowgrove.bench.models import bench_model
 from flowgrove.bench.table import write_columns
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
-from flowgrove.models.attention import FORWARD_ONLY, attention_here, attention_names, check_attention, missing
+from flowgrove.models.attention import attention_here, attention_names, check_attention, missing, trains_safely
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
@@ -66,9 +66,11 @@ def settings_of(model: str, rows: str, modes: str | None, repeats: int, device: 
     chosen = [word.strip() for word in modes.split(",")] if modes else [*MODES[: 2 if place.type == "cuda" else 1]]
     if ATTENTION in chosen:
         chosen = [mode for mode in chosen if mode != ATTENTION] + attention_here(place)
+        if not chosen:
+            raise UserError(f"--modes names {ATTENTION}, and no kernel but sdpa's runs here: write eager beside it")
     for mode in chosen:
         if mode in attention_names():
-            if (reason := missing(mode, place)) is not None:
+            if (reason := missing(mode, place, downloads=False)) is not None:
                 raise UserError(f"--modes names {mode}: {reason}; or leave it out")
         elif mode not in MODES:
             raise UserError(
@@ -95,12 +97,13 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
             one = timer
             if mode in kernels:
                 try:
-                    check_attention(policy.adapter, mode, recipe.model, settings.device)
+                    check_attention(policy.adapter, mode, recipe.model, settings.device, "--modes")
                 except UserError as error:  # not for this model
                     say(f"{mode} is left out: {error}")
                     continue
                 policy.weights.quantise(None, attention=mode)
-                one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop, trains=mode not in FORWARD_ONLY)
+                trains = trains_safely(mode)
+                one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop, trains=trains)
             elif mode == "compiled":
                 compile_blocks(policy.transformer)
             elif (precision := precision_of(mode)) is not None:

@@ -19,11 +19,6 @@ from flowgrove.recipe.schema import Model
 _NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn", "sdpa_flash": "_native_flash"}
 # Whose backward has ended a run with an illegal memory access, after which a process can do nothing more on its GPU.
 UNSAFE = ("cudnn",)
-# for passes without a gradient alone: some of them have no backward
-FORWARD_ONLY = (
-    *UNSAFE, "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda", "_sage_qk_int8_pv_fp8_cuda_sm90",
-    "_sage_qk_int8_pv_fp16_cuda", "_sage_qk_int8_pv_fp16_triton",
-)  # fmt: skip
 _SLOW = ("sdpa", "_native_math", "flex")  # the one that others are compared with, and two for other ends
 # They take a mask's sum for a number of keys from the first on (diffusers 0.42): right for padding at the end,
 # and text stands before the picture.
@@ -34,6 +29,12 @@ _INSTALL = {
     "_flash_3": "build flash-attn 3 from the hopper/ folder of github.com/Dao-AILab/flash-attention",
     "xformers": "pip install xformers",
     "sage": "pip install sageattention",
+}
+# where a backend is asked for → how an error begins, and what to write there instead, if anything
+_ASKED = {
+    "engine.attention": ("engine.attention is", "auto"),
+    "rollout.attention": ("rollout.attention is", "null"),
+    "--modes": ("--modes names", None),
 }
 
 
@@ -49,11 +50,6 @@ def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.de
     if wanted == "auto":
         return
     check_attention(adapter, wanted, recipe, device)
-    if "sage" in wanted:
-        raise UserError(
-            f"engine.attention is {wanted}, which has no backward: write it for rollout.attention, whose steps do not "
-            "train, and auto here"
-        )
     name = _NAMES.get(wanted, wanted)
     if _switchable(adapter):
         adapter.transformer.set_attention_backend(name)
@@ -64,25 +60,39 @@ def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.de
 def check_attention(
     adapter: Adapter, wanted: str, recipe: Model, device: torch.device, key: str = "engine.attention"
 ) -> None:
-    """Raises UserError for a backend that cannot run here or on this model; `key`: where it was asked for."""
-    name, otherwise = _NAMES.get(wanted, wanted), "auto" if key == "engine.attention" else "null"
-    if (reason := missing(wanted, device)) is not None:
-        raise UserError(f"{key} is {wanted}: {reason}; or write {otherwise}")
+    """Raises UserError for a backend that cannot run here or on this model, or cannot train where engine.attention asks
+    for it. `key`: one of _ASKED, where it was asked for.
+    """
+    name, (says, value) = _NAMES.get(wanted, wanted), _ASKED[key]
+
+    def error(why: str, *instead: str) -> UserError:
+        write = "leave it out" if value is None else f"write {', or '.join([*instead, value])}"
+        return UserError(f"{says} {wanted}{why}{write}")
+
+    trains = key == "engine.attention"
+    if (reason := missing(wanted, device, downloads=trains)) is not None:
+        raise error(f": {reason}; or ")
     if adapter.masks_prompts and (_takes_no_mask(name) or name in _FIRST_KEYS):
         why = "which takes no mask" if _takes_no_mask(name) else "which takes a mask for a number of first tokens"
-        raise UserError(
-            f"{key} is {wanted}, {why}, and {recipe.adapter} masks prompts of different lengths: write sdpa"
-        )
+        raise error(f", {why}, and {recipe.adapter} masks prompts of different lengths: ", "sdpa")
     if _takes_no_mask(name) and recipe.dtype == "bf16" and recipe.lora is None:
+        why = ", which wants bf16 throughout: with model.lora: null norms train in fp32; "
+        raise error(why, "sdpa", "a model.lora")
+    if not _switchable(adapter):
+        if not trains:
+            raise error(f": diffusers' {recipe.adapter} transformer takes one attention kernel for all passes: ")
+        if name not in ("native", "xformers"):
+            raise UserError(
+                f"{says} {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself "
+                "runs flash kernels) or xformers"
+            )
+    if trains and "sage" in name:
         raise UserError(
-            f"{key} is {wanted}, which wants bf16 throughout: with model.lora: "
-            "null norms train in fp32; write sdpa, or give a lora"
+            f"{says} {wanted}, which has no backward: write sage for rollout.attention, whose steps do not train, and "
+            "auto here"
         )
-    if not _switchable(adapter) and (name != "native" and (name != "xformers" or key != "engine.attention")):
-        raise UserError(
-            f"{key} is {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself "
-            "runs flash kernels) or xformers"
-        )
+    if _wants_bf16(name) and recipe.dtype != "bf16":
+        raise error(f", which takes bf16 alone, and model.dtype is {recipe.dtype}: ", "model.dtype: bf16")
 
 
 def with_attention(transformer: Any, wanted: str) -> Any:
@@ -106,14 +116,18 @@ def _switchable(adapter: Adapter) -> bool:
     return any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in modules)
 
 
-def missing(wanted: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on `device` and what to do; None if it can."""
+def missing(wanted: str, device: torch.device, downloads: bool = True) -> str | None:
+    """Why a backend cannot run on `device` and what to do; None if it can. `downloads`: whether its kernel may come
+    from a hub, as diffusers' own setter of backends lets it.
+    """
     name = _NAMES.get(wanted, wanted)
     known = {backend.value for backend in dispatch.AttentionBackendName}
     if name not in known:
         return f"known are {', '.join(attention_names())}"
     if name == "native":
         return None
+    if "hub" in name and not downloads:
+        return "kernels of a hub are downloaded for engine.attention alone: write one that is installed"
     try:
         dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(name))
     except RuntimeError as error:
@@ -127,6 +141,15 @@ def _takes_no_mask(name: str) -> bool:
     return any(kernel in name for kernel in ("flash", "sage", "aiter")) and "varlen" not in name
 
 
+def _wants_bf16(name: str) -> bool:
+    return any(kernel in name for kernel in ("flash", "sage", "aiter", "cudnn"))
+
+
+def trains_safely(name: str) -> bool:
+    """Whether a backend has a backward, and one that can be trusted."""
+    return "sage" not in name and name not in UNSAFE
+
+
 def attention_names() -> list[str]:
     """All that engine.attention takes besides auto."""
     theirs = {ours: name for name, ours in _NAMES.items()}
@@ -138,5 +161,5 @@ def attention_here(device: torch.device) -> list[str]:
     return [
         name
         for name in attention_names()
-        if name not in _SLOW and "hub" not in name and "varlen" not in name and missing(name, device) is None
+        if name not in _SLOW and "varlen" not in name and missing(name, device, downloads=False) is None
     ]

@@ -5,10 +5,11 @@ A weight is rounded once per output channel, by torchao, and an activation anew 
 
     y = s_x · s_w · (x̂ ŵᵀ) + b        x̂ = round(x / s_x), s_x = max |x| / most    (most: 127, or 448 of float8 e4m3)
 
-The products are torch's own for both formats, with fp32 or int32 sums. On a GPU the rounding of activations is one
-compiled kernel. What is rounded are the linear layers that run per token in the blocks. Layers outside the blocks
-(embeddings, the last projection) and modulations, which run once per sample, are little work, and their rounding would
-shift and scale every token alike; they, norms and LoRA layers run as they are.
+The products are torch's own for both formats. Sums are int32 for int8. Those of fp8 are fp32 on a CPU; on a GPU they
+stay in the tensor cores' accumulators (fast accumulation), which on Hopper keep fewer bits than fp32. There the
+rounding of activations is one compiled kernel. What is rounded are the linear layers that run per token in the blocks.
+Layers outside the blocks (embeddings, the last projection) and modulations, which run once per sample, are little work,
+and their rounding would shift and scale every token alike; they, norms and LoRA layers run as they are.
 """
 
 import re

@@ -31,8 +31,9 @@ def check_meaning(recipe: Recipe) -> None:
         _check_depths(recipe, prune)
     _check_sharding(recipe)
     if recipe.engine.compile and recipe.model.gradient_checkpointing == "selective":
+        mode = "true" if recipe.engine.compile is True else recipe.engine.compile
         raise UserError(
-            "model.gradient_checkpointing: selective does not go with engine.compile: true, which hides a block's "
+            f"model.gradient_checkpointing: selective does not go with engine.compile: {mode}, which hides a block's "
             "products: write full or none"
         )
     if rollout.precision is not None and recipe.model.dtype == "fp64":

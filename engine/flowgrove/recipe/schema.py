@@ -440,10 +440,10 @@ class Rollout(Section):
 
     attention: Text | None = None
     """The attention kernel of steps that do not train; null: engine.attention.
-    The names of engine.attention, and those that have no backward or none to trust: sage and its kind, which round
-    queries and keys to 8 bits, and cudnn. It changes training pictures a little (rollout_distance of metrics); the
-    steps are those of rollout.precision, with which it goes together. `flowgrove bench rows --modes eager,attention`
-    measures what runs here. Not for engine.distributed: fsdp2.
+    The names of engine.attention but those of a hub, and those that have no backward or none to trust: sage and its
+    kind, which round queries and keys to 8 bits, and cudnn. It changes training pictures a little (rollout_distance of
+    metrics); the steps are those of rollout.precision, with which it goes together. `flowgrove bench rows --modes
+    eager,attention` measures what runs here. Not for adapter sd3 and engine.distributed: fsdp2.
     Source: diffusers' attention dispatch; SageAttention (2410.02367).
     """
 

@@ -134,7 +134,7 @@ function divergence(ctx) {
     shapes: mark.map((each) => each.shape), annotations: mark.map((each) => each.annotation) } };
 }
 
-// What rollout.precision moves final latents by, at every evaluation.
+// What rollout.precision and rollout.attention move final latents by, at every evaluation.
 function distance(ctx) {
   const traces = ctx.runs.flatMap((run, i) => !known(run.held_out.distance) ? []
     : [line(tag(ctx, run, ""), ctx.x.of(run.held_out), run.held_out.distance, ctx.look.colours[i % MANY], { says: "%{y:.2%}" })]);
@@ -239,8 +239,8 @@ page.charts = function (runs) {
       { id: "divergence", metric: "approx_kl", title: "Divergence of an iteration's updates", says: "approx_kl per latent element, on a logarithmic scale. Late steps of the schedule have less noise and more of it.", build: divergence },
       { id: "gradient", metric: "grad_norm", title: "Gradient norm before clipping", says: "Mean over the updates of an iteration.",
         build: several([["grad_norm", "gradient norm"]], {}, { yaxis: { rangemode: "tozero" } }) },
-      { id: "distance", metric: "rollout_distance", title: "Distance of rollouts to full precision", build: distance,
-        says: "Of final latents drawn with rollout.precision from those of the same noise without it, over their norm." },
+      { id: "distance", metric: "rollout_distance", title: "Distance of rollouts to those of full cost", build: distance,
+        says: "Of final latents drawn with rollout.precision or rollout.attention from those of the same noise without them, over their norm." },
       { id: "snr", metric: "gradient_snr", title: "Signal to noise of the gradient", build: snr,
         says: "Squared length of the expected gradient over the noise around it, in the mean of up to 20 measurements to that point." },
       { id: "snr by step", metric: "gradient_signal", title: "Signal to noise by step", build: snrBySteps,
