@@ -3,6 +3,7 @@
 """
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.models.sd3 import SD3
+from flowgrove.models.weights import Weights
 from flowgrove.passes.budget import PassBudget
 from flowgrove.plan.division import Division
 from flowgrove.plan.identity import Identity
@@ -421,6 +423,27 @@ def test_rollouts_in_8_bits_are_chosen_where_their_passes_are_faster(cheap, expe
     assert f"# rollout.precision: int8: {1e3 * (1 + 8 / 13 * (cheap - 1)):.3g} + 3e+03 ms, {spent:.3g} s{chosen}\n" in (
         written.read_text()
     )
+
+
+@pytest.mark.parametrize(("measured", "compiled"), [(False, True), (True, False)])
+def test_rollouts_in_8_bits_are_compared_compiled_alike_and_with_their_attention(measured, compiled, monkeypatch):
+    """A forward of steps that train takes 3 s, of the others 1 s with the attention that the recipe has for them."""
+    asked = []
+    monkeypatch.setattr("flowgrove.models.policy.compile_blocks", lambda *_: None)
+    monkeypatch.setattr(Weights, "quantise", lambda self, *arguments: asked.append(arguments))
+    monkeypatch.setattr(Policy, "cheap", lambda self: replace(self, precision="int8"))
+    monkeypatch.setattr(Passes, "seconds_per_row", lambda self, *_, **__: 1.0 if self.policy.precision else 3.0)
+    recipe = small_recipe(
+        model={"dtype": "fp32"}, rollout={"attention": "sdpa"}, engine={"compile": True, "token_budget": 70}
+    )
+    fixed = {"token_budget": 70, "attention": "sdpa"}
+    tuner = tune._Tuner(Setup(recipe), fixed, WORK, measured)
+    asked.clear()  # what loading asked for
+    lines = tuner.precision().lines
+    assert {*asked[:-1]} == {(None, compiled, "sdpa"), ("int8", compiled, "sdpa")}
+    assert asked[-1] == (None,)
+    # of levels of 1, 1, 4, 4, 4 nodes the second and the third train
+    assert [line.partition(": ")[2].partition(" + ")[0] for line in lines] == [f"{1e3 * (5 * 3 + 9) / 14:.3g}"] * 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])

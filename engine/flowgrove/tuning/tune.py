@@ -230,16 +230,20 @@ class _Tuner:
             why = "not for model.dtype fp64 and engine.distributed: fsdp2"
         if why is not None:
             return Choice("precision", recipe.rollout.precision, [f"not measured: {why}"], "rollout")
-        candidates = [Candidate(None, "null", self._timed(self.rows))]
+        candidates = [Candidate(None, "null", self._cheapened(None))]
         for precision in PRECISIONS:
             if precision == "int8" or has_fp8(self.device):
-                candidates.append(Candidate(precision, precision, self._rounded(precision)))
+                candidates.append(Candidate(precision, precision, self._cheapened(precision)))
         choice = choose("precision", candidates, self.work)
         self.policy.weights.quantise(None)
         return choice._replace(section="rollout")
 
-    def _rounded(self, precision: Precision) -> Callable[[], Timed]:
+    def _cheapened(self, precision: Precision | None) -> Callable[[], Timed]:
+        """With this precision and the recipe's rollout.attention in steps that do not train, compiled as all others."""
         rollout = self.recipe.rollout.model_copy(update={"precision": precision})
+        if not rollout.cheapens:
+            return self._timed(self.rows)
+        compiled = not self.measures_compile and self.recipe.engine.compile
         plan = make_plan(self.recipe.model_copy(update={"rollout": rollout}), 0, self.setup.table)
         share, counts = self.recipe.engine.share, plan.counts
         forwards = counts.rollout_forwards if share else counts.unshared_rollout_forwards
@@ -248,7 +252,7 @@ class _Tuner:
         def measure() -> Timed:
             self.passes.release()
             full = self.passes.timed(self.rows)
-            self.policy.weights.quantise(precision)
+            self.policy.weights.quantise(precision, compiled, rollout.attention)
             cheap = Passes(self.policy.cheap(), self.runner)
             spent = cheap.seconds_per_row(cheap.forward, self.rows)
             return full._replace(forward=full.forward + part * (spent - full.forward))
