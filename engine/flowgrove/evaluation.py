@@ -165,5 +165,5 @@ def rollout_distance(
         full, cheap = (leaves(each, encoded) for each in (plan.uncheapened, plan))
         return [to_host((cheap - full).norm(dim=1) / full.norm(dim=1)).double()]
 
-    with span("rollout_distance"):
+    with span("rollout_distance"), runner.launching():
         return float(ranks.gather_all(ranks.together(compare)).mean())

@@ -238,9 +238,21 @@ def test_of_several_ranks_the_one_with_the_most_prompts_is_predicted(tmp_path):
     assert divided.evaluation.seconds["decode"] == pytest.approx(alone.evaluation.seconds["decode"] / 2)
     assert "measuring the gradient's noise" in divided.not_predicted
     assert "what rollout.precision saves" in divided.not_predicted
+    assert "what rollout.attention saves" not in divided.not_predicted
+    assert "measuring rollout_distance" in divided.not_predicted
     assert "what ranks send each other" in divided.not_predicted
     assert divided.iteration.seconds["rewards"] is None
     assert "rewards" in divided.not_predicted
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_kernels_of_steps_that_do_not_train_are_not_predicted(tmp_path, every):
+    recipe = load_recipe(tiny_recipe(tmp_path, rollout={"attention": "sage"}, run={"eval_every": every}))
+    keep_rates(CPU, {}, 1.0, {"it": times()})
+    told = predict_time(Setup(recipe), ALONE).not_predicted
+    assert "what rollout.attention saves" in told
+    assert "what rollout.precision saves" not in told
+    assert ("measuring rollout_distance" in told) == (every > 0)
 
 
 # The command

@@ -10,6 +10,7 @@ from flowgrove.errors import UserError
 from flowgrove.evaluation import rollout_distance
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.passes.recordings import Recordings
 from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, runner_of, small_recipe
@@ -124,6 +125,15 @@ def test_the_distance_is_that_of_two_rollouts_of_the_same_noise(policy):
     # prompts alone in their passes: sums in another order make other activations round up
     assert found == pytest.approx(sum(each) / 3, rel=0.2)
     assert 0 < found < 0.2
+
+
+def test_the_distance_records_no_graphs(policy):
+    """Their shapes are of these few prompts, and a recording keeps its memory."""
+    runner = PassRunner(runner_of(policy).budget, Recordings(policy.device))
+    assert runner.records
+    assert rollout_distance(Setup(recipe_of("mix_flash")), policy, runner, TEXTS[:1]) > 0  # a CPU could record none
+    assert not len(runner.recordings)
+    assert runner.records
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ class RunTime:
     """What a run takes on one of its ranks, that with the most prompts. `encoding`: seconds of all prompts' texts,
     which are encoded once; `evaluation`: one of `evaluations`, None where its prompts are not on this machine;
     `rests_on`: what each number rests on; `matrix_rate`: FLOPs per second that utilisation is a share of;
-    `measures_noise`: whether some iterations measure the gradient's noise; `rounds`: whether steps run in
-    rollout.precision, which are taken to cost what the others do.
+    `measures_noise`: whether some iterations measure the gradient's noise; `cheaper`: the keys by which
+    steps that do not train run otherwise, which are taken to cost what the others do.
     """
 
     device: str
@@ -70,7 +70,7 @@ class RunTime:
     rests_on: dict[str, str]
     matrix_rate: float | None
     measures_noise: bool = False
-    rounds: bool = False
+    cheaper: tuple[str, ...] = ()
 
     @cached_property
     def iteration(self) -> Spent:
@@ -101,7 +101,8 @@ class RunTime:
         missing = [stage for stage in STAGES if self.iteration.seconds[stage] is None]
         missing += ["evaluations"] * (self.evaluation is None) + ["encoding"] * (self.encoding is None)
         missing += ["measuring the gradient's noise"] * self.measures_noise
-        missing += ["what rollout.precision saves"] * self.rounds
+        missing += [f"what {key} saves" for key in self.cheaper]
+        missing += ["measuring rollout_distance"] * bool(self.cheaper and self.evaluations)
         return missing + ["what ranks send each other"] * (self.ranks > 1) + ["loading, checkpoints"]
 
     def utilisation(self, stage: str) -> float | None:
@@ -175,6 +176,8 @@ class _Predictor:
         evaluations, evaluation = self._evaluations()
         texts = self._texts(evaluations)
         seconds = self.speeds.encode(self.flops[0])
+        rolled = self.recipe.rollout
+        cheaper = {"rollout.precision": rolled.precision, "rollout.attention": rolled.attention}
         return RunTime(
             device=self.device,
             ranks=self.division.ranks,
@@ -188,7 +191,7 @@ class _Predictor:
             rests_on=self.speeds.rests_on,
             matrix_rate=self.speeds.matrix_rate(),
             measures_noise=self.recipe.run.gradient_noise_every is not None,
-            rounds=self.recipe.rollout.precision is not None,
+            cheaper=tuple(key for key, value in cheaper.items() if value is not None),
         )
 
     def _iteration(self, plan: RolloutPlan) -> Spent:

@@ -38,6 +38,7 @@ class PassRunner:
         self.budget, self.recordings = budget, recordings
         self._cached: Any = None  # the transformer whose attention is cached
         self._failed = 0
+        self._launches = False  # all, though it could record
 
     @classmethod
     def of(cls, recipe: Recipe, policy: Policy) -> Self:
@@ -67,7 +68,16 @@ class PassRunner:
     @property
     def records(self) -> bool:
         """Whether passes without a gradient are recorded; a cache decides on the host what a step computes."""
-        return self.recordings is not None and self._cached is None
+        return self.recordings is not None and self._cached is None and not self._launches
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Inside the block no pass is recorded: for shapes that come too seldom to hold memory for them."""
+        before, self._launches = self._launches, True
+        try:
+            yield
+        finally:
+            self._launches = before
 
     def replay(self, policy: Policy, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
         """`function(*inputs)` from a recording (see `Recordings`), which stands for what `policy` is now and `key`."""
