@@ -185,8 +185,7 @@ class Stages:
         self, plan: RolloutPlan, rolled: list[Rolled], credit: dict[int, EdgeCredit], scored: Tensor, clock: Clock
     ) -> dict[str, Any]:
         """Signal and noise of the gradient, where the recipe wants them of this iteration."""
-        every = self.recipe.run.gradient_noise_every
-        if every is None or plan.iteration % every:
+        if not self.recipe.run.measures_noise(plan.iteration):
             return {}
         with clock("gradient_noise"):
             return gradient_noise(self.updater, plan, rolled, credit, scored.numpy())

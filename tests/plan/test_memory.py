@@ -11,13 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 from engine_cases import refuse, succeed
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
-from flowgrove.plan.memory import predict_memory
+from flowgrove.plan.memory import MemoryModel, predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
+from flowgrove.update.passes import _KeptVelocities
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, encoded, runner_of, small_recipe
+from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
 from tiny_pipelines import MODELS, write_pipeline
+from update_cases import policy_with_reference
 
 LORA = {"rank": 4, "alpha": 8}
 FLUX_DEV = {
@@ -165,6 +167,32 @@ def test_prediction_of_an_iteration_holds(keeps):
     if keeps:
         expected += found.graph * 8 * plan.counts.train_passes
     assert measured == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("updates", "every", "iteration", "kept"), [(2, None, 1, True), (1, 2, 0, True), (1, 2, 1, False), (1, 2, 2, True)]
+)
+def test_reference_velocities_are_predicted_as_they_are_kept(updates, every, iteration, kept, monkeypatch):
+    """Of levels of 1, 1, 4, 4, 4, 4 nodes the second and the third begin a trained step."""
+    held = []
+
+    class Held(_KeptVelocities):
+        def __init__(self, forest):
+            super().__init__(forest)
+            held.append(self)
+
+    monkeypatch.setattr("flowgrove.update.passes._KeptVelocities", Held)
+    recipe = small_recipe(
+        update={"kl_weight": 0.1, "updates_per_iteration": updates}, run={"gradient_noise_every": every}
+    )
+    policy, setup, rewards = policy_with_reference(recipe, 1.0), Setup(recipe), Rewards(recipe, CPU)
+    draw = torch.Generator().manual_seed(0)  # no edge without an advantage
+    monkeypatch.setattr(rewards, "scorers", {"shapes": lambda pictures, texts: torch.rand(len(texts), generator=draw)})
+    Stages(setup, policy, Updater(recipe, policy, runner_of(policy, recipe)), rewards).run(TEXTS, iteration)
+    rows = len(TEXTS) * (1 + 4)
+    assert [one.known.tolist() for one in held] == [[True] * rows] * kept
+    found = MemoryModel(recipe, setup.plan(iteration), "cpu").resident(4096)
+    assert found.get("reference velocities", 0) == sum(one.of.nbytes for one in held)
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,8 @@ class MemoryModel(UnloadedModel):
         named = self.transformer.named_parameters()
         copy = sizes.trained_rows + sum(weight.numel() for name, weight in named if name not in sizes.divided)
         stays_gathered = self.copies and recipe.update.kl_weight > 0 and not reshard
-        levels = {end for step in plan.trained_steps for end in (step.index, step.index + 1)}
-        kept = sum(plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels)
+        levels = sorted({end for step in plan.trained_steps for end in (step.index, step.index + 1)})
+        nodes = [plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels]
         resident = {
             "transformer": transformer,
             "master weights": masters,
@@ -173,11 +173,11 @@ class MemoryModel(UnloadedModel):
             "gradients": sizes.trained * self.master.itemsize,
             "optimiser": sizes.trained * _OPTIMIZER_BYTES[recipe.update.optimizer],
             "averaged weights": sizes.trained * self.master.itemsize if recipe.update.ema_decay else 0,
-            "forest": self.prompts * kept * self._state_bytes,
+            "forest": self.prompts * sum(nodes) * self._state_bytes,
             "prompts": self.embeddings,
         }
         if keeps_reference_velocities(recipe, plan, self.division.shards is not None):
-            resident["reference velocities"] = resident["forest"]
+            resident["reference velocities"] = self.prompts * sum(nodes[:-1]) * self._state_bytes
         if recipe.engine.cuda_graphs:  # recordings hold their memory for good
             resident["CUDA graphs"] = self._rollout(self._largest_passes(tokens)[0])
         return resident

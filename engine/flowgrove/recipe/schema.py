@@ -977,6 +977,10 @@ class Run(Section):
     tracking: Tracking = Tracking()
     """What the trackers in run.log are told of the run besides its recipe; TensorBoard needs none of it."""
 
+    def measures_noise(self, iteration: int) -> bool:
+        """Whether this iteration measures the gradient's noise."""
+        return self.gradient_noise_every is not None and iteration % self.gradient_noise_every == 0
+
 
 class Recipe(Section):
     """One run."""

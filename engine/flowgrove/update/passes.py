@@ -28,11 +28,14 @@ from flowgrove_kernels.affine import guided
 
 
 class _KeptVelocities:
-    """`of` [S, ...]: the reference model's guided velocity of every state of a forest that is `known` on the host."""
+    """`of` [R, ...]: the reference model's guided velocity of every state of a forest that is `known` on the host. R
+    leaves out the last level, where no trained step begins.
+    """
 
-    def __init__(self, states: Tensor) -> None:
-        self.of = torch.empty_like(states)
-        self.known = np.zeros(len(states), dtype=bool)
+    def __init__(self, forest: Forest) -> None:
+        rows = max(forest.first_row.values())
+        self.of = torch.empty_like(forest.states[:rows])
+        self.known = np.zeros(rows, dtype=bool)
 
 
 @dataclass
@@ -57,7 +60,7 @@ class Rolled:
         if not keep:
             return self._reference(runner, batch, np.arange(len(batch)))
         if self._kept is None:
-            self._kept = _KeptVelocities(self.forest.states)
+            self._kept = _KeptVelocities(self.forest)
         kept, new = self._kept, np.flatnonzero(~self._kept.known[batch.states])
         if len(new):
             rows = as_index(new, batch.state.device)
