@@ -430,6 +430,7 @@ def test_rollouts_in_8_bits_are_compared_compiled_alike_and_with_their_attention
     """A forward of steps that train takes 3 s, of the others 1 s with the attention that the recipe has for them."""
     asked = []
     monkeypatch.setattr("flowgrove.models.policy.compile_blocks", lambda *_: None)
+    monkeypatch.setattr("flowgrove.models.policy.check_attention", lambda *_: None)  # sd3 has no other kernel
     monkeypatch.setattr(Weights, "quantise", lambda self, *arguments: asked.append(arguments))
     monkeypatch.setattr(Policy, "cheap", lambda self: replace(self, precision="int8"))
     monkeypatch.setattr(Passes, "seconds_per_row", lambda self, *_, **__: 1.0 if self.policy.precision else 3.0)
