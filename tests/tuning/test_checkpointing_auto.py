@@ -59,6 +59,7 @@ def test_without_graphs_less_is_always_computed_again_where_it_fits():
     assert best(found) == "none"
 
 
+@pytest.mark.long
 def test_needs_are_those_of_the_model():
     setup = Setup(small_recipe(model=MODEL))
     full, selective, none = needs(setup, "cpu")
