@@ -264,7 +264,8 @@ def count(run):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGINT, signal.SIGKILL))],
 )
 def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_path):
     """Ctrl+C leaves tables of what there is, and so does SIGTERM to a background job; after a kill the runs notice that

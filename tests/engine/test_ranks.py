@@ -298,6 +298,7 @@ app(prog_name="flowgrove")
 """
 
 
+@pytest.mark.long
 def test_a_memory_that_is_full_in_a_meeting_ends_all_and_the_run_goes_on_with_smaller_passes(tmp_path):
     recipe = written(tmp_path, **CASES["full fine-tuning, KL"])
     (tmp_path / "full.py").write_text(FULL)

@@ -100,7 +100,8 @@ def test_lengths_that_are_equal_once_may_part_later(folders, graphs):
     assert len(graphs) == first > 0
 
 
-@pytest.mark.parametrize("ahead", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ahead", [True, False])
 def test_all_graphs_are_compiled_ahead_and_leave_no_gradients(folders, graphs, ahead):
     policy = policy_with(folders, "sd3", True, lora={"rank": 4, "alpha": 8})
     prompts = encoded(policy)

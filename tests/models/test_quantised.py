@@ -236,6 +236,7 @@ def test_a_policy_without_a_precision_has_no_cheap_one():
         policy_of("fp32").cheap()
 
 
+@pytest.mark.long
 def test_compiled_blocks_of_both_precisions_stay_apart():
     """Without a compiler: torch's own graphs, run as they are."""
     policy = Policy.load(recipe_of("sd3", "tiny", dtype="fp32", lora={"rank": 4, "alpha": 8}), CPU, TEXTS)

@@ -113,7 +113,9 @@ def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
     assert forest.leaves.device == DEVICE
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, marks=pytest.mark.long), {"rank": 2, "alpha": 2}], ids=["full", "lora"]
+)
 def test_a_measurement_of_the_gradients_noise_never_waits_for_the_device(folders, lora):
     recipe, policy, prompts, updater = on_the_device(folders, "sd3", lora)
     groups = Groups.among(np.ones(len(TEXTS), dtype=bool))
