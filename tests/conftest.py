@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests."""
+"""Fixtures of several folders of tests: most of them the kernels'."""
 
 import numpy
 import pytest
@@ -12,6 +12,26 @@ from kernel_cases import GOLDEN
 
 settings.register_profile("flowgrove", database=None, deadline=None, derandomize=True)
 settings.load_profile("flowgrove")
+
+
+class TinyFolders(dict):
+    """Folders of the tiny pipelines by their names, each written when it is first asked for."""
+
+    def __init__(self, root):
+        super().__init__(sd3="tiny")
+        self.root = root
+
+    def __missing__(self, name):
+        from tiny_families import write_pipeline  # loads diffusers
+
+        self[name] = str(write_pipeline(name, self.root / name))
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """What `model.path` says for each tiny pipeline. Nobody changes what lies there."""
+    return TinyFolders(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(params=ON_THE_CPU)

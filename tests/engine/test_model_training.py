@@ -12,7 +12,7 @@ from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.samples import write_samples
 from flowgrove.report.video import write_mp4
 from policy_cases import CPU
-from tiny_pipelines import FAMILIES, MODELS, PIPELINES, write_pipeline
+from tiny_families import FAMILIES, MODELS, crossed
 
 WINDOW = {"strategy": "progressive", "size": 2, "every": 1}
 TREE = {"splits": [0, 1], "fanout": 2}
@@ -30,13 +30,7 @@ ALGORITHMS = {
     "branch_mix_flash": {"rollout": {"tree": TREE, "window": WINDOW, "tail": {"compress": 0.4}}},
 }
 
-SAMPLED = ("mix_flash", "branch_mix")  # make test runs these, make test-long all
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: write_pipeline(name, root / name) for name in FAMILIES}
+SAMPLED = ("mix_flash", "branch_mix")  # make test runs these of the swept families, make test-long all
 
 
 def write_recipe(folder, name, pipeline, algorithm, **model):
@@ -64,13 +58,20 @@ def write_recipe(folder, name, pipeline, algorithm, **model):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in ALGORITHMS]
+    ("name", "algorithm"),
+    [
+        *crossed([(algorithm,) for algorithm in SAMPLED], [("branch_mix",)]),
+        *(
+            pytest.param(name, algorithm, marks=pytest.mark.long)
+            for name in FAMILIES
+            for algorithm in ALGORITHMS
+            if algorithm not in SAMPLED
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", FAMILIES)
 def test_three_iterations(folders, tmp_path, name, algorithm):
-    guidance = {"flux": 3.5, "flux_schnell": 1.0, "qwen_image": 4.0, "wan": 4.5}[name]
     lora = {"rank": 4, "alpha": 8} if algorithm.startswith("branch") else None
-    recipe = write_recipe(tmp_path, name, folders[name], algorithm, guidance_scale=guidance, lora=lora)
+    recipe = write_recipe(tmp_path, name, folders[name], algorithm, guidance_scale=FAMILIES[name].guidance, lora=lora)
     before = {key: p.detach().clone() for key, p in Policy.load(load_recipe(recipe), CPU).weights.trainable().items()}
     succeed("train", recipe, "--out", tmp_path / "run", "--set", "update.updates_per_iteration=1")
     lines = metrics_of(tmp_path / "run")
@@ -116,7 +117,7 @@ def test_a_video_run_samples_compares_and_exports(folders, tmp_path):
     assert Image.open(out / "compare_00.png").width > 500
     told = succeed("export", run, "--out", tmp_path / "lora")
     assert "pipe.load_lora_weights" in told.stderr
-    PIPELINES["wan"].from_pretrained(folders["wan"]).load_lora_weights(tmp_path / "lora")
+    FAMILIES["wan"].pipeline.from_pretrained(folders["wan"]).load_lora_weights(tmp_path / "lora")
 
 
 def test_mp4_holds_the_frames_in_order_and_odd_sizes(tmp_path):

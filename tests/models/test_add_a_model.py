@@ -27,7 +27,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
 from subprocesses import python
-from tiny_pipelines import autoencoder, lively, t5_config
+from tiny_families.parts import autoencoder, lively, t5_config
 
 GUIDE = Path(families.__file__).with_name("README.md")
 

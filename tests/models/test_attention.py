@@ -11,15 +11,9 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.rollout.loop import rollout
 from policy_cases import CPU, encoded, plan_and_coefficients, runner_of, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS
 
 SD3 = {"adapter": "sd3", "path": "tiny", "dtype": "fp32"}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: write_pipeline(name, root / name) for name in ("flux", "wan", "qwen_image")}
 
 
 @pytest.fixture(autouse=True)

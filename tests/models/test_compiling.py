@@ -13,15 +13,9 @@ from flowgrove.models.compiled_passes import compile_ahead
 from flowgrove.models.compiling import compile_blocks, eager_blocks
 from flowgrove.models.policy import Policy
 from policy_cases import CPU, encoded, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import FAMILIES, MODELS, sampled
 
-BLOCKS = {"sd3": 3, "flux": 4, "qwen_image": 2, "wan": 2}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: str(write_pipeline(name, root / name)) for name in MODELS} | {"sd3": "tiny"}
+BLOCKS = {name: family.blocks for name, family in FAMILIES.items()} | {"sd3": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +36,7 @@ def policy_with(folders, name, compiled, **model):
     return Policy.load(small_recipe(model=told, engine={"device": "cpu", "compile": compiled}), CPU)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", sampled("sd3", "flux", "qwen_image", "wan"))
 def test_all_blocks_are_compiled_and_nothing_else(folders, monkeypatch, name):
     found = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: found.append((module, options)))
@@ -143,7 +137,7 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(monkeypatch, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", sampled("sd3", "flux", "qwen_image", "wan"))
 def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dynamo, name):
     results = []
     for compiled in (False, True):

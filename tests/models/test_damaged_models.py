@@ -16,7 +16,7 @@ from flowgrove.models.parts import load_part
 from flowgrove.models.policy import Policy
 from flowgrove.plan.unloaded import model_from_config
 from policy_cases import CPU, TEXTS, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, write_pipeline
 
 SD3 = {"adapter": "sd3", "height": 32, "width": 32}
 TOKENIZERS = [

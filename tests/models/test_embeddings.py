@@ -17,15 +17,9 @@ from flowgrove.models.policy import Policy
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.loading import load_recipe
 from policy_cases import CPU, TEXTS, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, sampled
 
 PROMPTS = [*TEXTS, "", "a red circle " * 40]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: write_pipeline(name, root / name) for name in MODELS} | {"sd3": "tiny"}
 
 
 def recipe_of(folders, name, cache, **model):
@@ -52,7 +46,7 @@ def encodings(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", ["sd3", *MODELS])
+@pytest.mark.parametrize("name", sampled())
 @torch.no_grad()
 def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, name):
     loaded = Policy.load(recipe_of(folders, name, "none"), CPU).encode(PROMPTS).cond
@@ -63,14 +57,14 @@ def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, nam
         assert torch.equal(tensor, stored.tensors[key]), key
 
 
-@pytest.mark.parametrize("name", ["sd3", *MODELS])
+@pytest.mark.parametrize("name", sampled())
 def test_bits_on_disk_depend_on_the_text_alone(folders, tmp_path, name):
     many = [*PROMPTS, *(f"{text} {number}" for text in TEXTS for number in range(6))]
     Policy.load(recipe_of(folders, name, tmp_path / "whole"), CPU, many)
     for some in (many[:4], many[3:9], many):  # as runs that were killed while they prepared
         Policy.load(recipe_of(folders, name, tmp_path / "pieces"), CPU, some)
     whole, pieces = (contents(tmp_path / kept) for kept in ("whole", "pieces"))
-    assert len(whole) == len({*many, "", " " if name == "qwen_image" else ""})
+    assert len(whole) == len({*many, family_of(MODELS.get(name, {"adapter": "sd3"})["adapter"]).uncond_text})
     assert whole == pieces
 
 
@@ -96,7 +90,7 @@ def test_a_run_that_was_killed_while_it_prepared_ends_in_the_same_weights(folder
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
-@pytest.mark.parametrize("name", ["sd3", *MODELS])
+@pytest.mark.parametrize("name", sampled())
 def test_text_encoders_are_not_in_memory_after_their_work(folders, tmp_path, name):
     policy = Policy.load(recipe_of(folders, name, tmp_path, guidance_scale=2.0), CPU, PROMPTS)
     parts = policy.adapter.pipe.components
@@ -258,7 +252,7 @@ def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_pat
 
 
 @pytest.mark.parametrize("cache", ["none", "stored"])
-@pytest.mark.parametrize("name", ["sd3", *MODELS])
+@pytest.mark.parametrize("name", sampled())
 def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, caplog, name, cache):
     long = "a red circle left of a blue square " * 5
     alike = [f"{long}one", f"{long}two", f"{long}three"]
@@ -269,7 +263,7 @@ def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, ca
     assert told[0].startswith("2 prompts differ from others only after the text encoders' limit")
 
 
-@pytest.mark.parametrize("name", ["sd3", *MODELS])
+@pytest.mark.parametrize("name", sampled())
 def test_prompts_that_are_read_whole_are_not_told(folders, caplog, name):
     with caplog.at_level("WARNING", "flowgrove"):
         Policy.load(

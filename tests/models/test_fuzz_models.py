@@ -15,7 +15,7 @@ from flowgrove.plan.memory import predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import recipe_sigmas
 from policy_cases import CPU, TEXTS, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, write_pipeline
 
 FAMILIES = ("sd3", "flux", "qwen_image", "wan")
 VALUES = (None, 0, -1, 3, 1e9, 2**40, "x", "", [], {}, [1], True, float("nan"), -5, 1.5)

@@ -23,7 +23,7 @@ from flowgrove.models.quantised import (
 from flowgrove.plan.unloaded import model_from_config
 from flowgrove.recipe.loading import parse_recipe
 from policy_cases import CPU, TEXTS, policy_of
-from tiny_pipelines import FAMILIES, MODELS, write_pipeline
+from tiny_families import MODELS, sampled
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
 
@@ -43,11 +43,6 @@ def recipe_of(family, folder, **model):
     )
 
 
-@pytest.fixture(scope="module")
-def folder(request, tmp_path_factory):
-    return "tiny" if request.param == "sd3" else write_pipeline(request.param, tmp_path_factory.mktemp(request.param))
-
-
 def velocity(policy, rows=2):
     prompts, generator = policy.encode(TEXTS[:1]), torch.Generator().manual_seed(0)
     x = torch.randn(rows, *policy.adapter.latent_shape, generator=generator).to(policy.device)
@@ -61,10 +56,10 @@ def apart(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize(("family", "folder"), [(name, name) for name in ("sd3", *FAMILIES)], indirect=["folder"])
+@pytest.mark.parametrize("family", sampled())
 @pytest.mark.parametrize(("dtype", "lora"), [("bf16", {"rank": 4, "alpha": 8}), ("fp32", None)])
-def test_every_family_computes_nearly_the_same_in_8_bits(family, folder, dtype, lora):
-    policy = Policy.load(recipe_of(family, folder, dtype=dtype, lora=lora), CPU, TEXTS)
+def test_every_family_computes_nearly_the_same_in_8_bits(family, folders, dtype, lora):
+    policy = Policy.load(recipe_of(family, folders[family], dtype=dtype, lora=lora), CPU, TEXTS)
     cheap = policy.cheap()
     layers = [module for module in cheap.adapter.transformer.modules() if isinstance(module, QuantisedLinear)]
     assert len(layers) == len(quantisable(policy.transformer, "int8")) >= 20

@@ -18,7 +18,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove.update.ema import Ema
 from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, runner_of, small_recipe
 from rollout_cases import CPS, FLAT, TAIL, TREE
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, write_pipeline
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 RANGE = {"rollout": {"guidance_range": [0, 2]}}

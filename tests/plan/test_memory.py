@@ -18,7 +18,7 @@ from flowgrove.setup import Setup
 from flowgrove.update.passes import _KeptVelocities
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, sampled
 from update_cases import policy_with_reference
 
 LORA = {"rank": 4, "alpha": 8}
@@ -30,12 +30,6 @@ FLUX_DEV = {
     "width": 720,
     "guidance_scale": 3.5,
 }
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: str(write_pipeline(name, root / name)) for name in MODELS} | {"sd3": "tiny"}
 
 
 def allocated(run):
@@ -74,7 +68,7 @@ def test_guidance_of_at_most_1_costs_nothing(folders, scale):
         (LORA, "selective", 1.0, "bf16"),
     ],
 )
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "wan"])
+@pytest.mark.parametrize("name", sampled("sd3", "flux", "qwen_image", "wan"))
 def test_prediction_of_a_training_pass_holds(folders, name, lora, checkpointing, guidance, dtype):
     model = {
         **MODELS.get(name, {"adapter": "sd3"}),
@@ -195,9 +189,7 @@ def test_reference_velocities_are_predicted_as_they_are_kept(updates, every, ite
     assert found.get("reference velocities", 0) == sum(one.of.nbytes for one in held)
 
 
-@pytest.mark.parametrize(
-    "name", ["flux", "wan", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd3", "qwen_image"))]
-)
+@pytest.mark.parametrize("name", sampled("flux", "wan"))
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_norms_in_fp32_as_a_gpu_computes_them_need_more(folders, name, checkpointing):
     model = {

@@ -34,7 +34,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove.run.stopping import Stopped
 from flowgrove.setup import Setup
 from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, write_pipeline
 from update_cases import Recorder
 
 TREE = {

@@ -14,7 +14,7 @@ from flowgrove.plan.planner import make_plan
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.passes import Rolled
 from policy_cases import CPU, TEXTS, plan_and_coefficients, policy_of, runner_of, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, write_pipeline
 from update_cases import Recorder
 
 ROLLOUT = {"steps": 10, "window": {"strategy": "frozen", "size": 2, "start": 2}}

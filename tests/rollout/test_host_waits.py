@@ -25,16 +25,10 @@ from flowgrove.update.passes import Rolled
 from flowgrove.update.sketch import Sketch
 from host_reads import DEVICE, HostWaits
 from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
-from tiny_pipelines import MODELS, write_pipeline
+from tiny_families import MODELS, sampled
 from update_cases import Recorder
 
-FAMILIES = ("sd3", "flux", "qwen_image", "wan")
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: str(write_pipeline(name, root / name)) for name in FAMILIES if name != "sd3"} | {"sd3": "tiny"}
+FAMILIES = sampled("sd3", "flux", "qwen_image", "wan")
 
 
 WAITS = {

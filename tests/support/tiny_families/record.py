@@ -1,0 +1,40 @@
+"""What tests know of a family beside its adapter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A tiny pipeline, and how diffusers' own pipeline is called to draw what a rollout draws.
+
+    `call(guidance, prompts, model)` gives the pipeline's options beside those that all have (height, width,
+    num_inference_steps, latents, max_sequence_length): `prompts` is their number, `model` the recipe's section.
+    """
+
+    name: str
+    pipeline: Any  # the class of diffusers
+    model: dict[str, Any]  # what a recipe says of it
+    build: Callable[[], Any]  # the pipeline, in memory
+    call: Callable[[float, int, Any], dict[str, Any]]
+    guidance: float  # that of training tests
+    blocks: int  # of the transformer, compiled one by one
+    output: str = "images"  # where the pipeline's result holds what it drew
+    as_theirs: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # states as `latents`
+    as_ours: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # drawn latents as states
+    flow_shift: float | None = None  # where the pipeline's own solver is not Euler's: the shift of the Euler table
+    silent: str = "(?!)"  # weights that full training gives no gradient, as a regular expression
+    swept: bool = False  # whether `make test` runs all its cases, not a sample
+    cuts_tokens: bool = True  # whether encoders read text_tokens tokens of a longer prompt, no more
+
+    def options(self, guidance, prompts, model):
+        """All options of a call but the prompts, their latents, the number of steps and the output's kind."""
+        sizes = {"height": model.height, "width": model.width, "max_sequence_length": model.text_tokens}
+        return sizes | self.call(guidance, prompts, model)
+
+    def drawn(self, result):
+        """What a call of the pipeline drew."""
+        return getattr(result, self.output)
