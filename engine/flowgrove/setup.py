@@ -58,7 +58,7 @@ class Setup:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what decides the weights: all but the run's length, folder, logging and evaluation, and with the
-        prompts' text for their path.
+        prompts' text and the content of model.init_lora for their paths.
 
         Keys at their default do not enter, so that a version with new keys resumes old runs.
         """
@@ -68,7 +68,17 @@ class Setup:
     def _deciding(self) -> dict[str, Any]:
         content = deciding(self.recipe, exclude_defaults=True)
         content["data"] |= {"prompts": self.prompts, "eval_prompts": None}
+        if self.initial_lora is not None:
+            content["model"]["init_lora"]["path"] = self.initial_lora
         return content
+
+    @cached_property
+    def initial_lora(self) -> str | None:
+        """The SHA-256 of what model.init_lora holds; None without it."""
+        from flowgrove.models.folders import lora_digest
+
+        initial = self.recipe.model.init_lora
+        return None if initial is None else lora_digest(initial.path)
 
     @staticmethod
     def _hash(content: dict[str, Any]) -> str:

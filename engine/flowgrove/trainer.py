@@ -15,6 +15,7 @@ from flowgrove.errors import UserError, one_line
 from flowgrove.evaluation import Evaluated, evaluate, rollout_distance
 from flowgrove.files import is_full, remove_left_behind, write_text
 from flowgrove.iteration import Look, NothingScoredError, Stages
+from flowgrove.models.initial_lora import check_initial_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
@@ -112,6 +113,8 @@ class Trainer:
         """The rewards. What can be wrong with the recipe and its files is an error here, before a model is loaded."""
         if self.ranks.first:
             check_installed(list(self.recipe.run.log))
+        if self.recipe.model.init_lora is not None:
+            check_initial_lora(self.recipe.model)
         return checked_rewards(self.setup)
 
     def _load(self, resume: str, say: Say, force: bool) -> None:
@@ -289,7 +292,7 @@ class Trainer:
             state = (self.policy, self.updater, self.completed, self.setup.fingerprint)
             evidence = self.stages.evidence
             splits = None if evidence is None else evidence.state()
-            self.saved = self.writer.begin(*state, self.last_line or {}, splits)
+            self.saved = self.writer.begin(*state, self.last_line or {}, splits, self.setup.initial_lora)
             if self.changes:  # the recipe in the folder is always that of its newest checkpoint
                 self.writer.wait()
                 self.ranks.by_first(self._write_recipe)

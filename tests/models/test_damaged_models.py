@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from engine_cases import refuse, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.folders import TINY
-from flowgrove.models.parts import load_part
+from flowgrove.models.parts import load_part, model_from_config
 from flowgrove.models.policy import Policy
-from flowgrove.plan.unloaded import model_from_config
 from policy_cases import CPU, TEXTS, small_recipe
 from tiny_families import MODELS, write_pipeline
 

@@ -9,6 +9,7 @@ from torch import nn
 import flowgrove.models
 from flowgrove.errors import UserError
 from flowgrove.models.blocks import blocks_of
+from flowgrove.models.parts import model_from_config
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import (
     QuantisedCopy,
@@ -20,7 +21,6 @@ from flowgrove.models.quantised import (
     quantisable,
     quantised_weight,
 )
-from flowgrove.plan.unloaded import model_from_config
 from flowgrove.recipe.loading import parse_recipe
 from policy_cases import CPU, TEXTS, policy_of
 from tiny_families import MODELS, sampled

@@ -31,7 +31,7 @@ def names_in(content, prefix=""):
 
 def full_recipe():
     return recipe_content(
-        model={"adapter": "sd3", "path": "tiny", "lora": {"rank": 1, "alpha": 1}},
+        model={"adapter": "sd3", "path": "tiny", "lora": {"rank": 1, "alpha": 1}, "init_lora": {"path": "lora"}},
         rollout={"tree": {}, "tail": {}, "cache": {}},
         credit={"prune": {"kind": "extreme"}},
     )

@@ -15,6 +15,7 @@ DEFAULTS = {
     "model": {
         "dtype": "bf16",
         "lora": None,
+        "init_lora": None,
         "guidance_scale": 1.0,
         "height": None,
         "width": None,
@@ -119,6 +120,7 @@ NULL_SECTIONS = {
         {"kind": "depth", "depths": 4, "first": 10, "stop": 19, "every": 30, "direction": "later"},
     ),
     "model.lora": ({"rank": 32, "alpha": 64}, {"rank": 32, "alpha": 64.0}),
+    "model.init_lora": ({"path": "lora"}, {"path": "lora", "merge": False, "strength": 1.0}),
 }
 SECTIONS = ["", *DEFAULTS, "rollout.window", "run.eval", *NULL_SECTIONS]
 

@@ -1,7 +1,8 @@
 """Where a recipe's model lies: a folder, a repository in the local Hugging Face cache, or the embedded pipeline; and
-the parts that such a folder names. Nothing is ever downloaded.
+the parts that such a folder names; and where a LoRA lies. Nothing is ever downloaded.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,9 @@ from flowgrove.recipe.schema import Model
 
 TINY = Path(__file__).parents[1] / "tiny" / "pipeline"
 ARCHITECTURES = Path(__file__).parent / "architectures"
+LORA_SETTINGS = "adapter_config.json"  # of a folder that peft has written
+_LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # that diffusers and peft write
+_REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 
 def model_folder(model: Model) -> Path:
@@ -22,7 +26,7 @@ def model_folder(model: Model) -> Path:
     folder = TINY if model.path == "tiny" else Path(model.path).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
+    if not folder.exists() and re.fullmatch(_REPOSITORY, model.path):
         cached = cached_snapshot(model.path)
         if cached is None or not (cached / "model_index.json").is_file():
             raise UserError(
@@ -54,3 +58,36 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict):
         raise UserError(f"{file} is no description of a pipeline: download the file anew")
     return index
+
+
+def lora_file(path: str) -> Path:
+    """The .safetensors file of model.init_lora.path: itself, that of a folder, or of a downloaded repository.
+    Raises UserError.
+    """
+    place = Path(path).expanduser()
+    if not place.exists() and re.fullmatch(_REPOSITORY, path):
+        place = cached_snapshot(path) or place
+    if place.is_dir():
+        found = sorted(place.glob("*.safetensors"))
+        named = [place / name for name in _LORA_NAMES if place / name in found] or found
+        if len(named) == 1 or (named and named[0].name in _LORA_NAMES):
+            return named[0]
+        what = f"holds {len(found)} .safetensors files: give one of them" if found else "holds no .safetensors file"
+        raise UserError(f"model.init_lora.path: {place} {what}")
+    if not place.is_file():
+        raise UserError(f"model.init_lora.path: there is no {path}: give a .safetensors file, or the folder of one")
+    if place.suffix != ".safetensors":
+        raise UserError(f"model.init_lora.path: {place} is no .safetensors file: convert it, and give that")
+    return place
+
+
+def lora_digest(path: str) -> str:
+    """SHA-256 of what `lora_file` finds, and of peft's settings beside it. Raises UserError."""
+    file, found = lora_file(path), hashlib.sha256()
+    try:
+        for one in (file, file.with_name(LORA_SETTINGS)):
+            if one == file or one.is_file():
+                found.update(hashlib.sha256(one.read_bytes()).digest())
+    except OSError as error:
+        raise UserError(f"model.init_lora.path: cannot read {file} ({error.strerror})") from None
+    return found.hexdigest()

@@ -71,6 +71,22 @@ def load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     return part
 
 
+def model_from_config(folder: Path, part: str) -> Any:
+    """An untrained model of a part's class and configuration. Raises UserError."""
+    kind, file = part_class(folder, part), folder / part / "config.json"
+    check_counts(file.parent)
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"it is that of a {config['_class_name']}")
+        if issubclass(kind, transformers.PreTrainedModel):
+            return kind(kind.config_class.from_dict(config))
+        return kind.from_config(config)
+    except Exception as error:  # what libraries raise over foreign settings has many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file} describes no {kind.__name__} ({reason}): download the folder anew") from None
+
+
 def check_counts(place: Path) -> None:
     """Raises UserError where a part's configuration asks for more layers than any model has."""
     if (count := endless_count(place)) is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowgrove.models.attention import with_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.float64 import keep_float64
+from flowgrove.models.initial_lora import InitialLora
 from flowgrove.models.masters import Masters, Piece
 from flowgrove.models.quantised import Precision, QuantisedCopy
 from flowgrove.models.trainable import choose_trainable
@@ -47,10 +48,13 @@ class Weights:
         lora, master = recipe.model.lora, torch.float64 if compute == torch.float64 else torch.float32
         self.transformer, self._ranks = transformer, ranks or Ranks()
         mesh = self._ranks.mesh
+        initial = InitialLora.of(recipe.model, transformer)
+        if initial is not None and not recipe.model.trains_initial_lora:
+            initial.merge(transformer)
         if master == torch.float64:
             keep_float64(transformer)
         self.reference_copy: Any = None  # frozen; LoRA needs none: without it the model is the reference
-        if lora is None and (recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1):
+        if lora is None and recipe.uses_reference:
             self.reference_copy = self._frozen_copy(compute, divided=mesh is not None)
         choose_trainable(transformer, lora, lora_targets, recipe.run.seed)
         checkpoint_blocks(transformer, recipe.model.gradient_checkpointing)
@@ -69,6 +73,12 @@ class Weights:
         self._first = next(iter(self.trainable().values()))
         self._compute = compute
         self._quantised: Twin | None = None
+        # of layers that start from others, what the reference model has in their place
+        self.initial: dict[str, Tensor] = {}
+        if initial is not None and lora is not None and recipe.model.trains_initial_lora:
+            self.load(initial.start(transformer, lora))
+            if recipe.uses_reference:
+                self.initial = {name: p.detach().clone() for name, p in self._adapted()}
 
     @property
     def pieces(self) -> dict[str, Piece]:
@@ -208,6 +218,15 @@ class Weights:
                 parameter.data, tensors[name] = tensors[name], parameter.data
         self.refresh()
 
+    def _adapted(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The LoRA weights that passes read, by name."""
+        return ((name, p) for name, p in self.transformer.named_parameters() if p.requires_grad)
+
+    def _exchange_adapted(self) -> None:
+        """What the layers started from and what passes read change places: storage changes hands."""
+        for name, parameter in self._adapted():
+            parameter.data, self.initial[name] = self.initial[name], parameter.data
+
     @property
     def identity(self) -> int:
         """Names the storage that the masters lie in, which is another one once they have been exchanged."""
@@ -215,9 +234,18 @@ class Weights:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside the block the reference model can run: `reference_copy`, or the transformer, whose LoRA is off."""
+        """Inside the block the reference model can run: `reference_copy`, or the transformer, whose LoRA is off or, of
+        one that started from another, as it started.
+        """
         if self.reference_copy is not None:
             yield
+            return
+        if self.initial:
+            self._exchange_adapted()
+            try:
+                yield
+            finally:
+                self._exchange_adapted()
             return
         self.transformer.disable_adapters()
         try:

@@ -21,8 +21,9 @@ from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import part_names
 from flowgrove.models.geometry import Geometry, longest_prompt
+from flowgrove.models.parts import model_from_config
 from flowgrove.models.runner import CACHED_ATTENTION
-from flowgrove.plan.unloaded import UnloadedModel, materialise, model_from_config
+from flowgrove.plan.unloaded import UnloadedModel, materialise
 from flowgrove.recipe.schema import Recipe
 
 
@@ -121,8 +122,8 @@ def _training(model: UnloadedModel) -> int:
 
 
 def _reference(model: UnloadedModel, forward: int) -> int:
-    """A row's forward without LoRA layers."""
-    if model.recipe.model.lora is None:
+    """A row's forward without LoRA layers, unless they start from some."""
+    if model.recipe.model.lora is None or model.recipe.model.trains_initial_lora:
         return forward
     model.transformer.disable_adapters()
     try:

@@ -137,8 +137,15 @@ class MemoryModel(UnloadedModel):
     @property
     def copies(self) -> bool:
         """Whether a copy of the untouched model is held; with LoRA it is the model without its layers."""
-        update, evaluation = self.recipe.update, self.recipe.run.eval
-        return self.recipe.model.lora is None and (update.kl_weight > 0 or evaluation.tuned_share < 1)
+        return self.recipe.model.lora is None and self.recipe.uses_reference
+
+    def _untouched(self) -> int:
+        """Bytes of what the reference model does not share."""
+        if self.recipe.model.trains_initial_lora and self.recipe.uses_reference:
+            return self.sizes.trained * self.compute.itemsize
+        named = self.transformer.named_parameters()
+        own = sum(weight.numel() for name, weight in named if name not in self.sizes.divided)
+        return (self.sizes.trained_rows + own) * self.compute.itemsize if self.copies else 0
 
     def _gradients_on_their_way(self) -> int:
         """Bytes of gradients of divided weights before they are divided themselves."""
@@ -158,8 +165,6 @@ class MemoryModel(UnloadedModel):
         """Bytes of what stays all the time, by name; runs a pass only where one is recorded."""
         recipe, plan, sizes = self.recipe, self.plan, self.sizes
         transformer, masters = self._weights()
-        named = self.transformer.named_parameters()
-        copy = sizes.trained_rows + sum(weight.numel() for name, weight in named if name not in sizes.divided)
         stays_gathered = self.copies and recipe.update.kl_weight > 0 and not reshard
         levels = sorted({end for step in plan.trained_steps for end in (step.index, step.index + 1)})
         nodes = [plan.steps[level].nodes_in if level < len(plan.steps) else plan.leaves for level in levels]
@@ -167,7 +172,7 @@ class MemoryModel(UnloadedModel):
             "transformer": transformer,
             "master weights": masters,
             "VAE": self.vae_bytes,
-            "untouched copy": copy * self.compute.itemsize if self.copies else 0,
+            "untouched copy": self._untouched(),
             "untouched copy, gathered": self.gathered if stays_gathered else 0,
             "rounded copy": 0 if plan.precision is None else copy_bytes(self.transformer, plan.precision),
             "gradients": sizes.trained * self.master.itemsize,

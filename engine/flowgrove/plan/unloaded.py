@@ -3,17 +3,15 @@ model's own code. Memory and FLOPs are counted on it before anything is loaded.
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
 
 from flowgrove.errors import UserError
 from flowgrove.models.checkpointing import checkpoint_blocks
@@ -21,7 +19,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families import configuration_folder, family_of, read_geometry
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.masters import Masters
-from flowgrove.models.parts import check_counts, is_of_a_library, part_class
+from flowgrove.models.parts import is_of_a_library, model_from_config
 from flowgrove.models.policy import COMPUTE_DTYPES
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.recipe.schema import Recipe
@@ -103,22 +101,6 @@ def _errors_of(folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"the model in {folder} does not run as its configuration files describe it ({reason})"
         raise UserError(f"{what}: download the folder anew") from error
-
-
-def model_from_config(folder: Path, part: str) -> Any:
-    """An untrained model of a part's class and configuration. Raises UserError."""
-    kind, file = part_class(folder, part), folder / part / "config.json"
-    check_counts(file.parent)
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("_class_name", kind.__name__) != kind.__name__:
-            raise ValueError(f"it is that of a {config['_class_name']}")
-        if issubclass(kind, PreTrainedModel):
-            return kind(kind.config_class.from_dict(config))
-        return kind.from_config(config)
-    except Exception as error:  # what libraries raise over foreign settings has many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{file} describes no {kind.__name__} ({reason}): download the folder anew") from None
 
 
 def materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) -> int:

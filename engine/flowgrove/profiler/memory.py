@@ -69,6 +69,7 @@ def held(policy: Policy, updater: Updater) -> dict[str, int]:
     for module in modules:
         if isinstance(module, nn.Module):
             weights += [*module.parameters(), *module.buffers()]
+    weights += policy.weights.initial.values()
     if updater.ema is not None:
         weights += updater.ema.average.values()
     states = (value for state in updater.optimizer.state.values() for value in state.values())

@@ -26,6 +26,12 @@ def check_meaning(recipe: Recipe) -> None:
             "run.gradient_noise_every compares the gradients of prompts, and data.prompts_per_iteration is 1: write 2 "
             "or more, or null"
         )
+    initial = recipe.model.init_lora
+    if initial is not None and not initial.merge and recipe.model.lora is None:
+        raise UserError(
+            f"model.init_lora.merge is false, so that {initial.path} would be trained on, but model.lora is null: "
+            "write model.init_lora.merge: true, or a model.lora"
+        )
     _check_open_splits(recipe)
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)

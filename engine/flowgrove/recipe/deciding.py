@@ -33,6 +33,8 @@ def deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
     """What decides the weights, as JSON values, without the prompts' text."""
     content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
     content["model"]["path"] = Path(recipe.model.path).name  # where it lies is no matter
+    if recipe.model.init_lora is not None:
+        content["model"]["init_lora"]["path"] = Path(recipe.model.init_lora.path).name
     for section, keys in _OPERATION.items():
         for key in keys:
             content.get(section, {}).pop(key, None)

@@ -88,6 +88,8 @@ def _paths_in(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
         (content.get("data"), ("prompts", "eval_prompts"), "data"),
         (content.get("model"), ("path",), "model"),
     ]
+    model = content.get("model")
+    places.append((model.get("init_lora") if isinstance(model, dict) else None, ("path",), "model.init_lora"))
     entries = rewards if isinstance(rewards, list) else []
     places += [(reward, _REWARD_PATHS, f"reward.{index}") for index, reward in enumerate(entries)]
     return [

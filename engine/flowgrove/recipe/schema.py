@@ -60,6 +60,31 @@ class Lora(Section):
     """
 
 
+class InitLora(Section):
+    path: Text
+    """The LoRA: a .safetensors file, a folder that holds one, or OWNER/NAME in the local Hugging Face cache.
+    Layers are found under the names of diffusers and peft, of kohya's scripts and of ComfyUI, as far as diffusers
+    converts them. It must fit: a layer that the transformer lacks, or another shape, is an error that names it. A
+    folder is sought as model.path is.
+    Source: diffusers' load_lora_weights.
+    """
+
+    merge: bool = False
+    """Whether the LoRA becomes part of the frozen weights; false: model.lora starts from it and trains it on.
+    false: the file must hold a layer for each module that model.lora.targets adapts and none besides, of
+    model.lora.rank; its alpha may differ, since B is scaled so that the first pictures are those of the file. true: any
+    rank and modules; a new model.lora, or all weights, train on top, and who loads the exported LoRA loads this one
+    below it. Merge distilled and style LoRAs that the run shall keep, train on what it shall change.
+    Source: diffusers' fuse_lora.
+    """
+
+    strength: float = 1.0
+    """What the LoRA's change of the weights is multiplied by.
+    1 is the file as its loaders draw with it; take less where pictures are drawn with less.
+    Source: diffusers' lora_scale.
+    """
+
+
 class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
@@ -86,9 +111,18 @@ class Model(Section):
 
     lora: Lora | None = None
     """LoRA layers that train beside the frozen transformer; null trains all of its weights.
-    With LoRA the reference model is the same transformer with the layers switched off, and gradients and optimiser
-    state shrink to the layers. Full training takes a lower update.lr (published for FLUX.1-dev: 1e-5 against 3e-4).
+    With LoRA the reference model is the same transformer with the layers switched off (with model.init_lora, as they
+    start), and gradients and optimiser state shrink to the layers. Full training takes a lower update.lr (published for
+    FLUX.1-dev: 1e-5 against 3e-4).
     Source: LoRA (2106.09685).
+    """
+
+    init_lora: InitLora | None = None
+    """A LoRA that the run starts from, merged into the frozen weights or trained on; null: the model as it is.
+    The reference model of update.kl_weight and run.eval.tuned_share is the model as it is when training starts, with
+    this LoRA. What the file holds enters the run's identity: a run goes on only with the same content. `flowgrove
+    export` of a run that trains it on writes the whole LoRA, without need of this one.
+    Source: ours.
     """
 
     guidance_scale: NotNegative = 1.0
@@ -147,6 +181,11 @@ class Model(Section):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def trains_initial_lora(self) -> bool:
+        """Whether model.lora starts from another LoRA."""
+        return self.init_lora is not None and not self.init_lora.merge
 
     vae_tiling: bool = False
     """Whether the autoencoder decodes in tiles, as diffusers' enable_tiling does.
@@ -1008,6 +1047,11 @@ class Recipe(Section):
 
     run: Run = Run()
     """Length, seed, folder, checkpoints and evaluation."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether anything is compared with the model as it was before training, or drawn with it."""
+        return self.update.kl_weight > 0 or self.run.eval.tuned_share < 1
 
     def at_sizes(self) -> list["Recipe"]:
         """This recipe once for each of model.sizes, with that height and width; without sizes, itself."""

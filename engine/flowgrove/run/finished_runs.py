@@ -187,10 +187,15 @@ def export_run(
         raise UserError(f"cannot write {out}: {error}; free some space and give the same command again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    initial = recipe.model.init_lora
+    if lora is not None and initial is not None and initial.merge:
+        below = f" on top of {initial.path} at {initial.strength:g}, which the run has merged"
+    else:
+        below = ""
     if form == "comfyui":
-        return f"wrote a LoRA for ComfyUI: copy {out / COMFYUI_FILE} into its models/loras folder"
+        return f"wrote a LoRA for ComfyUI{below}: copy {out / COMFYUI_FILE} into its models/loras folder"
     load = f"{family.pipeline}.from_pretrained" if lora is None else "pipe.load_lora_weights"
-    return f'wrote a {"pipeline" if lora is None else "LoRA"}: {load}("{out}")'
+    return f'wrote a {"pipeline" if lora is None else "LoRA"}{below}: {load}("{out}")'
 
 
 def _dtypes_of_weights(adapter: Adapter, recipe: Recipe, dtype: str | None) -> dict[str, torch.dtype]:

@@ -72,7 +72,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: format, completed_iterations, recipe, line, token_budget unless it is older
-    than that, and splits of a run that chooses them.
+    than that, splits of a run that chooses them, and initial_lora of one with model.init_lora.
 
     Raises DamagedError, or UserError for a folder that is no checkpoint or may not be read.
     """

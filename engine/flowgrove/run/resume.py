@@ -114,7 +114,10 @@ def phrase(found: list[tuple[str, Any, Any]]) -> str:
     named = [f"{key} is {_shown(own)} instead of the run's {_shown(old)}" for key, own, old in found[:_MOST_NAMED]]
     if len(found) > _MOST_NAMED:
         named.append(f"{len(found) - _MOST_NAMED} more keys differ")
-    return ", ".join(named) or "data.prompts holds other prompts than when it began, or --force has changed a key since"
+    return ", ".join(named) or (
+        "data.prompts holds other prompts than when it began, or model.init_lora another LoRA, or --force has changed "
+        "a key since"
+    )
 
 
 def stored_budget(checkpoint: Path | None, own: str) -> int | None:

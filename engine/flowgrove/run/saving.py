@@ -82,9 +82,10 @@ class CheckpointWriter:
         fingerprint: str,
         line: dict[str, Any],
         splits: dict[str, Any] | None = None,
+        initial_lora: str | None = None,
     ) -> Path:
         """Begins to write the present state; returns the folder, which is there once `wait` has returned. `splits`:
-        that of the splits which the run chooses, if it does.
+        that of the splits which the run chooses, if it does. `initial_lora`: SHA-256 of what the run started from.
 
         Raises UserError, also for what went wrong with the one before.
         """
@@ -99,6 +100,7 @@ class CheckpointWriter:
                 "line": json.loads(json.dumps(line)),  # the last one gets an evaluation while this is written
                 "token_budget": updater.runner.budget.tokens,
                 **({} if splits is None else {"splits": splits}),
+                **({} if initial_lora is None else {"initial_lora": initial_lora}),
             }
             parts = ranks.tell(_named(policy, pieces))
             writers = [rank for rank, part in enumerate(parts) if parts.index(part) == rank]

@@ -1,0 +1,97 @@
+"""The LoRA that a run starts from (model.init_lora): part of the frozen weights, or where the trained layers start."""
+
+import re
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from flowgrove.errors import UserError
+from flowgrove.models.families import configuration_folder, family_of
+from flowgrove.models.folders import lora_file
+from flowgrove.models.lora_reading import read_lora
+from flowgrove.models.parts import model_from_config
+from flowgrove.models.trainable import choose_trainable
+from flowgrove.recipe.schema import InitLora, Lora, Model
+
+_LORA_WEIGHT = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
+_MOST_NAMED = 8  # targets that an error lists
+
+
+def check_initial_lora(model: Model) -> None:
+    """Raises UserError where model.init_lora does not fit the model, whose weights are not loaded."""
+    with torch.device("meta"):
+        transformer = model_from_config(configuration_folder(model), "transformer")
+        initial = InitialLora.of(model, transformer)
+        if initial is None or model.lora is None or not model.trains_initial_lora:
+            return
+        choose_trainable(transformer, model.lora, family_of(model.adapter).lora_targets, 0)
+    initial.start(transformer, model.lora)
+
+
+class InitialLora:
+    """A file's layers by the modules of a transformer that has no LoRA yet, with the recipe's strength in their scale.
+
+    Raises UserError for a file that does not fit them.
+    """
+
+    def __init__(self, said: InitLora, family: Any, transformer: nn.Module) -> None:
+        self.file = file = lora_file(said.path)
+        linear = {name: part for name, part in transformer.named_modules() if isinstance(part, nn.Linear)}
+        layers = read_lora(file, family, linear)
+        for name, layer in layers.items():
+            sides = (linear[name].out_features, linear[name].in_features)
+            if (layer.b.shape[0], layer.a.shape[1]) != sides or layer.b.shape[1] != layer.rank:
+                what = f"{file} holds {list(layer.b.shape)} × {list(layer.a.shape)} for {name}"
+                fix = f"whose weight is {list(sides)}: give a LoRA that was made for this model"
+                raise UserError(f"model.init_lora: {what}, {fix}")
+        self.layers = {name: layer._replace(scale=layer.scale * said.strength) for name, layer in layers.items()}
+
+    @classmethod
+    def of(cls, model: Model, transformer: nn.Module) -> Self | None:
+        """That of a recipe; None without one."""
+        return None if model.init_lora is None else cls(model.init_lora, family_of(model.adapter), transformer)
+
+    @torch.no_grad()
+    def merge(self, transformer: nn.Module) -> None:
+        """Adds the layers to the transformer's weights, which are rounded once. Raises UserError for quantised ones."""
+        for name, layer in self.layers.items():
+            linear: Any = transformer.get_submodule(name)
+            weight = linear.weight
+            if type(linear) is not nn.Linear or is_traceable_wrapper_subclass(weight):
+                raise UserError(
+                    f"model.init_lora.merge: {name} is stored quantised, and takes no change: write false, or give the "
+                    "model's unquantised folder"
+                )
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            change = layer.scale * (layer.b.to(weight.device, exact) @ layer.a.to(weight.device, exact))
+            weight.data = (weight.data.to(exact) + change).to(weight.dtype)  # a file's memory is never written into
+
+    def start(self, transformer: nn.Module, lora: Lora) -> dict[str, Tensor]:
+        """What the transformer's trained LoRA weights, by their names, start from: A as it is, and B scaled so that the
+        change of the weights is the file's. Raises UserError for a file of other modules or another rank.
+        """
+        weights = [name for name, weight in transformer.named_parameters() if weight.requires_grad]
+        trained = [match for name in weights if (match := _LORA_WEIGHT.fullmatch(name))]
+        self._check_fit({match[1] for match in trained}, lora)
+        started = {}
+        for match in trained:
+            layer = self.layers[match[1]]
+            share = layer.scale * lora.rank / lora.alpha
+            started[match[0]] = layer.a if match[2] == "A" else layer.b.to(torch.float32) * share
+        return started
+
+    def _check_fit(self, adapted: set[str], lora: Lora) -> None:
+        merge = "or model.init_lora.merge: true"
+        if odd := sorted(adapted ^ self.layers.keys()):
+            ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in self.layers})
+            targets = f"[{', '.join(ends)}]" if len(ends) <= _MOST_NAMED else "the names of its modules"
+            lacks = "has no layer for" if odd[0] in adapted else "has a layer for"
+            more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
+            what = f"model.lora.targets adapts {len(adapted):,} modules, and {self.file} {lacks} {odd[0]}{more}"
+            raise UserError(f"{what}: write model.lora.targets: {targets}, {merge}")
+        for name, layer in self.layers.items():
+            if layer.rank != lora.rank:
+                what = f"model.lora.rank is {lora.rank}, and {self.file} has rank {layer.rank} ({name})"
+                raise UserError(f"{what}: write model.lora.rank: {layer.rank}, {merge}")
