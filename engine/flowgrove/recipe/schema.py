@@ -70,7 +70,7 @@ class InitLora(Section):
     """
 
     merge: bool = False
-    """Whether the LoRA becomes part of the frozen weights; false: model.lora starts from it and trains it on.
+    """Whether the LoRA becomes part of the frozen weights; false: it is trained on, as model.lora says.
     false: the file must hold a layer for each module that model.lora.targets adapts and none besides, of
     model.lora.rank; its alpha may differ, since B is scaled so that the first pictures are those of the file. true: any
     rank and modules; a new model.lora, or all weights, train on top, and who loads the exported LoRA loads this one
