@@ -339,13 +339,11 @@ def sample(
 
     `--set run.eval.tuned_share=0.8` lets the trained model run the first 80 % of the steps and the base model the rest.
     """
-    from flowgrove.data.prompts import read_prompts
     from flowgrove.report.samples import write_samples
     from flowgrove.run.finished_runs import joined_for
 
-    texts = read_prompts(prompts, "--prompts")
     with joined_for(source, tuple(set_ or ())) as ranks:
-        count = write_samples(source, tuple(set_ or ()), texts, out, compare, checkpoint, ranks)
+        count = write_samples(source, tuple(set_ or ()), prompts, out, compare, checkpoint, ranks)
     _say(f"wrote {count} samples to {out}")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from copy import copy
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrove.plan.division import ALONE, Division
@@ -14,6 +15,7 @@ from flowgrove.recipe.deciding import deciding
 from flowgrove.recipe.schema import Recipe, Rollout, Window
 
 if TYPE_CHECKING:  # predicting memory needs torch, planning does not
+    from flowgrove.data.columns import Columns
     from flowgrove.plan.memory import MemoryModel
 
 
@@ -42,18 +44,29 @@ class Setup:
     @cached_property
     def prompts(self) -> list[str]:
         """The training prompts: what is trained on and what the fingerprint is of, whatever their file holds later."""
-        return self._read(self.recipe.data.prompts, "data.prompts")
+        return self.read_prompts(self.recipe.data.prompts, "data.prompts", self.recipe.data.prompt_key)
 
     @cached_property
     def eval_prompts(self) -> list[str]:
         """The held-out prompts; none without data.eval_prompts."""
         file = self.recipe.data.eval_prompts
-        return self._read(file, "data.eval_prompts") if file else []
+        return self.read_prompts(file, "data.eval_prompts", self.recipe.data.prompt_key) if file else []
 
-    def _read(self, file: str, key: str) -> list[str]:
+    def read_prompts(self, file: str | Path, key: str, column: str | None = None) -> list[str]:
+        """The prompts of a file, with what the recipe's model and rewards need of their rows. Raises UserError."""
         from flowgrove.data.prompts import read_prompts  # a plan is made without its readers
 
-        return read_prompts(file, key, self.recipe.data.prompt_key)
+        return read_prompts(file, key, column, self.columns)
+
+    @cached_property
+    def columns(self) -> "Columns":
+        """What is read of the prompts' rows beside their text."""
+        from flowgrove.data.columns import Columns
+        from flowgrove.models.families import family_of
+
+        model, metadata = self.recipe.model, self.recipe.data.metadata
+        pictures = family_of(model.adapter).source_count(model) > 0
+        return Columns(pictures, metadata if metadata == "all" else tuple(metadata or ()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,7 +80,9 @@ class Setup:
     @cached_property
     def _deciding(self) -> dict[str, Any]:
         content = deciding(self.recipe, exclude_defaults=True)
-        content["data"] |= {"prompts": self.prompts, "eval_prompts": None}
+        from flowgrove.data.prompt import described
+
+        content["data"] |= {"prompts": [described(prompt) for prompt in self.prompts], "eval_prompts": None}
         if self.initial_lora is not None:
             content["model"]["init_lora"]["path"] = self.initial_lora
         return content

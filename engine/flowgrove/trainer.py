@@ -18,6 +18,7 @@ from flowgrove.iteration import Look, NothingScoredError, Stages
 from flowgrove.models.initial_lora import check_initial_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.models.sources import check_sources
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.out_of_memory import PassTooLargeError
 from flowgrove.plan.division import Division
@@ -115,6 +116,8 @@ class Trainer:
             check_installed(list(self.recipe.run.log))
         if self.recipe.model.init_lora is not None:
             check_initial_lora(self.recipe.model)
+        texts = self._texts()
+        check_sources(self.recipe.model, texts[self.ranks.share(len(texts))])
         return checked_rewards(self.setup)
 
     def _load(self, resume: str, say: Say, force: bool) -> None:

@@ -36,7 +36,7 @@ def calls(monkeypatch):
     count(
         derived, "make_plan", lambda recipe, iteration, table, splits=None: (iteration, recipe.rollout.window.strategy)
     )
-    count(prompts, "read_prompts", lambda path, key, column: key)
+    count(prompts, "read_prompts", lambda path, key, *_: key)
     count(derived, "recipe_sigmas", lambda recipe: ("table", recipe.rollout.window.strategy))
     count(memory.MemoryModel, "__init__", lambda model, *_: "memory model")
     count(memory.MemoryModel, "_training", lambda model, states: ("training", states))

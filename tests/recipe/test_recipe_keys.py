@@ -17,6 +17,8 @@ DEFAULTS = {
         "lora": None,
         "init_lora": None,
         "guidance_scale": 1.0,
+        "negative_prompt": None,
+        "source_pictures": None,
         "height": None,
         "width": None,
         "frames": None,
@@ -25,7 +27,13 @@ DEFAULTS = {
         "gradient_checkpointing": "full",
         "vae_tiling": False,
     },
-    "data": {"eval_prompts": None, "prompts_per_iteration": 8, "prompt_key": None, "embedding_cache": "auto"},
+    "data": {
+        "eval_prompts": None,
+        "prompts_per_iteration": 8,
+        "prompt_key": None,
+        "metadata": None,
+        "embedding_cache": "auto",
+    },
     "rollout": {
         "steps": 25,
         "shift": 3.0,

@@ -8,6 +8,8 @@ iteration), so that a resumed run goes on where it stopped.
                               as downloaded from the hub
     a name of NAMED_SETS      that public set in the local Hugging Face cache; nothing is ever downloaded
     anything else             UTF-8 text, one prompt per line; only LF and CR LF end one
+
+Rows of the files with columns may hold more (`Columns`): their prompts are then of the class Prompt.
 """
 
 import random
@@ -17,10 +19,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from flowgrove.data.columns import Columns
+from flowgrove.data.prompt import with_text
 from flowgrove.data.readers import MOST_CHARACTERS, MOST_PROMPTS, complete, read_file, read_folder, too_much
 from flowgrove.errors import UserError, one_line
 from flowgrove.hub import cached_snapshot
 from flowgrove.paths import exists, local
+
+TEXT_ALONE = Columns()
 
 
 class NamedSet(NamedTuple):
@@ -51,11 +57,11 @@ NAMED_SETS = {
 }
 
 
-def read_prompts(path: str | Path, key: str, prompt_key: str | None = None) -> list[str]:
+def read_prompts(path: str | Path, key: str, prompt_key: str | None = None, columns: Columns = TEXT_ALONE) -> list[str]:
     """The prompts that are not blank, in their order, runs of white space as one space.
 
     `prompt_key`: the column of a jsonl, csv, tsv, parquet or datasets file (null: prompt, caption or text); text files
-    and named sets have no use for it.
+    and named sets have no use for it. `columns`: what is wanted of the others.
     A file or folder wins over a named set of the same name. Raises UserError naming the recipe key `key`.
     """
     place = local(path, key)
@@ -63,11 +69,11 @@ def read_prompts(path: str | Path, key: str, prompt_key: str | None = None) -> l
     try:
         if named is not None:
             files = _cached(str(path), named, key)
-            found = [text for file in files for text in read_file(file, key, named.column)]
+            found = [text for file in files for text in read_file(file, key, named.column, TEXT_ALONE)]
         elif place.is_dir():
-            found = read_folder(place, key, prompt_key)
+            found = read_folder(place, key, prompt_key, columns)
         else:
-            found = read_file(place, key, prompt_key)
+            found = read_file(place, key, prompt_key, columns)
         prompts = _tidy(found, key, path)
     except UserError:
         raise
@@ -87,7 +93,7 @@ def _tidy(texts: list[str], key: str, path: str | Path) -> list[str]:
     """The texts that are not blank, runs of white space as one space. Raises UserError for what no encoder reads."""
     if len(texts) > MOST_PROMPTS or sum(map(len, texts)) > MOST_CHARACTERS:
         raise too_much(path, key)
-    prompts = [prompt for text in texts if (prompt := " ".join(text.split()))]
+    prompts = [with_text(text, tidy) for text in texts if (tidy := " ".join(text.split()))]
     for number, prompt in enumerate(prompts, 1):
         try:
             prompt.encode()

@@ -1,7 +1,7 @@
-"""The texts of a prompt file or folder: jsonl, json, parquet, csv, tsv, what datasets.save_to_disk writes, plain text.
+"""The prompts of a file or folder: jsonl, json, parquet, csv, tsv, what datasets.save_to_disk writes, plain text.
 
-Every reader takes the recipe key and the path for its errors, and the column that holds the prompts (None: prompt,
-caption or text).
+Every reader takes the recipe key and the path for its errors, the column that holds the texts (None: prompt, caption or
+text), and what is wanted of the others.
 """
 
 import csv
@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from flowgrove.data.columns import Chosen, Columns, with_columns
 from flowgrove.errors import UserError
 from flowgrove.paths import check_regular, read_bytes
 
@@ -26,15 +27,15 @@ _POINTER = "version https://git-lfs.github.com/spec/"
 _BATCH = 256  # rows: one text that stands in each of them is held that often
 
 
-def read_file(file: Path, key: str, column: str | None) -> list[str]:
-    """The texts of one file, by its suffix."""
+def read_file(file: Path, key: str, column: str | None, columns: Columns) -> list[str]:
+    """The prompts of one file, by its suffix."""
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet([file], key, column)
+        return _read_parquet([file], key, column, columns)
     if suffix in (".jsonl", ".json"):
-        return _texts_of_rows(_read_json(file, key), file, key, column)
+        return _prompts_of_rows(_read_json(file, key), file, key, column, columns)
     if suffix in (".csv", ".tsv"):
-        return _read_table(file, key, column)
+        return _read_table(file, key, column, columns)
     return _text(file, key).replace("\r\n", "\n").split("\n")  # other line ends of Unicode may stand in a prompt
 
 
@@ -47,8 +48,8 @@ def _text(file: Path, key: str) -> str:
     return content
 
 
-def _read_table(file: Path, key: str, column: str | None) -> list[str]:
-    """The texts of a column of a csv or tsv file, whose first line names the columns."""
+def _read_table(file: Path, key: str, column: str | None, columns: Columns) -> list[str]:
+    """The prompts of a csv or tsv file, whose first line names the columns."""
     content, tabs = _text(file, key), file.suffix.lower() == ".tsv"
     rows = csv.reader(io.StringIO(content, newline=""), delimiter="\t" if tabs else ",", strict=True)
     try:
@@ -66,12 +67,15 @@ def _read_table(file: Path, key: str, column: str | None) -> list[str]:
     name = _pick_column(names, file, key, column)
     if names.count(name) > 1:
         raise UserError(f"{key}: {file} has {names.count(name)} columns {name}: give each a name of its own")
-    place = names.index(name)
+    place, chosen = names.index(name), columns.of(names, name, file, key)
     for number, row in found[1:]:
         if any(text.strip() for text in row[len(names) :]):
             what = f"line {number} of {file} has {len(row)} fields, but there are {len(names)} columns"
             raise UserError(f"{key}: {what}: put quotes round a text with {'tabs' if tabs else 'commas'}")
-        texts += row[place : place + 1]
+        if chosen is None:
+            texts += row[place : place + 1]
+        elif len(row) > place:
+            texts.append(chosen.prompt(row[place], dict(zip(names, row, strict=False)), number))
     return texts
 
 
@@ -118,17 +122,21 @@ def _json_lines(lines: list[str], file: Path, key: str) -> list[Any]:
     return rows
 
 
-def _texts_of_rows(rows: list[dict[str, Any]], file: Path, key: str, column: str | None) -> list[str]:
+def _prompts_of_rows(
+    rows: list[dict[str, Any]], file: Path, key: str, column: str | None, columns: Columns
+) -> list[str]:
     if not rows:
         return []
-    name = _pick_column(dict.fromkeys(chain.from_iterable(rows)), file, key, column)
-    texts = [text for row in rows if (text := row.get(name)) is not None]
-    if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
+    names = dict.fromkeys(chain.from_iterable(rows))
+    name = _pick_column(names, file, key, column)
+    texts = [row.get(name) for row in rows]
+    if (wrong := next((text for text in texts if not isinstance(text, str | None)), None)) is not None:
         raise _not_text(file, key, name, f"values like {str(wrong)[:40]}")
-    return texts
+    chosen = columns.of(names, name, file, key)
+    return [text for text in texts if text is not None] if chosen is None else with_columns(texts, rows, chosen, 1)
 
 
-def read_folder(folder: Path, key: str, column: str | None) -> list[str]:
+def read_folder(folder: Path, key: str, column: str | None, columns: Columns) -> list[str]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads(_text(folder / "dataset_dict.json", key))["splits"]
         if "train" not in splits:
@@ -138,17 +146,17 @@ def read_folder(folder: Path, key: str, column: str | None) -> list[str]:
             )
         folder = folder / "train"
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return _read_saved(folder, key, column)
+        return _read_saved(folder, key, column, columns)
     for pattern in ("*.parquet", "data/*.parquet", "train/*.parquet"):
         if files := sorted(folder.glob(pattern)):
-            return _read_parquet(_one_split(files, folder, key), key, column)
+            return _read_parquet(_one_split(files, folder, key), key, column, columns)
     raise UserError(
         f"{key}: {folder} is a folder without prompts: give a file, a folder written by datasets.save_to_disk, "
         "or one with parquet files"
     )
 
 
-def _read_saved(folder: Path, key: str, column: str | None) -> list[str]:
+def _read_saved(folder: Path, key: str, column: str | None, columns: Columns) -> list[str]:
     """A dataset as datasets.save_to_disk writes it: Arrow streams, listed in state.json."""
     arrow = _pyarrow("pyarrow", folder, key)
     state = json.loads(_text(folder / "state.json", key))
@@ -157,21 +165,20 @@ def _read_saved(folder: Path, key: str, column: str | None) -> list[str]:
             f"{key}: {folder} is a selection of rows saved by an old version of datasets: "
             "load it and save it again with save_to_disk"
         )
-    texts: list[str] = []
-    characters = 0
+    found = _Found(key)
     for file in (folder / entry["filename"] for entry in state["_data_files"]):
         check_regular(file, f"{key}:")
         with arrow.memory_map(str(file)) as source, arrow.ipc.open_stream(source) as stream:
             name = _pick_column(stream.schema.names, folder, key, column)
+            chosen = columns.of(stream.schema.names, name, folder, key)
             for batch in stream:
-                characters = _add(texts, characters, batch.column(name), folder, key, name)
-    return texts
+                found.add(batch, folder, name, chosen)
+    return found.prompts
 
 
-def _read_parquet(files: list[Path], key: str, column: str | None) -> list[str]:
+def _read_parquet(files: list[Path], key: str, column: str | None, columns: Columns) -> list[str]:
     parquet = _pyarrow("pyarrow.parquet", files[0], key)
-    texts: list[str] = []
-    characters = 0
+    found = _Found(key)
     for file in files:
         if check_regular(file, f"{key}:") < 1000 and file.read_bytes().startswith(_POINTER.encode()):
             raise UserError(f"{key}: {file} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
@@ -183,9 +190,10 @@ def _read_parquet(files: list[Path], key: str, column: str | None) -> list[str]:
                 size = sum(group.column(index).total_uncompressed_size for group in groups)
                 if size > _MOST_BYTES:
                     raise UserError(f"{key}: the column {name} of {file} takes {size >> 20:,} MiB: give a part of it")
-            for batch in table.iter_batches(_BATCH, columns=[name]):
-                characters = _add(texts, characters, batch.column(0), file, key, name)
-    return texts
+            chosen = columns.of(table.schema_arrow.names, name, file, key)
+            for batch in table.iter_batches(_BATCH, columns=[name, *(() if chosen is None else chosen.names)]):
+                found.add(batch, file, name, chosen)
+    return found.prompts
 
 
 def too_much(file: Path | str, key: str) -> UserError:
@@ -193,24 +201,36 @@ def too_much(file: Path | str, key: str) -> UserError:
     return UserError(f"{key}: {file} holds more than {most}: give a part of it")
 
 
-def _add(texts: list[str], characters: int, values: Any, file: Path, key: str, name: str) -> int:
-    """Adds the values of an Arrow array; returns how many characters there are now. A small file may hold much."""
-    for start in range(0, len(values), _BATCH):
-        found = _strings(values.slice(start, _BATCH), file, key, name)
-        texts += found
-        characters += sum(map(len, found))
-        if characters > MOST_CHARACTERS or len(texts) > MOST_PROMPTS:
-            raise too_much(file, key)
-    return characters
+class _Found:
+    """The prompts of Arrow's batches."""
+
+    def __init__(self, key: str) -> None:
+        self.key, self.prompts = key, list[str]()
+        self._characters = self._rows = 0
+
+    def add(self, batch: Any, file: Path, name: str, chosen: Chosen | None) -> None:
+        """Those of one batch, some at a time: a small file may hold much. Raises UserError."""
+        for start in range(0, len(batch), _BATCH):
+            some = batch.slice(start, _BATCH)
+            texts = _strings(some.column(name), file, self.key, name)
+            self._characters += sum(len(text) for text in texts if text is not None)
+            if self._characters > MOST_CHARACTERS or len(self.prompts) + len(texts) > MOST_PROMPTS:
+                raise too_much(file, self.key)
+            if chosen is None:
+                self.prompts += [text for text in texts if text is not None]
+            else:
+                self.prompts += with_columns(texts, some.select(chosen.names).to_pylist(), chosen, self._rows + 1)
+            self._rows += len(texts)
 
 
-def _strings(values: Any, file: Path, key: str, name: str) -> list[str]:
-    """The values of an Arrow array that are not null. Raises UserError for another type than text."""
+def _strings(values: Any, file: Path, key: str, name: str) -> list[str | None]:
+    """The values of an Arrow array. Raises UserError for another type than text."""
     types = _pyarrow("pyarrow", file, key).types
     kind = values.type.value_type if types.is_dictionary(values.type) else values.type
     if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)):
         raise _not_text(file, key, name, f"the type {values.type}")
-    return [text for text in values.to_pylist() if text is not None]
+    found: list[str | None] = values.to_pylist()
+    return found
 
 
 def _one_split(files: list[Path], folder: Path, key: str) -> list[Path]:

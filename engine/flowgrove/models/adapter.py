@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.device import to_device
+from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.stored import stored_in
@@ -45,6 +46,7 @@ class Adapter(ABC):
     uncond_text: ClassVar[str] = ""  # the prompt that classifier-free guidance leads away from
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
     comfyui_modules: ClassVar[str] = ""  # what ComfyUI knows by the names of diffusers, as a regular expression
+    source_pictures: ClassVar[tuple[int, int]] = (0, 0)  # the fewest and the most of a prompt; 0: it needs none
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # text encoders that a folder may leave out, with their tokenizers
@@ -82,8 +84,19 @@ class Adapter(ABC):
 
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
-        """What an adapter that only encodes leaves on disk."""
-        return cls.PICTURE
+        """What an adapter that only encodes leaves on disk; source pictures are encoded by the VAE."""
+        return tuple(part for part in cls.PICTURE if part != "vae") if cls.source_pictures[1] else cls.PICTURE
+
+    @classmethod
+    def source_count(cls, model: Model) -> int:
+        """The source pictures of every prompt. Raises UserError for a number that the family does not take."""
+        (fewest, most), asked = cls.source_pictures, model.source_pictures
+        if asked is None:
+            return fewest
+        if not fewest <= asked <= most:
+            takes = str(fewest) if fewest == most else f"{fewest} to {most}"
+            raise UserError(f"model.source_pictures is {asked}: {model.adapter} takes {takes}")
+        return asked
 
     def at(self, geometry: Geometry) -> Self:
         """This adapter at another size, with the same transformer and pipeline."""
@@ -116,6 +129,11 @@ class Adapter(ABC):
         """
         return guidance_scale > 1 and not self.embeds_guidance
 
+    @classmethod
+    def default_negative(cls, model: Model) -> str:
+        """The negative prompt of rows that have none of their own."""
+        return cls.uncond_text if model.negative_prompt is None else model.negative_prompt
+
     def samples_per_decode(self, device_type: str) -> int:
         """Samples that are decoded together."""
         return max(1, PIXELS_PER_DECODE[device_type] // self.geometry.pixels)
@@ -129,7 +147,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text embeddings, one row per prompt; `uncond_text` is the unconditional prompt."""
+        """Text embeddings, one row per prompt; `uncond_text` is the unconditional prompt. What comes of the prompts'
+        source pictures (`models.sources.source_pictures`) stands in tensors named "source_…".
+        """
 
     @abstractmethod
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:

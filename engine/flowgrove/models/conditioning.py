@@ -20,7 +20,7 @@ def padded_length(tokens: Any) -> Any:
 @dataclass(frozen=True)
 class Conditioning:
     """Tensors whose first dimension is the prompt. Prompts of different lengths (dimension 1) are padded with zeros,
-    which a "…_mask" tells apart.
+    which a "…_mask" tells apart; tensors named "source_…", which come of pictures, have the same shape in all.
     """
 
     tensors: dict[str, Tensor]
@@ -56,7 +56,7 @@ class Conditioning:
         if mask is None:
             return np.full(
                 len(self),
-                max((tensor.shape[1] for tensor in self.tensors.values() if tensor.ndim > 2), default=0),
+                max((tensor.shape[1] for name, tensor in self.tensors.items() if _is_text(name, tensor)), default=0),
                 dtype=np.int64,
             )
         return to_host(mask.sum(1)).numpy().astype(np.int64)
@@ -92,15 +92,22 @@ class Conditioning:
         ]
 
     def _mask(self) -> Tensor | None:
-        return next((tensor for name, tensor in self.tensors.items() if name.endswith("_mask")), None)
+        return next((tensor for name, tensor in self.tensors.items() if _is_mask(name)), None)
 
     def _padded(self, mask: Tensor) -> set[str]:
         """The tensors whose dimension 1 is the text."""
         return {
-            name
-            for name, tensor in self.tensors.items()
-            if (tensor.ndim > 2 or name.endswith("_mask")) and tensor.shape[1] == mask.shape[1]
+            name for name, tensor in self.tensors.items() if _is_text(name, tensor) and tensor.shape[1] == mask.shape[1]
         }
+
+
+def _is_text(name: str, tensor: Tensor) -> bool:
+    """Whether the dimension 1 is the text."""
+    return _is_mask(name) or (tensor.ndim > 2 and not name.startswith("source_"))
+
+
+def _is_mask(name: str) -> bool:
+    return name.endswith("_mask") and not name.startswith("source_")
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowgrove.data.prompt import encoding_key
 from flowgrove.data.prompts import cut_alike
 from flowgrove.device import release_memory
 from flowgrove.errors import UserError
@@ -48,7 +49,8 @@ def warn_of_cut_prompts(adapter: Adapter, texts: Iterable[str]) -> None:
     """Logs how many of `texts` differ from others only after what the encoders of `adapter` read."""
     tokenizers = adapter.tokenizers()
     most = max((limit for _, limit in tokenizers), default=0)
-    long = [text for text in dict.fromkeys(texts) if len(text.encode()) + _MARKS > most]  # a token holds a byte or more
+    distinct = dict.fromkeys(str(text) for text in texts)
+    long = [text for text in distinct if len(text.encode()) + _MARKS > most]  # a token holds a byte or more
     long = [text for text in long if all(len(one(text).input_ids) >= limit for one, limit in tokenizers)]
 
     def read(text: str) -> tuple[tuple[int, ...], ...]:
@@ -190,7 +192,7 @@ class StoredEncoder:
             )
 
     def _file(self, text: str) -> Path:
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+        return self.folder / f"{encoding_key(text)}.safetensors"
 
 
 class TooManyPromptsError(Exception):
@@ -230,9 +232,11 @@ def _with_end(tensors: dict[str, Tensor]) -> Conditioning:
     return Conditioning(whole)
 
 
-def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int) -> Path | None:
-    """Where a recipe's embeddings lie: data.embedding_cache, one folder per set of encoders; None where the encoders
-    stay loaded.
+def cache_folder(
+    recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int, sources: int = 0
+) -> Path | None:
+    """Where a recipe's embeddings lie: data.embedding_cache, one folder per set of encoders (`parts`), and for prompts
+    with source pictures (`sources`) per size; None where the encoders stay loaded.
 
     `auto`: in the user's cache folder if the encoders' files hold more than a gigabyte.
     """
@@ -256,5 +260,8 @@ def cache_folder(recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_
     ]
     # Wan's pipeline cleans prompts with it where it is installed
     identity.append(f"ftfy {find_spec('ftfy') is not None}")
+    if sources:  # their latents are of the size that is drawn
+        model = recipe.model
+        identity.append(f"{sources} {model.height} {model.width} {model.frames}")
     identity += [f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, sizes, strict=True)]
     return root.expanduser() / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]

@@ -25,6 +25,7 @@ class Geometry:
     picture_tokens: int
     prompt_tokens: int  # the longest prompt that is read; of several encoders, by the last
     text_tokens: int  # of the longest prompt, that stand beside the picture's in the transformer
+    source_tokens: int = 0  # of the prompt's source pictures, that stand there too
 
     @property
     def pixels(self) -> int:
@@ -33,15 +34,17 @@ class Geometry:
 
     @property
     def tokens(self) -> int:
-        return self.picture_tokens + self.text_tokens
+        return self.picture_tokens + self.source_tokens + self.text_tokens
 
 
-def packed_geometry(model: Model, scale: int, channels: int, text_tokens: int) -> Geometry:
-    """That of pipelines that hand the transformer a list of 2×2 patches: states are [tokens, channels]."""
+def packed_geometry(model: Model, scale: int, channels: int, text_tokens: int, sources: int = 0) -> Geometry:
+    """That of pipelines that hand the transformer a list of 2×2 patches: states are [tokens, channels]. `sources`: the
+    pictures of the same size that stand beside each.
+    """
     unit = 2 * scale
     height, width = drawn_size(model, 128 * scale, unit)
     tokens, text = (height // unit) * (width // unit), model.text_tokens or text_tokens
-    return Geometry((tokens, channels), height, width, unit, None, tokens, text, text)
+    return Geometry((tokens, channels), height, width, unit, None, tokens, text, text, sources * tokens)
 
 
 def drawn_size(model: Model, default: int, unit: int, most: int | None = None) -> tuple[int, int]:

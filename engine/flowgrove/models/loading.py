@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
+from flowgrove.data.prompt import conditional, unconditional
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.embeddings import (
@@ -24,6 +25,7 @@ from flowgrove.models.embeddings import (
 )
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder, part_names
+from flowgrove.models.geometry import part_config
 from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, is_quantised, load_part
 from flowgrove.models.stored import all_bf16
 from flowgrove.process import is_first, rank_here, share_of, started_here
@@ -49,7 +51,7 @@ def load_model(
         return adapter, LoadedEncoder(adapter)
     encoder: Encoder = stored
     try:
-        stored.prepare([*texts, family.uncond_text] if texts else ())
+        stored.prepare(_encoded(recipe, texts))
     except TooManyPromptsError:
         encoder = OffloadedEncoder(stored.load, device)
     return _load(recipe.model, device, dtype, family.TEXT, divided), encoder
@@ -69,7 +71,7 @@ def encode_together(
     stored = ranks.together(lambda: _stored_encoder(recipe, device, dtype))
     if stored is None:
         return
-    wanted = [*texts, family_of(recipe.model.adapter).uncond_text]
+    wanted = _encoded(recipe, texts)
     for rank, size in ((ranks.rank, ranks.size), (rank_here(), started_here())):
         # all know what is missing before any of it is stored
         missing = ranks.together(lambda: stored.missing(wanted))
@@ -87,10 +89,25 @@ def _store_share(stored: StoredEncoder, missing: list[str], rank: int, size: int
     return False
 
 
+def _encoded(recipe: Recipe, texts: Iterable[str]) -> list[str]:
+    """What is encoded of prompts, and what guidance leads away from: once for each source picture if it is used."""
+    model, wanted, family = recipe.model, list(texts), family_of(recipe.model.adapter)
+    if not wanted:
+        return []
+    found, default = [conditional(text) for text in wanted], family.default_negative(model)
+    scale, key = max(model.guidance_scale, recipe.run.eval.guidance_scale or 0.0), family.guidance_key
+    guided = scale > 1 and not (key and part_config(model_folder(model), "transformer").get(key))
+    if guided or not family.source_count(model):
+        found += [unconditional(text, default) for text in wanted]
+    return list(dict.fromkeys(found))
+
+
 def _stored_encoder(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> StoredEncoder | None:
     """Where a recipe's embeddings are stored; None where its encoders stay loaded."""
     model, folder, family = recipe.model, model_folder(recipe.model), family_of(recipe.model.adapter)
-    place = cache_folder(recipe, folder, family.TEXT, read_geometry(folder, model).prompt_tokens)
+    sources, prompt_tokens = family.source_count(model), read_geometry(folder, model).prompt_tokens
+    parts = (*family.TEXT, "vae") if sources else family.TEXT
+    place = cache_folder(recipe, folder, parts, prompt_tokens, sources)
     if place is None:
         return None
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrove.data.prompt import conditional, unconditional
 from flowgrove.device import allocated_memory, to_device
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
@@ -36,14 +37,15 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.f
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts: texts, their conditioning [P], and the unconditional one [1] where guidance needs it; on the
-    host [P], `lengths` of the texts in tokens, and `tokens` that a row of each costs, picture and text, both rows of
-    guidance.
+    """Encoded prompts: texts, their conditioning [P], and where guidance needs it the distinct unconditional ones [U]
+    and which of them each prompt has, int64 [P] on the device; on the host [P], `lengths` of the texts in tokens (the
+    longer of both), and `tokens` that a row of each costs, pictures and text, both rows of guidance.
     """
 
     texts: list[str]
     cond: Conditioning
     uncond: Conditioning | None
+    uncond_of: Tensor | None
     lengths: Ints
     tokens: Ints
 
@@ -52,7 +54,15 @@ class Prompts:
 
     def unguided(self) -> "Prompts":
         """The same for passes without guidance."""
-        return self if self.uncond is None else Prompts(self.texts, self.cond, None, self.lengths, self.tokens // 2)
+        if self.uncond is None:
+            return self
+        return Prompts(self.texts, self.cond, None, None, self.lengths, self.tokens // 2)
+
+    def uncond_rows(self, prompt_of: Tensor) -> Conditioning | None:
+        """The unconditional conditioning of rows of these prompts."""
+        if self.uncond is None or self.uncond_of is None:
+            return None
+        return self.uncond[self.uncond_of[prompt_of]]
 
     def longest(self, prompts: Ints) -> int:
         """Tokens of the longest text of these prompts."""
@@ -63,7 +73,9 @@ class Prompts:
         return int(self.tokens[prompts].sum())
 
     def __getitem__(self, some: slice) -> "Prompts":
-        return Prompts(self.texts[some], self.cond[some], self.uncond, self.lengths[some], self.tokens[some])
+        uncond_of = None if self.uncond_of is None else self.uncond_of[some]
+        lengths, tokens = self.lengths[some], self.tokens[some]
+        return Prompts(self.texts[some], self.cond[some], self.uncond, uncond_of, lengths, tokens)
 
 
 class Velocity(NamedTuple):
@@ -88,6 +100,7 @@ class Policy:
     device: torch.device
     compute_dtype: torch.dtype
     guidance_scale: float
+    negative_prompt: str  # of prompts that have none of their own
     bytes_when_loaded: int = 0  # on the device, with the models of rewards, which are loaded before it
     tuned: bool = True  # False: the reference model
     trains_unconditional: bool = True  # False: a constant in the gradient
@@ -127,7 +140,8 @@ class Policy:
         if rolled.cheapens and passes:
             weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
         loaded = allocated_memory(device)
-        policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, loaded)
+        negative = adapter.default_negative(model)
+        policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
         return replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
 
     @classmethod
@@ -174,18 +188,24 @@ class Policy:
         return replace(self, adapter=copy.adapter(self.adapter), precision=copy.precision)
 
     def encode(self, texts: list[str]) -> Prompts:
-        """Each distinct text is encoded once."""
-        distinct = list(dict.fromkeys(texts))
-        place = {text: i for i, text in enumerate(distinct)}
-        rows = to_device(torch.tensor([place[text] for text in texts]), self.device)
+        """Each distinct prompt is encoded once, and each distinct negative one where guidance needs it."""
+        distinct, rows = _numbered([conditional(text) for text in texts])
+        away, away_rows = (
+            _numbered([unconditional(text, self.negative_prompt) for text in texts]) if self.doubles else ([], [])
+        )
         with span("encode", rows=len(distinct)):
-            whole = self.encoder([*distinct, self.adapter.uncond_text] if self.doubles else distinct)
-        cond, uncond = whole[rows], whole[len(distinct) :].without_padding() if self.doubles else None
+            whole = self.encoder([*distinct, *away])
+        cond = whole[to_device(torch.tensor(rows), self.device)]
         lengths, size = cond.lengths(), self.adapter.geometry
-        longer = lengths if uncond is None else np.maximum(lengths, uncond.lengths())
+        uncond = uncond_of = None
+        if self.doubles:
+            uncond = whole[len(distinct) :].without_padding()
+            uncond_of = to_device(torch.tensor(away_rows), self.device)
+            lengths = np.maximum(lengths, uncond.lengths()[away_rows])
         # what a pass need not pad, it need not run
-        beside = padded_length(longer) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)
-        return Prompts(texts, cond, uncond, lengths, (size.picture_tokens + beside) * (1 if uncond is None else 2))
+        beside = padded_length(lengths) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)
+        tokens = (size.picture_tokens + size.source_tokens + beside) * (2 if self.doubles else 1)
+        return Prompts(texts, cond, uncond, uncond_of, lengths, tokens)
 
     @property
     def weights_in_use(self) -> tuple[int, ...]:
@@ -211,9 +231,10 @@ class Policy:
         """
         with self._precision():
             cond = prompts.cond[prompt_of].trimmed(longest)
-            if prompts.uncond is None:
+            away = prompts.uncond_rows(prompt_of)
+            if away is None:
                 return Velocity(self.adapter.velocity(x, sigma, cond, self.guidance_scale))
-            both = Conditioning.cat([cond, prompts.uncond[torch.zeros_like(prompt_of)]])
+            both = Conditioning.cat([cond, away.trimmed(longest)])
             v, uncond = self.adapter.velocity(
                 torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale
             ).chunk(2)
@@ -253,6 +274,12 @@ class Policy:
         return nullcontext()
 
 
+def _numbered(texts: list[str]) -> tuple[list[str], list[int]]:
+    """The distinct texts, and which of them each is."""
+    place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return list(place), [place[text] for text in texts]
+
+
 def _check_dtype(model: Model) -> None:
     if model.dtype not in family_of(model.adapter).dtypes:
         why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
@@ -267,6 +294,8 @@ def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
         )
         if recipe.rollout.guidance_range is not None:
             raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
+        if recipe.model.negative_prompt is not None:
+            raise UserError(f"model.negative_prompt: {why}, so that nothing leads away from it: remove it")
         if recipe.update.detach_unconditional:
             raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")
     if recipe.rollout.cache is not None and not hasattr(adapter.transformer, "enable_cache"):

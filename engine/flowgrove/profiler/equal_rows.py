@@ -48,7 +48,7 @@ class RowLog(PassRunner):
         self._first: dict[bytes, str] = {}  # the stage that has computed a row first
         self._repeated: Counter[tuple[str, str]] = Counter()
         self._untouched = b""
-        self._texts: tuple[Any, list[bytes]] = (None, [])  # of the prompts that came last
+        self._texts: tuple[Any, tuple[list[bytes], list[bytes]]] = (None, ([], []))  # of the prompts that came last
 
     def velocity(
         self, policy: Policy, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None
@@ -59,9 +59,9 @@ class RowLog(PassRunner):
             stage = stage if policy.tuned or stage == EVALUATION else stage + REFERENCE
             scale = policy.guidance_scale if policy.adapter.embeds_guidance else None
             model = self._model(policy) + f"{policy.adapter.geometry}{scale}{policy.precision}".encode()
-            texts = self._embedded(prompts)
+            texts, away = self._embedded(prompts)
             for state, at, prompt in zip(x, sigma, prompt_of.tolist(), strict=True):
-                for text in (texts[prompt],) if prompts.uncond is None else (texts[prompt], texts[-1]):
+                for text in (texts[prompt], *away[prompt : prompt + 1]):
                     self._note(stage, model + text + _bytes(state) + _bytes(at))
         return found
 
@@ -96,11 +96,14 @@ class RowLog(PassRunner):
             return named
         return self._untouched
 
-    def _embedded(self, prompts: Prompts) -> list[bytes]:
-        """Names each prompt by its embedding, and last the unconditional one."""
+    def _embedded(self, prompts: Prompts) -> tuple[list[bytes], list[bytes]]:
+        """Names each prompt by its embedding, and by its unconditional one, if it has any."""
         if self._texts[0] is not prompts:
-            each = [*prompts.cond.split(), *(prompts.uncond.split() if prompts.uncond is not None else ())]
-            self._texts = prompts, [_name(cond) for cond in each]
+            named, away = [_name(cond) for cond in prompts.cond.split()], list[bytes]()
+            if prompts.uncond is not None and prompts.uncond_of is not None:
+                distinct = [_name(cond) for cond in prompts.uncond.split()]
+                away = [distinct[which] for which in prompts.uncond_of.tolist()]
+            self._texts = prompts, (named, away)
         return self._texts[1]
 
 

@@ -132,6 +132,21 @@ class Model(Section):
     Source: classifier-free guidance (2207.12598).
     """
 
+    negative_prompt: str | None = None
+    """What guidance leads away from; null: the model's own, an empty text for most.
+    A prompt whose row has a column negative_prompt takes that instead. Only models that run an unconditional row for
+    guidance have a use for it.
+    Source: the pipelines' negative_prompt in diffusers.
+    """
+
+    source_pictures: Annotated[int, Field(ge=0, le=16)] | None = None
+    """How many source pictures a prompt has, which the model edits or animates; null: as few as the model allows.
+    They stand in the column image or images of the prompt files, as paths relative to the file or as bytes, and every
+    prompt has as many. A source is scaled to cover model.height × model.width, and what hangs over is cropped. Each
+    adds tokens to every pass where the model reads it beside the picture that it draws.
+    Source: the pipelines' image in diffusers.
+    """
+
     height: Pixels | None = None
     """The height of a picture or frame, in pixels; null: the pipeline's default.
     It must be a multiple of the pixels per token and side, which is 16 for the published models. The cost of a pass
@@ -221,6 +236,13 @@ class Data(Section):
     prompt_key: str | None = None
     """The column or field that holds the prompt; null: prompt, caption or text, whichever comes first.
     Text files and public sets have no use for it. It holds for data.prompts and data.eval_prompts.
+    Source: ours.
+    """
+
+    metadata: list[Text] | Literal["all"] | None = None
+    """The other columns of a prompt's row that reach its rewards: names, or all; null: none.
+    Rewards that take them say which they read; GenEval's are tag, include and exclude. Columns that hold pictures or
+    negative prompts are no metadata. It holds for data.prompts and data.eval_prompts.
     Source: ours.
     """
 

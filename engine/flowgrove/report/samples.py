@@ -14,6 +14,7 @@ from flowgrove.evaluation import draw
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.models.sources import source_pictures
 from flowgrove.ranks import Ranks
 from flowgrove.report.grids import Grid
 from flowgrove.report.side_by_side import draw_side_by_side
@@ -28,15 +29,17 @@ _PROMPTS_PER_PAGE, _MOST_SAMPLES = 8, 4
 def write_samples(
     source: Path,
     overrides: tuple[str, ...],
-    prompts: list[str],
+    wanted: Path | list[str],
     out: Path,
     compare: bool = False,
     which: str | None = None,
     ranks: Ranks | None = None,
 ) -> int:
-    """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number.
-    Each of the `ranks` draws and writes its share of the prompts, the first one also what tells of them all.
+    """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number. Source pictures
+    lie beside them as the model sees them, NNNN_source_K.png. Each of the `ranks` draws and writes its share of the
+    prompts, the first one also what tells of them all.
 
+    `wanted`: prompts, or a file of them in any format of data.prompts.
     `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for
     a recipe: it has one model.
     """
@@ -47,8 +50,10 @@ def write_samples(
             raise UserError("--compare sets a run's model beside its base model: give the folder of a run")
 
     ranks.together(check)
-    model = open_model(*open_recipe(source, overrides, which, ranks), prompts, ranks)
-    setup = Setup(model.recipe)
+    recipe, checkpoint = open_recipe(source, overrides, which, ranks)
+    setup = Setup(recipe)
+    prompts = wanted if isinstance(wanted, list) else ranks.together(lambda: setup.read_prompts(wanted, "--prompts"))
+    model = open_model(recipe, checkpoint, prompts, ranks)
     runner = ranks.together(lambda: PassRunner.of(model.recipe, model.policy))
     with ranks.together(lambda: pick_backend(model.recipe)):
         base = _write(setup, model.policy, runner, prompts, out, "_base", ranks) if compare else []
@@ -68,9 +73,13 @@ def _write(
     samples, share = setup.recipe.run.eval.samples, ranks.share(len(prompts))
     tiles: list[Tensor] = []
     lines: list[str] = []
+    geometry = policy.adapter.geometry
 
     def work() -> None:
         out.mkdir(parents=True, exist_ok=True)
+        for number, prompt in enumerate(prompts[share], share.start):
+            for place, source in enumerate(source_pictures(prompt, geometry.height, geometry.width)):
+                write_file(out / f"{number:04d}_source_{place}.png", source.save)
         for some in draw(setup, policy, runner, prompts[share], share.start):
             for sample in some:
                 prompt, number = divmod(share.start * samples + len(lines), samples)

@@ -74,13 +74,16 @@ def _replay(
     """
     rows, cond = len(states.x), prompts.cond[states.prompt].trimmed(longest)
     names, uncond = list(cond.tensors), prompts.uncond
+    if uncond is not None and len(uncond) > 1:  # else one row serves all
+        uncond = prompts.uncond_rows(states.prompt)
     key = None if states.key is None else states.key.pack(rows * kind.fanout, states.x.device)
 
     def function(x: Tensor, sigma: Tensor, key: Tensor | None, history: Tensor | None, *rest: Tensor) -> Tensors:
         mine = Conditioning(dict(zip(names, rest[6:], strict=False)))
         other = None if uncond is None else Conditioning(dict(zip(names, rest[6 + len(names) :], strict=True)))
-        alone = Prompts([], mine, other, prompts.lengths, prompts.tokens)
         row = torch.arange(rows, device=x.device)
+        other_of = None if other is None else row if len(other) > 1 else torch.zeros_like(row)
+        alone = Prompts([], mine, other, other_of, prompts.lengths, prompts.tokens)
         noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
         with untimed(), span("recording"):
             states = States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history)

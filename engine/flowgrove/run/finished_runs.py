@@ -20,6 +20,7 @@ from flowgrove.models.families import family_of
 from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.models.sources import check_sources
 from flowgrove.models.stored import DTYPES, all_in, bf16_in
 from flowgrove.process import started
 from flowgrove.ranks import Ranks
@@ -108,8 +109,10 @@ def open_model(
         "update": recipe.update.model_copy(update={"kl_weight": 0.0}),
         "rollout": recipe.rollout.model_copy(update={"precision": None, "attention": None}),
     }
-    untrained = recipe.model_copy(update=without)
-    policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks or Ranks())
+    untrained, ranks = recipe.model_copy(update=without), ranks or Ranks()
+    mine = (texts or ())[ranks.share(len(texts or ()))]
+    ranks.together(lambda: check_sources(recipe.model, mine))
+    policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks)
     return Model(recipe, policy, checkpoint)
 
 

@@ -66,9 +66,10 @@ class Passes:
         self.policy, self.runner, self.device = policy, runner, policy.device
         self._draw = torch.Generator(policy.device).manual_seed(0)
         size, cond = policy.adapter.geometry, self._longest()
-        uncond = self._longest() if policy.doubles else None
+        uncond, uncond_of = (self._longest(), torch.zeros(1, dtype=torch.int64)) if policy.doubles else (None, None)
         self.tokens = size.tokens * (2 if policy.doubles else 1)
-        self.prompts = Prompts([""], cond, uncond, np.array([size.prompt_tokens]), np.array([self.tokens]))
+        uncond_of = None if uncond_of is None else to_device(uncond_of, self.device)
+        self.prompts = Prompts([""], cond, uncond, uncond_of, np.array([size.prompt_tokens]), np.array([self.tokens]))
 
     def states(self, rows: int) -> Tensor:
         """States [rows, ...] drawn at random."""

@@ -1,0 +1,111 @@
+"""What is read of a row of prompts beside its text: source pictures, a negative prompt, metadata."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flowgrove.data.prompt import Picture, Prompt
+from flowgrove.errors import UserError, one_line
+from flowgrove.paths import check_regular, local
+
+_PICTURES = ("images", "image")  # the first that a file has
+_NEGATIVE = "negative_prompt"
+_MOST_BYTES = 4 << 30  # of pictures that stand in a file of prompts themselves
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a recipe wants beside the text. `pictures`: whether its model takes some; `metadata`: names
+    (data.metadata), or all that have no other use.
+    """
+
+    pictures: bool = False
+    metadata: tuple[str, ...] | Literal["all"] = ()
+
+    def of(self, names: Iterable[str], text: str, file: Path, key: str) -> "Chosen | None":
+        """What a file with the columns `names`, whose texts are in the column `text`, has of them; None if nothing.
+        Raises UserError for metadata that it has not.
+        """
+        known = [name for name in dict.fromkeys(names) if name != text]
+        pictures = next((name for name in _PICTURES if self.pictures and name in known), None)
+        negative = _NEGATIVE if _NEGATIVE in known else None
+        if self.metadata == "all":
+            metadata = [name for name in known if name not in (*_PICTURES, _NEGATIVE)]
+        else:
+            metadata = list(self.metadata)
+            if missing := [name for name in metadata if name not in known]:
+                there = f"one of {', '.join(known)}" if known else "null, since it has no other column"
+                raise UserError(f"data.metadata: {file} has no column {missing[0]}, for {key}: write {there}")
+        if pictures is None and negative is None and not metadata:
+            return None
+        return Chosen(pictures, negative, tuple(metadata), file, key)
+
+
+@dataclass
+class Chosen:
+    """The columns of one file."""
+
+    pictures: str | None
+    negative: str | None
+    metadata: tuple[str, ...]
+    file: Path
+    key: str
+    _bytes: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [name for name in (self.pictures, self.negative, *self.metadata) if name is not None]
+
+    def prompt(self, text: str, row: Mapping[str, Any], number: int) -> Prompt:
+        """The prompt of row `number`. Raises UserError for a picture that is not there."""
+        negative = None if self.negative is None else row.get(self.negative)
+        if negative is not None and not isinstance(negative, str):
+            what = f"row {number} of {self.file} has the negative_prompt {one_line(str(negative), 40)}"
+            raise UserError(f"{self.key}: {what}: write a text, or null")
+        pictures = () if self.pictures is None else tuple(self._pictures(row.get(self.pictures), number))
+        return Prompt(text, pictures, negative, {name: row.get(name) for name in self.metadata})
+
+    def _pictures(self, value: Any, number: int) -> Iterator[Picture]:
+        """A path or bytes, or an object with one of both as `datasets` has it, or a list of them."""
+        for each in value if isinstance(value, list | tuple) else [] if value in (None, "") else [value]:
+            path, content = (each.get("path"), each.get("bytes")) if isinstance(each, dict) else (each, None)
+            if isinstance(path, bytes):
+                path, content = None, path
+            if isinstance(content, bytes):
+                yield self._inside(content, number)
+            elif isinstance(path, str) and path:
+                yield self._file(path, number)
+            else:
+                what = f"row {number} of {self.file} has {one_line(str(each), 40)} in the column {self.pictures}"
+                raise UserError(f"{self.key}: {what}: write the path of a picture, or a list of paths")
+
+    def _file(self, name: str, number: int) -> Picture:
+        folder = self.file if self.file.is_dir() else self.file.parent
+        path = folder / local(name, f"{self.key}: row {number} of {self.file}")
+        try:
+            check_regular(path, f"{self.key}: row {number} of {self.file} names a picture, and")
+            if path.is_dir():
+                raise IsADirectoryError(21, "it is a folder")
+        except OSError as error:
+            what = f"row {number} of {self.file} names the picture {path}, which cannot be read ({error.strerror})"
+            raise UserError(f"{self.key}: {what}: correct the path, which is relative to the file") from None
+        return Picture(name, str(path), path)
+
+    def _inside(self, content: bytes, number: int) -> Picture:
+        self._bytes += len(content)
+        if self._bytes > _MOST_BYTES:
+            what = f"{self.file} holds more than {_MOST_BYTES >> 30} GiB of pictures, which would stay in memory"
+            raise UserError(f"{self.key}: {what}: save them as files and write their paths in the column")
+        place = f"the picture in row {number} of {self.file}"
+        return Picture(hashlib.sha256(content).hexdigest(), place, content=content)
+
+
+def with_columns(
+    texts: Iterable[str | None], rows: Iterable[Mapping[str, Any]], chosen: Chosen, first: int
+) -> list[str]:
+    """Prompts of the rows from number `first` on whose text is not null."""
+    pairs = enumerate(zip(texts, rows, strict=True), first)
+    return [chosen.prompt(text, row, number) for number, (text, row) in pairs if text is not None]
