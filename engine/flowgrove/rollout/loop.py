@@ -179,7 +179,7 @@ def as_index(rows: Ints, device: torch.device) -> slice | Tensor:
 def _whole(parts: list[tuple[slice | Tensor, Tensor]], rows: int, fanout: int) -> Tensor:
     """The children of all rows, [rows · fanout, ...], from those of each pass."""
     first = parts[0][1]
-    if len(parts) == 1:
+    if len(parts) == 1 and isinstance(parts[0][0], slice):  # else the one pass takes the rows in another order
         return first
     whole = first.new_empty(rows, fanout, *first.shape[1:])
     for index, part in parts:
