@@ -16,6 +16,7 @@ _MODELS = {
     "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
     "stabilityai/stable-diffusion-3.5-medium": "SD3.5-Medium",
     "Qwen/Qwen-Image": "Qwen-Image",
+    "Tongyi-MAI/Z-Image-Turbo": "Z-Image-Turbo",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Wan2.1-1.3B",
 }
 # a line of the table each: its recipes, and what they are; {…} comes from the first of them
@@ -32,6 +33,7 @@ _PUBLISHED = (
     (("mix_sd35m",), "MixGRPO"),
     (("grove_sd35m",), "ours, untuned"),
     (("mix_qwen",), "MixGRPO, {pictures} pictures, window {window} of {all_steps}"),
+    (("mix_z_image",), "MixGRPO, untuned"),
     (("flow_wan",), "Flow-GRPO, {pictures} videos"),
     (("grove_wan",), "ours, untuned"),
 )
@@ -149,6 +151,11 @@ def sd35m(memory: Rows) -> Iterator[tuple[str, ...]]:
 @numbers("recipes/mix_qwen.yaml", MEMORY)
 def mix_qwen(memory: Rows) -> Iterator[tuple[str, ...]]:
     yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("mix_qwen"))
+
+
+@numbers("recipes/mix_z_image.yaml", MEMORY)
+def mix_z_image(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("mix_z_image"))
 
 
 @numbers("recipes/flow_wan.yaml", MEMORY)

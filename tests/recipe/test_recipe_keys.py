@@ -19,6 +19,7 @@ DEFAULTS = {
         "guidance_scale": 1.0,
         "negative_prompt": None,
         "source_pictures": None,
+        "cfg_normalization": None,
         "height": None,
         "width": None,
         "frames": None,

@@ -124,7 +124,7 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
     layers = {
         module: layer
         for module, layer in patched.transformer.named_modules()
-        if re.search(r"blocks.*attn\d?\.", module)
+        if re.search(r"(blocks|layers|refiner).*(attn\d?|attention)\.", module)
     }
     linear = [module for module, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
     patches = comfyui_patches(name, tmp_path / "comfyui" / COMFYUI_FILE, linear)
@@ -155,6 +155,8 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
             "transformer.transformer_blocks.3.norm1_context.linear",
         ),
         ("qwen_image", "transformer_blocks.3.img_mlp.net.2", "transformer.transformer_blocks.3.img_mlp.net.2"),
+        ("z_image", "layers.3.feed_forward.w2", "transformer.layers.3.feed_forward.w2"),
+        ("z_image", "all_final_layer.2-1.linear", "transformer.all_final_layer.2-1.linear"),
         ("wan", "blocks.3.ffn.net.0.proj", "diffusion_model.blocks.3.ffn.0"),
         ("wan", "blocks.3.attn2.to_out.0", "diffusion_model.blocks.3.cross_attn.o"),
         ("wan", "condition_embedder.time_proj", "diffusion_model.time_projection.1"),

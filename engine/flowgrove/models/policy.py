@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from flowgrove.data.prompt import conditional, unconditional
 from flowgrove.device import allocated_memory, to_device
@@ -104,6 +105,7 @@ class Policy:
     bytes_when_loaded: int = 0  # on the device, with the models of rewards, which are loaded before it
     tuned: bool = True  # False: the reference model
     trains_unconditional: bool = True  # False: a constant in the gradient
+    guidance_norm: float | None = None  # the most times the norm of v that a guided velocity may have
     precision: Precision | None = None  # of linear layers, where they are rounded
 
     @classmethod
@@ -142,7 +144,8 @@ class Policy:
         loaded = allocated_memory(device)
         negative = adapter.default_negative(model)
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
-        return replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
+        trains = not recipe.update.detach_unconditional
+        return replace(policy, trains_unconditional=trains, guidance_norm=model.cfg_normalization)
 
     @classmethod
     def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
@@ -239,7 +242,11 @@ class Policy:
                 torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale
             ).chunk(2)
         uncond = uncond if self.trains_unconditional else uncond.detach()
-        guided = self.adapter.guide(v.to(self.state_dtype), uncond.to(self.state_dtype), self.guidance_scale)
+        wide, wide_uncond = v.to(self.state_dtype), uncond.to(self.state_dtype)
+        guided = self.adapter.guide(wide, wide_uncond, self.guidance_scale)
+        if self.guidance_norm is not None:
+            guided = wide_uncond + self.guidance_scale * (wide - wide_uncond) if guided is None else guided
+            return Velocity(_limited(guided, wide, self.guidance_norm))
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
     def idle_pass(self, backward: bool, rows: int = 1) -> None:
@@ -280,6 +287,13 @@ def _numbered(texts: list[str]) -> tuple[list[str], list[int]]:
     return list(place), [place[text] for text in texts]
 
 
+def _limited(guided: Tensor, v: Tensor, most: float) -> Tensor:
+    """Guided velocities [B, ...], none of them longer than `most` times its v."""
+    norm, limit = (vector_norm(one.flatten(1), dim=1) for one in (guided, v))
+    shrunk = torch.where(norm > most * limit, most * limit / norm, 1.0)
+    return guided * shrunk.view(-1, *[1] * (guided.ndim - 1))
+
+
 def _check_dtype(model: Model) -> None:
     if model.dtype not in family_of(model.adapter).dtypes:
         why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
@@ -296,6 +310,8 @@ def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
             raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
         if recipe.model.negative_prompt is not None:
             raise UserError(f"model.negative_prompt: {why}, so that nothing leads away from it: remove it")
+        if recipe.model.cfg_normalization is not None:
+            raise UserError(f"model.cfg_normalization: {why}, so that no velocity is guided: remove it")
         if recipe.update.detach_unconditional:
             raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")
     if recipe.rollout.cache is not None and not hasattr(adapter.transformer, "enable_cache"):

@@ -19,7 +19,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=32_768)]
 Text = Annotated[str, Field(min_length=1)]
 Checkpointing = Literal["full", "selective", "none", "auto"]
-AdapterName = Literal["sd3", "flux", "qwen_image", "wan"]  # the registry of model families: modules of models/
+# the registry of model families: modules of models/
+AdapterName = Literal["sd3", "flux", "qwen_image", "wan", "z_image"]
 
 
 class _Said(BaseModel):
@@ -54,8 +55,8 @@ class Lora(Section):
     targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """The names of the transformer's modules that get LoRA layers, as peft matches them: whole names or their ends.
     null takes the adapter's: attn.to_q, attn.to_k, attn.to_v, attn.to_out.0, for sd3 and qwen_image also
-    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out; for wan the first four without attn. Add
-    feed-forward layers where attention alone does not learn what the reward asks for.
+    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out; for wan and z_image the first four without attn.
+    Add feed-forward layers where attention alone does not learn what the reward asks for.
     Source: the published configurations of Flow-GRPO (2505.05470) and DanceGRPO (2505.07818).
     """
 
@@ -89,7 +90,7 @@ class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
     sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; qwen_image: Qwen-Image; wan: Wan2.1
-    text-to-video.
+    text-to-video; z_image: Z-Image and Z-Image-Turbo.
     Source: diffusers' pipelines of these families.
     """
 
@@ -128,7 +129,8 @@ class Model(Section):
     guidance_scale: NotNegative = 1.0
     """The scale γ of classifier-free guidance in rollout, training and evaluation; 1 or less is none.
     Models without a guidance input run a second, unconditional row per state, which doubles the cost of every pass, and
-    gradients go through both rows. FLUX.1-dev takes γ as an input at no cost. Write what the model will be drawn with.
+    gradients go through both rows. FLUX.1-dev takes γ as an input at no cost. Write what the model will be drawn with;
+    what Z-Image's pipeline calls guidance_scale is γ − 1.
     Source: classifier-free guidance (2207.12598).
     """
 
@@ -145,6 +147,13 @@ class Model(Section):
     prompt has as many. A source is scaled to cover model.height × model.width, and what hangs over is cropped. Each
     adds tokens to every pass where the model reads it beside the picture that it draws.
     Source: the pipelines' image in diffusers.
+    """
+
+    cfg_normalization: Positive | None = None
+    """The most times the norm of the prompt's velocity that a sample's guided velocity may have; null: no limit.
+    A longer one is scaled down to it. 1 tames the burnt colours of large scales; what is trained must be drawn with it.
+    For models whose guidance takes a second row.
+    Source: diffusers' ZImagePipeline, cfg_normalization.
     """
 
     height: Pixels | None = None

@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config
 
 from flowgrove.models.folders import TINY
 
@@ -43,6 +43,24 @@ def bytes_tokenizer(**options):
     bytes_.train_from_iterator([], trainer)
     special = ["<|im_start|>", "<|im_end|>"]
     return Qwen2Tokenizer(vocab=bytes_.get_vocab(), merges=[], extra_special_tokens=special, **options)
+
+
+def chat_tokenizer():
+    """The same with a chat template as Qwen3 has one."""
+    tokenizer = bytes_tokenizer(pad_token="<|im_end|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3_config(tokenizer, layers=3):
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def lively(transformer):
