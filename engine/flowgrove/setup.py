@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrove.plan.division import ALONE, Division
-from flowgrove.plan.planner import RolloutPlan, make_plan
+from flowgrove.plan.planner import RolloutPlan, check_trained_experts, make_plan
 from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas
 from flowgrove.plan.split_search import Splits, SplitSearch
 from flowgrove.recipe.deciding import deciding
@@ -123,6 +123,7 @@ class Setup:
         """The plan of iteration 0, whose counts stand for the run; where splits will be chosen, one whose tree takes
         their budget.
         """
+        check_trained_experts(self.recipe, self.table)
         return make_plan(self.recipe, 0, self.table, None if self.split_search is None else self.split_search.dear)
 
     @cached_property

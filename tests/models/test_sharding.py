@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from flowgrove.errors import UserError
+from flowgrove.models.experts import expert_of
 from flowgrove.models.policy import Policy
 from flowgrove.ranks import Ranks
 from policy_cases import CPU, encoded, small_recipe
@@ -74,6 +75,24 @@ def test_every_family_computes_what_it_does_with_whole_weights(family, kind, dty
         for policy in (whole, divided):
             policy.weights.drop_gradients()
             policy.weights.refresh()
+
+
+@pytest.mark.parametrize("trained", ["both", "low"])
+def test_an_expert_whose_passes_run_needs_nothing_of_the_other(folders, ranks, trained):
+    model = {**MODELS["wan_a14b"], "path": folders["wan_a14b"], "dtype": "fp32", "trained_experts": trained}
+    recipe = small_recipe(model={**model, "gradient_checkpointing": True}, engine={"distributed": "fsdp2"})
+    whole, divided = Policy.load(recipe, CPU), Policy.load(recipe, CPU, (), ranks)
+    divided.weights.reshard(True)
+    of_low = {name for name in whole.weights.trainable() if expert_of(name)[0] == "low"}
+    (expected, plain), (found, gradients) = (passes(policy.of_expert("low")) for policy in (whole, divided))
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
+    assert {name for name, gradient in gradients.items() if gradient is not None} == of_low
+    for name in of_low:
+        assert float((plain[name] - gradients[name]).norm()) <= 1e-5 * float(plain[name].norm()), name
+    with torch.no_grad(), divided.weights.gathered():
+        x, sigma, prompts = torch.ones(1, *whole.adapter.latent_shape), torch.tensor([0.9]), torch.tensor([0])
+        v, its = (p.of_expert("high").velocity(x, sigma, encoded(p), prompts).v for p in (whole, divided))
+    assert torch.equal(v, its)
 
 
 def test_what_is_small_stays_whole(ranks):

@@ -20,6 +20,8 @@ DEFAULTS = {
         "negative_prompt": None,
         "source_pictures": None,
         "cfg_normalization": None,
+        "guidance_scale_2": None,
+        "trained_experts": "both",
         "height": None,
         "width": None,
         "frames": None,

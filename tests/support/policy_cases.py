@@ -10,6 +10,7 @@ from flowgrove.models.policy import Policy, Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan, make_plan
+from flowgrove.plan.sigmas import recipe_sigmas
 from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove_kernels import StepCoefficients
@@ -60,7 +61,7 @@ def runner_of(policy: Policy, recipe: Recipe | None = None) -> PassRunner:
 
 
 def plan_and_coefficients(recipe: Recipe, iteration: int = 0) -> tuple[RolloutPlan, StepCoefficients]:
-    plan = make_plan(recipe, iteration)
+    plan = make_plan(recipe, iteration, recipe_sigmas(recipe))
     return plan, plan_coefficients(plan)
 
 

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 import pytest
 import torch
 
 from flowgrove.credit import assign_credit
+from flowgrove.models.experts import expert_of
 from flowgrove.models.policy import Policy
 from flowgrove.models.qwen_image import QwenImage
 from flowgrove.rollout.loop import rollout
@@ -17,6 +19,7 @@ from flowgrove.update.updater import Updater, learning_rate
 from flowgrove_kernels import NoiseKey, philox_normal, use_backend
 from host_reads import count_host_reads
 from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, policy_of, runner_of, small_recipe
+from tiny_families import MODELS
 from update_cases import CASES, TREE, Recorder, policy_with_reference
 
 
@@ -62,13 +65,15 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
             t[step.index].double() for t in (rows.x_coef, rows.v_coef, rows.std, rows.precision, rows.log_norm)
         )
 
+        scale = policy.of_expert(step.expert).guidance_scale
+
         def guided(velocity):
             v, uncond, _ = velocity
             if uncond is not None and update.detach_unconditional:
                 uncond = uncond.detach()
-            return v if uncond is None else uncond + policy.guidance_scale * (v - uncond)
+            return v if uncond is None else uncond + scale * (v - uncond)  # noqa: B023
 
-        v = guided(policy.velocity(x, sigma, prompts, prompt_of))
+        v = guided(policy.of_expert(step.expert).velocity(x, sigma, prompts, prompt_of))
         residual = x_next - (a * x + b * v)
         logp = log_norm - kappa * (residual**2).mean()
         if number == 0:
@@ -85,7 +90,7 @@ def naive_update(recipe, policy, forest, prompts, credit, rows, number):
         kl = 0.0
         if update.kl_weight:
             with torch.no_grad(), policy.reference() as untrained:
-                reference = guided(untrained.velocity(x, sigma, prompts, prompt_of))
+                reference = guided(untrained.of_expert(step.expert).velocity(x, sigma, prompts, prompt_of))
             kl = b**2 * ((v - reference) ** 2).mean() / (2 * s**2)
         loss = weights[step.index] / len(edges) * (surrogate + update.kl_weight * kl)
         loss.backward()
@@ -128,6 +133,33 @@ def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
         packed_loss = float(next(losses))
         assert packed_loss == pytest.approx(naive_loss, rel=1e-10, abs=1e-12)
     assert edges == sum(int(c.trains.sum()) for c in credit.values()), "every edge trains exactly once"
+
+
+@pytest.mark.parametrize("case", [pytest.param("tree", marks=pytest.mark.long), "kl"])
+def test_packed_updates_of_two_experts_equal_one_edge_at_a_time(folders, case):
+    """Each pass runs one expert, at its own guidance scale; in fp32, which the model computes positions in."""
+    model = {**MODELS["wan_a14b"], "path": folders["wan_a14b"], "dtype": "fp32", "guidance_scale_2": 1.5}
+    sections = {name: dict(keys) for name, keys in CASES[case].items()}
+    sections["rollout"] = {**TREE, "shift": 3.0, "tree": {"splits": [0, 3], "fanout": 2}}
+    sections["engine"] = {"device": "cpu", "token_budget": 1 << 20}
+    recipe = small_recipe(model={**model, "guidance_scale": 2.5, "gradient_checkpointing": False}, **sections)
+    policy = policy_with_reference(recipe, 2.5)
+    forest, prompts, credit, rows = rolled_out(recipe, policy)
+    assert {step.expert for step in forest.plan.trained_steps} == {"high", "low"}
+    recorder = Recorder(recipe, policy)
+    stats = recorder.run([Rolled(policy, forest, prompts, credit, rows)])
+    assert len(stats.loss) == 2 * len(recorder.gradients), "an update has one pass of each expert"
+    for number, packed in enumerate(recorder.gradients):
+        naive_loss, _ = naive_update(recipe, policy, forest, prompts, credit, rows, number)
+        naive = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in recorder.parameters]
+        recorder.optimizer.zero_grad(set_to_none=True)
+        for expert in ("high", "low"):
+            mine = [expert_of(name)[0] == expert for name in policy.weights.trainable()]
+            theirs, ours = (torch.cat([g.flatten() for g in compress(all_of, mine)]) for all_of in (naive, packed))
+            assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm()), expert
+            assert float(theirs.norm()) > 1e-6
+        packed_loss = sum(float(loss) for loss in stats.loss[2 * number : 2 * number + 2])
+        assert packed_loss == pytest.approx(naive_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("guide", [None, QwenImage.guide], ids=["in the op", "as Qwen-Image does"])

@@ -17,9 +17,10 @@ from torch import Tensor
 from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.experts import Experts, trained_parts
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.stored import stored_in
-from flowgrove.recipe.schema import Lora, Model
+from flowgrove.recipe.schema import Expert, Lora, Model
 
 # Two pictures of 1024²: decoders need one to three kilobytes per pixel. On a CPU, what its caches bear.
 PIXELS_PER_DECODE = {"cuda": 1 << 21, "cpu": 1 << 17}
@@ -53,10 +54,12 @@ class Adapter(ABC):
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
     LATENTS: ClassVar[tuple[str, ...]] = ()  # numbers in the VAE's configuration that `decode` needs
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
-    fps: ClassVar[int] = 16  # of videos, as files
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         self.geometry, self.transformer, self.pipe, self.folder = geometry, transformer, pipe, folder
+        # which expert its passes run; at first one that trains
+        self.expert: Expert | None = transformer.trained[0] if isinstance(transformer, Experts) else None
+        self._of_experts: dict[Expert, Self] = {}
 
     @classmethod
     @abstractmethod
@@ -64,6 +67,11 @@ class Adapter(ABC):
         """The size of a sample, from the configuration files in `folder` alone. Raises UserError for a size that the
         model cannot draw; `families.read_geometry` tells of files that are no such configuration.
         """
+
+    @classmethod
+    def boundary(cls, folder: Path) -> float | None:
+        """The least σ of the expert of high noise; None: the pipeline has one transformer."""
+        return None
 
     @classmethod
     def pipeline_class(cls) -> Any:
@@ -100,16 +108,31 @@ class Adapter(ABC):
 
     def at(self, geometry: Geometry) -> Self:
         """This adapter at another size, with the same transformer and pipeline."""
-        return type(self)(geometry, self.transformer, self.pipe, self.folder)
+        return type(self)(geometry, self.transformer, self.pipe, self.folder).of_expert(self.expert)
 
     def on(self, transformer: Any) -> Self:
         """This adapter of another transformer of the same configuration."""
-        return type(self)(self.geometry, transformer, self.pipe, self.folder)
+        return type(self)(self.geometry, transformer, self.pipe, self.folder).of_expert(self.expert)
+
+    def of_expert(self, expert: Expert | None) -> Self:
+        """This adapter, whose passes run this expert; None where there is one transformer."""
+        if expert in (None, self.expert):
+            return self
+        if expert not in self._of_experts:
+            other = type(self)(self.geometry, self.transformer, self.pipe, self.folder)
+            other.expert = expert
+            self._of_experts[expert] = other
+        return self._of_experts[expert]
+
+    @property
+    def running(self) -> Any:
+        """The transformer that passes run: all of it, or the expert."""
+        return self.transformer if self.expert is None else self.transformer[self.expert]
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The transformer's. Kept, because diffusers looks it up through all modules, in every pass."""
-        return self.transformer.dtype
+        """The running transformer's. Kept, because diffusers looks it up through all modules, in every pass."""
+        return self.running.dtype
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -172,7 +195,7 @@ class Adapter(ABC):
         return None
 
     def save_pipeline(self, folder: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        """The whole pipeline as `from_pretrained` reads it: the trained transformer, and copies of all other parts'
+        """The whole pipeline as `from_pretrained` reads it: the trained transformers, and copies of all other parts'
         files.
 
         `dtypes`: of the transformer's weights by their names; the others are written as they are.
@@ -182,11 +205,13 @@ class Adapter(ABC):
         folder.mkdir(parents=True)
         index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
+        trained = {start.rstrip(".") or "transformer": one for start, one in trained_parts(self.transformer).items()}
         for part in index:
-            if part != "transformer" and (self.folder / part).is_dir():
+            if part not in trained and (self.folder / part).is_dir():
                 _copy_files(self.folder / part, folder / part)
         with stored_in(self.transformer, dtypes or {}):
-            self.transformer.save_pretrained(folder / "transformer")
+            for name, one in trained.items():
+                one.save_pretrained(folder / name)
 
     def save_lora(self, folder: Path) -> None:
         """The LoRA layers as `load_lora_weights` reads them."""
@@ -196,7 +221,10 @@ class Adapter(ABC):
 
         config = self.transformer.peft_config["default"]
         lora = Lora(rank=config.r, alpha=config.lora_alpha, targets=sorted(config.target_modules))
-        write_lora(folder, "diffusers", get_peft_model_state_dict(self.transformer), lora, type(self))
+        layers: dict[str, Tensor] = {}
+        for start, part in trained_parts(self.transformer).items():
+            layers |= {f"{start}{name}": tensor for name, tensor in get_peft_model_state_dict(part).items()}
+        write_lora(folder, "diffusers", layers, lora, type(self))
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -2,7 +2,10 @@
 
 from torch import nn
 
+from flowgrove.models.experts import parts_of
+
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     """The members of its lists of blocks, in order."""
-    return [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+    children = [child for part in parts_of(transformer) for child in part.children()]
+    return [block for child in children if isinstance(child, nn.ModuleList) for block in child]

@@ -2,7 +2,10 @@
 none is in a later one, where another number of rows comes first.
 """
 
+from itertools import product
+
 from flowgrove.device import is_out_of_memory
+from flowgrove.models.experts import FOLDERS, Experts
 from flowgrove.models.policy import Policy
 from flowgrove.recipe.schema import Recipe
 
@@ -14,15 +17,18 @@ def compile_ahead(policy: Policy, recipe: Recipe, most_rows: int) -> None:
     """
     if policy.weights.sharded:
         return
-    for rows in _rows(policy, recipe, most_rows):
+    transformer = policy.transformer
+    experts, trained = (tuple(FOLDERS), transformer.trained) if isinstance(transformer, Experts) else ((None,), (None,))
+    for rows, expert in product(_rows(policy, recipe, most_rows), experts):
         try:
-            policy.idle_pass(False, rows)
-            policy.idle_pass(True, rows)
+            policy.of_expert(expert).idle_pass(False, rows)
+            if expert in trained:
+                policy.of_expert(expert).idle_pass(True, rows)
             if recipe.rollout.cheapens:
-                policy.cheap().idle_pass(False, rows)
+                policy.cheap().of_expert(expert).idle_pass(False, rows)
             if recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1:
                 with policy.reference() as reference:
-                    reference.idle_pass(False, rows)
+                    reference.of_expert(expert).idle_pass(False, rows)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -50,8 +50,22 @@ def read_geometry(folder: Path, model: Model) -> Geometry:
             f"model.path {model.path} is not laid out as a {model.adapter} pipeline: check model.adapter, "
             "or download the folder anew"
         ) from None
+    boundary_of(folder, model)
     if found.frames is None and model.frames is not None:
         raise UserError(f"model.frames is {model.frames}, but {model.adapter} draws pictures: leave it out")
+    return found
+
+
+def boundary_of(folder: Path, model: Model) -> float | None:
+    """The least σ of the expert of high noise, None: the pipeline has one transformer. Raises UserError for keys of two
+    where there is one.
+    """
+    found: float | None = family_of(model.adapter).boundary(folder)
+    keys = {"trained_experts": model.trained_experts != "both", "guidance_scale_2": model.guidance_scale_2 is not None}
+    if found is None and (given := [key for key, there in keys.items() if there]):
+        raise UserError(
+            f"model.{given[0]} is for models with two experts, and {model.path} has one transformer: leave it out"
+        )
     return found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flowgrove.errors import UserError
-from flowgrove.models.families import configuration_folder, family_of
+from flowgrove.models.families import boundary_of, configuration_folder, family_of
 from flowgrove.models.folders import lora_file
 from flowgrove.models.lora_reading import read_lora
 from flowgrove.models.parts import model_from_config
@@ -21,8 +21,13 @@ _MOST_NAMED = 8  # targets that an error lists
 
 def check_initial_lora(model: Model) -> None:
     """Raises UserError where model.init_lora does not fit the model, whose weights are not loaded."""
+    if model.init_lora is None:
+        return
+    folder = configuration_folder(model)
+    if boundary_of(folder, model) is not None and model.trained_experts == "both":
+        raise UserError("model.init_lora: a file is of one expert: write model.trained_experts: high, or low")
     with torch.device("meta"):
-        transformer = model_from_config(configuration_folder(model), "transformer")
+        transformer = model_from_config(folder, "transformer")
         initial = InitialLora.of(model, transformer)
         if initial is None or model.lora is None or not model.trains_initial_lora:
             return

@@ -23,6 +23,7 @@ from flowgrove.models.embeddings import (
     cache_folder,
     warn_of_cut_prompts,
 )
+from flowgrove.models.experts import FOLDERS, as_one, trained_experts, transformer_folders
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder, part_names
 from flowgrove.models.geometry import part_config
@@ -144,7 +145,7 @@ def load_adapter(
     """
     geometry = read_geometry(folder, model)
     dtypes = _dtypes(family, folder, model, weights, divided)
-    named = part_names(folder)
+    named, transformers = part_names(folder), transformer_folders(folder)
     _check_parts(family, folder, named)
     parts: dict[str, Any] = dict.fromkeys(family.TEXT)
     parts |= {name: None if name in without else load_part(folder, name, dtypes.get(name, weights)) for name in named}
@@ -157,7 +158,7 @@ def load_adapter(
     pipe.set_progress_bar_config(disable=True)
     if divided:
         for name, part in pipe.components.items():
-            if isinstance(part, torch.nn.Module) and name != "transformer":
+            if isinstance(part, torch.nn.Module) and name not in transformers:
                 part.to(device)
     else:
         pipe.to(device)
@@ -166,7 +167,7 @@ def load_adapter(
             part.requires_grad_(False).eval()
     if "vae" not in without and model.vae_tiling:
         pipe.vae.enable_tiling()
-    return family(geometry, pipe.transformer, pipe, folder)
+    return family(geometry, as_one({name: getattr(pipe, name) for name in transformers}, model), pipe, folder)
 
 
 def _dtypes(
@@ -175,20 +176,22 @@ def _dtypes(
     """The parts that are not read in the dtype `weights`. Raises UserError for a quantised transformer that is to be
     divided.
     """
-    dtypes, transformer = {}, folder / "transformer"
+    dtypes: dict[str, torch.dtype] = {}
+    transformers = transformer_folders(folder)
+    trained = transformers if len(transformers) == 1 else [FOLDERS[expert] for expert in trained_experts(model)]
     if weights != torch.float64:
         if model.lora is None:  # all of it trains: masters as precise as the files
-            dtypes["transformer"] = torch.float32
+            dtypes |= dict.fromkeys(trained, torch.float32)
         if family.vae_dtype is not None:
             dtypes["vae"] = family.vae_dtype
     if divided:
-        if is_quantised(transformer):
+        if quantised := [folder / name for name in transformers if is_quantised(folder / name)]:
             raise UserError(
-                f"{transformer} is stored quantised, and engine.distributed: fsdp2 divides plain weights: write ddp, "
+                f"{quantised[0]} is stored quantised, and engine.distributed: fsdp2 divides plain weights: write ddp, "
                 "or give the model's unquantised folder"
             )
-        if model.lora is None and all_bf16(transformer):
-            dtypes["transformer"] = torch.bfloat16
+        if model.lora is None:
+            dtypes |= {name: torch.bfloat16 for name in trained if all_bf16(folder / name)}
     return dtypes
 
 
@@ -196,5 +199,7 @@ def _check_parts(family: type[Adapter], folder: Path, named: list[str]) -> None:
     """Raises UserError if a part is left out of model_index.json that the family does not run without."""
     optional = [pair for pair in family.text_parts() if pair[1] in family.OPTIONAL and pair[1] not in named]
     needed = {"scheduler", *family.PICTURE, *family.TEXT} - {name for pair in optional for name in pair}
+    if family.boundary(folder) is not None:
+        needed.add(FOLDERS["low"])
     if missing := sorted(needed - set(named)):
         raise UserError(f"{folder / 'model_index.json'} names no {missing[0]}: download the whole pipeline folder")

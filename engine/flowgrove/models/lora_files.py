@@ -15,11 +15,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowgrove.errors import UserError
+from flowgrove.models.experts import expert_of
 from flowgrove.models.stored import rounded
-from flowgrove.recipe.schema import Lora
+from flowgrove.recipe.schema import Expert, Lora
 
 FORMATS = ("diffusers", "comfyui")
 COMFYUI_FILE = "comfyui_lora.safetensors"
+# Loaders take one expert's layers at a time, from a file each, under the same names. The first name for diffusers is
+# the one that `load_lora_weights` takes of a folder.
+_FILES: dict[str, dict[Expert | None, str]] = {
+    "diffusers": {
+        None: "pytorch_lora_weights.safetensors",
+        "high": "pytorch_lora_weights.safetensors",
+        "low": "pytorch_lora_weights_low_noise.safetensors",
+    },
+    "comfyui": {
+        None: COMFYUI_FILE,
+        "high": "comfyui_lora_high_noise.safetensors",
+        "low": "comfyui_lora_low_noise.safetensors",
+    },
+}
 
 
 def layers_of(weights: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
@@ -42,27 +57,56 @@ def write_lora(
     family: Any,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes `layers` of a family of adapters into `folder` in one of FORMATS; `dtype` None: as they are.
+    """Writes `layers` of a family of adapters into `folder` in one of FORMATS, a file for each expert; `dtype` None: as
+    they are.
 
     Raises UserError for modules that ComfyUI does not know.
     """
     scale = lora.alpha / lora.rank
     scaled = {name: tensor * scale if name.endswith(".lora_B.weight") else tensor for name, tensor in layers.items()}
-    scaled = {name: rounded(name, tensor, dtype).contiguous() for name, tensor in scaled.items()}
-    if form == "diffusers":
-        pipeline: type[DiffusionPipeline] = family.pipeline_class()
-        targets = lora.targets or list(family.lora_targets)
-        settings = LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets).to_dict()
-        pipeline.save_lora_weights(folder, transformer_lora_layers=scaled, transformer_lora_adapter_metadata=settings)
-        return
-    tensors = {}
+    by_expert: dict[Expert | None, dict[str, Tensor]] = {}
     for name, tensor in scaled.items():
+        expert, place = expert_of(name)
+        by_expert.setdefault(expert, {})[place] = rounded(name, tensor, dtype).contiguous()
+    folder.mkdir(parents=True)
+    for expert, some in by_expert.items():
+        if form == "diffusers":
+            pipeline: type[DiffusionPipeline] = family.pipeline_class()
+            targets = lora.targets or list(family.lora_targets)
+            settings = LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets).to_dict()
+            pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=some,
+                transformer_lora_adapter_metadata=settings,
+                weight_name=_FILES[form][expert],
+            )
+        else:
+            save_file(_for_comfyui(some, lora, family), folder / _FILES[form][expert], metadata={"format": "pt"})
+
+
+def _for_comfyui(layers: dict[str, Tensor], lora: Lora, family: Any) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tensor in layers.items():
         module, half = name.removesuffix(".weight").rsplit(".", 1)
         place = comfyui_name(family, module)
         tensors[f"{place}.{'lora_down' if half == 'lora_A' else 'lora_up'}.weight"] = tensor
         tensors[f"{place}.alpha"] = torch.tensor(float(lora.rank))
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / COMFYUI_FILE, metadata={"format": "pt"})
+    return tensors
+
+
+def how_to_load(folder: Path, form: str, layers: dict[str, Tensor]) -> str:
+    """What to do with the files that `write_lora` has written."""
+    experts = list(dict.fromkeys(expert_of(name)[0] for name in layers))
+    if form == "comfyui":
+        files = " and ".join(str(folder / _FILES[form][expert]) for expert in experts)
+        return f"wrote a LoRA for ComfyUI: copy {files} into its models/loras folder"
+    calls = [
+        f'pipe.load_lora_weights("{folder}")'
+        if expert != "low"
+        else f'pipe.load_lora_weights("{folder}", weight_name="{_FILES[form][expert]}", load_into_transformer_2=True)'
+        for expert in experts
+    ]
+    return f"wrote a LoRA: {' and '.join(calls)}"
 
 
 def comfyui_name(family: Any, module: str) -> str:

@@ -23,6 +23,7 @@ from flowgrove.models.attention import check_attention, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
+from flowgrove.models.experts import Experts
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder
 from flowgrove.models.loading import encode_together, load_model
@@ -30,7 +31,7 @@ from flowgrove.models.quantised import Precision
 from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints
 from flowgrove.ranks import Ranks
-from flowgrove.recipe.schema import Model, Recipe
+from flowgrove.recipe.schema import Expert, Model, Recipe
 from flowgrove.spans import span
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -107,6 +108,7 @@ class Policy:
     trains_unconditional: bool = True  # False: a constant in the gradient
     guidance_norm: float | None = None  # the most times the norm of v that a guided velocity may have
     precision: Precision | None = None  # of linear layers, where they are rounded
+    low_guidance_scale: float | None = None  # of the low-noise expert; None: the same
 
     @classmethod
     def load(
@@ -142,10 +144,10 @@ class Policy:
         if rolled.cheapens and passes:
             weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
         loaded = allocated_memory(device)
-        negative = adapter.default_negative(model)
+        negative, trains = adapter.default_negative(model), not recipe.update.detach_unconditional
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
-        trains = not recipe.update.detach_unconditional
-        return replace(policy, trains_unconditional=trains, guidance_norm=model.cfg_normalization)
+        norm, scale_2 = model.cfg_normalization, model.guidance_scale_2
+        return replace(policy, trains_unconditional=trains, guidance_norm=norm, low_guidance_scale=scale_2)
 
     @classmethod
     def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
@@ -172,7 +174,14 @@ class Policy:
 
     def guided_by(self, scale: float | None) -> "Policy":
         """This policy with another guidance scale; None: with its own."""
-        return self if scale is None else replace(self, guidance_scale=scale)
+        return self if scale is None else replace(self, guidance_scale=scale, low_guidance_scale=None)
+
+    def of_expert(self, expert: Expert | None) -> "Policy":
+        """This policy for passes of one expert, at its guidance scale; None where there is one transformer."""
+        if expert is None:
+            return self
+        scale = self.guidance_scale if expert == "high" or self.low_guidance_scale is None else self.low_guidance_scale
+        return replace(self, adapter=self.adapter.of_expert(expert), guidance_scale=scale, low_guidance_scale=None)
 
     @contextmanager
     def reference(self) -> Iterator["Policy"]:
@@ -217,7 +226,7 @@ class Policy:
         """
         return (
             id(self.adapter.geometry),
-            id(self.adapter.transformer),
+            id(self.adapter.running),
             self.weights.identity if self.tuned else 0,
         )
 
@@ -314,5 +323,9 @@ def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
             raise UserError(f"model.cfg_normalization: {why}, so that no velocity is guided: remove it")
         if recipe.update.detach_unconditional:
             raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")
+    if recipe.rollout.cache is not None and isinstance(adapter.transformer, Experts):
+        raise UserError(
+            "rollout.cache does not go with two experts, which know nothing of each other's steps: remove it"
+        )
     if recipe.rollout.cache is not None and not hasattr(adapter.transformer, "enable_cache"):
         raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flowgrove.models.blocks import blocks_of
+from flowgrove.models.experts import parts_of
 from flowgrove.models.masters import ROUNDED, Piece
 
 
@@ -51,7 +52,9 @@ class ShardedTransformer:
         precision = MixedPrecisionPolicy(
             param_dtype=compute if compute != master else None, reduce_dtype=master, cast_forward_inputs=False
         )
-        for unit in (*blocks_of(transformer), transformer):
+        # an expert apart from the other one, of which a pass needs nothing
+        experts = parts_of(transformer) if parts_of(transformer) != [transformer] else []
+        for unit in (*blocks_of(transformer), *experts, transformer):
             for parameter in unit.parameters():
                 if not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.to(device, stored_as(parameter), copy=True)
@@ -61,6 +64,7 @@ class ShardedTransformer:
         # nothing writes into a velocity
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._root = cast(FSDPModule, transformer)
+        self._around = [cast(FSDPModule, unit) for unit in (*experts, transformer)]
         self._units = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:  # gradients are sums, not means; neither setting is recursive
             unit.set_force_sum_reduction_for_comms(True)
@@ -99,7 +103,8 @@ class ShardedTransformer:
     def keep(self, gathered: bool) -> None:
         """Whether weights that a pass has gathered stay until they are freed."""
         self._root.set_reshard_after_forward(not gathered)
-        self._root.set_reshard_after_forward(False, recurse=False)  # what is around the blocks is needed first again
+        for unit in self._around:  # what is around the blocks is needed first again
+            unit.set_reshard_after_forward(False, recurse=False)
         self._root.set_reshard_after_backward(not gathered)
         # FSDP writes down every forward until a backward, and so without end of a model that has none, or in a rollout
         for unit in self._units:

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig
 
 from flowgrove.errors import UserError
+from flowgrove.models.experts import trained_parts
 from flowgrove.recipe.schema import Lora
 
 
@@ -13,8 +14,10 @@ def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple
     """Sets requires_grad, and adds seeded LoRA layers where the recipe asks for them.
     Raises UserError for targets that match no layer.
     """
-    transformer.requires_grad_(lora is None)
+    transformer.requires_grad_(False)
     if lora is None:
+        for part in trained_parts(transformer).values():
+            part.requires_grad_(True)
         return
     config = LoraConfig(
         r=lora.rank,
@@ -25,6 +28,7 @@ def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            transformer.add_adapter(config)
+            for part in trained_parts(transformer).values():
+                part.add_adapter(config)
         except ValueError as error:
             raise UserError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from None

@@ -1,8 +1,8 @@
-"""The family of Wan2.1 text-to-video."""
+"""The family of Wan2.1 and Wan2.2 text-to-video."""
 
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.experts import FOLDERS
 from flowgrove.models.folders import read_index
 from flowgrove.models.geometry import Geometry, multiple_of, part_config
 from flowgrove.recipe.schema import Model
@@ -31,13 +32,37 @@ _OTHERS = {
 }
 
 
+class _Size(NamedTuple):
+    """That of a video, where a recipe says nothing of it."""
+
+    height: int
+    width: int
+    frames: int
+    fps: int
+
+
+_OF_T2V, _OF_TI2V = _Size(480, 832, 81, 16), _Size(704, 1280, 121, 24)
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    """A transformer's configuration without what the library notes of itself."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 class Wan(Adapter):
     """UMT5 read through cross-attention; states are latents [C, frames, h, w].
     The VAE stays fp32, as its authors run it.
+
+    A pipeline with `expand_timesteps` (TI2V-5B) gives every token a time of its own, which for a video from text is
+    the same for all: a row gets one time here, and the model broadcasts it.
     """
 
     pipeline = "WanPipeline"
-    published: ClassVar = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1_3b"}
+    published: ClassVar = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_1_3b",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan22_ti2v_5b",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22_t2v_a14b",
+    }
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     TEXT = ("text_encoder", "tokenizer")
     LATENTS = ("latents_mean", "latents_std")
@@ -46,28 +71,39 @@ class Wan(Adapter):
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
         """The geometry that the transformer's and the VAE's configuration give.
-
-        Raises UserError for a pipeline of Wan2.2, too.
+        Raises UserError for two experts that differ, too.
         """
         index = read_index(folder)
-        if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
-            raise UserError(
-                f"model.path {model.path} is a Wan2.2 pipeline: the wan adapter trains Wan2.1, "
-                "with one transformer and one time for all tokens"
-            )
-        transformer, vae = part_config(folder, "transformer"), part_config(folder, "vae")
+        # what the authors draw with
+        default = _OF_TI2V if index.get("expand_timesteps") else _OF_T2V
+        transformer, vae = part_config(folder, FOLDERS["high"]), part_config(folder, "vae")
+        if cls.boundary(folder) is not None and _shape(part_config(folder, FOLDERS["low"])) != _shape(transformer):
+            what = f"{folder / FOLDERS['low'] / 'config.json'} describes another transformer than {FOLDERS['high']}"
+            raise UserError(f"{what}, and experts are alike: download the whole pipeline folder")
         space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
         _, patch_height, patch_width = transformer["patch_size"]
-        frames = model.frames or 81
+        frames = model.frames or default.frames
         if frames % time != 1 % time:
             near = frames // time * time + 1
             raise UserError(f"model.frames is {frames}: write a multiple of {time} and one more, like {near}")
-        height = multiple_of("height", model.height or 480, space * patch_height)
-        width = multiple_of("width", model.width or 832, space * patch_width)
+        height = multiple_of("height", model.height or default.height, space * patch_height)
+        width = multiple_of("width", model.width or default.width, space * patch_width)
         latent = (transformer["in_channels"], (frames - 1) // time + 1, height // space, width // space)
         tokens = latent[1] * (latent[2] // patch_height) * (latent[3] // patch_width)
         # text is read through cross-attention
-        return Geometry(latent, height, width, space * patch_height, frames, tokens, model.text_tokens or 512, 0)
+        text, unit = model.text_tokens or 512, space * patch_height
+        return Geometry(latent, height, width, unit, frames, tokens, text, 0, fps=default.fps)
+
+    @classmethod
+    def boundary(cls, folder: Path) -> float | None:
+        """The pipeline's boundary_ratio: times and σ are proportional."""
+        ratio = read_index(folder).get("boundary_ratio")
+        return None if ratio is None else float(ratio)
+
+    @classmethod
+    def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
+        """What an adapter that only encodes leaves on disk."""
+        return (*super().parts_beside_text(folder), FOLDERS["low"])
 
     @classmethod
     def comfyui_name(cls, module: str) -> str | None:
@@ -97,8 +133,9 @@ class Wan(Adapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, frames, h, w] in the transformer's dtype; σ reaches the model unrounded."""
+        which = {} if self.expert is None else {"expert": self.expert}
         return self.transformer(
-            hidden_states=x.to(self.dtype), timestep=sigma * 1000, return_dict=False, **cond.tensors
+            hidden_states=x.to(self.dtype), timestep=sigma * 1000, return_dict=False, **which, **cond.tensors
         )[0]
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowgrove.models.attention import with_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
+from flowgrove.models.experts import trained_parts
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.initial_lora import InitialLora
 from flowgrove.models.masters import Masters, Piece
@@ -48,9 +49,10 @@ class Weights:
         lora, master = recipe.model.lora, torch.float64 if compute == torch.float64 else torch.float32
         self.transformer, self._ranks = transformer, ranks or Ranks()
         mesh = self._ranks.mesh
-        initial = InitialLora.of(recipe.model, transformer)
+        (start, part), *_ = trained_parts(transformer).items()  # of two experts `check_initial_lora` has let one train
+        initial = InitialLora.of(recipe.model, part)
         if initial is not None and not recipe.model.trains_initial_lora:
-            initial.merge(transformer)
+            initial.merge(part)
         if master == torch.float64:
             keep_float64(transformer)
         self.reference_copy: Any = None  # frozen; LoRA needs none: without it the model is the reference
@@ -76,7 +78,7 @@ class Weights:
         # of layers that start from others, what the reference model has in their place
         self.initial: dict[str, Tensor] = {}
         if initial is not None and lora is not None and recipe.model.trains_initial_lora:
-            self.load(initial.start(transformer, lora))
+            self.load({f"{start}{name}": tensor for name, tensor in initial.start(part, lora).items()})
             if recipe.uses_reference:
                 self.initial = {name: p.detach().clone() for name, p in self._adapted()}
 

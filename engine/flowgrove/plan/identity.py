@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from flowgrove.models.experts import transformer_folders
 from flowgrove.models.families import configuration_folder
 from flowgrove.plan.optimizer_step import OptimizerStep
 from flowgrove.recipe.schema import Recipe
@@ -35,14 +36,14 @@ class Identity:
     def of(cls, recipe: Recipe) -> "Identity":
         """That of a recipe's model at the recipe's height and width. Raises UserError without configuration files."""
         model, engine, folder = recipe.model, recipe.engine, configuration_folder(recipe.model)
-        configs = [
-            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
-        ]
+        parts = transformer_folders(folder)
+        configs = [json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in (*parts, "vae")]
+        experts = [model.trained_experts] if len(parts) > 1 else []
         size = [model.height, model.width, model.frames, model.text_tokens, model.guidance_scale > 1]
         pixels = f" {model.height}×{model.width}" if model.height and model.width else ""
         return cls(
             name=f"{model.path}{pixels} {model.dtype}",
-            architecture=_hash([model.adapter, configs, model.lora and model.lora.model_dump(mode="json")]),
+            architecture=_hash([model.adapter, configs, model.lora and model.lora.model_dump(mode="json"), *experts]),
             size=_hash(size),
             dtype=model.dtype,
             settings={

@@ -17,10 +17,11 @@ from flowgrove.errors import UserError
 from flowgrove.plan.sigmas import SigmaTable, round_half_up, shifted_sigmas, tail_steps
 from flowgrove.plan.solvers import PLAIN, SOLVERS, history
 from flowgrove.plan.split_search import Splits, SplitSearch
-from flowgrove.recipe.schema import Cache, Prune, Recipe, Rollout, Tree
+from flowgrove.recipe.schema import Cache, Expert, Prune, Recipe, Rollout, Tree
 from flowgrove.recipe.windows import pruned_depths, window_steps
 
 Number = TypeVar("Number", int, float)
+_LOOKED_AT = 1000  # iterations
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Step:
     """One level of the forest, per prompt: nodes_in states become nodes_out = nodes_in · fanout.
 
     `coefficients` names its row in flowgrove_kernels.coefficients, which is its solver's, or of the first steps of a
-    solver with history the one that starts it. `takes_estimate`: that row uses the clean estimate of the step before;
+    solver with history the one that starts it. `expert`: that runs it, None: the model has one transformer.
+    `takes_estimate`: that row uses the clean estimate of the step before;
     `leaves_estimate`: the step after takes this one's.
     """
 
@@ -44,6 +46,7 @@ class Step:
     trained: bool
     nodes_in: int
     nodes_out: int
+    expert: Expert | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class RolloutPlan:
     @cached_property
     def trained_steps(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.trained)
+
+    @cached_property
+    def experts(self) -> tuple[Expert | None, ...]:
+        """Those that run trained steps, in the order of steps; None: the one transformer. A pass runs one of them."""
+        return tuple(dict.fromkeys(step.expert for step in self.trained_steps))
 
     def guided(self, step: Step) -> bool:
         """Whether guidance runs at the step: everywhere, or in rollout.guidance_range (Kynkäänniemi et al. 2404.07724)
@@ -276,7 +284,7 @@ def make_plan(
     takes = history([solver for _, _, solver in levels])
     steps, nodes = [], roots
     for index, (sigma, sigma_next, name) in enumerate(levels):
-        solver, fanout = SOLVERS[name], fanouts.get(index, 1)
+        solver, fanout, expert = SOLVERS[name], fanouts.get(index, 1), expert_at(sigma, table)
         steps.append(
             Step(
                 index=index,
@@ -288,9 +296,10 @@ def make_plan(
                 takes_estimate=takes[index],
                 leaves_estimate=takes[index + 1],
                 fanout=fanout,
-                trained=solver.stochastic and index not in pruned,
+                trained=solver.stochastic and index not in pruned and _trains(recipe, expert),
                 nodes_in=nodes,
                 nodes_out=nodes * fanout,
+                expert=expert,
             )
         )
         nodes *= fanout
@@ -320,6 +329,34 @@ def make_plan(
         attention=rollout.attention,
         fuses=recipe.credit.fusion_beta != 0,
     )
+
+
+def expert_at(sigma: float, table: SigmaTable) -> Expert | None:
+    """The expert that runs a step from σ; None: the model has one transformer."""
+    return None if table.boundary is None else "high" if sigma >= table.boundary else "low"
+
+
+def _trains(recipe: Recipe, expert: Expert | None) -> bool:
+    return expert is None or recipe.model.trained_experts in ("both", expert)
+
+
+def check_trained_experts(recipe: Recipe, table: SigmaTable) -> None:
+    """Raises UserError for an iteration whose stochastic steps are all of an expert that does not train."""
+    rollout, wanted = recipe.rollout, recipe.model.trained_experts
+    if wanted == "both":
+        return
+    mine = [index for index in range(rollout.steps - 1) if expert_at(table(index), table) == wanted]
+    tree = rollout.tree
+    splits = set(tree.splits) if tree is not None and isinstance(tree.splits, list) else set()
+    for iteration in range(min(recipe.run.iterations, _LOOKED_AT)):
+        stochastic = splits.union(window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed))
+        if stochastic and not stochastic.intersection(mine):
+            where = f"runs steps {mine[0]} … {mine[-1]} here" if mine else "runs no step here"
+            fix = f"rollout.window.range: [{mine[0]}, {mine[-1] + 1}]" if mine else "both"
+            raise UserError(
+                f"model.trained_experts is {wanted}, whose expert {where}, and iteration {iteration} has no stochastic "
+                f"step among them: write {fix}"
+            )
 
 
 @lru_cache(maxsize=4)

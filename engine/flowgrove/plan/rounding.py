@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from flowgrove.errors import UserError
+from flowgrove.models.experts import FOLDERS
 from flowgrove.models.quantised import Precision, copy_bytes, quantisable
 from flowgrove.plan.flops import counted
 from flowgrove.plan.unloaded import UnloadedModel
@@ -14,7 +15,7 @@ from flowgrove.recipe.schema import Recipe
 @dataclass(frozen=True)
 class Rounding:
     """Of a forward of one row of the longest prompt: FLOPs of the `layers` that are rounded, and of all; bytes of the
-    transformer's weights that it reads, without and with rounding.
+    weights of the transformer that it reads, without and with rounding.
     """
 
     precision: Precision
@@ -36,9 +37,12 @@ def count_rounding(recipe: Recipe) -> Rounding | None:
             counter = counted(lambda: model.velocity_of_rows(1))
     except UserError:
         return None
-    layers = quantisable(model.transformer, precision)
+    transformer, expert = model.adapter.running, model.adapter.expert
+    layers = quantisable(transformer, precision)
     by_module, root = counter.get_flop_counts(), type(model.transformer).__name__
-    whole = sum(weight.numel() * model.compute.itemsize for weight in model.transformer.parameters())
+    if expert is not None:
+        root = f"{root}.{FOLDERS[expert]}"
+    whole = sum(weight.numel() * model.compute.itemsize for weight in transformer.parameters())
     rounded = sum(layer.weight.numel() * model.compute.itemsize for layer in layers.values())
     return Rounding(
         precision=precision,
@@ -46,5 +50,5 @@ def count_rounding(recipe: Recipe) -> Rounding | None:
         rounded_flops=sum(sum(by_module.get(f"{root}.{name}", {}).values()) for name in layers),
         flops=counter.get_total_flops(),
         full_bytes=whole,
-        rounded_bytes=whole - rounded + copy_bytes(model.transformer, precision),
+        rounded_bytes=whole - rounded + copy_bytes(transformer, precision),
     )

@@ -6,23 +6,26 @@ t_i = 1 − i/T;   σ = shift·t/((1 − t) + shift·t)      exactly 1 and 0 at 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
-from flowgrove.models.families import configuration_folder, family_of, read_geometry
-from flowgrove.recipe.schema import Recipe
+from flowgrove.models.families import boundary_of, configuration_folder, family_of, read_geometry
+from flowgrove.recipe.schema import Model, Recipe
 
 
 @dataclass(frozen=True)
 class SigmaTable:
-    """σ at a position in [0, T], which need not be whole; and where the table comes from, for people."""
+    """σ at a position in [0, T], which need not be whole; where the table comes from, for people; and of a model with
+    two experts the least σ of the one for high noise.
+    """
 
     at: Callable[[float], float]
     source: str
+    boundary: float | None = None
 
     def __call__(self, position: float) -> float:
         return self.at(position)
@@ -130,11 +133,17 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
     """The table of a recipe: its shift, or the scheduler of its pipeline. Loads no model. Raises UserError."""
     rollout = recipe.rollout
     if rollout.shift is not None:
-        return shifted_sigmas(rollout.steps, rollout.shift)
+        return replace(shifted_sigmas(rollout.steps, rollout.shift), boundary=_boundary(recipe.model))
     folder = configuration_folder(recipe.model)
-    return scheduler_sigmas(
-        folder,
-        rollout.steps,
-        read_geometry(folder, recipe.model).picture_tokens,
-        family_of(recipe.model.adapter).gives_table,
-    )
+    tokens = read_geometry(folder, recipe.model).picture_tokens
+    table = scheduler_sigmas(folder, rollout.steps, tokens, family_of(recipe.model.adapter).gives_table)
+    return replace(table, boundary=boundary_of(folder, recipe.model))
+
+
+def _boundary(model: Model) -> float | None:
+    """That of a recipe's pipeline. Where it is not on this machine there is a plan of one transformer."""
+    try:
+        folder = configuration_folder(model)
+    except UserError:
+        return None
+    return boundary_of(folder, model)

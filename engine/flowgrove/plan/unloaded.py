@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flowgrove.errors import UserError
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.experts import as_one, transformer_folders
 from flowgrove.models.families import configuration_folder, family_of, read_geometry
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.masters import Masters
@@ -45,7 +46,8 @@ class UnloadedModel:
         self.master = torch.float64 if self.compute == torch.float64 else torch.float32
         family = family_of(recipe.model.adapter)
         with torch.device("meta"):
-            self.transformer = model_from_config(self.folder, "transformer")
+            parts = {name: model_from_config(self.folder, name) for name in transformer_folders(self.folder)}
+            self.transformer = as_one(parts, recipe.model)
             choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
             vae = model_from_config(self.folder, "vae")
         checkpoint_blocks(self.transformer, recipe.model.gradient_checkpointing)

@@ -36,7 +36,7 @@ class WeightSizes:
         rows: dict[str, int] = {}
         for name, weight in weights.items():
             layer = transformer.get_submodule(name.rpartition(".")[0])
-            if shards is not None and isinstance(layer, ROUNDED) and weight.requires_grad != lora:
+            if shards is not None and isinstance(layer, ROUNDED) and not (lora and weight.requires_grad):
                 rows[name] = -(-weight.shape[0] // shards) * weight[0].numel()
         names = {id(weight): name for name, weight in weights.items()}
         blocks = sorted(

@@ -32,6 +32,12 @@ def check_meaning(recipe: Recipe) -> None:
             f"model.init_lora.merge is false, so that {initial.path} would be trained on, but model.lora is null: "
             "write model.init_lora.merge: true, or a model.lora"
         )
+    of_low = recipe.model.guidance_scale_2
+    if of_low is not None and (of_low > 1) != (recipe.model.guidance_scale > 1):
+        raise UserError(
+            f"model.guidance_scale_2 is {of_low:g} and model.guidance_scale {recipe.model.guidance_scale:g}: write "
+            "both above 1, or neither, as a row has an unconditional one in all steps or in none"
+        )
     _check_open_splits(recipe)
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)

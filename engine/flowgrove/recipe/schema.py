@@ -19,6 +19,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=32_768)]
 Text = Annotated[str, Field(min_length=1)]
 Checkpointing = Literal["full", "selective", "none", "auto"]
+Expert = Literal["high", "low"]  # of two transformers: that of states of high noise, and that of the others
 # the registry of model families: modules of models/
 AdapterName = Literal["sd3", "flux", "qwen_image", "wan", "z_image"]
 
@@ -89,8 +90,8 @@ class InitLora(Section):
 class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
-    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; qwen_image: Qwen-Image; wan: Wan2.1
-    text-to-video; z_image: Z-Image and Z-Image-Turbo.
+    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; qwen_image: Qwen-Image; wan: Wan2.1 and
+    Wan2.2 text-to-video; z_image: Z-Image and Z-Image-Turbo.
     Source: diffusers' pipelines of these families.
     """
 
@@ -156,6 +157,22 @@ class Model(Section):
     Source: diffusers' ZImagePipeline, cfg_normalization.
     """
 
+    guidance_scale_2: NotNegative | None = None
+    """The guidance scale of the low-noise expert; null: that of model.guidance_scale.
+    Only models with two experts take it (Wan2.2's A14B), and both scales are above 1 or neither. Its authors draw
+    with 4 and 3.
+    Source: guidance_scale_2 of Wan2.2's pipeline in diffusers.
+    """
+
+    trained_experts: Literal["both", Expert] = "both"
+    """Which of two experts train: both, high or low; the other one is frozen.
+    Only models with two experts take it (Wan2.2's A14B): high runs the steps whose σ is at least the pipeline's
+    boundary_ratio, low those after them, as `flowgrove plan` shows. Steps of a frozen expert are rolled out, but never
+    trained, so every window must reach a step of the other one. An expert that has no trained step in an iteration
+    stays as it is, with its moments: nothing decays. One LoRA instead of two halves what trains; both are loaded.
+    Source: ours.
+    """
+
     height: Pixels | None = None
     """The height of a picture or frame, in pixels; null: the pipeline's default.
     It must be a multiple of the pixels per token and side, which is 16 for the published models. The cost of a pass
@@ -170,7 +187,7 @@ class Model(Section):
     """
 
     frames: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """The frames of a video; null: 81. Only models of videos take it.
+    """The frames of a video; null: 81, of Wan2.2's TI2V-5B 121. Only models of videos take it.
     It must be a multiple of 4 plus one, since the autoencoder joins 4 frames. Cost grows linearly with it, attention
     faster: Flow-GRPO trains Wan2.1 on 33.
     Source: Wan2.1's pipeline in diffusers.

@@ -26,7 +26,10 @@ def plan_json(plan: RolloutPlan, recipe: Recipe, division: Division = ALONE) -> 
     content = {
         "iteration": plan.iteration,
         "window": list(plan.window),
-        "steps": [{key: getattr(step, key) for key in _STEP} for step in plan.steps],
+        "steps": [
+            {key: getattr(step, key) for key in _STEP} | ({"expert": step.expert} if step.expert else {})
+            for step in plan.steps
+        ],
         "counts": asdict(plan.counts),
     }
     if division.ranks > 1:
@@ -62,12 +65,15 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
         header_style="dim",
     )
     cheaper = [_cheaper(plan, step, recipe) for step in plan.steps]
-    for name in ("step", "σ", "σ′", "solver", "nodes", "fanout", "trained", *(["cheaper"] if any(cheaper) else [])):
-        table.add_column(name, justify="left" if name in ("solver", "trained", "cheaper") else "right")
+    told = {"expert": [str(step.expert or "") for step in plan.steps], "cheaper": cheaper}
+    others = {name: column for name, column in told.items() if any(column)}
+    for name in ("step", "σ", "σ′", "solver", "nodes", "fanout", "trained", *others):
+        table.add_column(name, justify="left" if name in ("solver", "trained", *others) else "right")
     for step in plan.steps:
         fanout = f"×{step.fanout}" if step.fanout > 1 else ""
         kind = f"[bold]{step.solver}[/]" if step.stochastic else step.solver
-        trained = "yes" if step.trained else "pruned" if step.stochastic else ""
+        frozen = step.expert is not None and recipe.model.trained_experts not in ("both", step.expert)
+        trained = "yes" if step.trained else "" if not step.stochastic else "frozen" if frozen else "pruned"
         cells = (
             str(step.index),
             f"{step.sigma:.4f}",
@@ -77,7 +83,7 @@ def draw_plan(plan: RolloutPlan, recipe: Recipe, console: Console, schedule: str
             fanout,
             trained,
         )
-        table.add_row(*cells, *([cheaper[step.index]] if any(cheaper) else []))
+        table.add_row(*cells, *(column[step.index] for column in others.values()))
     console.print(table)
     console.print(f"[dim]σ: {schedule}[/]")
     console.print()

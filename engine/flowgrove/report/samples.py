@@ -83,7 +83,7 @@ def _write(
         for some in draw(setup, policy, runner, prompts[share], share.start):
             for sample in some:
                 prompt, number = divmod(share.start * samples + len(lines), samples)
-                file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.fps)
+                file = _save(out / f"{prompt:04d}_{number}{ending}", sample, policy.adapter.geometry.fps)
                 lines.append(json.dumps({"file": file.name, "prompt": prompts[prompt]}, ensure_ascii=False) + "\n")
             tiles.append(to_bytes(shrink(some)))
 

@@ -45,12 +45,13 @@ def rollout(
     with ExitStack() as cheaper:
         for step in plan.steps:
             forest.keep(step.index, x, logp)
-            own = policy.cheap() if plan.cheap(step) else policy
+            own = (policy.cheap() if plan.cheap(step) else policy).of_expert(step.expert)
             if plan.cache is not None and plan.caches(step) and not runner.caches:
                 cheaper.enter_context(runner.caching(own, plan.cache))
             reference = tuned_steps is not None and step.index >= tuned_steps
             fanout = step.fanout if share else 1
-            with span(f"step {step.index}"), policy.reference() if reference else nullcontext(own) as model:
+            with span(f"step {step.index}"), policy.reference() if reference else nullcontext(own) as found:
+                model = found.of_expert(step.expert)
                 # called before the next step
                 done = retry_smaller(lambda: level.advance(model, step, x, estimate, fanout), level.shrink)  # noqa: B023
             x, logp, estimate = done.x_next, done.logp, done.estimate

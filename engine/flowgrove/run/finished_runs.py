@@ -16,8 +16,9 @@ from flowgrove.evaluation import evaluate
 from flowgrove.files import follow_umask, partial_name, write_text
 from flowgrove.joining import joined
 from flowgrove.models.adapter import Adapter
+from flowgrove.models.experts import trained_parts
 from flowgrove.models.families import family_of
-from flowgrove.models.lora_files import COMFYUI_FILE, FORMATS, layers_of, write_lora
+from flowgrove.models.lora_files import FORMATS, how_to_load, layers_of, write_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.models.sources import check_sources
@@ -175,13 +176,15 @@ def export_run(
     family, lora = family_of(recipe.model.adapter), recipe.model.lora
     if lora is None and form == "comfyui":
         raise UserError(f"--format comfyui is for a LoRA, and {run} trained the whole model: write --format diffusers")
-    partial = partial_name(out)
+    partial, told = partial_name(out), f'wrote a pipeline: {family.pipeline}.from_pretrained("{out}")'
     try:
         if lora is None:
             adapter = open_model(recipe, checkpoint, None).restore().policy.adapter  # the transformer alone
             adapter.save_pipeline(partial, _dtypes_of_weights(adapter, recipe, dtype))
         elif checkpoint is not None:
-            write_lora(partial, form, _lora_layers(checkpoint, lora), lora, family, DTYPES.get(dtype or ""))
+            layers = _lora_layers(checkpoint, lora)
+            write_lora(partial, form, layers, lora, family, DTYPES.get(dtype or ""))
+            told = how_to_load(out, form, layers)
         follow_umask(partial)
         if out.exists():
             out.rmdir()
@@ -195,18 +198,19 @@ def export_run(
         below = f" on top of {initial.path} at {initial.strength:g}, which the run has merged"
     else:
         below = ""
-    if form == "comfyui":
-        return f"wrote a LoRA for ComfyUI{below}: copy {out / COMFYUI_FILE} into its models/loras folder"
-    load = f"{family.pipeline}.from_pretrained" if lora is None else "pipe.load_lora_weights"
-    return f'wrote a {"pipeline" if lora is None else "LoRA"}{below}: {load}("{out}")'
+    return told.replace(": ", f"{below}: ", 1)
 
 
 def _dtypes_of_weights(adapter: Adapter, recipe: Recipe, dtype: str | None) -> dict[str, torch.dtype]:
     if dtype is not None:
         return all_in(adapter.transformer, DTYPES[dtype])
-    return (
-        bf16_in(adapter.folder / "transformer") if recipe.model.dtype == "bf16" and adapter.folder is not None else {}
-    )
+    if recipe.model.dtype != "bf16" or adapter.folder is None:
+        return {}
+    found: dict[str, torch.dtype] = {}
+    for start in trained_parts(adapter.transformer):
+        kinds = bf16_in(adapter.folder / (start.rstrip(".") or "transformer"))
+        found |= {f"{start}{name}": kind for name, kind in kinds.items()}
+    return found
 
 
 def _lora_layers(checkpoint: Path, lora: Lora) -> dict[str, torch.Tensor]:

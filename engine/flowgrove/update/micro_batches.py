@@ -11,14 +11,15 @@ from flowgrove.device import to_device
 from flowgrove.models.policy import Velocity
 from flowgrove.passes.packing import Ints
 from flowgrove.plan.planner import RolloutPlan
+from flowgrove.recipe.schema import Expert
 from flowgrove.update.edges import Edges
 from flowgrove_kernels import StepCoefficients
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One pass: B rows with E children between them. `velocity`:
-    the rollout's own, with its graph, where it was retained.
+    """One pass: B rows with E children between them. `velocity`: the rollout's own, with its graph, where it was
+    retained; `expert`: that runs it, None: the one transformer.
     """
 
     state: Tensor
@@ -36,6 +37,7 @@ class MicroBatch:
     prompts: Ints  # `prompt` on the host
     states: Ints  # `state` on the host
     velocity: Velocity | None
+    expert: Expert | None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -91,6 +93,7 @@ def micro_batches(
             prompts=edges.prompt[row],
             states=edges.state[row],
             velocity=velocity,
+            expert=plan.steps[edges.step[row.start]].expert,
         )
         for end, part, velocity in zip(ends, passes, velocities, strict=True)
         for row in [slice(int(end) - len(part), int(end))]

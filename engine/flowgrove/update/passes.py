@@ -88,7 +88,7 @@ class Rolled:
         prompts, rows = batch.prompts[some], as_index(some, batch.state.device)
         with span(name, TRANSFORMER, len(some), self.prompts.tokens_of(prompts)):
             return runner.velocity(
-                policy,
+                policy.of_expert(batch.expert),
                 self.forest.states[batch.state[rows]],
                 batch.sigma[rows],
                 self.prompts,
@@ -197,27 +197,31 @@ class UpdatePasses:
         )
 
     def _passes(self, part: Rolled, edges: Edges, rows: Ints) -> Iterator[Ints]:
-        """`rows` in as few passes as can be; to replay the rollout, its own passes, those without an edge left out."""
+        """`rows` in as few passes as can be, each of one expert (models/experts.py says why); to replay the rollout,
+        its own passes, those without an edge left out.
+        """
         tokens = part.prompts.tokens[edges.prompt]
         if not self.replays:
-            rows = rows[edges.children[rows] > 0]
-            yield from (rows[some] for some in self.budget.passes(tokens[rows]))
+            rows, plan = rows[edges.children[rows] > 0], part.forest.plan
+            expert = np.array([plan.experts.index(step.expert) if step.trained else -1 for step in plan.steps])
+            for number in range(len(plan.experts)):
+                mine = rows[expert[edges.step[rows]] == number]
+                yield from (mine[some] for some in self.budget.passes(tokens[mine]))
             return
         for step in part.forest.plan.trained_steps:
             level = rows[edges.step[rows] == step.index]
             yield from (level[some] for some in self.budget.passes(tokens[level]) if edges.children[level[some]].any())
 
-    @property
     def to_refresh(self) -> list[tuple[Rolled, MicroBatch]]:
         """The passes that `refresh_old_logp` runs."""
         return [batch for passes in self.batches[1:] for batch in passes] if self.refreshes_logp else []
 
     @torch.no_grad()
-    def refresh_old_logp(self) -> None:
+    def refresh_old_logp(self, some: list[tuple[Rolled, MicroBatch]] | None = None) -> None:
         """bf16 passes depend on their batch: later updates compare with the old policy's logp in the
-        very batches that they train in.
+        very batches that they train in. `some` of these; None: all.
         """
-        for part, batch in self.to_refresh:
+        for part, batch in self.to_refresh() if some is None else some:
             with span("old_logp", rows=len(batch), tokens=part.tokens_of(batch)):
                 v, v_uncond, scale = part.velocity(self.runner, batch)
                 states, logp = part.forest.states, part.forest.logp

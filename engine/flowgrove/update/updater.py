@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from flowgrove.device import is_out_of_memory, to_host
+from flowgrove.models.experts import Experts
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import PassTooLargeError, retry_smaller
 from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.ranks import Ranks
-from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.schema import Expert, Recipe
 from flowgrove.spans import COMMUNICATION, OPS, OPTIMIZER, TRANSFORMER, span
 from flowgrove.update.ema import Ema
 from flowgrove.update.micro_batches import MicroBatch
@@ -64,6 +65,9 @@ def _column(parts: list[Tensor]) -> Tensor:
     """Parts of any shapes after each other, float64 [n] in host memory."""
     flat = torch.cat([part.reshape(-1).double() for part in parts]) if parts else torch.empty(0, dtype=torch.float64)
     return to_host(flat)
+
+
+_Pass = tuple[Rolled, MicroBatch]
 
 
 class Updater:
@@ -132,39 +136,45 @@ class Updater:
                 before, smaller = budget.tokens, budget.halve()
                 raise PassTooLargeError(self.ranks.rank, before, budget.tokens if smaller else None) from error
 
-    def _idle(self) -> None:
+    def _idle(self, expert: Expert | None) -> None:
         """What `_backward` is to the other ranks."""
         with span("idle_pass", TRANSFORMER):
             if self.recipe.update.kl_weight > 0:
                 with self.policy.reference() as reference:
-                    reference.idle_pass(backward=False)
-            self.policy.idle_pass(backward=True)
+                    reference.of_expert(expert).idle_pass(backward=False)
+            self.policy.of_expert(expert).idle_pass(backward=True)
 
     def _accumulate_in_meetings(self, passes: UpdatePasses, number: int) -> UpdateStats:
         stats = UpdateStats()
         self._passes_in_meetings(passes.batches[number], stats, on_policy=number == 0)
         if number == 0:
-            own = len(passes.to_refresh)
-            most = self.ranks.most(own)
-            passes.refresh_old_logp()
-            for _ in range(most - own):
-                with span("idle_pass", TRANSFORMER):
-                    self.policy.idle_pass(backward=False)
+            for expert, own, most in self._meetings(passes.to_refresh()):
+                passes.refresh_old_logp(own)
+                for _ in range(most - len(own)):
+                    with span("idle_pass", TRANSFORMER):
+                        self.policy.of_expert(expert).idle_pass(backward=False)
         passes.batches[number] = []
         return stats
 
-    def _passes_in_meetings(
-        self, batches: list[tuple[Rolled, MicroBatch]], stats: UpdateStats, on_policy: bool
-    ) -> None:
+    def _passes_in_meetings(self, batches: list[_Pass], stats: UpdateStats, on_policy: bool) -> None:
         self.weights.drop_gradients()
-        most = self.ranks.most(len(batches))
-        for turn in range(most):
-            self.weights.reduce_copies(last=turn == most - 1)
-            if turn < len(batches):
-                self._pass(turn, *batches[turn], stats, on_policy)
-            else:
-                self._idle()
+        for expert, own, most in self._meetings(batches):
+            for turn in range(most):
+                self.weights.reduce_copies(last=turn == most - 1)
+                if turn < len(own):
+                    self._pass(turn, *own[turn], stats, on_policy)
+                else:
+                    self._idle(expert)
         self.weights.take_gradients()
+
+    def _meetings(self, batches: list[_Pass]) -> list[tuple[Expert | None, list[_Pass], int]]:
+        """A rank's passes by the expert that they run, which all ranks gather together, each with the most that one
+        of them has.
+        """
+        transformer = self.policy.transformer
+        experts = transformer.trained if isinstance(transformer, Experts) else (None,)
+        mine = [[one for one in batches if one[1].expert == expert] for expert in experts]
+        return [(expert, own, self.ranks.most(len(own))) for expert, own in zip(experts, mine, strict=True)]
 
     def _accumulate(self, passes: UpdatePasses, number: int) -> UpdateStats:
         """The gradient of update `number`, from nothing."""

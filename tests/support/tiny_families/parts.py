@@ -63,11 +63,11 @@ def qwen3_config(tokenizer, layers=3):
     )  # fmt: skip
 
 
-def lively(transformer):
+def lively(transformer, seed=1):
     """Weights large enough that prompt, time and place all matter:
     real initialisation makes a tiny model almost constant.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in transformer.parameters():
             if parameter.ndim > 1:
