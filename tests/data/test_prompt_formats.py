@@ -9,6 +9,7 @@ import pytest
 
 from engine_cases import TRAIN_PROMPTS, metrics_of, succeed, timeless, tiny_recipe, weights_of, write_lines
 from flowgrove.data.prompts import NAMED_SETS, read_prompts
+from pictured import saved
 from planner_cases import user_error
 
 pa = pytest.importorskip("pyarrow")
@@ -27,22 +28,6 @@ def parquet(path, columns, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, **options)
     return path
-
-
-def saved(folder, columns, shards=1, **state):
-    """A folder as datasets.save_to_disk writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table(columns)
-    names = [f"data-{n:05d}-of-{shards:05d}.arrow" for n in range(shards)]
-    size = -(-table.num_rows // shards)
-    for number, name in enumerate(names):
-        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table.slice(number * size, size), max_chunksize=2)
-    (folder / "state.json").write_text(
-        json.dumps({"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", **state})
-    )
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
-    return folder
 
 
 def saved_splits(folder, **splits):

@@ -41,8 +41,8 @@ def write_recipe(folder, name, pipeline, algorithm, **model):
     content = {
         "model": {**MODELS[name], "path": str(pipeline), "dtype": "fp32", "gradient_checkpointing": False, **model},
         "data": {
-            "prompts": "train.txt",
-            "eval_prompts": "eval.txt",
+            "prompts": str(FAMILIES[name].write_prompts(folder / "train", TRAIN_PROMPTS)),
+            "eval_prompts": str(FAMILIES[name].write_prompts(folder / "eval", TRAIN_PROMPTS[:2])),
             "prompts_per_iteration": 2,
             "embedding_cache": str(folder / "embeddings"),
         },
@@ -52,8 +52,6 @@ def write_recipe(folder, name, pipeline, algorithm, **model):
         "engine": {"device": "cpu"},
         "run": {"iterations": 3, "checkpoint_every": 0, "eval_every": 0, "log": ["jsonl"]},
     }
-    write_lines(folder / "train.txt", TRAIN_PROMPTS)
-    write_lines(folder / "eval.txt", TRAIN_PROMPTS[:2])
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path

@@ -16,8 +16,8 @@ from flowgrove.models.loading import encode_together
 from flowgrove.models.policy import Policy
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.loading import load_recipe
-from policy_cases import CPU, TEXTS, small_recipe
-from tiny_families import MODELS, sampled
+from policy_cases import CPU, TEXTS, encoded, small_recipe
+from tiny_families import FAMILIES, MODELS, sampled
 
 PROMPTS = [*TEXTS, "", "a red circle " * 40]
 
@@ -46,11 +46,15 @@ def encodings(monkeypatch):
     return calls
 
 
+def prompts_of(name, texts):
+    return FAMILIES[name].prompts(texts) if name in FAMILIES else texts
+
+
 @pytest.mark.parametrize("name", sampled())
 @torch.no_grad()
 def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, name):
-    loaded = Policy.load(recipe_of(folders, name, "none"), CPU).encode(PROMPTS).cond
-    stored = Policy.load(recipe_of(folders, name, tmp_path), CPU).encode(PROMPTS).cond
+    loaded = encoded(Policy.load(recipe_of(folders, name, "none"), CPU), PROMPTS).cond
+    stored = encoded(Policy.load(recipe_of(folders, name, tmp_path), CPU), PROMPTS).cond
     assert stored.tensors.keys() == loaded.tensors.keys()
     for key, tensor in loaded.tensors.items():
         assert tensor.dtype == stored.tensors[key].dtype
@@ -59,12 +63,15 @@ def test_embeddings_from_disk_equal_those_of_the_encoders(folders, tmp_path, nam
 
 @pytest.mark.parametrize("name", sampled())
 def test_bits_on_disk_depend_on_the_text_alone(folders, tmp_path, name):
-    many = [*PROMPTS, *(f"{text} {number}" for text in TEXTS for number in range(6))]
+    texts = [*PROMPTS, *(f"{text} {number}" for text in TEXTS for number in range(6))]
+    many, away = prompts_of(name, texts), family_of(MODELS.get(name, {"adapter": "sd3"})["adapter"]).uncond_text
     Policy.load(recipe_of(folders, name, tmp_path / "whole"), CPU, many)
     for some in (many[:4], many[3:9], many):  # as runs that were killed while they prepared
         Policy.load(recipe_of(folders, name, tmp_path / "pieces"), CPU, some)
     whole, pieces = (contents(tmp_path / kept) for kept in ("whole", "pieces"))
-    assert len(whole) == len({*many, family_of(MODELS.get(name, {"adapter": "sd3"})["adapter"]).uncond_text})
+    assert len(whole) == len(
+        set(many) if many != texts else {*many, away}
+    )  # the unconditional one where it may be used
     assert whole == pieces
 
 
@@ -92,12 +99,13 @@ def test_a_run_that_was_killed_while_it_prepared_ends_in_the_same_weights(folder
 
 @pytest.mark.parametrize("name", sampled())
 def test_text_encoders_are_not_in_memory_after_their_work(folders, tmp_path, name):
-    policy = Policy.load(recipe_of(folders, name, tmp_path, guidance_scale=2.0), CPU, PROMPTS)
+    prompts = prompts_of(name, PROMPTS)
+    policy = Policy.load(recipe_of(folders, name, tmp_path, guidance_scale=2.0), CPU, prompts)
     parts = policy.adapter.pipe.components
     assert all(parts[part] is None for part in policy.adapter.TEXT)
-    policy.encode(PROMPTS)
+    policy.encode(prompts)
     assert all(parts[part] is None for part in policy.adapter.TEXT)
-    assert policy.encode([TEXTS[0], TEXTS[0]]).cond.tensors["encoder_hidden_states"].shape[0] == 2
+    assert policy.encode([prompts[0], prompts[0]]).cond.tensors["encoder_hidden_states"].shape[0] == 2
 
 
 def test_each_text_is_encoded_once_in_all_runs_of_a_model(folders, tmp_path, encodings):
@@ -257,7 +265,8 @@ def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, ca
     long = "a red circle left of a blue square " * 5
     alike = [f"{long}one", f"{long}two", f"{long}three"]
     with caplog.at_level("WARNING", "flowgrove"):
-        Policy.load(recipe_of(folders, name, "none" if cache == "none" else tmp_path), CPU, [*TEXTS, *alike, *TEXTS])
+        prompts = prompts_of(name, [*TEXTS, *alike, *TEXTS])
+        Policy.load(recipe_of(folders, name, "none" if cache == "none" else tmp_path), CPU, prompts)
     told = [record.getMessage() for record in caplog.records if "limit" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("2 prompts differ from others only after the text encoders' limit")

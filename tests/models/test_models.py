@@ -66,20 +66,22 @@ def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width,
     policy = Policy.load(recipe, CPU)
     assert policy.doubles == (guidance > 1 and not policy.adapter.embeds_guidance)
     plan = make_plan(recipe, 0, sigmas)
+    prompts = family.prompts(PROMPTS)
     forest = rollout(
-        plan, plan_coefficients(plan), policy, encoded(policy, PROMPTS), runner_of(policy), seed=3, iteration=9
+        plan, plan_coefficients(plan), policy, encoded(policy, prompts), runner_of(policy), seed=3, iteration=9
     )
     prompt = torch.arange(len(PROMPTS)).repeat_interleave(2)
     latents = philox_normal(
         (len(prompt), *policy.adapter.latent_shape),
         NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(PROMPTS))),
     )
+    repeated = [prompt for prompt in prompts for _ in range(2)]
     drawn = pipe(
-        prompt=[text for text in PROMPTS for _ in range(2)],
+        prompt=[str(prompt) for prompt in repeated],
         num_inference_steps=ODE["steps"],
         latents=family.as_theirs(pipe, recipe.model, latents),
         output_type="latent",
-        **family.options(guidance, len(latents), recipe.model),
+        **family.options(guidance, repeated, recipe.model),
     )
     expected = family.as_ours(pipe, recipe.model, family.drawn(drawn))
     assert (forest.leaves - expected).abs().max() <= 1e-4
@@ -98,7 +100,7 @@ def test_decoded_samples_equal_the_diffusers_pipeline(folders, name):
         num_inference_steps=2,
         latents=family.as_theirs(pipe, recipe.model, latents),
         output_type="pt",
-        **family.options(1.0, 3, recipe.model),
+        **family.options(1.0, family.prompts(TEXTS), recipe.model),
     )
     expected = family.drawn(result)
     decoded = policy.decode(latents)
@@ -112,8 +114,9 @@ def test_decoded_samples_equal_the_diffusers_pipeline(folders, name):
 def test_mixed_prompts_in_one_batch_equal_one_by_one(folders, name, guidance):
     policy = policy_of(folders, name, model={"guidance_scale": guidance})
     x, sigma = states(policy, len(PROMPTS)), torch.linspace(0.95, 0.1, len(PROMPTS))
-    together = policy.velocity(x, sigma, encoded(policy, PROMPTS), torch.arange(len(PROMPTS)))
-    for row, text in enumerate(PROMPTS):
+    prompts = FAMILIES[name].prompts(PROMPTS)
+    together = policy.velocity(x, sigma, encoded(policy, prompts), torch.arange(len(PROMPTS)))
+    for row, text in enumerate(prompts):
         alone = policy.velocity(x[row : row + 1], sigma[row : row + 1], encoded(policy, [text]), torch.tensor([0]))
         assert (together.v[row] - alone.v[0]).abs().max() <= 1e-5
         if together.uncond is not None:
@@ -135,7 +138,7 @@ def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
             torch.nn.init.normal_(parameter, std=0.05)
     else:
         assert len(trainable) == len(list(policy.transformer.parameters()))
-    prompts = encoded(policy)
+    prompts = encoded(policy, FAMILIES[name].prompts(TEXTS))
     v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), prompts, torch.tensor([0, 1])).v
     v.square().sum().backward()
     silent = []
@@ -167,7 +170,12 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name, dtype, lora):
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(number))
         policy.weights.refresh()
         with torch.enable_grad():
-            v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
+            v = policy.velocity(
+                states(policy, 2),
+                torch.tensor([0.7, 0.3]),
+                encoded(policy, FAMILIES[name].prompts(TEXTS)),
+                torch.tensor([0, 1]),
+            ).v
             v.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]))
     assert gradients[0].abs().max() > 0
@@ -180,7 +188,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name, dtype, lora):
 def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
     recipe = recipe_of(folders, name, rollout={"steps": 3, "shift": 3.0})
     policy = Policy.load(recipe, CPU)
-    base = sample(Setup(recipe), policy, runner_of(policy), TEXTS)
+    base = sample(Setup(recipe), policy, runner_of(policy), FAMILIES[name].prompts(TEXTS))
     for parameter in policy.weights.trainable().values():
         parameter.mul_(1.1)
     policy.adapter.save_pipeline(tmp_path / "export")
@@ -188,8 +196,8 @@ def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
     loaded = Policy.load(
         recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "export")})}), CPU
     )
-    tuned = sample(Setup(recipe), policy, runner_of(policy), TEXTS)
-    assert (tuned - sample(Setup(recipe), loaded, runner_of(loaded), TEXTS)).abs().max() <= 1e-5
+    tuned = sample(Setup(recipe), policy, runner_of(policy), FAMILIES[name].prompts(TEXTS))
+    assert (tuned - sample(Setup(recipe), loaded, runner_of(loaded), FAMILIES[name].prompts(TEXTS))).abs().max() <= 1e-5
     assert (tuned - base).abs().max() > 1e-3
 
 
@@ -201,10 +209,10 @@ def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
         torch.nn.init.normal_(parameter, std=0.3)
     policy.adapter.save_lora(tmp_path / "lora")
     x, sigma, prompt = states(plain, 2), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
-    base = plain.velocity(x, sigma, encoded(plain), prompt).v
+    base = plain.velocity(x, sigma, encoded(plain, FAMILIES[name].prompts(TEXTS)), prompt).v
     plain.adapter.pipe.load_lora_weights(tmp_path / "lora")
-    loaded = plain.velocity(x, sigma, encoded(plain), prompt).v
-    tuned = policy.velocity(x, sigma, encoded(policy), prompt).v
+    loaded = plain.velocity(x, sigma, encoded(plain, FAMILIES[name].prompts(TEXTS)), prompt).v
+    tuned = policy.velocity(x, sigma, encoded(policy, FAMILIES[name].prompts(TEXTS)), prompt).v
     assert (loaded - tuned).abs().max() <= 1e-5
     assert (tuned - base).abs().max() > 1e-2
 
@@ -221,7 +229,12 @@ def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
         if not p.requires_grad and not any(part in key for part in kept)
     }
     assert frozen == {torch.bfloat16}
-    v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), encoded(policy), torch.tensor([0, 1])).v
+    v = policy.velocity(
+        states(policy, 2),
+        torch.tensor([0.7, 0.3]),
+        encoded(policy, FAMILIES[name].prompts(TEXTS)),
+        torch.tensor([0, 1]),
+    ).v
     assert v.dtype == torch.bfloat16
     assert policy.decode(states(policy, 2)).dtype == torch.float32
 

@@ -22,7 +22,7 @@ from flowgrove.models.quantised import (
     quantised_weight,
 )
 from flowgrove.recipe.loading import parse_recipe
-from policy_cases import CPU, TEXTS, policy_of
+from policy_cases import CPU, TEXTS, encoded, policy_of
 from tiny_families import MODELS, sampled
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
@@ -44,7 +44,7 @@ def recipe_of(family, folder, **model):
 
 
 def velocity(policy, rows=2):
-    prompts, generator = policy.encode(TEXTS[:1]), torch.Generator().manual_seed(0)
+    prompts, generator = encoded(policy, TEXTS[:1]), torch.Generator().manual_seed(0)
     x = torch.randn(rows, *policy.adapter.latent_shape, generator=generator).to(policy.device)
     sigma, prompt = torch.full((rows,), 0.6), torch.zeros(rows, dtype=torch.int64)
     with torch.no_grad():

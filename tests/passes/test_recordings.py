@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flowgrove.data.prompt import Prompt
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
@@ -85,6 +86,18 @@ def test_replayed_rollouts_equal_eager_ones_for_other_seeds_prompts_and_iteratio
         assert all(torch.equal(one, other) for one, other in zip(eager, recorded, strict=True))
     plan, _ = plan_and_coefficients(recipe)
     assert 0 < len(graphs) < len(plan.steps) + 1, "a recording serves more than one timestep"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_take_each_prompts_own_negative_one(device):
+    policy, graphs, plain, recording = policy_on(device, guidance_scale=2.5)
+    recipe = small_recipe()
+    for away in (TEXTS, TEXTS[::-1], ["a green cross"] * len(TEXTS)):
+        prompts = [Prompt(text, negative=other) for text, other in zip(TEXTS, away, strict=True)]
+        eager = leaves_of(policy, plain, recipe, texts=prompts)
+        recorded = leaves_of(policy, recording, recipe, texts=prompts)
+        assert all(torch.equal(one, other) for one, other in zip(eager, recorded, strict=True))
+    assert len(graphs) > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)

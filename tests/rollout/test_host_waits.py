@@ -25,10 +25,10 @@ from flowgrove.update.passes import Rolled
 from flowgrove.update.sketch import Sketch
 from host_reads import DEVICE, HostWaits
 from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
-from tiny_families import MODELS, sampled
+from tiny_families import FAMILIES, MODELS, sampled
 from update_cases import Recorder
 
-FAMILIES = sampled("sd3", "flux", "qwen_image", "wan")
+NAMES = sampled("sd3", "flux", "qwen_image", "wan")
 
 
 WAITS = {
@@ -71,8 +71,9 @@ def on_the_device(folders, family, lora=None):
     model |= {"gradient_checkpointing": True, "guidance_scale": 2.5}
     update = {"updates_per_iteration": 2, "clip_range": 1e-3, "lr": 1e-4, "kl_weight": 0.1}
     recipe = small_recipe(model=model, update=update)
-    policy = replace(Policy.load(recipe, CPU, TEXTS), device=DEVICE)
-    prompts = replace(policy, device=CPU).encode(TEXTS)
+    texts = FAMILIES[family].prompts(TEXTS) if family in FAMILIES else TEXTS
+    policy = replace(Policy.load(recipe, CPU, texts), device=DEVICE)
+    prompts = replace(policy, device=CPU).encode(texts)
     recorder = Recorder(recipe, replace(policy, device=CPU))
     policy.transformer.to(DEVICE)
     if policy.weights.reference_copy is not None:
@@ -93,7 +94,7 @@ def rolled(recipe, policy, prompts, runner, iteration=0):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
     recipe, policy, prompts, recorder = on_the_device(folders, family, lora)
     for iteration in range(2):
@@ -145,7 +146,7 @@ class Watched(Recordings):
         return _Recorded(inputs, outputs, lambda: None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_recorded_functions_hold_no_copy_and_no_read(folders, family):
     recipe, policy, prompts, recorder = on_the_device(folders, family)
     watched = Watched()

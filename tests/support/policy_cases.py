@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from flowgrove.data.prompt import pictures_of
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
@@ -14,6 +15,7 @@ from flowgrove.plan.sigmas import recipe_sigmas
 from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove_kernels import StepCoefficients
+from pictured import pictured
 
 _RUNNERS: WeakKeyDictionary[Policy, PassRunner] = WeakKeyDictionary()
 CPU = torch.device("cpu")
@@ -66,4 +68,8 @@ def plan_and_coefficients(recipe: Recipe, iteration: int = 0) -> tuple[RolloutPl
 
 
 def encoded(policy: Policy, texts: list[str] | None = None) -> Prompts:
-    return policy.encode(texts or TEXTS)
+    """Texts, which get source pictures where the model needs some, or prompts."""
+    texts = texts or TEXTS
+    if not any(pictures_of(text) for text in texts):
+        texts = pictured(texts, policy.adapter.source_pictures[0])
+    return policy.encode(texts)

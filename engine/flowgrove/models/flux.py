@@ -31,7 +31,8 @@ class Flux(Adapter):
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
         """The geometry that the transformer's and the VAE's configuration give."""
-        return packed_geometry(model, autoencoder_scale(folder), part_config(folder, "transformer")["in_channels"], 512)
+        channels = part_config(folder, "transformer")["in_channels"]
+        return packed_geometry(model, autoencoder_scale(folder), channels, 512, cls.source_count(model))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

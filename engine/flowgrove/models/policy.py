@@ -219,6 +219,14 @@ class Policy:
         tokens = (size.picture_tokens + size.source_tokens + beside) * (2 if self.doubles else 1)
         return Prompts(texts, cond, uncond, uncond_of, lengths, tokens)
 
+    def blank_prompt(self) -> Prompts:
+        """One prompt of the longest text, zeros in place of its embeddings: for passes that only cost."""
+        size, blank = self.adapter.geometry, self.adapter.blank(1, self.compute_dtype).to(self.device)
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        uncond, uncond_of = (blank, first) if self.doubles else (None, None)
+        tokens = np.array([size.tokens * (2 if self.doubles else 1)])
+        return Prompts([""], blank, uncond, uncond_of, np.array([size.prompt_tokens]), tokens)
+
     @property
     def weights_in_use(self) -> tuple[int, ...]:
         """Names what a pass would run on now: the size, and the trained weights,

@@ -140,7 +140,8 @@ def _of_attention(counter: FlopCounterMode) -> int:
 
 
 def _encoding(model: UnloadedModel) -> int | None:
-    """A prompt of the longest length through every text encoder, without what a pipeline may put around it; None
+    """A prompt of the longest length through every text encoder, without what a pipeline may put around it and
+    without source pictures; None
     where an encoder has no configuration there, or does not run as that describes it.
     """
     family, folder = family_of(model.recipe.model.adapter), model.folder

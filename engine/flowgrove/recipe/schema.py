@@ -21,7 +21,7 @@ Text = Annotated[str, Field(min_length=1)]
 Checkpointing = Literal["full", "selective", "none", "auto"]
 Expert = Literal["high", "low"]  # of two transformers: that of states of high noise, and that of the others
 # the registry of model families: modules of models/
-AdapterName = Literal["sd3", "flux", "qwen_image", "wan", "z_image"]
+AdapterName = Literal["sd3", "flux", "flux_kontext", "qwen_image", "wan", "z_image"]
 
 
 class _Said(BaseModel):

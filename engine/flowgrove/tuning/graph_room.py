@@ -80,7 +80,7 @@ def _room_of_gpu(setup: Setup, policy: Policy, runner: PassRunner, division: Div
 
 def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
     """The same where memory is shared with others; the model itself is asked what a row holds."""
-    prompts = policy.encode([""])
+    prompts = policy.blank_prompt()
 
     def velocity(rows: int) -> Velocity:
         x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flowgrove.data.prompt import pictures_of
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.evaluation import sample
@@ -150,10 +151,12 @@ class _Measuring:
         return {"decode": Curve(flops=flops.decode, seconds=seconds)} if seconds else {}
 
     def encoding(self, setup: Setup) -> float | None:
-        """A prompt's text, where the encoders are loaded."""
+        """A prompt with its pictures, where the encoders are loaded."""
         if not isinstance(self.policy.encoder, LoadedEncoder):
             return None
         (text, *_) = self._prompts(setup) or [""]
+        if len(pictures_of(text)) < self.policy.adapter.source_count(setup.recipe.model):
+            return None
         return self.fitting("the encoding of prompts", lambda: self._median(lambda: self.policy.adapter.encode([text])))
 
     def scores(self, setup: Setup) -> dict[str, float]:

@@ -2,15 +2,15 @@
 
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrove.device import release_memory, to_device
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.rollout.denoise import States, StepKind, denoise
 from flowgrove.setup import Setup
@@ -65,11 +65,10 @@ class Passes:
     def __init__(self, policy: Policy, runner: PassRunner) -> None:
         self.policy, self.runner, self.device = policy, runner, policy.device
         self._draw = torch.Generator(policy.device).manual_seed(0)
-        size, cond = policy.adapter.geometry, self._longest()
-        uncond, uncond_of = (self._longest(), torch.zeros(1, dtype=torch.int64)) if policy.doubles else (None, None)
-        self.tokens = size.tokens * (2 if policy.doubles else 1)
-        uncond_of = None if uncond_of is None else to_device(uncond_of, self.device)
-        self.prompts = Prompts([""], cond, uncond, uncond_of, np.array([size.prompt_tokens]), np.array([self.tokens]))
+        blank = policy.blank_prompt()
+        self.tokens = int(blank.tokens[0])
+        uncond = None if blank.uncond is None else self._drawn(blank.uncond)
+        self.prompts = replace(blank, cond=self._drawn(blank.cond), uncond=uncond)
 
     def states(self, rows: int) -> Tensor:
         """States [rows, ...] drawn at random."""
@@ -122,14 +121,9 @@ class Passes:
             run(x)
         return totals.seconds["pass"]
 
-    def _longest(self) -> Conditioning:
-        blank = self.policy.adapter.blank(1, self.policy.compute_dtype).tensors
-        return Conditioning(
-            {
-                name: self._normal(t.shape, t.dtype) if t.is_floating_point() else t.to(self.device)
-                for name, t in blank.items()
-            }
-        )
+    def _drawn(self, blank: Conditioning) -> Conditioning:
+        drawn = blank.tensors.items()
+        return Conditioning({name: self._normal(t.shape, t.dtype) if t.is_floating_point() else t for name, t in drawn})
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self._draw)

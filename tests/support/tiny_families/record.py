@@ -4,7 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
+
+from flowgrove.models.families import family_of
+from flowgrove.models.sources import source_pictures
+from pictured import pictured, write_prompts
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class TinyFamily:
     call: Callable[[float, int, Any], dict[str, Any]]
     guidance: float  # that of training tests
     blocks: int  # of the transformer, compiled one by one
+    pictured: Callable[[list[list[Image.Image]], Any], dict[str, Any]] = dict  # options of the prompts' source pictures
     output: str = "images"  # where the pipeline's result holds what it drew
     as_theirs: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # states as `latents`
     as_ours: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # drawn latents as states
@@ -30,10 +36,26 @@ class TinyFamily:
     swept: bool = False  # whether `make test` runs all its cases, not a sample
     cuts_tokens: bool = True  # whether encoders read text_tokens tokens of a longer prompt, no more
 
+    @property
+    def sources(self):
+        """The source pictures of a prompt."""
+        return self.model.get("source_pictures", family_of(self.model["adapter"]).source_pictures[0])
+
+    def prompts(self, texts):
+        """The texts, with as many source pictures as the family takes, each of its own."""
+        return pictured(texts, self.sources)
+
+    def write_prompts(self, path, texts):
+        """Writes a prompt file, with as many pictures per row as the family takes; returns its path."""
+        return write_prompts(path, texts, self.sources)
+
     def options(self, guidance, prompts, model):
         """All options of a call but the prompts, their latents, the number of steps and the output's kind."""
         sizes = {"height": model.height, "width": model.width, "max_sequence_length": model.text_tokens}
-        return sizes | self.call(guidance, prompts, model)
+        pictures = [source_pictures(prompt, model.height, model.width) for prompt in prompts]
+        return (
+            sizes | self.call(guidance, len(prompts), model) | (self.pictured(pictures, model) if self.sources else {})
+        )
 
     def drawn(self, result):
         """What a call of the pipeline drew."""
