@@ -17,6 +17,9 @@ _MODELS = {
     "stabilityai/stable-diffusion-3.5-medium": "SD3.5-Medium",
     "Qwen/Qwen-Image": "Qwen-Image",
     "Tongyi-MAI/Z-Image-Turbo": "Z-Image-Turbo",
+    "black-forest-labs/FLUX.2-klein-base-4B": "FLUX.2-klein-base-4B",
+    "black-forest-labs/FLUX.2-dev": "FLUX.2-dev",
+    "lodestones/Chroma1-HD": "Chroma1-HD",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Wan2.1-1.3B",
 }
 # a line of the table each: its recipes, and what they are; {…} comes from the first of them
@@ -34,6 +37,9 @@ _PUBLISHED = (
     (("grove_sd35m",), "ours, untuned"),
     (("mix_qwen",), "MixGRPO, {pictures} pictures, window {window} of {all_steps}"),
     (("mix_z_image",), "MixGRPO, untuned"),
+    (("mix_flux2_klein",), "MixGRPO, untuned"),
+    (("grove_flux2",), "ours, untuned"),
+    (("mix_chroma",), "MixGRPO, untuned"),
     (("flow_wan",), "Flow-GRPO, {pictures} videos"),
     (("grove_wan",), "ours, untuned"),
 )
@@ -156,6 +162,21 @@ def mix_qwen(memory: Rows) -> Iterator[tuple[str, ...]]:
 @numbers("recipes/mix_z_image.yaml", MEMORY)
 def mix_z_image(memory: Rows) -> Iterator[tuple[str, ...]]:
     yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("mix_z_image"))
+
+
+@numbers("recipes/mix_flux2_klein.yaml", MEMORY)
+def mix_flux2_klein(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("mix_flux2_klein"))
+
+
+@numbers("recipes/grove_flux2.yaml", MEMORY)
+def grove_flux2(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("grove_flux2"))
+
+
+@numbers("recipes/mix_chroma.yaml", MEMORY)
+def mix_chroma(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("mix_chroma"))
 
 
 @numbers("recipes/flow_wan.yaml", MEMORY)

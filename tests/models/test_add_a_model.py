@@ -36,10 +36,9 @@ FILE, LINE = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"
 
 
 def new_schema():
-    """What the recipe's schema defines once its line is the page's."""
+    """What the recipe's schema defines once its list of names has the page's line."""
     lines = Path(schema.__file__).read_text(encoding="utf-8").splitlines()
-    (place,) = (number for number, line in enumerate(lines) if line.startswith("AdapterName = "))
-    lines[place] = LINE
+    lines.insert(lines.index("]", lines.index("AdapterName = Literal[")), LINE.rstrip())
     module = types.ModuleType("new_schema")
     sys.modules["new_schema"] = module  # where annotations are looked up
     exec("\n".join(lines), vars(module))

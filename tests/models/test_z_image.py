@@ -39,7 +39,7 @@ def drawn(recipe, prompts):
 def theirs(folders, recipe, prompts, noise, **options):
     pipe = FAMILY.pipeline.from_pretrained(folders["z_image"])
     pipe.set_progress_bar_config(disable=True)
-    told = FAMILY.options(recipe.model.guidance_scale, len(prompts), recipe.model) | options
+    told = FAMILY.options(recipe.model.guidance_scale, prompts, recipe.model) | options
     return pipe(list(prompts), num_inference_steps=4, latents=noise, output_type="latent", **told).images
 
 

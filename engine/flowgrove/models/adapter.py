@@ -74,6 +74,15 @@ class Adapter(ABC):
         return None
 
     @classmethod
+    def dynamic_shift(cls, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """The mu that the pipeline gives a scheduler of this configuration, for `tokens` of a picture and so many
+        steps: linear in the tokens.
+        """
+        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return float(least + (most - least) / (high - low) * (tokens - low))
+
+    @classmethod
     def pipeline_class(cls) -> Any:
         """The class of diffusers."""
         import diffusers
@@ -165,7 +174,7 @@ class Adapter(ABC):
         """Those of the loaded text encoders, each with the tokens that its encoder reads of a prompt."""
         named = [name for name, encoder in self.text_parts() if getattr(self.pipe, encoder) is not None]
         asked = {named[-1]: self.geometry.prompt_tokens} if named else {}
-        found = [(getattr(self.pipe, name), asked.get(name)) for name in named]
+        found = [(text_tokenizer(getattr(self.pipe, name)), asked.get(name)) for name in named]
         return [(one, min(one.model_max_length, most or one.model_max_length)) for one, most in found]
 
     @abstractmethod
@@ -235,6 +244,11 @@ def _copy_files(source: Path, target: Path) -> None:
             place = target / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """What reads a text: a processor of texts and pictures holds a tokenizer."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def normalised_latents(vae: Any, latents: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import transformers
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError
 from flowgrove.hub import DATA_ONLY, endless_count, named_program
+from flowgrove.models.adapter import text_tokenizer
 from flowgrove.models.folders import read_index
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -95,6 +96,7 @@ def check_counts(place: Path) -> None:
 
 def check_tokenizer(place: Path, tokenizer: Any, encoder: Any) -> None:
     """Raises UserError unless two texts get different tokens, and tokens that the encoder knows."""
+    tokenizer = text_tokenizer(tokenizer)
     if not (place / "tokenizer_config.json").is_file():
         raise UserError(f"{place} has no tokenizer_config.json: download the whole pipeline folder")
     try:

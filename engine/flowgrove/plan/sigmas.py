@@ -5,7 +5,7 @@ t_i = 1 − i/T;   σ = shift·t/((1 − t) + shift·t)      exactly 1 and 0 at 
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import pairwise
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
+from flowgrove.models.adapter import Adapter
 from flowgrove.models.families import boundary_of, configuration_folder, family_of, read_geometry
 from flowgrove.recipe.schema import Model, Recipe
+
+DynamicShift = Callable[[Mapping[str, Any], int, int], float]
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ def listed_sigmas(values: Sequence[float], source: str = "a given table") -> Sig
     return SigmaTable(sigma, source)
 
 
-def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = False) -> SigmaTable:
+def scheduler_sigmas(
+    folder: Path, steps: int, tokens: int, gives_table: bool = False, shift: DynamicShift = Adapter.dynamic_shift
+) -> SigmaTable:
     """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads
     no model.
 
     `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift; else it leaves the
-    unshifted table to the scheduler.
+    unshifted table to the scheduler. `shift`: what it gives for mu, of the scheduler's configuration, tokens and steps.
     """
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
@@ -88,7 +93,7 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = 
             "set rollout.shift to a number"
         )
     try:
-        values, source = _scheduled(kind, config, steps, tokens, gives_table)
+        values, source = _scheduled(kind, config, steps, tokens, gives_table, shift)
     except Exception as error:  # what libraries raise over foreign settings has many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"{config_file} does not give a table of {steps} steps ({name}: {reason})"
@@ -97,7 +102,7 @@ def scheduler_sigmas(folder: Path, steps: int, tokens: int, gives_table: bool = 
 
 
 def _scheduled(
-    kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool
+    kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool, shift: DynamicShift
 ) -> tuple[list[float], str]:
     import numpy as np
 
@@ -106,9 +111,7 @@ def _scheduled(
     keywords: dict[str, Any] = {}
     source = f"{name} of the pipeline, shift {config.get('shift', config.get('flow_shift', 1.0)):g}"
     if config.get("use_dynamic_shifting"):
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
-        keywords["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
+        keywords["mu"] = shift(config, tokens, steps)
         source = f"{name} of the pipeline, dynamic shift mu {keywords['mu']:.3g} for {tokens} picture tokens"
     if gives_table:
         keywords["sigmas"] = np.linspace(1.0, 1.0 / steps, steps)
@@ -134,9 +137,9 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
     rollout = recipe.rollout
     if rollout.shift is not None:
         return replace(shifted_sigmas(rollout.steps, rollout.shift), boundary=_boundary(recipe.model))
-    folder = configuration_folder(recipe.model)
+    folder, family = configuration_folder(recipe.model), family_of(recipe.model.adapter)
     tokens = read_geometry(folder, recipe.model).picture_tokens
-    table = scheduler_sigmas(folder, rollout.steps, tokens, family_of(recipe.model.adapter).gives_table)
+    table = scheduler_sigmas(folder, rollout.steps, tokens, family.gives_table, family.dynamic_shift)
     return replace(table, boundary=boundary_of(folder, recipe.model))
 
 

@@ -20,8 +20,18 @@ Pixels = Annotated[int, Field(ge=1, le=32_768)]
 Text = Annotated[str, Field(min_length=1)]
 Checkpointing = Literal["full", "selective", "none", "auto"]
 Expert = Literal["high", "low"]  # of two transformers: that of states of high noise, and that of the others
-# the registry of model families: modules of models/
-AdapterName = Literal["sd3", "flux", "flux_kontext", "qwen_image", "wan", "z_image"]
+# the registry of model families: modules of models/, one a line
+AdapterName = Literal[
+    "sd3",
+    "flux",
+    "flux_kontext",
+    "qwen_image",
+    "wan",
+    "z_image",
+    "flux2_klein",
+    "flux2",
+    "chroma",
+]
 
 
 class _Said(BaseModel):
@@ -56,8 +66,9 @@ class Lora(Section):
     targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """The names of the transformer's modules that get LoRA layers, as peft matches them: whole names or their ends.
     null takes the adapter's: attn.to_q, attn.to_k, attn.to_v, attn.to_out.0, for sd3 and qwen_image also
-    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out; for wan and z_image the first four without attn.
-    Add feed-forward layers where attention alone does not learn what the reward asks for.
+    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out; for wan and z_image the first four without attn;
+    for flux2 and flux2_klein also attn.to_qkv_mlp_proj. Add feed-forward layers where attention alone does not learn
+    what the reward asks for.
     Source: the published configurations of Flow-GRPO (2505.05470) and DanceGRPO (2505.07818).
     """
 
@@ -90,8 +101,9 @@ class InitLora(Section):
 class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
-    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; qwen_image: Qwen-Image; wan: Wan2.1 and
-    Wan2.2 text-to-video; z_image: Z-Image and Z-Image-Turbo.
+    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; flux_kontext: FLUX.1-Kontext-dev;
+    qwen_image: Qwen-Image; wan: Wan2.1 and Wan2.2 text-to-video; z_image: Z-Image and Z-Image-Turbo; flux2_klein:
+    FLUX.2-klein, distilled and base; flux2: FLUX.2-dev; chroma: Chroma.
     Source: diffusers' pipelines of these families.
     """
 
