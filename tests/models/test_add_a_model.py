@@ -32,7 +32,7 @@ from tiny_families.parts import autoencoder, lively, t5_config
 GUIDE = Path(families.__file__).with_name("README.md")
 
 
-FILE, LINE = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+FILE, LINE = re.findall(r"```(?:python|text)\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def new_schema():

@@ -20,8 +20,8 @@ from flowgrove.models.geometry import Geometry
 class Chroma(Flux):
     """T5; states are packed latents [tokens, 4·C], each token a patch of 2×2.
 
-    The pipeline gives attention its mask of ones and zeros as numbers, which are added to the scores: padding counts for
-    less, but it counts, so that no prompt is shortened to its own length.
+    The pipeline gives attention its mask of ones and zeros as numbers, which are added to the scores: padding counts
+    for less, but it counts, so that no prompt is shortened to its own length.
     """
 
     pipeline = "ChromaPipeline"
