@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowgrove.evaluation import Evaluated
+from flowgrove.models.sources import source_pictures
 from flowgrove.report.mosaics import files_of_iterations, load_mosaic, save_mosaic
 from flowgrove.rewards.pixels import to_bytes
 
@@ -19,18 +20,27 @@ _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 @dataclass(frozen=True)
 class Grid:
     """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums, NaN where nothing was scored;
-    `numbers` of the prompts among those that were drawn, which name their noise (none: not known)."""
+    `numbers` of the prompts among those that were drawn, which name their noise (none: not known); `sources`: the
+    prompts' own pictures, uint8 [prompts, pictures, H, W, 3], where they have some.
+    """
 
     tiles: NDArray[np.uint8]
     prompts: list[str]
     scores: NDArray[np.float64]
     numbers: tuple[int, ...] = ()
+    sources: NDArray[np.uint8] | None = None
+
+    @property
+    def whole(self) -> NDArray[np.uint8]:
+        """Sources and samples beside each other, [prompts, sources + samples, H, W, 3]."""
+        return self.tiles if self.sources is None else np.concatenate([self.sources, self.tiles], axis=1)
 
     def part(self, rows: list[int], columns: int) -> "Grid":
         """Some of its rows, and the first `columns` samples of each."""
         numbers = tuple(self.numbers[row] for row in rows) if self.numbers else ()
         prompts = [self.prompts[row] for row in rows]
-        return Grid(self.tiles[rows, :columns], prompts, self.scores[rows, :columns], numbers)
+        sources = None if self.sources is None else self.sources[rows]
+        return Grid(self.tiles[rows, :columns], prompts, self.scores[rows, :columns], numbers, sources)
 
     def rows(self) -> dict[tuple[int, str], int]:
         """(number, prompt) → row."""
@@ -71,21 +81,32 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     tiles = to_bytes(
         evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]
     ).numpy()
-    prompts = [evaluated.prompts[index * samples] for index in chosen]
+    tiles = tiles.reshape(rows, columns, *tiles.shape[1:])
+    drawn = [evaluated.prompts[index * samples] for index in chosen]
+    prompts, sources = [str(prompt) for prompt in drawn], source_tiles(drawn, *tiles.shape[2:4])
+    grid = Grid(tiles, prompts, scores, tuple(chosen.tolist()), sources)
     layout = {
         "prompts": prompts,
+        "sources": 0 if sources is None else sources.shape[1],
         "numbers": chosen.tolist(),
         "scores": [[score if math.isfinite(score) else None for score in row] for row in scores.tolist()],
     }
-    tiles = tiles.reshape(rows, columns, *tiles.shape[1:])
-    save_mosaic(path, tiles, layout)
-    return Grid(tiles, prompts, scores, tuple(chosen.tolist()))
+    save_mosaic(path, grid.whole, layout)
+    return grid
+
+
+def source_tiles(prompts: list[str], height: int, width: int) -> NDArray[np.uint8] | None:
+    """The source pictures of prompts that all have as many, uint8 [prompts, pictures, height, width, 3]; None without."""
+    pictures = [source_pictures(prompt, height, width) for prompt in prompts]
+    return np.stack([np.stack([np.asarray(one) for one in some]) for some in pictures]) if pictures[0] else None
 
 
 def load_grid(path: Path) -> Grid:
     """A grid that `save_grid` wrote. Raises ValueError for another picture."""
     try:
-        tiles, layout = load_mosaic(path)
+        whole, layout = load_mosaic(path)
+        count = int(layout.get("sources", 0))
+        tiles, sources = whole[:, count:], whole[:, :count] if count else None
         rows, columns = tiles.shape[:2]
         scores = np.array(layout["scores"], dtype=np.float64).reshape(rows, columns)
         prompts = [str(prompt) for prompt in layout["prompts"]]
@@ -94,4 +115,4 @@ def load_grid(path: Path) -> Grid:
         raise ValueError(f"{path} is no sample grid") from None
     if len(prompts) != rows or len(numbers) not in (0, rows):
         raise ValueError(f"{path} is no sample grid")
-    return Grid(tiles, prompts, scores, numbers)
+    return Grid(tiles, prompts, scores, numbers, sources)

@@ -39,8 +39,8 @@ class _Shown(NamedTuple):
 
 
 def pictures_of(folder: Path, address: Address = data_uri, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """`grids`: the first and the last of a run and some in between, each one picture of all tiles, with prompts and
-    scores; `common`: pairs of rows of the first and the last that show the same prompts and seeds; `changed`: whether
+    """`grids`: the first and the last of a run and some in between, each one picture of all tiles, those of `sources`
+    first in each row, with prompts and scores; `common`: pairs of rows of the first and the last that show the same prompts and seeds; `changed`: whether
     these two have other prompts.
     """
     files = grid_files(folder)
@@ -55,6 +55,7 @@ def pictures_of(folder: Path, address: Address = data_uri, most_bytes: int = MOS
         rows, columns, height, width = grid.tiles.shape[:4]
         shown.append({
             "done": done, "rows": rows, "columns": columns, "width": width, "height": height,
+            "sources": 0 if grid.sources is None else grid.sources.shape[1],
             "src": address(done, picture, kind), "prompts": grid.prompts,
             "scores": [[rounded(score) if np.isfinite(score) else None for score in row] for row in grid.scores],
         })  # fmt: skip
@@ -93,9 +94,11 @@ def _chosen(numbers: list[int], most: int, load: Callable[[int], Loaded]) -> lis
 def _shown(file: Path, stamp: tuple[int, int], most_bytes: int) -> _Shown:
     """Whoever watches a run asks for the same grids again and again; `stamp` tells whether a file is the same."""
     grid = load_grid(file)
-    picture, kind = encoded(grid.tiles, most_bytes)
-    blank = np.broadcast_to(np.uint8(0), grid.tiles.shape)
-    return _Shown(replace(grid, tiles=blank), picture, kind)
+    picture, kind = encoded(grid.whole, most_bytes)
+    blank, *sources = (
+        np.broadcast_to(np.uint8(0), some.shape) for some in (grid.tiles, grid.sources) if some is not None
+    )
+    return _Shown(replace(grid, tiles=blank, sources=sources[0] if sources else None), picture, kind)
 
 
 def encoded(tiles: NDArray[np.uint8], most_bytes: int) -> tuple[bytes, str]:

@@ -16,7 +16,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.models.sources import source_pictures
 from flowgrove.ranks import Ranks
-from flowgrove.report.grids import Grid
+from flowgrove.report.grids import Grid, source_tiles
 from flowgrove.report.side_by_side import draw_side_by_side
 from flowgrove.report.video import write_mp4
 from flowgrove.rewards.pixels import shrink, to_bytes
@@ -117,4 +117,4 @@ def _save(stem: Path, sample: Tensor, fps: int) -> Path:
 
 def _grid(tiles: NDArray[np.uint8], prompts: list[str], samples: int) -> Grid:
     whole = tiles.reshape(len(prompts), samples, *tiles.shape[1:])[:, :_MOST_SAMPLES]
-    return Grid(whole, prompts, np.full(whole.shape[:2], np.nan))
+    return Grid(whole, prompts, np.full(whole.shape[:2], np.nan), (), source_tiles(prompts, *whole.shape[2:4]))

@@ -11,24 +11,34 @@ _MUTED = "#666666"
 
 
 def draw_side_by_side(left: Grid, right: Grid, names: tuple[str, str], path: Path) -> None:
-    """Rows: prompts; a block of samples for each model, with their scores where there are any."""
+    """Rows: prompts; the prompt's source pictures, if it has some, and a block of samples for each model, with their
+    scores where there are any.
+    """
     rows, columns = left.tiles.shape[:2]
+    sources = 0 if left.sources is None else left.sources.shape[1]
+    first = sources + (sources > 0)  # the first sample's column, behind a gap
     height, width = left.tiles.shape[2:4]
     tall, scored = height / width, not np.isnan(left.scores).all()
     side = 1.05 if width <= 64 else 2.0
+    widths = [1] * sources + [0.35] * (sources > 0) + [1] * columns + [0.35] + [1] * columns
     figure, axes = pyplot.subplots(
-        rows, 2 * columns + 1, figsize=(2 * columns * side + 0.4, rows * (side * tall + 0.4) + 0.4), squeeze=False,
-        width_ratios=[1] * columns + [0.35] + [1] * columns,
+        rows, len(widths), figsize=((sources + 2 * columns) * side + 0.4, rows * (side * tall + 0.4) + 0.4),
+        squeeze=False, width_ratios=widths,
     )  # fmt: skip
     for row in range(rows):
-        for column in range(2 * columns + 1):
+        for column, wide in enumerate(widths):
             cell = axes[row][column]
             cell.axis("off")
-            if column == columns:
+            if wide < 1:
                 continue
-            grid, sample = (left, column) if column < columns else (right, column - columns - 1)
-            cell.imshow(grid.tiles[row, sample], interpolation="nearest" if width <= 64 else None)
-            if scored:
+            sample = column - first
+            if left.sources is not None and column < sources:
+                tile = left.sources[row, column]
+            else:
+                grid, sample = (left, sample) if sample < columns else (right, sample - columns - 1)
+                tile = grid.tiles[row, sample]
+            cell.imshow(tile, interpolation="nearest" if width <= 64 else None)
+            if scored and column >= first:
                 cell.set_title(f"{grid.scores[row, sample]:.2f}", fontsize=7, color=_MUTED, pad=2)
     inches = figure.get_figheight()
     figure.subplots_adjust(
@@ -39,6 +49,7 @@ def draw_side_by_side(left: Grid, right: Grid, names: tuple[str, str], path: Pat
         top = axes[row][0].get_position().y1
         text = prompt if len(prompt) <= longest else prompt[: longest - 1] + "…"
         figure.text(0.012, top + (0.17 if scored else 0.05) / inches, **literal(text), fontsize=8, va="bottom")
-    for name, cell in ((names[0], axes[0][0]), (names[1], axes[0][columns + 1])):
+    titles = [(names[0], axes[0][first]), (names[1], axes[0][first + columns + 1])]
+    for name, cell in [("source", axes[0][0]), *titles] if sources else titles:
         figure.text(cell.get_position().x0, 1 - 0.18 / inches, **literal(name), fontsize=10, weight="bold", va="center")
     save_figure(figure, path)

@@ -40,12 +40,21 @@ const heading = (grid, mean) => {
   return `${name[0].toUpperCase()}${name.slice(1)}${mean === null ? "" : ` · mean of these pictures ${score(mean)}`}`;
 };
 
-function tile(grid, row, column, before) {
-  const place = (at, of) => (of > 1 ? `${(100 * at) / (of - 1)}%` : "0");
-  const picture = make("div", { role: "img", "aria-label": `${grid.prompts[row]}: ${page.modelName(grid.done)}, score ${score(grid.scores[row][column])}` });
+// A tile of the grid's picture, in which the sources of a prompt stand before its samples.
+function pictureOf(grid, row, place, label) {
+  const percent = (at, of) => (of > 1 ? `${(100 * at) / (of - 1)}%` : "0"), columns = grid.sources + grid.columns;
+  const picture = make("div", { role: "img", "aria-label": label });
   picture.className = Math.max(grid.width, grid.height) <= 64 ? "small" : "";
   Object.assign(picture.style, { aspectRatio: `${grid.width} / ${grid.height}`, backgroundImage: `url("${address(grid.src)}")`,
-    backgroundSize: `${100 * grid.columns}% ${100 * grid.rows}%`, backgroundPosition: `${place(column, grid.columns)} ${place(row, grid.rows)}` });
+    backgroundSize: `${100 * columns}% ${100 * grid.rows}%`, backgroundPosition: `${percent(place, columns)} ${percent(row, grid.rows)}` });
+  return picture;
+}
+
+const sourceOf = (grid, row, number) => make("figure", { class: "tile" },
+  pictureOf(grid, row, number, `${grid.prompts[row]}: source picture ${number + 1}`), make("figcaption", {}, "source"));
+
+function tile(grid, row, column, before) {
+  const picture = pictureOf(grid, row, grid.sources + column, `${grid.prompts[row]}: ${page.modelName(grid.done)}, score ${score(grid.scores[row][column])}`);
   const value = grid.scores[row][column], change = before === undefined || before === null || value === null ? null : value - before;
   const told = change === null || Math.abs(change) < 0.005 ? null
     : make("span", { class: change > 0 ? "up" : "down" }, ` ${change > 0 ? "+" : "−"}${score(Math.abs(change))}`);
@@ -53,8 +62,10 @@ function tile(grid, row, column, before) {
 }
 
 function tiles(grid, row, columns, before) {
-  const found = make("div", { class: "tiles" }, Array.from({ length: columns }, (_, column) => tile(grid, row, column, before && before[column])));
-  found.style.gridTemplateColumns = `repeat(${columns}, minmax(0, ${columns < 3 ? "14rem" : "1fr"}))`;
+  const all = grid.sources + columns;
+  const found = make("div", { class: "tiles" }, Array.from({ length: grid.sources }, (_, number) => sourceOf(grid, row, number)),
+    Array.from({ length: columns }, (_, column) => tile(grid, row, column, before && before[column])));
+  found.style.gridTemplateColumns = `repeat(${all}, minmax(0, ${all < 3 ? "14rem" : "1fr"}))`;
   return found;
 }
 
