@@ -15,6 +15,7 @@ DEFAULTS = {
     "model": {
         "dtype": "bf16",
         "lora": None,
+        "base_precision": None,
         "init_lora": None,
         "guidance_scale": 1.0,
         "negative_prompt": None,

@@ -35,10 +35,10 @@ from flowgrove.recipe.schema import Model, Recipe
 
 
 def load_model(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None, divided: bool = False
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None, on_host: bool = False
 ) -> tuple[Adapter, Encoder]:
     """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will
-    be decoded. `divided`: the transformer stays in host memory, as its files hold it. Raises UserError.
+    be decoded. `on_host`: the transformer stays in host memory, as its files hold it. Raises UserError.
     """
     family = family_of(recipe.model.adapter)
     if texts is None:
@@ -46,7 +46,7 @@ def load_model(
         return adapter, adapter.encode
     stored = _stored_encoder(recipe, device, dtype)
     if stored is None:
-        adapter = _load(recipe.model, device, dtype, divided=divided)
+        adapter = _load(recipe.model, device, dtype, on_host=on_host)
         if is_first():
             warn_of_cut_prompts(adapter, texts)
         return adapter, LoadedEncoder(adapter)
@@ -55,7 +55,7 @@ def load_model(
         stored.prepare(_encoded(recipe, texts))
     except TooManyPromptsError:
         encoder = OffloadedEncoder(stored.load, device)
-    return _load(recipe.model, device, dtype, family.TEXT, divided), encoder
+    return _load(recipe.model, device, dtype, family.TEXT, on_host), encoder
 
 
 def encode_together(
@@ -119,12 +119,12 @@ def _stored_encoder(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
 
 
 def _load(
-    model: Model, device: torch.device, dtype: torch.dtype, without: tuple[str, ...] = (), divided: bool = False
+    model: Model, device: torch.device, dtype: torch.dtype, without: tuple[str, ...] = (), on_host: bool = False
 ) -> Adapter:
     """What `load_adapter` gives; whatever a library raises over the folder is a UserError."""
     diffusers.utils.logging.disable_progress_bar()
     try:
-        return load_adapter(family_of(model.adapter), model_folder(model), model, device, dtype, without, divided)
+        return load_adapter(family_of(model.adapter), model_folder(model), model, device, dtype, without, on_host)
     except BaseException as error:
         if not is_of_a_library(error):
             raise
@@ -135,16 +135,16 @@ def _load(
 
 def load_adapter(
     family: type[Adapter], folder: Path, model: Model, device: torch.device, weights: torch.dtype,
-    without: tuple[str, ...] = (), divided: bool = False,
+    without: tuple[str, ...] = (), on_host: bool = False,
 ) -> Adapter:  # fmt: skip
     """The pipeline in `folder`, frozen, on `device`.
 
     `without` names parts that are left on disk: `TEXT` for an adapter that need not encode, `parts_beside_text` for
-    one that does nothing else. `divided`: the transformer stays in host memory, where it takes none of its own as long
-    as it is in the dtype of its files, and whoever divides it gives it the right one.
+    one that does nothing else. `on_host`: the transformer stays in host memory, where it takes none of its own as long
+    as it is in the dtype of its files, for whoever divides or rounds it.
     """
     geometry = read_geometry(folder, model)
-    dtypes = _dtypes(family, folder, model, weights, divided)
+    dtypes = _dtypes(family, folder, model, weights, on_host)
     named, transformers = part_names(folder), transformer_folders(folder)
     _check_parts(family, folder, named)
     parts: dict[str, Any] = dict.fromkeys(family.TEXT)
@@ -156,7 +156,7 @@ def load_adapter(
         check_statistics(folder / "vae", parts["vae"], family.LATENTS)
     pipe = family.pipeline_class().from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
-    if divided:
+    if on_host:
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in transformers:
                 part.to(device)
@@ -171,10 +171,10 @@ def load_adapter(
 
 
 def _dtypes(
-    family: type[Adapter], folder: Path, model: Model, weights: torch.dtype, divided: bool
+    family: type[Adapter], folder: Path, model: Model, weights: torch.dtype, on_host: bool
 ) -> dict[str, torch.dtype]:
     """The parts that are not read in the dtype `weights`. Raises UserError for a quantised transformer that is to be
-    divided.
+    divided or rounded.
     """
     dtypes: dict[str, torch.dtype] = {}
     transformers = transformer_folders(folder)
@@ -184,12 +184,12 @@ def _dtypes(
             dtypes |= dict.fromkeys(trained, torch.float32)
         if family.vae_dtype is not None:
             dtypes["vae"] = family.vae_dtype
-    if divided:
+    if on_host:
         if quantised := [folder / name for name in transformers if is_quantised(folder / name)]:
-            raise UserError(
-                f"{quantised[0]} is stored quantised, and engine.distributed: fsdp2 divides plain weights: write ddp, "
-                "or give the model's unquantised folder"
-            )
+            why = "engine.distributed: fsdp2 divides plain weights: write ddp"
+            if model.base_precision is not None:
+                why = "model.base_precision rounds plain weights: write null"
+            raise UserError(f"{quantised[0]} is stored quantised, and {why}, or give the model's unquantised folder")
         if model.lora is None:
             dtypes |= {name: torch.bfloat16 for name in trained if all_bf16(folder / name)}
     return dtypes

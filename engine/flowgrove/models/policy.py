@@ -127,9 +127,9 @@ class Policy:
         _check_dtype(model)
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        adapter, encoder = load_model(
-            recipe, device, compute, texts, divided=ranks is not None and ranks.mesh is not None
-        )
+        divided = ranks is not None and ranks.mesh is not None
+        on_host = divided or model.base_precision is not None
+        adapter, encoder = load_model(recipe, device, compute, texts, on_host)
         use_attention(adapter, recipe.engine.attention, model, device)
         _check_guidance_and_cache(recipe, adapter)
         passes = texts is not None

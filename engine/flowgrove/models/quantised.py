@@ -173,25 +173,39 @@ def has_fp8(device: torch.device) -> bool:
 @torch.no_grad()
 def quantised_weight(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     """(codes [out, in], scale fp32 [out]) of a weight [out, in], as torchao rounds it."""
-    quantize, config = _rounding(precision)
-    holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     # torchao rounds bf16 alone to float8 per row
     values = weight.detach().to(torch.bfloat16) if precision == "fp8" else weight.detach()
-    holder.weight = nn.Parameter(values, requires_grad=False)
+    return rounded_by(*_rounding(precision), values)
+
+
+@torch.no_grad()
+def rounded_by(quantize: Callable[..., None], config: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes [out, in], scale fp32 [out]) of a weight [out, in], as torchao rounds it with a configuration."""
+    holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    holder.weight = nn.Parameter(weight, requires_grad=False)
     quantize(holder, config)
     rounded: Any = holder.weight
     return rounded.qdata.contiguous(), rounded.scale.reshape(-1).float()
 
 
+def torchao_rounding(precision: str, key: str) -> tuple[Callable[..., None], Any]:
+    """torchao's `quantize_`, and its configuration for weights alone. Raises UserError naming `key` without torchao."""
+    torchao = _torchao(precision, key)
+    kinds = {"int8": torchao.Int8WeightOnlyConfig, "fp8": torchao.Float8WeightOnlyConfig}
+    return torchao.quantize_, kinds[precision](set_inductor_config=False, version=2)
+
+
+def _torchao(precision: str, key: str) -> Any:
+    try:
+        return import_module("torchao.quantization")
+    except ImportError:
+        raise UserError(f"{key} is {precision}, which needs torchao: pip install torchao, or write null") from None
+
+
 @cache
 def _rounding(precision: Precision) -> tuple[Callable[..., None], Any]:
-    """torchao's `quantize_`, and its configuration."""
-    try:
-        torchao = import_module("torchao.quantization")
-    except ImportError:
-        raise UserError(
-            f"rollout.precision is {precision}, which needs torchao: pip install torchao, or write null"
-        ) from None
+    """torchao's `quantize_`, and its configuration for weights and activations."""
+    torchao = _torchao(precision, "rollout.precision")
     # its inductor settings would hold for the whole process, and allow TF32
     settings = {"granularity": torchao.PerRow(), "set_inductor_config": False, "version": 2}
     if precision == "fp8":

@@ -12,6 +12,7 @@ from flowgrove.models.attention import with_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.experts import trained_parts
 from flowgrove.models.float64 import keep_float64
+from flowgrove.models.frozen_base import compress
 from flowgrove.models.initial_lora import InitialLora
 from flowgrove.models.masters import Masters, Piece
 from flowgrove.models.quantised import Precision, QuantisedCopy
@@ -32,8 +33,8 @@ class Weights:
 
     With `compute` bf16 and `passes` the passes read bf16 copies of them; `passes` False: nothing will run, so that the
     transformer's own parameters stay the masters. With `ranks` that have a mesh the large weights are divided among
-    them: the transformer comes in host memory and goes to `device`. Raises UserError for LoRA targets that match no
-    layer.
+    them: the transformer comes in host memory and goes to `device`, as one does whose frozen weights are rounded
+    (model.base_precision). Raises UserError for LoRA targets that match no layer.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Weights:
         initial = InitialLora.of(recipe.model, part)
         if initial is not None and not recipe.model.trains_initial_lora:
             initial.merge(part)
+        if recipe.model.base_precision is not None:
+            compress(transformer, recipe.model.base_precision, compute, device)
         if master == torch.float64:
             keep_float64(transformer)
         self.reference_copy: Any = None  # frozen; LoRA needs none: without it the model is the reference

@@ -51,6 +51,7 @@ class Identity:
                 "compile": str(engine.compile),
                 "cuda_graphs": str(engine.cuda_graphs),
                 "gradient_checkpointing": model.gradient_checkpointing,
+                **({} if model.base_precision is None else {"base_precision": model.base_precision}),
             },
             step=OptimizerStep.of(recipe),
         )

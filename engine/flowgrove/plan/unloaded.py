@@ -18,6 +18,7 @@ from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.experts import as_one, transformer_folders
 from flowgrove.models.families import configuration_folder, family_of, read_geometry
+from flowgrove.models.frozen_base import compress_unloaded
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.masters import Masters
 from flowgrove.models.parts import is_of_a_library, model_from_config
@@ -48,6 +49,8 @@ class UnloadedModel:
         with torch.device("meta"):
             parts = {name: model_from_config(self.folder, name) for name in transformer_folders(self.folder)}
             self.transformer = as_one(parts, recipe.model)
+            if recipe.model.base_precision is not None:
+                compress_unloaded(self.transformer, recipe.model.base_precision, self.compute)
             choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
             vae = model_from_config(self.folder, "vae")
         checkpoint_blocks(self.transformer, recipe.model.gradient_checkpointing)
@@ -111,7 +114,8 @@ def materialise(module: nn.Module, frozen: torch.dtype, trained: torch.dtype) ->
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                dtype = trained if parameter.requires_grad else frozen
+                floating = frozen if parameter.is_floating_point() else parameter.dtype
+                dtype = trained if parameter.requires_grad else floating
                 part._parameters[name] = nn.Parameter(
                     torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
                 )

@@ -32,6 +32,7 @@ def check_meaning(recipe: Recipe) -> None:
             f"model.init_lora.merge is false, so that {initial.path} would be trained on, but model.lora is null: "
             "write model.init_lora.merge: true, or a model.lora"
         )
+    _check_base_precision(recipe)
     of_low = recipe.model.guidance_scale_2
     if of_low is not None and (of_low > 1) != (recipe.model.guidance_scale > 1):
         raise UserError(
@@ -63,6 +64,22 @@ def shards_of(engine: Engine, ranks: int) -> int:
             f"engine.shard_degree is {shards}, which does not divide {ranks} ranks: write a divisor, or null"
         )
     return shards
+
+
+def _check_base_precision(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.base_precision is None:
+        return
+    key = f"model.base_precision: {model.base_precision}"
+    if model.lora is None:
+        raise UserError(f"{key} rounds frozen weights, and with model.lora: null all of them train: write a model.lora")
+    for other, set_, instead in (
+        ("model.dtype: fp64", model.dtype == "fp64", "fp32 or bf16"),
+        ("engine.distributed: fsdp2", recipe.engine.distributed == "fsdp2", "ddp"),
+        (f"rollout.precision: {recipe.rollout.precision}", recipe.rollout.precision is not None, "null there"),
+    ):
+        if set_:
+            raise UserError(f"{key} does not go with {other}: write {instead}, or model.base_precision: null")
 
 
 def _check_sharding(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # predicting memory needs torch, drawing a plan does not
     from flowgrove.tuning.checkpointing import Way
 
 _DRAWN_LEAVES = 32
+_GPUS = (12, 16, 24, 32, 40, 48, 80, 96, 141, 180)  # GB, of GPUs that are sold
 _STEP = ("index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out")
 
 
@@ -165,6 +166,9 @@ def draw_memory(predictions: "list[Prediction]", device_type: str, division: Div
     draw("stays", [memory.resident for memory in memories])
     draw("beside it", [memory.stages for memory in memories])
     row("peak", [memory.peak for memory in memories], "bold")
+    if device_type == "cuda":
+        cards = "".join(f"{_card(memory.peak):>14}" for memory in memories)
+        console.print(f"  {'smallest usual GPU that holds it':<37}{cards}")
     row("a state whose graph is kept", [memory.graph for memory in memories])
     if division.ranks > 1:
         console.print("\npredicted bytes that it sends")
@@ -190,6 +194,12 @@ def draw_ways(found: "list[Way] | None", recipe: Recipe, console: Console) -> No
             f"  {way.need.kind:<10}{_size(way.need.peak):>11}{'' if way.fits else ', too much'}; {kept}; {more}"
         )
     console.print(f"taken here: {recipe.model.gradient_checkpointing}")
+
+
+def _card(peak: int) -> str:
+    from flowgrove.plan.memory import GPU_SHARE
+
+    return next((f"{size} GB" for size in _GPUS if peak <= GPU_SHARE * (size << 30)), "none")
 
 
 def _size(count: int) -> str:

@@ -228,6 +228,8 @@ class _Tuner:
             why = "the recipe has one"
         elif recipe.model.dtype == "fp64" or recipe.engine.distributed == "fsdp2":
             why = "not for model.dtype fp64 and engine.distributed: fsdp2"
+        elif recipe.model.base_precision is not None:
+            why = "the weights are rounded already, by model.base_precision"
         if why is not None:
             return Choice("precision", recipe.rollout.precision, [f"not measured: {why}"], "rollout")
         candidates = [Candidate(None, "null", self._cheapened(None))]
