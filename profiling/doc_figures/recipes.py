@@ -21,6 +21,8 @@ _MODELS = {
     "black-forest-labs/FLUX.2-dev": "FLUX.2-dev",
     "lodestones/Chroma1-HD": "Chroma1-HD",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Wan2.1-1.3B",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "Wan2.2-A14B",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Wan2.2-5B",
 }
 # a line of the table each: its recipes, and what they are; {…} comes from the first of them
 _PUBLISHED = (
@@ -42,6 +44,8 @@ _PUBLISHED = (
     (("mix_chroma",), "MixGRPO, untuned"),
     (("flow_wan",), "Flow-GRPO, {pictures} videos"),
     (("grove_wan",), "ours, untuned"),
+    (("grove_wan22",), "ours, untuned; the high-noise expert"),
+    (("grove_wan22_5b",), "ours, untuned"),
 )
 SHAPES = {
     "shapes_dance": "DanceGRPO, {share} % of steps",
@@ -182,6 +186,16 @@ def mix_chroma(memory: Rows) -> Iterator[tuple[str, ...]]:
 @numbers("recipes/flow_wan.yaml", MEMORY)
 def flow_wan(memory: Rows) -> Iterator[tuple[str, ...]]:
     yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("flow_wan"))
+
+
+@numbers("recipes/grove_wan22.yaml", MEMORY)
+def grove_wan22(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("grove_wan22"))
+
+
+@numbers("recipes/grove_wan22_5b.yaml", MEMORY)
+def grove_wan22_5b(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("grove_wan22_5b"))
 
 
 @block("docs/algorithms.md", TIMINGS)

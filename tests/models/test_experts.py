@@ -66,7 +66,7 @@ def test_each_expert_draws_its_steps_at_its_own_guidance_scale(folders):
     drawn = pipe(
         prompt=[text for text in TEXTS for _ in range(4)], num_inference_steps=4, output_type="latent",
         latents=philox_normal((len(prompt), *policy.adapter.latent_shape), key), guidance_scale_2=2.0,
-        **FAMILIES["wan_a14b"].options(3.5, len(prompt), recipe.model),
+        **FAMILIES["wan_a14b"].options(3.5, [text for text in TEXTS for _ in range(4)], recipe.model),
     )  # fmt: skip
     assert (forest.leaves - drawn.frames).abs().max() <= 1e-4
 

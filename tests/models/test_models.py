@@ -19,7 +19,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from flowgrove_kernels import INITIAL_STEP, NoiseKey, philox_normal
 from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
-from tiny_families import FAMILIES, MODELS, crossed
+from tiny_families import FAMILIES, MODELS, NAMES, crossed
 
 ODE = {"steps": 4, "shift": None, "group_size": 2, "shared_initial_noise": False, "window": {"strategy": "none"}}
 PROMPTS = [*TEXTS, "", "a red circle " * 40]
@@ -52,7 +52,7 @@ def states(policy, count, seed=0):
     return torch.randn(count, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("name", "height", "width", "guidance"), crossed(SIZES_AND_GUIDANCE, [(16, 48, 3.5)]))
+@pytest.mark.parametrize(("name", "height", "width", "guidance"), crossed(SIZES_AND_GUIDANCE, [(16, 48, 3.5)], True))
 @torch.no_grad()
 def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width, guidance):
     family, pipe = FAMILIES[name], diffusers_pipeline(folders, name)
@@ -88,19 +88,20 @@ def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width,
     assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.01, "the prompt matters"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_decoded_samples_equal_the_diffusers_pipeline(folders, name):
     family, recipe, pipe = FAMILIES[name], recipe_of(folders, name), diffusers_pipeline(folders, name)
     policy = Policy.load(recipe, CPU)
-    latents = states(policy, 3)
+    prompts = family.prompts(TEXTS)
+    latents = family.as_leaves(policy.encode(prompts).cond, states(policy, 3))
     pipe.scheduler.step = lambda v, t, x, return_dict: (x,)  # so the pipeline decodes what it was given
     result = pipe(
         prompt=TEXTS,
         num_inference_steps=2,
         latents=family.as_theirs(pipe, recipe.model, latents),
         output_type="pt",
-        **family.options(1.0, family.prompts(TEXTS), recipe.model),
+        **family.options(1.0, prompts, recipe.model),
     )
     expected = family.drawn(result)
     decoded = policy.decode(latents)
@@ -124,7 +125,7 @@ def test_mixed_prompts_in_one_batch_equal_one_by_one(folders, name, guidance):
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
     policy = policy_of(folders, name, model={"lora": lora})
     trainable = policy.weights.trainable()
@@ -183,7 +184,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name, dtype, lora):
     assert torch.equal(gradients[0], gradients[2])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
     recipe = recipe_of(folders, name, rollout={"steps": 3, "shift": 3.0})
@@ -201,7 +202,7 @@ def test_full_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
     assert (tuned - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_path):
     policy, plain = policy_of(folders, name, model={"lora": LORA}), policy_of(folders, name)
@@ -217,7 +218,7 @@ def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
     assert (tuned - base).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
     policy = policy_of(folders, name, model={"lora": LORA, "dtype": "bf16"})

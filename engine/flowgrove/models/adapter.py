@@ -50,7 +50,7 @@ class Adapter(ABC):
     source_pictures: ClassVar[tuple[int, int]] = (0, 0)  # the fewest and the most of a prompt; 0: it needs none
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
     TEXT: ClassVar[tuple[str, ...]]
-    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # text encoders that a folder may leave out, with their tokenizers
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # encoders that a folder may leave out, text encoders with tokenizers
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
     LATENTS: ClassVar[tuple[str, ...]] = ()  # numbers in the VAE's configuration that `decode` needs
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
@@ -67,6 +67,11 @@ class Adapter(ABC):
         """The size of a sample, from the configuration files in `folder` alone. Raises UserError for a size that the
         model cannot draw; `families.read_geometry` tells of files that are no such configuration.
         """
+
+    @classmethod
+    def takes(cls, index: dict[str, Any]) -> bool:
+        """Whether the content of a model_index.json is that of this family's pipelines."""
+        return bool(index["_class_name"] == cls.pipeline)
 
     @classmethod
     def boundary(cls, folder: Path) -> float | None:
@@ -258,6 +263,15 @@ def normalised_latents(vae: Any, latents: Tensor) -> Tensor:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return latents * std + mean
+
+
+def unit_latents(vae: Any, latents: Tensor) -> Tensor:
+    """What such a VAE encodes, [B, C, F, h, w], as the transformer reads it: the inverse of `normalised_latents`."""
+    mean, std = (
+        to_device(torch.tensor(values), latents.device).to(latents).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / std
 
 
 def in_unit_range(decoded: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,8 +30,8 @@ def read_geometry(folder: Path, model: Model) -> Geometry:
     family = family_of(model.adapter)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if index["_class_name"] != family.pipeline:
-            fitting = [name for name in family_names() if family_of(name).pipeline == index["_class_name"]]
+        if not family.takes(index):
+            fitting = [name for name in family_names() if family_of(name).takes(index)]
             hint = f"write model.adapter: {fitting[0]}" if fitting else f"the adapters are {', '.join(family_names())}"
             raise UserError(
                 f"model.path {model.path} holds a {index['_class_name']}, "

@@ -199,6 +199,7 @@ def _check_parts(family: type[Adapter], folder: Path, named: list[str]) -> None:
     """Raises UserError if a part is left out of model_index.json that the family does not run without."""
     optional = [pair for pair in family.text_parts() if pair[1] in family.OPTIONAL and pair[1] not in named]
     needed = {"scheduler", *family.PICTURE, *family.TEXT} - {name for pair in optional for name in pair}
+    needed -= {name for name in family.OPTIONAL if name not in named}
     if family.boundary(folder) is not None:
         needed.add(FOLDERS["low"])
     if missing := sorted(needed - set(named)):

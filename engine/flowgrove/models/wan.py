@@ -64,7 +64,7 @@ class Wan(Adapter):
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22_t2v_a14b",
     }
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    TEXT = ("text_encoder", "tokenizer")
+    TEXT: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     LATENTS = ("latents_mean", "latents_std")
     vae_dtype = torch.float32
 
@@ -88,7 +88,7 @@ class Wan(Adapter):
             raise UserError(f"model.frames is {frames}: write a multiple of {time} and one more, like {near}")
         height = multiple_of("height", model.height or default.height, space * patch_height)
         width = multiple_of("width", model.width or default.width, space * patch_width)
-        latent = (transformer["in_channels"], (frames - 1) // time + 1, height // space, width // space)
+        latent = (vae["z_dim"], (frames - 1) // time + 1, height // space, width // space)
         tokens = latent[1] * (latent[2] // patch_height) * (latent[3] // patch_width)
         # text is read through cross-attention
         text, unit = model.text_tokens or 512, space * patch_height
@@ -133,10 +133,13 @@ class Wan(Adapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, frames, h, w] in the transformer's dtype; σ reaches the model unrounded."""
+        return self.run(x.to(self.dtype), sigma * 1000, cond.tensors)
+
+    def run(self, states: Tensor, times: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """What the transformer gives, or the expert that passes run."""
         which = {} if self.expert is None else {"expert": self.expert}
-        return self.transformer(
-            hidden_states=x.to(self.dtype), timestep=sigma * 1000, return_dict=False, **which, **cond.tensors
-        )[0]
+        found: Tensor = self.transformer(hidden_states=states, timestep=times, return_dict=False, **which, **tensors)[0]
+        return found
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

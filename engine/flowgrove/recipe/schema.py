@@ -27,6 +27,7 @@ AdapterName = Literal[
     "flux_kontext",
     "qwen_image",
     "wan",
+    "wan_i2v",
     "z_image",
     "flux2_klein",
     "flux2",
@@ -102,8 +103,8 @@ class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
     sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; flux_kontext: FLUX.1-Kontext-dev;
-    qwen_image: Qwen-Image; wan: Wan2.1 and Wan2.2 text-to-video; z_image: Z-Image and Z-Image-Turbo; flux2_klein:
-    FLUX.2-klein, distilled and base; flux2: FLUX.2-dev; chroma: Chroma.
+    qwen_image: Qwen-Image; wan: Wan2.1 and Wan2.2 text-to-video; wan_i2v: their image-to-video; z_image: Z-Image and
+    Z-Image-Turbo; flux2_klein: FLUX.2-klein, distilled and base; flux2: FLUX.2-dev; chroma: Chroma.
     Source: diffusers' pipelines of these families.
     """
 

@@ -31,9 +31,11 @@ class TinyFamily:
     output: str = "images"  # where the pipeline's result holds what it drew
     as_theirs: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # states as `latents`
     as_ours: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # drawn latents as states
+    as_leaves: Callable[[Any, Tensor], Tensor] = field(default=lambda cond, x: x)  # states that a rollout can end in
     flow_shift: float | None = None  # where the pipeline's own solver is not Euler's: the shift of the Euler table
     silent: str = "(?!)"  # weights that full training gives no gradient, as a regular expression
     swept: bool = False  # whether `make test` runs all its cases, not a sample
+    variant: bool = False  # of a family that has another one whose cases `make test` runs
     cuts_tokens: bool = True  # whether encoders read text_tokens tokens of a longer prompt, no more
 
     @property

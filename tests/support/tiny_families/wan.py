@@ -1,15 +1,23 @@
 """Wan2.1 and Wan2.2 text-to-video."""
 
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from tiny_families.parts import VIDEO_STATISTICS, lively, t5_config, tokenizer_of
 from tiny_families.record import TinyFamily
 
 
-def _wan(vae=None, **options):
+def _wan(vae=None, pipeline=WanPipeline, transformer=None, **options):
     tokenizer = tokenizer_of("tokenizer_3")
-    return WanPipeline(
+    return pipeline(
         scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
         vae=vae or AutoencoderKLWan(
             base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
@@ -17,25 +25,25 @@ def _wan(vae=None, **options):
         ),
         text_encoder=UMT5EncoderModel(t5_config(UMT5Config, tokenizer)),
         tokenizer=tokenizer,
-        transformer=lively(_transformer()),
+        transformer=lively(transformer or _transformer()),
         **options,
     )  # fmt: skip
 
 
-def _transformer():
+def _transformer(in_channels=4, **options):
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
-        freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=4,
+        text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32, **options,
     )  # fmt: skip
 
 
-def _ti2v():
+def _ti2v(**options):
     """A time per token, and an autoencoder whose decoder draws patches."""
     vae = AutoencoderKLWan(
         base_dim=4, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True],
         is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8, **VIDEO_STATISTICS,
     )  # fmt: skip
-    return _wan(vae, expand_timesteps=True)
+    return _wan(vae, expand_timesteps=True, **options)
 
 
 def _a14b():
@@ -43,17 +51,61 @@ def _a14b():
     return _wan(transformer_2=lively(_transformer(), seed=2), boundary_ratio=0.875)
 
 
+def _i2v():
+    """The picture's latents and a mask beside the state's channels, and its CLIP embeddings."""
+    clip = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return _wan(
+        pipeline=WanImageToVideoPipeline,
+        transformer=_transformer(12, image_dim=16, added_kv_proj_dim=24),
+        image_encoder=CLIPVisionModel(clip),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+    )
+
+
+def _i2v_a14b():
+    low = lively(_transformer(12), seed=2)
+    return _wan(
+        pipeline=WanImageToVideoPipeline, transformer=_transformer(12), transformer_2=low, boundary_ratio=0.9
+    )  # fmt: skip
+
+
+class _OneByOne(WanImageToVideoPipeline):
+    """diffusers' pipeline draws one picture's videos in a call."""
+
+    def __call__(self, prompt, image, latents, **options):
+        parts = zip(prompt, image, latents.split(1), strict=True)
+        drawn = [super(_OneByOne, self).__call__(prompt=p, image=i, latents=x, **options).frames for p, i, x in parts]
+        return WanPipelineOutput(frames=torch.cat(drawn))
+
+
 def _call(guidance, prompts, model):
     return {"guidance_scale": guidance, "num_frames": model.frames}
 
 
-def _family(name, build, **options):
-    model = {"adapter": "wan", "height": 32, "width": 32, "frames": 5, "text_tokens": 9}
-    return TinyFamily(name, WanPipeline, model, build, _call, guidance=4.5, output="frames", flow_shift=3.0, **options)
+def _animated(pictures, model):
+    return {"image": [each for (each,) in pictures]}
+
+
+def _with_first_frame(cond, latents):
+    return torch.cat([cond.tensors["source_latents"], latents[:, :, 1:]], dim=2)
+
+
+def _family(name, build, adapter="wan", text_tokens=9, **options):
+    model = {"adapter": adapter, "height": 32, "width": 32, "frames": 5, "text_tokens": text_tokens}
+    pipeline = WanPipeline if adapter == "wan" else _OneByOne
+    return TinyFamily(
+        name, pipeline, model, build, _call, guidance=4.5, output="frames", flow_shift=3.0, pictured=_animated,
+        **options,
+    )  # fmt: skip
 
 
 FAMILIES = (
     _family("wan", _wan, blocks=2, swept=True),
-    _family("wan_ti2v", _ti2v, blocks=2),
+    _family("wan_ti2v", _ti2v, blocks=2, variant=True),
     _family("wan_a14b", _a14b, blocks=4, silent=r"transformer_2\..*"),
+    _family("wan_i2v", _i2v, "wan_i2v", 512, blocks=2),
+    _family("wan_i2v_a14b", _i2v_a14b, "wan_i2v", blocks=4, variant=True, silent=r"transformer_2\..*"),
+    _family("wan_i2v_5b", _ti2v, "wan_i2v", blocks=2, variant=True, as_leaves=_with_first_frame),
 )
