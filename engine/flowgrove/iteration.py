@@ -19,6 +19,7 @@ from flowgrove.ranks import Ranks
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import Scoring
+from flowgrove.rollout.ahead import Ahead
 from flowgrove.rollout.forest import Forest, leaf_path_logp
 from flowgrove.rollout.loop import rollout
 from flowgrove.run.summaries import peak_memory, reward_summary, update_summary
@@ -90,6 +91,7 @@ class Stages:
         # that passes are recorded in
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
         self.scores_on_a_thread = True  # where that gains something; a profiler sees only the iteration's own
+        self._ahead = Ahead(policy.device) if self.recipe.engine.ahead else None
         self._setup = setup
         self.evidence = self._no_evidence()
         self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
@@ -105,10 +107,13 @@ class Stages:
         search = self._setup.split_search
         return None if search is None else SplitEvidence(search, self.recipe.credit, self.rewards.weights)
 
-    def run(self, texts: list[str], iteration: int, look: Look | None = None) -> dict[str, Any]:
+    def run(
+        self, texts: list[str], iteration: int, look: Look | None = None, upcoming: list[str] | None = None
+    ) -> dict[str, Any]:
         """Trains on `texts`, each rank on its share of them, and returns the metrics line, which is that of all.
 
-        `look`: is shown the first rank's part of the iteration before the updates, in nobody's time.
+        `look`: is shown the first rank's part of the iteration before the updates, in nobody's time. `upcoming`: the
+        texts of the next iteration, which engine.ahead encodes while this one's updates run.
 
         Prompts that cannot be scored are left out. Raises NothingScoredError if that is all of them.
         """
@@ -117,9 +122,9 @@ class Stages:
             with span("compile"):
                 compile_ahead(self.policy, self.recipe, self.runner.budget.rows)
         with span(f"iteration {iteration}"):
-            return self._run(texts, iteration, look)
+            return self._run(texts, iteration, look, upcoming or [])
 
-    def _run(self, texts: list[str], iteration: int, look: Look | None) -> dict[str, Any]:
+    def _run(self, texts: list[str], iteration: int, look: Look | None, upcoming: list[str]) -> dict[str, Any]:
         clock, ranks = Clock(self.device), self.ranks
         counts = [len(texts[size :: len(self.sizes)]) for size in range(len(self.sizes))]
         if iteration == 0:
@@ -146,6 +151,9 @@ class Stages:
             with span("forest"):
                 ranks.by_first(lambda: look(rolled, scores, whole))
         measured = self._gradient_noise(plan, rolled, credit, scored, clock)
+        if self._ahead is not None:
+            for _, policy, next_texts, _ in self._shares(upcoming):
+                self._ahead.start(policy, next_texts)
         with clock("update"):
             stats = self.updater.run(rolled, whole).gathered(ranks)
         times = torch.tensor([list(clock.seconds.values())], dtype=torch.float64)
@@ -194,17 +202,26 @@ class Stages:
         """Prompt i is drawn at size i modulo their number; prompts are numbered size after size, and each size's are
         divided among the ranks. A rank has no bucket of a size that leaves it nothing.
         """
-        buckets: list[Bucket] = []
+        encode = Policy.encode if self._ahead is None else self._ahead.take
+        return [
+            Bucket(
+                size, policy, plans[size], plan_coefficients(plans[size]).to(self.device, non_blocking=True),
+                encode(policy, mine), first,
+            )
+            for size, policy, mine, first in self._shares(texts)
+        ]  # fmt: skip
+
+    def _shares(self, texts: list[str]) -> Iterator[tuple[int, Policy, list[str], int]]:
+        """This rank's share of the prompts of each size: its number, its policy, the texts, and the first one's number.
+        None of a size that leaves it nothing.
+        """
         first = 0
         for size, (policy, _) in enumerate(self.sizes):
             some = texts[size :: len(self.sizes)]
             share = self.ranks.share(len(some))
             if some[share]:
-                coefficients = plan_coefficients(plans[size]).to(self.device, non_blocking=True)
-                mine = policy.encode(some[share])
-                buckets.append(Bucket(size, policy, plans[size], coefficients, mine, first + share.start))
+                yield size, policy, some[share], first + share.start
             first += len(some)
-        return buckets
 
     def _roll_out_and_score(
         self, buckets: list[Bucket], iteration: int, clock: Clock, faults: Faults

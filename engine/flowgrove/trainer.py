@@ -418,7 +418,8 @@ class Trainer:
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its metrics line. What is done before it is saved if none of its prompts is scored."""
         try:
-            return self.stages.run(self._prompts(iteration), iteration, self._look(iteration))
+            upcoming = self._prompts(iteration + 1) if iteration + 1 < self.recipe.run.iterations else None
+            return self.stages.run(self._prompts(iteration), iteration, self._look(iteration), upcoming)
         except NothingScoredError as nothing:
             if self.last_line is None or not isinstance(nothing.reason, UserError):
                 raise nothing.reason from None

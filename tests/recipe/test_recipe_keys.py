@@ -100,6 +100,7 @@ DEFAULTS = {
         "compile": False,
         "cuda_graphs": False,
         "reuse_rollout_graph": "auto",
+        "ahead": False,
         "distributed": "none",
         "reshard_after_forward": "auto",
         "shard_degree": None,

@@ -41,7 +41,7 @@ class Chroma(Flux):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """T5 embeddings [P, text tokens, D] and which of them the prompt's own tokens are, and one behind, as numbers."""
+        """T5 embeddings [P, text tokens, D], and as numbers which of them are the prompt's own, with one behind."""
         longest = self.geometry.prompt_tokens
         embeds, _, marks, *_ = self.pipe.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=longest
@@ -85,7 +85,7 @@ def _forward(
 
 
 def _modulation_input(embedding: Any, time: Tensor) -> Tensor:
-    """What the layer that makes all blocks' modulation reads: time, no guidance, and which of the rows it is, [B, R, C].
+    """What the layer that makes all blocks' modulation reads: time, no guidance, which of the rows it is, [B, R, C].
     diffusers' forward of `embedding` brings the guidance from the host.
     """
     told = [embedding.time_proj(time), embedding.guidance_proj(torch.zeros_like(time))]

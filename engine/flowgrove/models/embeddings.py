@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 
 import diffusers
 import torch
@@ -101,15 +102,20 @@ class OffloadedEncoder:
 
 
 class _Kept:
-    """Embeddings by text, up to `most` bytes; what was encoded longest ago goes first."""
+    """Embeddings by text, up to `most` bytes; what was encoded longest ago goes first. Threads ask in turn."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._of: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0
+        self._lock = Lock()
 
     def all_of(self, texts: list[str], encode: Callable[[list[str]], list[Conditioning]]) -> list[Conditioning]:
         """The embeddings of `texts`; `encode` is asked for those that are not kept."""
+        with self._lock:
+            return self._all_of(texts, encode)
+
+    def _all_of(self, texts: list[str], encode: Callable[[list[str]], list[Conditioning]]) -> list[Conditioning]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._of]
         if missing:
             for text, cond in zip(missing, encode(missing), strict=True):

@@ -19,13 +19,13 @@ class Flux(Adapter):
     pipeline = "FluxPipeline"
     published: ClassVar = {"black-forest-labs/FLUX.1-dev": "flux1_dev"}
     gives_table = True
-    guidance_key = "guidance_embeds"
+    guidance_key: ClassVar[str | None] = "guidance_embeds"
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     comfyui_modules = (
         rf"transformer_blocks\.\d+\.{JOINT}|x_embedder|{EMBEDDERS}"
         r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)"
     )
-    TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    TEXT: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     LATENTS = ("scaling_factor", "shift_factor")
 
     @classmethod

@@ -28,8 +28,8 @@ class Flux2Klein(Flux2):
         """
         if read_index(folder).get("is_distilled") and model.guidance_scale > 1:
             raise UserError(
-                f"model.guidance_scale is {model.guidance_scale:g}: {model.path} is distilled to draw without guidance: "
-                "leave it out, or take a base model"
+                f"model.guidance_scale is {model.guidance_scale:g}: {model.path} is distilled to draw without "
+                "guidance: leave it out, or take a base model"
             )
         return super().read_geometry(folder, model)
 

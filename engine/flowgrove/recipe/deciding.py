@@ -18,6 +18,7 @@ _OPERATION = {
         "compile",
         "cuda_graphs",
         "reuse_rollout_graph",
+        "ahead",
         "distributed",
         "reshard_after_forward",
         "shard_degree",

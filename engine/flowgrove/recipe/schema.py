@@ -903,6 +903,14 @@ class Engine(Section):
     Source: ours.
     """
 
+    ahead: bool = False
+    """Whether the next iteration's prompts are encoded while this one's updates run.
+    Its states and rewards must wait for the new weights; texts and source pictures need not. It helps where encoders
+    stay loaded (data.embedding_cache) and `flowgrove profile` shows time in encode; what a prompt's encoding takes then
+    comes on top of an update's memory. Encoders that wait in host memory stay there. The result is the same.
+    Source: ours.
+    """
+
     distributed: Literal["none", "ddp", "fsdp2"] = "none"
     """How a run is spread over the processes that torchrun starts, one for each device.
     Each trains on its share of an iteration's prompts, and gradients are added up; the result is that of one process.

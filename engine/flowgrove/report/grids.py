@@ -96,7 +96,7 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
 
 
 def source_tiles(prompts: list[str], height: int, width: int) -> NDArray[np.uint8] | None:
-    """The source pictures of prompts that all have as many, uint8 [prompts, pictures, height, width, 3]; None without."""
+    """The source pictures of prompts that all have as many, uint8 [prompts, pictures, height, width, 3], if any."""
     pictures = [source_pictures(prompt, height, width) for prompt in prompts]
     return np.stack([np.stack([np.asarray(one) for one in some]) for some in pictures]) if pictures[0] else None
 

@@ -40,8 +40,8 @@ class _Shown(NamedTuple):
 
 def pictures_of(folder: Path, address: Address = data_uri, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """`grids`: the first and the last of a run and some in between, each one picture of all tiles, those of `sources`
-    first in each row, with prompts and scores; `common`: pairs of rows of the first and the last that show the same prompts and seeds; `changed`: whether
-    these two have other prompts.
+    first in each row, with prompts and scores; `common`: pairs of rows of the first and the last that show the same
+    prompts and seeds; `changed`: whether these two have other prompts.
     """
     files = grid_files(folder)
 

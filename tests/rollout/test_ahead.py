@@ -1,0 +1,82 @@
+"""engine.ahead: the next prompts are encoded beside the update, and nothing that is trained changes."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine_cases import metrics_of, succeed, tiny_recipe, weights_of
+from flowgrove.models.embeddings import OffloadedEncoder
+from flowgrove.models.policy import Policy
+from flowgrove.rollout.ahead import Ahead
+from flowgrove.update.updater import Updater
+from policy_cases import CPU, TEXTS, policy_of
+
+
+def same(one, other):
+    return all(torch.equal(one.cond.tensors[name], tensor) for name, tensor in other.cond.tensors.items())
+
+
+def test_what_was_begun_is_what_encoding_gives():
+    policy, ahead = policy_of(guidance=2.0), Ahead(CPU)
+    ahead.start(policy, TEXTS)
+    found = ahead.take(policy, TEXTS)
+    assert same(found, policy.encode(TEXTS))
+    assert found.texts == TEXTS
+    assert same(ahead.take(policy, TEXTS[:1]), policy.encode(TEXTS[:1])), "what was not begun is encoded now"
+
+
+def test_it_is_encoded_in_another_thread_and_its_failure_is_left_to_whoever_takes_it(monkeypatch):
+    policy, ahead, threads = policy_of(), Ahead(CPU), []
+
+    def encode(self, texts):
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
+            raise RuntimeError("no room")
+        return encoded(self, texts)
+
+    encoded = Policy.encode
+    monkeypatch.setattr(Policy, "encode", encode)
+    ahead.start(policy, TEXTS)
+    assert same(ahead.take(policy, TEXTS), encoded(policy, TEXTS))
+    assert [thread is threading.main_thread() for thread in threads] == [False, True]
+
+
+def test_encoders_in_host_memory_stay_there():
+    waiting = OffloadedEncoder(lambda device: pytest.fail("the encoders were fetched"), CPU)
+    Ahead(CPU).start(replace(policy_of(), encoder=waiting), TEXTS)
+
+
+@pytest.mark.parametrize("sizes", [None, pytest.param([[32, 32], [16, 48]], marks=pytest.mark.long)])
+def test_a_run_is_the_same_and_encodes_during_its_updates(tmp_path, monkeypatch, sizes):
+    encoded, updating = [], threading.Event()
+    encode, update = Policy.encode, Updater.run
+
+    def noted(self, texts):
+        encoded.append((threading.current_thread() is threading.main_thread(), updating.is_set()))
+        return encode(self, texts)
+
+    def while_updating(self, *parts):
+        updating.set()
+        try:
+            return update(self, *parts)
+        finally:
+            updating.clear()
+
+    monkeypatch.setattr(Policy, "encode", noted)
+    monkeypatch.setattr(Updater, "run", while_updating)
+    ends = []
+    for ahead in (False, True):
+        encoded.clear()
+        model = {} if sizes is None else {"sizes": sizes}
+        recipe = tiny_recipe(
+            tmp_path / str(ahead), model=model, engine={"ahead": ahead}, run={"iterations": 2, "eval_every": 0}
+        )
+        succeed("train", recipe, "--out", tmp_path / str(ahead) / "run")
+        ends.append(weights_of(tmp_path / str(ahead) / "run", 2))
+        in_main = [main for main, _ in encoded]
+        each = 1 if sizes is None else 2
+        assert in_main == ([True] * 2 * each if not ahead else [True] * each + [False] * each)
+        assert len(metrics_of(tmp_path / str(ahead) / "run")) == 2
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
