@@ -76,14 +76,9 @@ def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width,
         NoiseKey(3, 9, INITIAL_STEP, prompt, torch.arange(2).repeat(len(PROMPTS))),
     )
     repeated = [prompt for prompt in prompts for _ in range(2)]
-    drawn = pipe(
-        prompt=[str(prompt) for prompt in repeated],
-        num_inference_steps=ODE["steps"],
-        latents=family.as_theirs(pipe, recipe.model, latents),
-        output_type="latent",
-        **family.options(guidance, repeated, recipe.model),
-    )
-    expected = family.as_ours(pipe, recipe.model, family.drawn(drawn))
+    steps = {"num_inference_steps": ODE["steps"], "output_type": "latent"}
+    drawn = family.draw(pipe, recipe.model, guidance, repeated, latents, **steps)
+    expected = family.as_ours(pipe, recipe.model, drawn)
     assert (forest.leaves - expected).abs().max() <= 1e-4
     assert (forest.leaves[0] - forest.leaves[2]).abs().max() > 0.01, "the prompt matters"
 
@@ -96,14 +91,8 @@ def test_decoded_samples_equal_the_diffusers_pipeline(folders, name):
     prompts = family.prompts(TEXTS)
     latents = family.as_leaves(policy.encode(prompts).cond, states(policy, 3))
     pipe.scheduler.step = lambda v, t, x, return_dict: (x,)  # so the pipeline decodes what it was given
-    result = pipe(
-        prompt=TEXTS,
-        num_inference_steps=2,
-        latents=family.as_theirs(pipe, recipe.model, latents),
-        output_type="pt",
-        **family.options(1.0, prompts, recipe.model),
-    )
-    expected = family.drawn(result)
+    steps = {"num_inference_steps": 2, "output_type": "pt"}
+    expected = family.draw(pipe, recipe.model, 1.0, prompts, latents, **steps)
     decoded = policy.decode(latents)
     assert decoded.shape == expected.shape
     assert (decoded - expected).abs().max() <= 1e-5

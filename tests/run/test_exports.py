@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from engine_cases import refuse, succeed, tiny_recipe, weights_of
+from engine_cases import TRAIN_PROMPTS, refuse, succeed, tiny_recipe, weights_of
 from flowgrove.errors import UserError
 from flowgrove.models.families import family_of
 from flowgrove.models.folders import TINY
@@ -30,8 +30,11 @@ def runs(folders, tmp_path_factory):
         place = tmp_path_factory.mktemp(name)
         base = shutil.copytree(TINY if name == "sd3" else folders[name], place / "base")
         told = {**MODELS.get(name, {"adapter": "sd3"}), "path": str(base), "lora": LORA, **model}
+        data = {"eval_prompts": None}
+        if name in FAMILIES:
+            data["prompts"] = FAMILIES[name].write_prompts(place / "mine", TRAIN_PROMPTS).name
         recipe = tiny_recipe(
-            place, model=told, reward=[{"name": "jpeg_size"}], update={"lr": 0.3}, data={"eval_prompts": None},
+            place, model=told, reward=[{"name": "jpeg_size"}], update={"lr": 0.3}, data=data,
             run={"iterations": 1, "eval_every": 0}, rollout={"group_size": 2},
         )  # fmt: skip
         succeed("train", recipe, "--out", place / "run")

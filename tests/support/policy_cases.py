@@ -71,5 +71,6 @@ def encoded(policy: Policy, texts: list[str] | None = None) -> Prompts:
     """Texts, which get source pictures where the model needs some, or prompts."""
     texts = texts or TEXTS
     if not any(pictures_of(text) for text in texts):
-        texts = pictured(texts, policy.adapter.source_pictures[0])
+        size = policy.adapter.geometry
+        texts = pictured(texts, max(policy.adapter.source_pictures[0], size.source_tokens // size.picture_tokens))
     return policy.encode(texts)

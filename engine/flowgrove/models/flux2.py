@@ -1,4 +1,6 @@
-"""The family of FLUX.2-dev, whose transformer takes the guidance scale as an input."""
+"""The family of FLUX.2-dev, whose transformer takes the guidance scale as an input: pictures drawn from a text, or
+edited.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +13,16 @@ from flowgrove.models.adapter import Adapter, in_unit_range
 from flowgrove.models.comfyui import ATTENTION
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, autoencoder_scale, packed_geometry, part_config
+from flowgrove.models.sources import source_pictures
 from flowgrove.recipe.schema import Model
+
+SOURCES = "source_latents"
+BETWEEN = 10  # on the first axis of positions, from a picture to the next
 
 
 class Flux2(Adapter):
     """Three layers of Mistral's; states are packed latents [tokens, 4·C], each token a patch of 2×2, in units of the
-    VAE's batch norm.
+    VAE's batch norm. Those of source pictures, each as large as what is drawn, stand behind it.
     """
 
     pipeline = "Flux2Pipeline"
@@ -29,13 +35,15 @@ class Flux2(Adapter):
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
         r"|x_embedder|context_embedder|proj_out|norm_out\.linear"
     )
+    source_pictures = (0, 10)
     TEXT = ("text_encoder", "tokenizer")
     LATENTS = ("batch_norm_eps",)
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
         """The geometry that the transformer's and the VAE's configuration give."""
-        return packed_geometry(model, autoencoder_scale(folder), part_config(folder, "transformer")["in_channels"], 512)
+        channels = part_config(folder, "transformer")["in_channels"]
+        return packed_geometry(model, autoencoder_scale(folder), channels, 512, cls.source_count(model))
 
     @classmethod
     def dynamic_shift(cls, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float:
@@ -48,37 +56,63 @@ class Flux2(Adapter):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Embeddings [P, text tokens, 3·D], padding included, which the transformer reads too."""
-        embeds, _ = self.pipe.encode_prompt(list(prompts), max_sequence_length=self.geometry.prompt_tokens)
-        return Conditioning({"encoder_hidden_states": embeds})
+        """Embeddings [P, text tokens, 3·D], padding included, which the transformer reads too, and the source
+        pictures' latents [P, their tokens, 4·C].
+        """
+        texts, size = [str(prompt) for prompt in prompts], self.geometry
+        embeds, _ = self.pipe.encode_prompt(texts, max_sequence_length=size.prompt_tokens)
+        if not size.source_tokens:
+            return Conditioning({"encoder_hidden_states": embeds})
+        vae, pictures = self.pipe.vae, [source_pictures(prompt, size.height, size.width) for prompt in prompts]
+        pixels = self.pipe.image_processor.preprocess([each for some in pictures for each in some])
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        mean, deviation = self._batch_norm()
+        latents = (self.pipeline_class()._patchify_latents(latents) - mean) / deviation
+        packed = latents.flatten(2).transpose(1, 2).reshape(len(prompts), size.source_tokens, -1)
+        return Conditioning({"encoder_hidden_states": embeds, SOURCES: packed})
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
-        """Zeros in the shape of the prompts' embeddings."""
-        width = self.transformer.config.joint_attention_dim
-        return Conditioning(
-            {"encoder_hidden_states": torch.zeros(rows, self.geometry.prompt_tokens, width, dtype=dtype)}
-        )
+        """Zeros in the shape of the prompts' embeddings and of the latents of their pictures."""
+        size, width = self.geometry, self.transformer.config.joint_attention_dim
+        tensors = {"encoder_hidden_states": torch.zeros(rows, size.prompt_tokens, width, dtype=dtype)}
+        if size.source_tokens:
+            tensors[SOURCES] = torch.zeros(rows, size.source_tokens, self.latent_shape[1], dtype=dtype)
+        return Conditioning(tensors)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
-        text = torch.arange(cond.tensors["encoder_hidden_states"].shape[1], device=x.device)
+        tensors, hidden = dict(cond.tensors), x.to(self.dtype)
+        if (sources := tensors.pop(SOURCES, None)) is not None:
+            hidden = torch.cat([hidden, sources.to(self.dtype)], dim=1)
+        text = torch.arange(tensors["encoder_hidden_states"].shape[1], device=x.device)
         none = torch.zeros_like(text)
-        return self.transformer(
-            hidden_states=x.to(self.dtype),
+        v = self.transformer(
+            hidden_states=hidden,
             timestep=sigma,
             guidance=torch.full_like(sigma, guidance_scale) if self.embeds_guidance else None,
             txt_ids=torch.stack([none, none, none, text], dim=-1),
             img_ids=self._positions(x.device),
             return_dict=False,
-            **cond.tensors,
+            **tensors,
         )[0]
+        return v[:, : x.shape[1]]
 
     def _positions(self, device: torch.device) -> Tensor:
-        """(0, row, column, 0) of every picture token, [tokens, 4], made on the device."""
-        _, columns = self._sides
-        place = torch.arange(self.geometry.picture_tokens, device=device)
-        none = torch.zeros_like(place)
-        return torch.stack([none, place // columns, place % columns, none], dim=-1)
+        """(0, row, column, 0) of what is drawn, then (10, row, column, 0) of the first source, 20 of the second …:
+        [tokens, 4], made on the device.
+        """
+        (_, columns), drawn = self._sides, self.geometry.picture_tokens
+        place = torch.arange(drawn + self.geometry.source_tokens, device=device)
+        token = place % drawn
+        return torch.stack(
+            [place // drawn * BETWEEN, token // columns, token % columns, torch.zeros_like(place)], dim=-1
+        )
+
+    def _batch_norm(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's patches, [4·C, 1, 1] each."""
+        vae = self.pipe.vae
+        mean, variance = (one.to(vae.dtype).view(-1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
+        return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -89,9 +123,8 @@ class Flux2(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
-        mean, variance = vae.bn.running_mean.view(-1, 1, 1), vae.bn.running_var.view(-1, 1, 1)
-        latents = x.to(vae.dtype).transpose(1, 2).unflatten(2, self._sides)
-        latents = latents * (variance + vae.config.batch_norm_eps).sqrt().to(latents) + mean.to(latents)
+        mean, deviation = self._batch_norm()
+        latents = x.to(vae.dtype).transpose(1, 2).unflatten(2, self._sides) * deviation + mean
         latents = self.pipeline_class()._unpatchify_latents(latents)
         return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)
 

@@ -8,6 +8,7 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -79,6 +80,13 @@ def _packed(pipe, model, x):
     return x.flatten(2).transpose(1, 2)
 
 
+def _edited(pictures, model):
+    """The pipeline gives all prompts of a call the same pictures."""
+    Flux2ImageProcessor.check_image_input = staticmethod(lambda image: image)  # it takes no side below 64 pixels
+    (own,) = pictures
+    return {"image": own}
+
+
 FAMILIES = (
     TinyFamily(
         "flux2", Flux2Pipeline, {"adapter": "flux2", **MODEL}, _dev, _call, guidance=2.5, blocks=4, as_theirs=_spread,
@@ -86,5 +94,9 @@ FAMILIES = (
     TinyFamily(
         "flux2_klein", Flux2KleinPipeline, {"adapter": "flux2_klein", **MODEL}, _klein, _call, guidance=4.0, blocks=4,
         as_theirs=_spread, as_ours=_packed,
+    ),
+    TinyFamily(
+        "flux2_klein_edit", Flux2KleinPipeline, {"adapter": "flux2_klein", "source_pictures": 2, **MODEL}, _klein,
+        _call, guidance=4.0, blocks=4, pictured=_edited, as_theirs=_spread, as_ours=_packed, one_by_one=True,
     ),
 )  # fmt: skip

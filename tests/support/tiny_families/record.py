@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class TinyFamily:
     as_leaves: Callable[[Any, Tensor], Tensor] = field(default=lambda cond, x: x)  # states that a rollout can end in
     flow_shift: float | None = None  # where the pipeline's own solver is not Euler's: the shift of the Euler table
     silent: str = "(?!)"  # weights that full training gives no gradient, as a regular expression
+    one_by_one: bool = False  # whether the pipeline takes one prompt at a time
     swept: bool = False  # whether `make test` runs all its cases, not a sample
     variant: bool = False  # of a family that has another one whose cases `make test` runs
     cuts_tokens: bool = True  # whether encoders read text_tokens tokens of a longer prompt, no more
@@ -59,6 +61,14 @@ class TinyFamily:
             sizes | self.call(guidance, len(prompts), model) | (self.pictured(pictures, model) if self.sources else {})
         )
 
-    def drawn(self, result):
-        """What a call of the pipeline drew."""
-        return getattr(result, self.output)
+    def draw(self, pipe, model, guidance, prompts, latents, **options):
+        """What diffusers' pipeline draws of these states, one for each of the prompts."""
+
+        def call(some, x):
+            told = self.options(guidance, some, model) | options
+            result = pipe(prompt=[str(prompt) for prompt in some], latents=self.as_theirs(pipe, model, x), **told)
+            return getattr(result, self.output)
+
+        if not self.one_by_one:
+            return call(prompts, latents)
+        return torch.cat([call([prompt], latents[row : row + 1]) for row, prompt in enumerate(prompts)])
