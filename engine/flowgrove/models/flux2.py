@@ -28,7 +28,7 @@ class Flux2(Adapter):
     pipeline = "Flux2Pipeline"
     published: ClassVar = {"black-forest-labs/FLUX.2-dev": "flux2_dev"}
     gives_table = True
-    guidance_key = "guidance_embeds"
+    guidance_key: ClassVar[str | None] = "guidance_embeds"
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj")
     comfyui_modules = (
         rf"transformer_blocks\.\d+\.({ATTENTION}|ff(_context)?\.linear_(in|out))"
