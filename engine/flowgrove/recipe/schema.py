@@ -584,14 +584,20 @@ class Reward(_Said):
     name: str
     """The reward, each at most once; what else it takes stands beside name and weight.
     aesthetic (path, clip, batch_size, dtype): LAION's aesthetic predictor. clip_score (path, batch_size, dtype): 100 ·
-    cosine of CLIP ViT-L/14. hpsv2 (path, processor, batch_size, dtype): HPSv2.1. http (url, video, batch_size, timeout,
-    retries, concurrency, max_answer_mb, key_variable): a server of yours. image_reward (path, tokenizer, batch_size,
-    dtype): ImageReward-v1.0. jpeg_size (quality, bigger): kilobytes. pickscore (path, processor, batch_size, dtype):
-    PickScore. python (file, function, video, timeout): a function of yours, with --allow-python. shapes: the embedded
-    pipeline's checker. unified_reward (url, model, instruction, max_tokens, timeout, retries, concurrency,
-    key_variable): a judge behind an OpenAI-compatible server.
+    cosine of CLIP ViT-L/14. clip_similarity (source, path, batch_size, dtype): the same of result and source picture.
+    diversity (path, batch_size, dtype): how far pictures of a prompt are apart, by CLIP. geneval (url, batch_size,
+    timeout, retries, concurrency, max_answer_mb, key_variable): objects, counts, colours and places, by a server that
+    gets the prompt's row. hpsv2 (path, processor, batch_size, dtype): HPSv2.1. http (url, video, batch_size, timeout,
+    retries, concurrency, max_answer_mb, key_variable, metadata, sources, group): a server of yours. image_reward (path,
+    tokenizer, batch_size, dtype): ImageReward-v1.0. jpeg_size (quality, bigger): kilobytes. ocr (column): how much of a
+    quoted text is read in the picture, by RapidOCR. pickscore (path, processor, batch_size, dtype): PickScore. python
+    (file, function, video, timeout, group): a function of yours, with --allow-python. shapes: the embedded pipeline's
+    checker. unified_reward (url, model, instruction, max_tokens, timeout, retries, concurrency, key_variable): a judge
+    behind an OpenAI-compatible server. video_quality (url, batch_size, timeout, retries, concurrency, max_answer_mb,
+    key_variable): a server that judges whole videos.
     Source: HPSv2 (2306.09341), PickScore (2305.01569), ImageReward (2304.05977), CLIPScore (2104.08718), UnifiedReward
-    (2503.05236), LAION-5B (2210.08402); http, python, jpeg_size, shapes: ours.
+    (2503.05236), LAION-5B (2210.08402), GenEval (2310.11513), Flow-GRPO (2505.05470), ocr; http, python, jpeg_size,
+    shapes, diversity: ours.
     """
 
     weight: float = 1.0

@@ -3,6 +3,9 @@
 Asked in batches, POST {"prompts": [...], "images": [base64 PNG, ...]}, or with `video: true` {"prompts": [...],
 "videos": [[base64 PNG per frame], ...]}; the server answers {"scores": [one finite number each]}. Whatever else it does
 is an error of one line, for which its prompts are left out: a reward that failed is never a 0.
+
+What a prompt's row holds is sent on request: "metadata": [{column: value, ...}, ...] and "sources": [[base64 PNG, ...],
+...]. With `group: true` a request holds all samples of one prompt and none of another, so that they can be compared.
 """
 
 import math
@@ -13,15 +16,18 @@ from torch import Tensor
 
 from flowgrove.recipe.schema import Count
 from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Megabytes, Retries, Seconds
-from flowgrove.rewards.pictures import png_base64
+from flowgrove.rewards.faults import groups_of
+from flowgrove.rewards.pictures import file_base64, png_base64
 from flowgrove.rewards.pixels import to_bytes
+from flowgrove.rewards.rows import metadata_rows, source_rows
 
 
 class HttpReward:
     """`timeout`: seconds for one try; `retries`: further ones; `concurrency`: requests at once; `key_variable`: the
-    environment variable of a bearer token.
+    environment variable of a bearer token; `metadata`, `sources`, `group`: what is sent, and together.
     """
 
+    name: ClassVar[str] = "http"
     remote: ClassVar = True
 
     def __init__(
@@ -34,17 +40,20 @@ class HttpReward:
         concurrency: Concurrency = 4,
         max_answer_mb: Megabytes = 4.0,
         key_variable: str | None = None,
+        metadata: bool = False,
+        sources: bool = False,
+        group: bool = False,
     ) -> None:
-        self.endpoint = Endpoint("http", url, timeout, retries, max_answer_mb, concurrency, key_variable)
+        self.endpoint = Endpoint(self.name, url, timeout, retries, max_answer_mb, concurrency, key_variable)
         self.takes_video, self.batch_size = video, batch_size
+        self.metadata, self.sources, self.groupwise = metadata, sources, group
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """`pictures` [B, 3, H, W], or with `video` [B, F, 3, H, W], in [0, 1] → scores float64 [B] on the CPU."""
         starts = range(0, len(prompts), self.batch_size)
-        batches = [
-            (some, prompts[start : start + self.batch_size])
-            for some, start in zip(to_bytes(pictures).split(self.batch_size), starts, strict=True)
-        ]
+        together = groups_of(prompts) if self.groupwise else [slice(start, start + self.batch_size) for start in starts]
+        whole = to_bytes(pictures)
+        batches = [(whole[some], prompts[some]) for some in together]
         return torch.tensor(
             [score for scores in self.endpoint.map(self._ask, batches) for score in scores], dtype=torch.float64
         )
@@ -56,6 +65,10 @@ class HttpReward:
             content["videos"] = [[png_base64(frame) for frame in video] for video in pictures]
         else:
             content["images"] = [png_base64(picture) for picture in pictures]
+        if self.metadata:
+            content["metadata"] = metadata_rows(prompts)
+        if self.sources:
+            content["sources"] = [[file_base64(source) for source in row] for row in source_rows(prompts)]
         answer = self.endpoint.post(client, content)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(prompts) or not all(_is_score(score) for score in scores):

@@ -6,6 +6,7 @@ It gets copies, and every way out of it but scores is an error of one line, `sys
 
 import difflib
 import importlib.util
+import inspect
 import os
 import threading
 import traceback
@@ -21,9 +22,11 @@ from flowgrove.device import is_out_of_memory, to_host
 from flowgrove.errors import UserError, one_line
 from flowgrove.paths import local
 from flowgrove.rewards.endpoint import Seconds
-from flowgrove.rewards.faults import RewardError
+from flowgrove.rewards.faults import RewardError, groups_of
+from flowgrove.rewards.rows import metadata_rows, source_rows
 
 ALLOW = "FLOWGROVE_ALLOW_PYTHON"
+_ROWS: dict[str, Callable[[list[str]], list[Any]]] = {"metadata": metadata_rows, "sources": source_rows}
 _EXITS = {name: getattr(os, name) for name in ("_exit", "abort")}
 
 
@@ -32,17 +35,27 @@ class PythonReward:
     tensor, an array or a list.
 
     Pictures are fp32 on the run's device, some of an iteration's at a time. With `video: true` it gets videos [B, F, 3,
-    H, W] whole. `timeout`: seconds after which a call is left to itself, in a thread that nothing can end, and its
+    H, W] whole. In a parameter `metadata` it gets the prompts' rows, a dict each, and in `sources` their source
+    pictures, a list of PIL pictures each. With `group: true` it is called once for each prompt, with all of its
+    pictures. `timeout`: seconds after which a call is left to itself, in a thread that nothing can end, and its
     pictures have no score; null: it may take as long as it likes.
     """
 
-    def __init__(self, file: str, function: str = "score", video: bool = False, timeout: Seconds | None = None) -> None:
+    def __init__(
+        self,
+        file: str,
+        function: str = "score",
+        video: bool = False,
+        timeout: Seconds | None = None,
+        group: bool = False,
+    ) -> None:
         if os.environ.get(ALLOW) != "1":
             raise UserError(
                 f"reward python runs the code in {file}: if you trust it, pass --allow-python or set {ALLOW}=1"
             )
         self.path, self.takes_video = local(file, "reward python: file"), video
-        self.function, self.timeout = self._load(function), timeout
+        self.function, self.timeout, self.groupwise = self._load(function), timeout, group
+        self._rows = {name: rows for name, rows in _ROWS.items() if name in _parameters(self.function)}
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         if self.timeout is None:
@@ -67,14 +80,19 @@ class PythonReward:
     def _score(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         try:
             with _no_way_out():
-                scores = self.function(pictures.clone(), list(prompts))  # what it changes is its own
-                return _numbers(scores, len(prompts))
+                together = groups_of(prompts) if self.groupwise else [slice(0, len(prompts))]
+                return torch.cat([self._ask(pictures[some], prompts[some]) for some in together])
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             if is_out_of_memory(error):  # fewer pictures at a time may fit
                 raise
             raise RewardError(self._failed(error)) from error
+
+    def _ask(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        more = {name: rows(prompts) for name, rows in self._rows.items()}
+        # what it changes is its own
+        return _numbers(self.function(pictures.clone(), [str(prompt) for prompt in prompts], **more), len(prompts))
 
     def _load(self, function: str) -> Callable[[Tensor, list[str]], Any]:
         spec = importlib.util.spec_from_file_location(f"flowgrove_reward_{self.path.stem}", self.path)
@@ -112,6 +130,14 @@ class PythonReward:
         except Exception:  # an exception of its own may not even have a text
             text = ""
         return f"reward python: {where}: {type(error).__name__}: {text}"
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """The names that a function takes; none of one that has no signature."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _numbers(scores: Any, count: int) -> Tensor:

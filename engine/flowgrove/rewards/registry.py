@@ -17,15 +17,20 @@ from flowgrove.errors import UserError, one_line
 from flowgrove.recipe.schema import Recipe, Reward
 from flowgrove.rewards.aesthetic import AestheticReward
 from flowgrove.rewards.clip_score import ClipScoreReward
+from flowgrove.rewards.clip_similarity import ClipSimilarityReward
+from flowgrove.rewards.diversity import DiversityReward
 from flowgrove.rewards.faults import Faults, RewardError, ask_for_each, fault_of, groups_of, named_if_slow
+from flowgrove.rewards.geneval import GenEvalReward
 from flowgrove.rewards.hpsv2 import HPSv2Reward
 from flowgrove.rewards.http import HttpReward
 from flowgrove.rewards.image_reward import ImageRewardReward
 from flowgrove.rewards.jpeg_size import JpegSizeReward
+from flowgrove.rewards.ocr import OcrReward
 from flowgrove.rewards.pickscore import PickScoreReward
 from flowgrove.rewards.python import PythonReward
 from flowgrove.rewards.shapes import ShapesReward
 from flowgrove.rewards.unified_reward import UnifiedReward
+from flowgrove.rewards.video_quality import VideoQualityReward
 from flowgrove.spans import REWARD, span
 
 
@@ -33,8 +38,10 @@ class Scorer(Protocol):
     """Made from the options of its recipe entry, and from `device` if its signature has one.
 
     With `remote` true a server does the work, and training goes on meanwhile. With `takes_video` true it is given
-    videos [B, F, 3, H, W] whole; otherwise their frames, and its scores are averaged over them. `check(prompts)`, if it
-    has one, raises UserError for prompts that it cannot score.
+    videos [B, F, 3, H, W] whole; otherwise their frames, and its scores are averaged over them. With `groupwise` true
+    all pictures of a prompt, which are neighbours, reach it in one call; `fewest`: how many it needs of each.
+    `check(prompts)`, if it has one, raises UserError for prompts that it cannot score. What a prompt's row holds beside
+    its text are attributes of the prompt (`data.prompt`).
     """
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -50,6 +57,11 @@ _REWARDS: dict[str, Callable[..., Scorer]] = {
     "clip_score": ClipScoreReward,
     "aesthetic": AestheticReward,
     "unified_reward": UnifiedReward,
+    "ocr": OcrReward,
+    "geneval": GenEvalReward,
+    "clip_similarity": ClipSimilarityReward,
+    "diversity": DiversityReward,
+    "video_quality": VideoQualityReward,
     "jpeg_size": JpegSizeReward,
     "http": HttpReward,
     "python": PythonReward,
@@ -74,8 +86,15 @@ class Rewards:
         self.weights = [reward.weight for reward in recipe.reward]
         # a mistake in the last entry is told before the first one's model is read
         prepared = [(reward.name, _options(reward)) for reward in recipe.reward]
+        for name, _ in prepared:
+            _check_evaluation(name, recipe)
         self.scorers = {name: _build(name, options, device) for name, options in prepared}
         self.remote = any(getattr(scorer, "remote", False) for scorer in self.scorers.values())
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether a reward needs all samples of a prompt in one call."""
+        return any(getattr(scorer, "groupwise", False) for scorer in self.scorers.values())
 
     def check(self, prompts: list[str]) -> None:
         """Raises UserError for a prompt that a reward cannot score, before anything is trained on it."""
@@ -136,8 +155,16 @@ def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> 
     whole, frames = getattr(scorer, "takes_video", False), pictures.shape[1] if pictures.ndim == 5 else 1
     if whole and pictures.ndim == 4:
         raise UserError(f"reward {name} has video: true, but the model makes pictures: leave it out")
+    if pictures.ndim == 5 and not whole and getattr(scorer, "groupwise", False):  # frames of one time are compared
+        return torch.stack([_checked(name, scorer, pictures[:, frame], prompts) for frame in range(frames)]).mean(0)
     if pictures.ndim == 5 and not whole:
         pictures, prompts = pictures.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
+    scores = _checked(name, scorer, pictures, prompts)
+    return scores if whole else scores.view(-1, frames).mean(1)
+
+
+def _checked(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """What a scorer gives: one finite float64 score each, on the CPU."""
     scores = to_host(scorer(pictures, prompts).detach()).double()
     if scores.shape != (len(prompts),):
         shape = list(scores.shape)
@@ -148,7 +175,15 @@ def _scores(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) -> 
         first = f"the first {score} for {one_line(prompts[number], 60)!r}"
         what = f"{len(wrong)} of {len(prompts)} scores that are not finite, {first}"
         raise RewardError(f"reward {name} gave {what}: it must give one finite number each")
-    return scores if whole else scores.view(-1, frames).mean(1)
+    return scores
+
+
+def _check_evaluation(name: str, recipe: Recipe) -> None:
+    """Raises UserError where evaluations draw fewer pictures of a prompt than a reward compares."""
+    fewest, drawn = getattr(_REWARDS[name], "fewest", 1), recipe.run.eval.samples
+    if drawn < fewest and recipe.data.eval_prompts and recipe.run.eval_every:
+        what = f"reward {name} compares the pictures of a prompt, and run.eval.samples is {drawn}"
+        raise UserError(f"{what}: write {fewest} or more, or run.eval_every: 0")
 
 
 def _options(reward: Reward) -> dict[str, Any]:

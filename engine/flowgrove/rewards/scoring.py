@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
-from flowgrove.rewards.faults import Faults
+from flowgrove.rewards.faults import Faults, groups_of
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import WAIT, span
 
@@ -115,9 +115,16 @@ def score_leaves(
         several, some = some > 1, max(1, some // 2)
         return several
 
+    ends = [group.stop for group in groups_of(prompts)] if rewards.groupwise else range(1, len(leaves) + 1)
+
+    def next_end() -> int:
+        """As far as `some` leaves go, or a reward that compares groups needs them together."""
+        left = [end for end in ends if end > done]
+        return max((end for end in left if end <= done + some), default=left[0])
+
     done, shrink = 0, Shrink({FEWER_SAMPLES: fewer})
     while done < len(leaves):
         # called before the next slice
-        scores.append(retry_smaller(lambda: score(slice(done, done + some)), shrink))  # noqa: B023
+        scores.append(retry_smaller(lambda: score(slice(done, next_end())), shrink))  # noqa: B023
         done += len(scores[-1])
     return torch.cat(scores)
