@@ -23,6 +23,7 @@ _MODELS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Wan2.1-1.3B",
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "Wan2.2-A14B",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Wan2.2-5B",
+    "Lightricks/LTX-Video": "LTX-Video",
 }
 # a line of the table each: its recipes, and what they are; {…} comes from the first of them
 _PUBLISHED = (
@@ -46,6 +47,7 @@ _PUBLISHED = (
     (("grove_wan",), "ours, untuned"),
     (("grove_wan22",), "ours, untuned; the high-noise expert"),
     (("grove_wan22_5b",), "ours, untuned"),
+    (("mix_ltx",), "MixGRPO, untuned"),
 )
 SHAPES = {
     "shapes_dance": "DanceGRPO, {share} % of steps",
@@ -196,6 +198,11 @@ def grove_wan22(memory: Rows) -> Iterator[tuple[str, ...]]:
 @numbers("recipes/grove_wan22_5b.yaml", MEMORY)
 def grove_wan22_5b(memory: Rows) -> Iterator[tuple[str, ...]]:
     yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("grove_wan22_5b"))
+
+
+@numbers("recipes/mix_ltx.yaml", MEMORY)
+def mix_ltx(memory: Rows) -> Iterator[tuple[str, ...]]:
+    yield "(flowgrove plan RECIPE --memory): {} GiB", peak_gib(memory, Planned("mix_ltx"))
 
 
 @block("docs/algorithms.md", TIMINGS)

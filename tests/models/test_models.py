@@ -56,7 +56,8 @@ def states(policy, count, seed=0):
 @torch.no_grad()
 def test_ode_rollout_equals_the_diffusers_pipeline(folders, name, height, width, guidance):
     family, pipe = FAMILIES[name], diffusers_pipeline(folders, name)
-    recipe = recipe_of(folders, name, model={"guidance_scale": guidance, "height": height, "width": width}, rollout=ODE)
+    size = {"height": height * family.sides, "width": width * family.sides}
+    recipe = recipe_of(folders, name, model={"guidance_scale": guidance, **size}, rollout=ODE)
     if family.flow_shift is not None:  # Euler over a table is what an ODE step of a rollout is
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=family.flow_shift)
         pipe.scheduler.set_timesteps(ODE["steps"])

@@ -75,6 +75,8 @@ def asked_by_comfyui(name, module):
     """Under what name ComfyUI's loader looks for a layer on a module of diffusers' blocks
     (comfy/lora.py, comfy/utils.py).
     """
+    if name.startswith("ltx"):
+        return f"diffusion_model.{module}"
     if not name.startswith("wan"):
         return f"transformer.{module}"
     block, number, attention, layer = module.split(".", 3)
@@ -161,6 +163,9 @@ def test_a_lora_draws_the_same_in_every_loader_and_needs_no_base_model(folders, 
         ("qwen_image", "transformer_blocks.3.img_mlp.net.2", "transformer.transformer_blocks.3.img_mlp.net.2"),
         ("z_image", "layers.3.feed_forward.w2", "transformer.layers.3.feed_forward.w2"),
         ("z_image", "all_final_layer.2-1.linear", "transformer.all_final_layer.2-1.linear"),
+        ("ltx", "transformer_blocks.3.ff.net.0.proj", "diffusion_model.transformer_blocks.3.ff.net.0.proj"),
+        ("ltx", "proj_in", "diffusion_model.patchify_proj"),
+        ("ltx", "time_embed.linear", "diffusion_model.adaln_single.linear"),
         ("wan", "blocks.3.ffn.net.0.proj", "diffusion_model.blocks.3.ffn.0"),
         ("wan", "blocks.3.attn2.to_out.0", "diffusion_model.blocks.3.cross_attn.o"),
         ("wan", "condition_embedder.time_proj", "diffusion_model.time_projection.1"),

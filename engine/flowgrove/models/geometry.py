@@ -67,6 +67,15 @@ def multiple_of(name: str, size: int, unit: int, most: int | None = None) -> int
     return size
 
 
+def video_frames(model: Model, default: int, unit: int) -> int:
+    """model.frames, `default` where not given. Raises UserError unless it is a multiple of `unit` and one more."""
+    frames = model.frames or default
+    if frames % unit != 1 % unit:
+        near = frames // unit * unit + 1
+        raise UserError(f"model.frames is {frames}: write a multiple of {unit} and one more, like {near}")
+    return frames
+
+
 def autoencoder_scale(folder: Path) -> int:
     """Pixels per latent and side of an AutoencoderKL."""
     return 2 ** (len(part_config(folder, "vae")["block_out_channels"]) - 1)

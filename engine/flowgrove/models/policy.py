@@ -215,7 +215,8 @@ class Policy:
             uncond_of = to_device(torch.tensor(away_rows), self.device)
             lengths = np.maximum(lengths, uncond.lengths()[away_rows])
         # what a pass need not pad, it need not run
-        beside = padded_length(lengths) if self.adapter.masks_prompts else np.full_like(lengths, size.text_tokens)
+        shorter = self.adapter.masks_prompts and size.text_tokens > 0
+        beside = padded_length(lengths) if shorter else np.full_like(lengths, size.text_tokens)
         tokens = (size.picture_tokens + size.source_tokens + beside) * (2 if self.doubles else 1)
         return Prompts(texts, cond, uncond, uncond_of, lengths, tokens)
 

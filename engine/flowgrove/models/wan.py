@@ -12,7 +12,7 @@ from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.experts import FOLDERS
 from flowgrove.models.folders import read_index
-from flowgrove.models.geometry import Geometry, multiple_of, part_config
+from flowgrove.models.geometry import Geometry, multiple_of, part_config, video_frames
 from flowgrove.recipe.schema import Model
 
 # Wan's own names for those of diffusers, by which ComfyUI finds layers
@@ -82,10 +82,7 @@ class Wan(Adapter):
             raise UserError(f"{what}, and experts are alike: download the whole pipeline folder")
         space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
         _, patch_height, patch_width = transformer["patch_size"]
-        frames = model.frames or default.frames
-        if frames % time != 1 % time:
-            near = frames // time * time + 1
-            raise UserError(f"model.frames is {frames}: write a multiple of {time} and one more, like {near}")
+        frames = video_frames(model, default.frames, time)
         height = multiple_of("height", model.height or default.height, space * patch_height)
         width = multiple_of("width", model.width or default.width, space * patch_width)
         latent = (vae["z_dim"], (frames - 1) // time + 1, height // space, width // space)
