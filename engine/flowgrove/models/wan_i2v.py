@@ -61,7 +61,11 @@ class WanI2V(Wan):
         """That of text-to-video. Raises UserError for a folder without the encoder that its transformer needs, too, and
         for texts of another length than that transformer takes.
         """
-        if part_config(folder, "transformer").get("image_dim"):
+        transformer = part_config(folder, "transformer")
+        if transformer.get("pos_embed_seq_len"):
+            why = "draws between a first and a last picture, which wan_i2v does not"
+            raise UserError(f"model.path {model.path} {why}: give a pipeline of image-to-video")
+        if transformer.get("image_dim"):
             if missing := [part for part in _CLIP if part not in part_names(folder)]:
                 what = f"{folder / 'model_index.json'} names no {missing[0]}"
                 raise UserError(f"{what}: download the whole pipeline folder")
