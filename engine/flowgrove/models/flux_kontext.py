@@ -16,7 +16,7 @@ class FluxKontext(Flux):
     """FLUX.1 whose transformer reads the source picture's packed latents behind those that it draws."""
 
     pipeline = "FluxKontextPipeline"
-    published: ClassVar = {"black-forest-labs/FLUX.1-Kontext-dev": "flux1_dev"}
+    published: ClassVar = {"black-forest-labs/FLUX.1-Kontext-dev": "flux1_kontext_dev"}
     source_pictures = (1, 1)
 
     @torch.no_grad()
