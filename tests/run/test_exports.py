@@ -19,7 +19,7 @@ from policy_cases import CPU, encoded, small_recipe
 from tiny_families import FAMILIES, MODELS, sampled
 
 LORA = {"rank": 4, "alpha": 12}
-WITH_ONE_FILE = [name for name in ("sd3", *FAMILIES) if name != "wan_a14b"]  # test_experts.py has two files
+WITH_ONE_FILE = [name for name in ("sd3", *FAMILIES) if not name.endswith("a14b")]  # test_experts.py has two files
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,10 @@ def trained_velocity(name, folder, run):
     return pass_of(policy)
 
 
-WAN_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+WAN_NAMES = {
+    "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+    "add_k_proj": "k_img", "add_v_proj": "v_img",
+}  # fmt: skip
 
 
 def asked_by_comfyui(name, module):
