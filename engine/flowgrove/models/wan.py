@@ -10,7 +10,7 @@ from torch import Tensor
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.experts import FOLDERS
+from flowgrove.models.experts import FOLDERS, transformer_folders
 from flowgrove.models.folders import read_index
 from flowgrove.models.geometry import Geometry, multiple_of, part_config, video_frames
 from flowgrove.recipe.schema import Model
@@ -100,7 +100,8 @@ class Wan(Adapter):
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
         """What an adapter that only encodes leaves on disk."""
-        return (*super().parts_beside_text(folder), FOLDERS["low"])
+        second = [name for name in transformer_folders(folder) if name == FOLDERS["low"]]
+        return (*super().parts_beside_text(folder), *second)
 
     @classmethod
     def comfyui_name(cls, module: str) -> str | None:
