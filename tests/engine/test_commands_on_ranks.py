@@ -16,7 +16,7 @@ COUNTED = """
 import os, sys
 from pathlib import Path
 from flowgrove.cli import app
-from flowgrove.models.sd3 import FAMILY
+from flowgrove.models.families.sd3 import FAMILY
 
 encode = FAMILY.encode
 

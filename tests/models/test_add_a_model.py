@@ -1,4 +1,4 @@
-"""The guide engine/flowgrove/models/README.md:
+"""The guide engine/flowgrove/models/families/README.md:
 its AuraFlow example, one file and one line taken from the page, against diffusers' own pipeline.
 """
 
@@ -15,7 +15,6 @@ from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEul
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import flowgrove
-from flowgrove import models
 from flowgrove.models import families
 from flowgrove.models.folders import TINY
 from flowgrove.models.policy import Policy
@@ -65,7 +64,7 @@ def test_every_name_of_the_schema_is_a_record_that_loads_no_pipeline():
 def test_no_other_module_of_the_engine_names_a_family():
     """Benchmarks build models of two families, which their recipes then name."""
     engine, names = Path(flowgrove.__file__).parent, set(families.family_names())
-    own = {engine / "models" / f"{name}.py" for name in names}
+    own = {engine / "models" / "families" / f"{name}.py" for name in names}
     found = {
         path.relative_to(engine).as_posix()
         for path in set(engine.rglob("*.py")) - own
@@ -90,7 +89,7 @@ def auraflow(tmp_path, monkeypatch):
     ).save_pretrained(tmp_path)  # fmt: skip
     (tmp_path / "family").mkdir()
     (tmp_path / "family" / "auraflow.py").write_text(FILE)  # as if it lay beside the others
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "family")])
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "family")])
     monkeypatch.setattr(families, "AdapterName", new_schema()["AdapterName"])
     recipe = small_recipe(
         model={

@@ -278,7 +278,7 @@ def test_prompts_that_are_read_whole_are_not_told(folders, caplog, name):
         Policy.load(
             recipe_of(folders, name, "none"), CPU, ["a red", "a big", "A red", "a  red", "x" * 200, "a red circle"]
         )
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("flowgrove")]
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 40, b"version https://git-lfs.github.com/spec/v1"])

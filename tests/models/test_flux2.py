@@ -10,7 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import text_tokenizer
-from flowgrove.models.flux2 import Flux2
+from flowgrove.models.families.flux2 import Flux2
 from flowgrove.models.policy import Policy
 from policy_cases import CPU, TEXTS, encoded, small_recipe
 from tiny_families import MODELS

@@ -8,7 +8,7 @@ PAGES = sorted(
     for page in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
-        ROOT / "engine/flowgrove/models/README.md",
+        ROOT / "engine/flowgrove/models/families/README.md",
         *ROOT.glob("docs/*.md"),
     )
 )

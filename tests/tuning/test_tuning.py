@@ -12,8 +12,8 @@ import torch
 from checkpoint_cases import save_checkpoint
 from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
+from flowgrove.models.families.sd3 import SD3
 from flowgrove.models.policy import Policy
-from flowgrove.models.sd3 import SD3
 from flowgrove.models.weights import Weights
 from flowgrove.passes.budget import PassBudget
 from flowgrove.plan.division import Division

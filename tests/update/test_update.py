@@ -10,8 +10,8 @@ import torch
 
 from flowgrove.credit import assign_credit
 from flowgrove.models.experts import expert_of
+from flowgrove.models.families.qwen_image import QwenImage
 from flowgrove.models.policy import Policy
-from flowgrove.models.qwen_image import QwenImage
 from flowgrove.rollout.loop import rollout
 from flowgrove.rollout.retained_graphs import RetainedGraphs
 from flowgrove.update.passes import Rolled, step_weights

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from flowgrove.errors import UserError
-from flowgrove.models.flux2 import Flux2
+from flowgrove.models.families.flux2 import Flux2
 from flowgrove.models.folders import read_index
 from flowgrove.models.geometry import Geometry
 from flowgrove.recipe.schema import Model

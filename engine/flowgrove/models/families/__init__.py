@@ -20,7 +20,7 @@ def family_names() -> tuple[str, ...]:
 
 def family_of(name: str) -> Any:
     """The record of a family: its class of `models.adapter.Adapter`."""
-    return import_module(f"flowgrove.models.{name}").FAMILY
+    return import_module(f"flowgrove.models.families.{name}").FAMILY
 
 
 def read_geometry(folder: Path, model: Model) -> Geometry:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.flux import Flux
+from flowgrove.models.families.flux import Flux
 from flowgrove.models.sources import source_pictures
 
 SOURCES = "source_latents"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowgrove.models.comfyui import ATTENTION
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.flux import Flux
+from flowgrove.models.families.flux import Flux
 from flowgrove.models.geometry import Geometry
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import unit_latents
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.families.wan import Wan
 from flowgrove.models.folders import part_names
 from flowgrove.models.geometry import Geometry, part_config
 from flowgrove.models.sources import source_pictures
-from flowgrove.models.wan import Wan
 from flowgrove.recipe.schema import Model
 
 _CLIP = ("image_encoder", "image_processor")
