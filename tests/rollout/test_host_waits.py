@@ -14,8 +14,8 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from flowgrove.credit import assign_credit
 from flowgrove.device import to_device
-from flowgrove.models import qwen_image
 from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.families import qwen_image
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings, _Recorded
