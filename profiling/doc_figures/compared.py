@@ -17,6 +17,11 @@ def equal_cost_shapes(rows: Rows) -> str:
     return _equal_cost(rows)
 
 
+@block("docs/algorithms.md", "compare_pairs.csv")
+def equal_cost_pairs(rows: Rows) -> str:
+    return _equal_cost(rows)
+
+
 def plot_curves(rows: Rows, path: Path) -> None:
     """Held-out reward over weighted passes, to what all recipes have spent with every seed, in whole thousands."""
     points: dict[tuple[str, float, int], list[Point]] = {}

@@ -230,3 +230,59 @@ def test_a_number_of_pictures_that_a_family_does_not_take_is_named():
     for adapter, takes in (("flux", "takes 0"), ("flux_kontext", "takes 1")):
         model = Model(adapter=adapter, path="unused", source_pictures=2)
         assert f"model.source_pictures is 2: {adapter} {takes}" in user_error(check_sources, model, [])
+
+
+def test_a_run_is_another_with_another_picture_under_the_same_name(tmp_path, folders):
+    path = tmp_path / "a.png"
+    path.write_bytes(drawn_picture("a", 0))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "a.png"}\n')
+    recipe = small_recipe(
+        model={"adapter": "flux_kontext", "path": str(folders["flux_kontext"]), "dtype": "fp32"},
+        data={"prompts": str(tmp_path / "p.jsonl")},
+    )
+    before = Setup(recipe).fingerprint
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("a.png", "p.jsonl"):
+        (moved / name).write_bytes((tmp_path / name).read_bytes())
+    elsewhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"prompts": str(moved / "p.jsonl")})})
+    assert Setup(elsewhere).fingerprint == before
+    path.write_bytes(drawn_picture("another", 1, 200, 100))
+    assert Setup(recipe).fingerprint != before
+
+
+def test_metadata_that_json_has_not_is_its_text(tmp_path):
+    table = pyarrow.table({"prompt": ["a"], "when": pyarrow.array([0], pyarrow.timestamp("s"))})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    recipe = small_recipe(data={"prompts": str(tmp_path / "p.parquet"), "metadata": "all"})
+    assert len(Setup(recipe).fingerprint) == 64
+
+
+def test_a_column_that_is_all_null_makes_no_other_run(tmp_path):
+    plain = fingerprint(tmp_path, [{"prompt": "a"}])
+    assert fingerprint(tmp_path, [{"prompt": "a", "negative_prompt": None}]) == plain
+
+
+def test_an_empty_cell_of_a_table_is_no_negative_prompt(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,negative_prompt\na,\nb,grey\n")
+    assert [prompt.negative for prompt in read_prompts(tmp_path / "p.csv", KEY)] == [None, "grey"]
+
+
+def test_half_a_character_in_a_negative_prompt_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "negative_prompt": "\\ud800"}\n')
+    assert "row 1" in user_error(read_prompts, tmp_path / "p.jsonl", KEY)
+
+
+def test_pictures_in_all_files_of_a_set_count_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowgrove.data.columns._MOST_BYTES", 3 * len(drawn_picture("a", 0)))
+    for shard in range(4):
+        held = [{"bytes": drawn_picture("a", 0), "path": None}]
+        table = pyarrow.table({"prompt": ["a"], "image": held})
+        pyarrow.parquet.write_table(table, tmp_path / f"train-{shard:05d}-of-00004.parquet")
+    assert "GiB of pictures" in user_error(read_prompts, tmp_path, KEY, None, ALL)
+
+
+def test_a_picture_of_more_than_8_bits_is_named(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
+    assert "8 bits" in user_error(check_sources, KONTEXT, [Prompt("x", (Picture("deep.png", str(path), path),))])

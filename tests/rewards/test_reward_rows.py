@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from engine_cases import metrics_of, refuse, succeed, tiny_recipe
 from flowgrove.data.prompt import Picture, Prompt
 from flowgrove.errors import UserError
+from flowgrove.models.sources import fitted
 from flowgrove.rewards import scoring
 from flowgrove.rewards.ocr import OcrReward, edit_distance, likeness
 from planner_cases import user_error
@@ -104,8 +105,8 @@ def test_a_server_gets_rows_sources_and_groups(prompts, group):
     assert scores[:, 0].tolist() == ([0, 1, 2, 0, 1] if group else [0, 1, 2, 3, 0])
     assert [row["n"] for content in asked for row in content["metadata"]] == [0, 0, 0, 1, 1]
     sent = [pixels_of(source) for content in asked for (source,) in content["sources"]]
-    original = [torch.from_numpy(np.array(pil)) for pil in as_pil(SOURCES)]
-    assert all(torch.equal(found, original[number]) for found, number in zip(sent, [0, 0, 0, 1, 1], strict=True))
+    as_drawn = [torch.from_numpy(np.array(fitted(pil, 8, 8))) for pil in as_pil(SOURCES)]
+    assert all(torch.equal(found, as_drawn[number]) for found, number in zip(sent, [0, 0, 0, 1, 1], strict=True))
 
 
 def test_a_server_that_is_asked_for_no_more_gets_no_more(prompts):

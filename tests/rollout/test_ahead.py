@@ -50,33 +50,40 @@ def test_encoders_in_host_memory_stay_there():
 
 @pytest.mark.parametrize("sizes", [None, pytest.param([[32, 32], [16, 48]], marks=pytest.mark.long)])
 def test_a_run_is_the_same_and_encodes_during_its_updates(tmp_path, monkeypatch, sizes):
-    encoded, updating = [], threading.Event()
+    encoded, updating, begun = [], threading.Event(), threading.Event()
     encode, update = Policy.encode, Updater.run
 
     def noted(self, texts):
-        encoded.append((threading.current_thread() is threading.main_thread(), updating.is_set()))
+        main = threading.current_thread() is threading.main_thread()
+        encoded.append(main)
+        if not main:
+            assert updating.wait(20), "it waits for an update that has not begun"
+            begun.set()
         return encode(self, texts)
 
     def while_updating(self, *parts):
         updating.set()
+        if awaited.pop():
+            assert begun.wait(20), "what is encoded ahead runs beside the update"
         try:
             return update(self, *parts)
         finally:
             updating.clear()
+            begun.clear()
 
     monkeypatch.setattr(Policy, "encode", noted)
     monkeypatch.setattr(Updater, "run", while_updating)
-    ends = []
+    ends, awaited = [], []
     for ahead in (False, True):
         encoded.clear()
+        awaited[:] = [False, ahead]  # the last iteration has none after it
         model = {} if sizes is None else {"sizes": sizes}
         recipe = tiny_recipe(
             tmp_path / str(ahead), model=model, engine={"ahead": ahead}, run={"iterations": 2, "eval_every": 0}
         )
         succeed("train", recipe, "--out", tmp_path / str(ahead) / "run")
         ends.append(weights_of(tmp_path / str(ahead) / "run", 2))
-        in_main = [main for main, _ in encoded]
         each = 1 if sizes is None else 2
-        assert in_main == ([True] * 2 * each if not ahead else [True] * each + [False] * each)
+        assert encoded == ([True] * 2 * each if not ahead else [True] * each + [False] * each)
         assert len(metrics_of(tmp_path / str(ahead) / "run")) == 2
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())

@@ -12,6 +12,7 @@ from flowgrove.paths import check_regular, local
 
 _PICTURES = ("images", "image")  # the first that a file has
 _NEGATIVE = "negative_prompt"
+_TABLES = (".csv", ".tsv")  # whose empty cells are null
 _MOST_BYTES = 4 << 30  # of pictures that stand in a file of prompts themselves
 
 
@@ -24,9 +25,9 @@ class Columns:
     pictures: bool = False
     metadata: tuple[str, ...] | Literal["all"] = ()
 
-    def of(self, names: Iterable[str], text: str, file: Path, key: str) -> "Chosen | None":
+    def of(self, names: Iterable[str], text: str, file: Path, key: str, room: "Room | None" = None) -> "Chosen | None":
         """What a file with the columns `names`, whose texts are in the column `text`, has of them; None if nothing.
-        Raises UserError for metadata that it has not.
+        `room`: for the pictures in all files of a set. Raises UserError for metadata that it has not.
         """
         known = [name for name in dict.fromkeys(names) if name != text]
         pictures = next((name for name in _PICTURES if self.pictures and name in known), None)
@@ -40,7 +41,14 @@ class Columns:
                 raise UserError(f"data.metadata: {file} has no column {missing[0]}, for {key}: write {there}")
         if pictures is None and negative is None and not metadata:
             return None
-        return Chosen(pictures, negative, tuple(metadata), file, key)
+        return Chosen(pictures, negative, tuple(metadata), file, key, room or Room())
+
+
+@dataclass
+class Room:
+    """The bytes of pictures that stand in files of prompts."""
+
+    used: int = 0
 
 
 @dataclass
@@ -52,7 +60,7 @@ class Chosen:
     metadata: tuple[str, ...]
     file: Path
     key: str
-    _bytes: int = 0
+    room: Room
 
     @property
     def names(self) -> list[str]:
@@ -62,8 +70,10 @@ class Chosen:
     def prompt(self, text: str, row: Mapping[str, Any], number: int) -> Prompt:
         """The prompt of row `number`. Raises UserError for a picture that is not there."""
         negative = None if self.negative is None else row.get(self.negative)
-        if negative is not None and not isinstance(negative, str):
-            what = f"row {number} of {self.file} has the negative_prompt {one_line(str(negative), 40)}"
+        if self.file.suffix.lower() in _TABLES:
+            negative = negative or None  # an empty cell says nothing
+        if negative is not None and not is_text(negative):
+            what = f"row {number} of {self.file} has the negative_prompt {one_line(repr(negative), 40)}"
             raise UserError(f"{self.key}: {what}: write a text, or null")
         pictures = () if self.pictures is None else tuple(self._pictures(row.get(self.pictures), number))
         return Prompt(text, pictures, negative, {name: row.get(name) for name in self.metadata})
@@ -95,12 +105,20 @@ class Chosen:
         return Picture(name, str(path), path)
 
     def _inside(self, content: bytes, number: int) -> Picture:
-        self._bytes += len(content)
-        if self._bytes > _MOST_BYTES:
+        self.room.used += len(content)
+        if self.room.used > _MOST_BYTES:
             what = f"{self.file} holds more than {_MOST_BYTES >> 30} GiB of pictures, which would stay in memory"
             raise UserError(f"{self.key}: {what}: save them as files and write their paths in the column")
         place = f"the picture in row {number} of {self.file}"
         return Picture(hashlib.sha256(content).hexdigest(), place, content=content)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text without half a character (a lone surrogate)."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def with_columns(

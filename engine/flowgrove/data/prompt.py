@@ -36,18 +36,30 @@ class Picture:
         found = self.path.stat()
         return f"{self.path.resolve()} {found.st_size} {found.st_mtime_ns}"
 
+    @property
+    def described(self) -> str:
+        """Its name, and of a file how long it is, wherever it lies: another under the same name is rarely as long."""
+        return self.name if self.path is None else f"{self.name} {self.path.stat().st_size}"
+
     def load(self) -> Image.Image:
-        """The picture in RGB, upright, on white where it is transparent. Raises UserError for what is no picture."""
+        """The picture in RGB, upright, on white where it is transparent. Raises UserError for what is no picture, or
+        has more than 8 bits per colour.
+        """
         try:
             with Image.open(io.BytesIO(self.content) if self.content is not None else self.path or "") as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(f"it has {opened.mode} pixels, of more than 8 bits")
                 upright = ImageOps.exif_transpose(opened)
                 if not upright.has_transparency_data:
                     return upright.convert("RGB")
                 layer = upright.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        except FileNotFoundError:
+            raise UserError(f"{self.place} is gone: put the picture back") from None
         except Exception as error:  # what decoders raise over damaged files has many types
             reason = one_line(str(error), 200) or type(error).__name__
-            raise UserError(f"{self.place} is no picture that can be read ({reason}): save it anew as PNG") from None
+            what = f"{self.place} is no picture that can be read ({reason})"
+            raise UserError(f"{what}: save it anew as PNG of 8 bits per colour") from None
 
 
 class Prompt(str):
@@ -133,8 +145,9 @@ def encoding_key(prompt: str) -> str:
 
 
 def described(prompt: str) -> str | dict[str, Any]:
-    """A prompt as JSON, wherever its files lie; a plain text is itself."""
-    if not isinstance(prompt, Prompt):
-        return prompt
-    pictures = [picture.name for picture in prompt.pictures]
-    return {"prompt": str(prompt), "images": pictures, "negative": prompt.negative, "metadata": dict(prompt.metadata)}
+    """A prompt as JSON, wherever its files lie; what is but a text is itself."""
+    if not isinstance(prompt, Prompt) or prompt == str(prompt):
+        return str(prompt)
+    pictures = [picture.described for picture in prompt.pictures]
+    metadata = json.loads(json.dumps(dict(prompt.metadata), default=str))
+    return {"prompt": str(prompt), "images": pictures, "negative": prompt.negative, "metadata": metadata}

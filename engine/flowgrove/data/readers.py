@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flowgrove.data.columns import Chosen, Columns, with_columns
+from flowgrove.data.columns import Chosen, Columns, Room, with_columns
 from flowgrove.errors import UserError
 from flowgrove.paths import check_regular, read_bytes
 
@@ -170,7 +170,7 @@ def _read_saved(folder: Path, key: str, column: str | None, columns: Columns) ->
         check_regular(file, f"{key}:")
         with arrow.memory_map(str(file)) as source, arrow.ipc.open_stream(source) as stream:
             name = _pick_column(stream.schema.names, folder, key, column)
-            chosen = columns.of(stream.schema.names, name, folder, key)
+            chosen = columns.of(stream.schema.names, name, folder, key, found.room)
             for batch in stream:
                 found.add(batch, folder, name, chosen)
     return found.prompts
@@ -190,7 +190,7 @@ def _read_parquet(files: list[Path], key: str, column: str | None, columns: Colu
                 size = sum(group.column(index).total_uncompressed_size for group in groups)
                 if size > _MOST_BYTES:
                     raise UserError(f"{key}: the column {name} of {file} takes {size >> 20:,} MiB: give a part of it")
-            chosen = columns.of(table.schema_arrow.names, name, file, key)
+            chosen = columns.of(table.schema_arrow.names, name, file, key, found.room)
             for batch in table.iter_batches(_BATCH, columns=[name, *(() if chosen is None else chosen.names)]):
                 found.add(batch, file, name, chosen)
     return found.prompts
@@ -205,7 +205,7 @@ class _Found:
     """The prompts of Arrow's batches."""
 
     def __init__(self, key: str) -> None:
-        self.key, self.prompts = key, list[str]()
+        self.key, self.prompts, self.room = key, list[str](), Room()
         self._characters = self._rows = 0
 
     def add(self, batch: Any, file: Path, name: str, chosen: Chosen | None) -> None:

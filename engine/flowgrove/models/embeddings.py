@@ -72,9 +72,10 @@ class LoadedEncoder:
 
     def __call__(self, texts: list[str]) -> Conditioning:
         """One row per text."""
-        return Conditioning.cat(
-            self._kept.all_of(texts, lambda missing: [self.adapter.encode([text]) for text in missing])
-        )
+        found = self._kept.all_of(texts, lambda missing: [self.adapter.encode([text]) for text in missing])
+        for tensor in (tensor for cond in found for tensor in cond.tensors.values() if tensor.is_cuda):
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))  # it may be dropped in another thread
+        return Conditioning.cat(found)
 
 
 class OffloadedEncoder:
@@ -102,7 +103,7 @@ class OffloadedEncoder:
 
 
 class _Kept:
-    """Embeddings by text, up to `most` bytes; what was encoded longest ago goes first. Threads ask in turn."""
+    """Embeddings by text, up to `most` bytes; what was asked for longest ago goes first. Threads ask in turn."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -122,6 +123,8 @@ class _Kept:
                 self._of[text] = cond
                 self._bytes += cond.nbytes
         found = [self._of[text] for text in texts]
+        for text in dict.fromkeys(texts):
+            self._of.move_to_end(text)
         while self._bytes > self.most:
             self._bytes -= self._of.popitem(last=False)[1].nbytes
         return found
@@ -268,6 +271,6 @@ def cache_folder(
     identity.append(f"ftfy {find_spec('ftfy') is not None}")
     if sources:  # their latents are of the size that is drawn
         model = recipe.model
-        identity.append(f"{sources} {model.height} {model.width} {model.frames}")
+        identity.append(f"{sources} {model.height} {model.width} {model.frames} {model.vae_tiling}")
     identity += [f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, sizes, strict=True)]
     return root.expanduser() / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]

@@ -27,7 +27,8 @@ def fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 def check_sources(model: Model, prompts: Iterable[str]) -> None:
     """Raises UserError unless every prompt has as many source pictures as the model takes, and all can be read."""
-    count = family_of(model.adapter).source_count(model)
+    family = family_of(model.adapter)
+    count, (fewest, most) = family.source_count(model), family.source_pictures
     if not count:
         return
     if model.sizes is not None:
@@ -37,8 +38,9 @@ def check_sources(model: Model, prompts: Iterable[str]) -> None:
         found = pictures_of(prompt)
         if len(found) != count:
             what = f"the prompt {one_line(prompt, 60)!r} has {len(found)} source pictures, and {model.adapter} takes"
-            column = "write their paths in a column image or images, or set model.source_pictures"
-            raise UserError(f"data.prompts: {what} {count}: {column}")
+            fix = "write their paths in a column image or images"
+            fix += "" if fewest == most else ", or set model.source_pictures"
+            raise UserError(f"{what} {count}: {fix}")
         pictures |= {picture.identity: picture for picture in found}
     with ThreadPoolExecutor() as threads:  # decoders let go of the interpreter
         for _ in threads.map(_check, pictures.values()):

@@ -40,6 +40,7 @@ class Identity:
         configs = [json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in (*parts, "vae")]
         experts = [model.trained_experts] if len(parts) > 1 else []
         size = [model.height, model.width, model.frames, model.text_tokens, model.guidance_scale > 1]
+        size += [] if model.source_pictures is None else [model.source_pictures]
         pixels = f" {model.height}×{model.width}" if model.height and model.width else ""
         return cls(
             name=f"{model.path}{pixels} {model.dtype}",

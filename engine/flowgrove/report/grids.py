@@ -2,6 +2,7 @@
 set two of them side by side.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated
 from flowgrove.models.sources import source_pictures
 from flowgrove.report.mosaics import files_of_iterations, load_mosaic, save_mosaic
 from flowgrove.rewards.pixels import to_bytes
 
+_log = logging.getLogger(__name__)
 _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 
 
@@ -97,7 +100,11 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
 
 def source_tiles(prompts: list[str], height: int, width: int) -> NDArray[np.uint8] | None:
     """The source pictures of prompts that all have as many, uint8 [prompts, pictures, height, width, 3], if any."""
-    pictures = [source_pictures(prompt, height, width) for prompt in prompts]
+    try:
+        pictures = [source_pictures(prompt, height, width) for prompt in prompts]
+    except UserError as error:  # its embedding is kept: the run goes on without it
+        _log.warning("a grid shows no source pictures: %s", error)
+        return None
     return np.stack([np.stack([np.asarray(one) for one in some]) for some in pictures]) if pictures[0] else None
 
 

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flowgrove.models.sources import source_pictures
 from flowgrove.recipe.schema import Count
 from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Megabytes, Retries, Seconds
 from flowgrove.rewards.faults import groups_of
 from flowgrove.rewards.pictures import file_base64, png_base64
 from flowgrove.rewards.pixels import to_bytes
-from flowgrove.rewards.rows import metadata_rows, source_rows
+from flowgrove.rewards.rows import metadata_rows
 
 
 class HttpReward:
@@ -68,7 +69,12 @@ class HttpReward:
         if self.metadata:
             content["metadata"] = metadata_rows(prompts)
         if self.sources:
-            content["sources"] = [[file_base64(source) for source in row] for row in source_rows(prompts)]
+            height, width = pictures.shape[-3:-1]
+            files = {
+                prompt: [file_base64(one) for one in source_pictures(prompt, height, width)]
+                for prompt in dict.fromkeys(prompts)
+            }
+            content["sources"] = [files[prompt] for prompt in prompts]
         answer = self.endpoint.post(client, content)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(prompts) or not all(_is_score(score) for score in scores):

@@ -111,9 +111,14 @@ def score_leaves(
         return rewards(pictures, prompts[mine], faults, torch.isfinite(leaves[mine]).flatten(1).all(1))
 
     def fewer() -> bool:
+        """Half as many, if that is another slice: a group is never cut."""
         nonlocal some
-        several, some = some > 1, max(1, some // 2)
-        return several
+        before = next_end()
+        while some > 1:
+            some //= 2
+            if next_end() < before:
+                return True
+        return False
 
     ends = [group.stop for group in groups_of(prompts)] if rewards.groupwise else range(1, len(leaves) + 1)
 

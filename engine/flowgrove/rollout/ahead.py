@@ -48,8 +48,11 @@ class Ahead:
     def _encode(self, policy: Policy, texts: list[str]) -> Prompts:
         if self._stream is None:
             return policy.encode(texts)
+        self._stream.wait_stream(torch.cuda.default_stream(self.device))  # what is kept may have been encoded there
         with torch.cuda.stream(self._stream):
-            return policy.encode(texts)
+            prompts = policy.encode(texts)
+        self._stream.synchronize()  # this thread alone waits; then what it keeps is there for any stream
+        return prompts
 
     def _handed_over(self, prompts: Prompts) -> Prompts:
         """The same for the stream of this thread, which waits for them and keeps their memory."""

@@ -31,7 +31,8 @@ from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import find_checkpoint, pointed_at
-from flowgrove.run.manifest import verify
+from flowgrove.run.manifest import read_state, verify
+from flowgrove.run.resume import check_same_lora
 from flowgrove.run.tensor_files import TensorFiles, holds
 from flowgrove.setup import Setup
 
@@ -105,6 +106,8 @@ def open_model(
     """The base model of what `open_recipe` found. `texts`: prompts that it will encode, or the other `ranks`; None:
     only its weights are wanted. Raises UserError.
     """
+    if checkpoint is not None:
+        check_same_lora(Setup(recipe), read_state(checkpoint), checkpoint)
     # no copy of the reference model, and none for cheaper rollouts
     without = {
         "update": recipe.update.model_copy(update={"kl_weight": 0.0}),

@@ -66,6 +66,8 @@ def choose_checkpoint(
         if holds_run and not inside:
             raise UserError(f"{out} holds a run, and {chosen} is no checkpoint of it: give another --out")
         state = verify(pointed_at(chosen))
+        if inside:
+            check_same_lora(setup, state, chosen)
         if inside and not setup.is_of(state["recipe"]):
             ways = f"train on from it into another --out, or resume with {out / 'recipe.yaml'}"
             _check_changes(setup.recipe, out, f"{chosen} was written by another recipe", ways, say if force else None)
@@ -75,10 +77,24 @@ def choose_checkpoint(
             raise UserError(f"{out} holds a run: give another --out, or --resume auto to go on with it")
         return None
     folder = newest_checkpoint(out, say)
+    if folder is not None:
+        check_same_lora(setup, read_state(folder), folder)
     if folder is not None and not setup.is_of(read_state(folder)["recipe"]):
         ways = f"give another --out, or resume with {out / 'recipe.yaml'}"
         _check_changes(setup.recipe, out, f"{out} holds a run of another recipe", ways, say if force else None)
     return folder
+
+
+def check_same_lora(setup: Setup, state: dict[str, Any], checkpoint: Path) -> None:
+    """Raises UserError where model.init_lora holds another file than when the run of `checkpoint` began, on which its
+    weights sit.
+    """
+    began, now = state.get("initial_lora"), setup.initial_lora
+    if began is not None and now is not None and began != now:
+        place = setup.recipe.model.init_lora
+        where = "" if place is None else f" {place.path}"
+        what = f"model.init_lora.path{where} holds another LoRA than when {checkpoint} was trained"
+        raise UserError(f"{what}: give the file that it began with")
 
 
 def _check_changes(recipe: Recipe, out: Path, what: str, ways: str, say: Say | None) -> None:
