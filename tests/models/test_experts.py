@@ -17,7 +17,7 @@ from flowgrove.models.families import family_of
 from flowgrove.models.lora_files import how_to_load, layers_of, write_lora
 from flowgrove.models.policy import Policy
 from flowgrove.plan.coefficients import plan_coefficients
-from flowgrove.plan.planner import make_plan
+from flowgrove.plan.planner import expert_at, make_plan
 from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas
 from flowgrove.recipe.schema import Lora
 from flowgrove.rollout.loop import rollout
@@ -86,6 +86,25 @@ def test_a_plan_says_which_expert_runs_each_step(folders, tmp_path):
     assert "frozen" in drawn
     assert "high" in drawn
     assert "rollout.window.range: [2, 5]" in refuse("plan", path, "--set", "rollout.window.size=2")
+    auto = ("rollout.window={strategy: none}", "rollout.tree={splits: auto, fanout: 2}")
+    assert "rollout.tree.splits: auto" in refuse("plan", path, *(part for one in auto for part in ("--set", one)))
+    pruned = ("rollout.window.size=3", "credit.prune={kind: depth, depths: 1, first: 2}")
+    assert "rollout.window" in refuse("plan", path, *(part for one in pruned for part in ("--set", one)))
+
+
+@pytest.mark.parametrize(("sigma", "expert"), [(0.875, "high"), (0.875 - 1e-7, "high"), (0.874, "low"), (1.0, "high")])
+def test_a_step_at_the_boundary_is_of_high_noise_however_it_is_rounded(sigma, expert):
+    table = replace(listed_sigmas([1.0, 0.5, 0.0]), boundary=0.875)
+    assert expert_at(sigma, table) == expert
+
+
+def test_the_reference_model_shares_the_expert_that_does_not_train(folders):
+    recipe = recipe_of(folders, trained_experts="low", lora=None)
+    recipe = recipe.model_copy(update={"update": recipe.update.model_copy(update={"kl_weight": 0.1})})
+    weights = Policy.load(recipe, CPU).weights
+    ours, copy = (dict(one.named_parameters()) for one in (weights.transformer, weights.reference_copy))
+    shared = {name for name, weight in copy.items() if weight.data_ptr() == ours[name].data_ptr()}
+    assert shared == {name for name in ours if name.startswith("transformer.")}
 
 
 @pytest.mark.parametrize(("trained", "stochastic"), [("both", "high"), ("high", "both"), ("low", "both")])

@@ -36,6 +36,8 @@ def test_a_distilled_model_draws_without_guidance_or_not_at_all(folders, tmp_pat
     with pytest.raises(UserError, match=r"model.guidance_scale is 4: .* without guidance: leave it out") as caught:
         Policy.load(small_recipe(model={**model, "guidance_scale": 4.0}), CPU)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"run.eval.guidance_scale is 4: .* without guidance"):
+        Policy.load(small_recipe(model=model, run={"eval": {"guidance_scale": 4.0}}), CPU)
 
 
 def test_a_processor_reads_texts_by_its_tokenizer():

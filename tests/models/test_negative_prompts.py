@@ -45,6 +45,13 @@ def test_without_guidance_it_is_an_error():
         Policy.load(small_recipe(model={**GUIDED, "guidance_scale": 1.0, "negative_prompt": "x"}), CPU)
 
 
+def test_it_serves_an_evaluation_that_alone_is_guided():
+    model = {**GUIDED, "guidance_scale": 1.0, "negative_prompt": "a green cross"}
+    policy = Policy.load(small_recipe(model=model, run={"eval": {"guidance_scale": 3.0}}), CPU).guided_by(3.0)
+    rows = [Prompt(text, negative="a green cross") for text in TEXTS]
+    assert torch.equal(unconditional(policy, TEXTS), unconditional(policy_of(guidance=3.0), rows))
+
+
 @torch.no_grad()
 def test_leaves_of_a_mixed_batch_are_those_of_each_prompt_alone():
     recipe = small_recipe(model=GUIDED, rollout={"tree": {"splits": [0, 1], "fanout": 2}})

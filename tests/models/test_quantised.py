@@ -86,6 +86,15 @@ def test_of_published_models_the_layers_of_tokens_are_rounded_and_no_others(name
     assert min(min(layer.in_features, layer.out_features) for layer in rounded.values()) >= 1536
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in ARCHITECTURES.iterdir()))
+def test_no_modulation_of_a_published_model_is_rounded(name):
+    with torch.device("meta"):
+        transformer = model_from_config(ARCHITECTURES / name, "transformer")
+    rounded = quantisable(transformer, "int8")
+    assert rounded
+    assert not [layer for layer in rounded if "mod" in layer.lower().replace("model", "") or "norm" in layer]
+
+
 def test_lora_layers_are_shared_and_run_as_they_are():
     policy = Policy.load(recipe_of("sd3", "tiny", dtype="fp32", lora={"rank": 4, "alpha": 8}), CPU, TEXTS)
     assert not any("lora_" in name for name in quantisable(policy.transformer, "int8"))

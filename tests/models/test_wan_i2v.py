@@ -74,3 +74,9 @@ def test_what_it_does_not_take_is_one_line(folders, tmp_path, change, text):
         file.write_text(json.dumps(json.loads(file.read_text()) | told))
     with pytest.raises(UserError, match=text):
         Policy.load(small_recipe(model=model), CPU)
+
+
+def test_a_video_that_is_its_first_frame_trains_nothing_and_is_refused(folders):
+    model = {**MODELS["wan_i2v_5b"], "path": str(folders["wan_i2v_5b"]), "dtype": "fp32", "frames": 1}
+    with pytest.raises(UserError, match=r"model.frames is 1: .* write 5 or more"):
+        Policy.load(small_recipe(model=model), CPU)

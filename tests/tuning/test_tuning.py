@@ -38,6 +38,7 @@ from flowgrove.tuning.token_budget import (
 from flowgrove.tuning.tune import Candidate, choose
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, plan_and_coefficients, policy_of, runner_of, small_recipe
+from tiny_families import MODELS
 
 WORK = Work(forwards=100, passes=30, widest=8)
 
@@ -610,3 +611,12 @@ def test_passes_that_are_meetings_are_predicted(total, wanted, expected, monkeyp
     assert found == [expected]
     settle_meetings(setup, policy, runner, 777, division)
     assert runner.budget.tokens == 777
+
+
+def test_attention_of_a_model_that_tells_of_no_processors_is_put_back(folders):
+    model = {**MODELS["z_image"], "path": str(folders["z_image"]), "dtype": "fp32"}
+    tuner = tune._Tuner(Setup(small_recipe(model=model)), {"token_budget": 70}, WORK, False)
+    before = [block.attention.processor for block in tuner.policy.transformer.layers]
+    tuner._use("sdpa")
+    tuner._use("auto")
+    assert [block.attention.processor for block in tuner.policy.transformer.layers] == before

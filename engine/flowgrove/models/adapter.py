@@ -171,6 +171,18 @@ class Adapter(ABC):
         """The negative prompt of rows that have none of their own."""
         return cls.uncond_text if model.negative_prompt is None else model.negative_prompt
 
+    @classmethod
+    def ignores_guidance(cls, folder: Path) -> bool:
+        """Whether the pipeline in `folder` draws without guidance, whatever its scale."""
+        return False
+
+    @classmethod
+    def check_guidance(cls, folder: Path, key: str, scale: float) -> None:
+        """Raises UserError for a guidance scale, given as `key`, that the pipeline in `folder` ignores."""
+        if scale > 1 and cls.ignores_guidance(folder):
+            why = "the model is distilled to draw without guidance"
+            raise UserError(f"{key} is {scale:g}: {why}: leave it out, or take a base model")
+
     def samples_per_decode(self, device_type: str) -> int:
         """Samples that are decoded together."""
         return max(1, PIXELS_PER_DECODE[device_type] // self.geometry.pixels)

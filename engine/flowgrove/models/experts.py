@@ -21,7 +21,7 @@ FOLDERS: dict[Expert, str] = {"high": "transformer", "low": "transformer_2"}  # 
 class Experts(nn.Module):
     """`transformer` runs states of high noise, `transformer_2` the others; both are of one class and configuration.
 
-    `trained`: those that may train. What it does not have itself it takes from the first of these.
+    `trained`: those that may train; the dtype and the LoRA configuration are those of the first of them.
     """
 
     def __init__(self, transformer: nn.Module, transformer_2: nn.Module, trained: tuple[Expert, ...]) -> None:

@@ -319,16 +319,19 @@ def _check_dtype(model: Model) -> None:
 
 
 def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
-    scale = recipe.model.guidance_scale
+    scale, evaluated = recipe.model.guidance_scale, recipe.run.eval.guidance_scale
+    if evaluated is not None and adapter.folder is not None:
+        adapter.check_guidance(adapter.folder, "run.eval.guidance_scale", evaluated)
+    guided = adapter.needs_uncond(max(scale, evaluated or 0.0))
     if not adapter.needs_uncond(scale):
         why = (
             "the model takes guidance as an input" if adapter.embeds_guidance else f"model.guidance_scale is {scale:g}"
         )
         if recipe.rollout.guidance_range is not None:
             raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
-        if recipe.model.negative_prompt is not None:
+        if recipe.model.negative_prompt is not None and not guided:
             raise UserError(f"model.negative_prompt: {why}, so that nothing leads away from it: remove it")
-        if recipe.model.cfg_normalization is not None:
+        if recipe.model.cfg_normalization is not None and not guided:
             raise UserError(f"model.cfg_normalization: {why}, so that no velocity is guided: remove it")
         if recipe.update.detach_unconditional:
             raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")

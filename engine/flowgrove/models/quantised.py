@@ -36,7 +36,7 @@ _MOST = {"fp8": 448.0, "int8": 127.0}
 _LEAST_SCALE = torch.finfo(torch.float32).eps  # of a row of zeros
 _LEAST_ROWS = 17  # of torch._int_mm on a GPU
 _VNNI = torch.cpu._is_vnni_supported()  # CPUs without it add products of bytes up in 16 bits, which overflow
-_NOT_PER_TOKEN = re.compile(r"(^|\.)(norm\w*|\w+_mod)(\.|$)")
+_NOT_PER_TOKEN = re.compile(r"(^|\.)(norm\w*|\w+_mod|\w*modulation\w*)(\.|$)")
 _LORA = re.compile(r"(^|\.)lora_")
 
 

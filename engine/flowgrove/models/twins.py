@@ -30,7 +30,7 @@ class Twin:
         """An adapter of the transformer's, of this one instead."""
         if full.geometry not in self._adapters:
             self._adapters[full.geometry] = full.on(self.transformer)
-        return self._adapters[full.geometry]
+        return self._adapters[full.geometry].of_expert(full.expert)
 
     def changed(self) -> None:
         """The transformer's weights have changed."""

@@ -1,6 +1,7 @@
 """The weights of a policy: what trains, its fp32 masters, and the reference model. They change through here alone."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from flowgrove.models.attention import with_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
-from flowgrove.models.experts import trained_parts
+from flowgrove.models.experts import parts_of, trained_parts
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.frozen_base import compress
 from flowgrove.models.initial_lora import InitialLora
@@ -103,7 +104,9 @@ class Weights:
     def _frozen_copy(self, compute: torch.dtype, divided: bool) -> Any:
         """The transformer as it is now. One that will be divided takes no memory of its own before it is."""
         if not divided:
-            whole = copy.deepcopy(self.transformer).requires_grad_(False)
+            trained = trained_parts(self.transformer).values()
+            still = {id(one): one for one in parts_of(self.transformer) if all(one is not part for part in trained)}
+            whole = copy.deepcopy(self.transformer, memo=still).requires_grad_(False)  # a frozen expert serves both
             for parameter in whole.parameters():  # and no buffers, which autocast rounds in neither model
                 parameter.data = parameter.data.to(compute)
             return whole
@@ -126,6 +129,7 @@ class Weights:
         `check_attention` has let it; None of both: no more. Raises UserError.
         """
         self._quantised = None  # first, for its memory
+        gc.collect()  # a transformer with a forward of its own refers to itself
         if precision is not None:
             self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled, attention)
         elif attention is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrove.models.experts import trained_parts
 from flowgrove.models.quantised import Precision, copy_bytes, quantisable, unloaded_copy
 from flowgrove.models.runner import tokens_per_pass
 from flowgrove.passes.packing import pack
@@ -143,9 +144,12 @@ class MemoryModel(UnloadedModel):
         """Bytes of what the reference model does not share."""
         if self.recipe.model.trains_initial_lora and self.recipe.uses_reference:
             return self.sizes.trained * self.compute.itemsize
+        if not self.copies:
+            return 0
+        sizes, copied = self.sizes, "" if self.sizes.divided else tuple(trained_parts(self.transformer))
         named = self.transformer.named_parameters()
-        own = sum(weight.numel() for name, weight in named if name not in self.sizes.divided)
-        return (self.sizes.trained_rows + own) * self.compute.itemsize if self.copies else 0
+        own = sum(weight.numel() for name, weight in named if name not in sizes.divided and name.startswith(copied))
+        return (sizes.trained_rows + sizes.frozen_rows + own) * self.compute.itemsize
 
     def _gradients_on_their_way(self) -> int:
         """Bytes of gradients of divided weights before they are divided themselves."""

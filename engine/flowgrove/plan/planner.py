@@ -22,6 +22,7 @@ from flowgrove.recipe.windows import pruned_depths, window_steps
 
 Number = TypeVar("Number", int, float)
 _LOOKED_AT = 1000  # iterations
+_ROUNDING = 1e-6  # of σ: a step at the boundary itself is of the expert for high noise
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def make_plan(
 
 def expert_at(sigma: float, table: SigmaTable) -> Expert | None:
     """The expert that runs a step from σ; None: the model has one transformer."""
-    return None if table.boundary is None else "high" if sigma >= table.boundary else "low"
+    return None if table.boundary is None else "high" if sigma >= table.boundary - _ROUNDING else "low"
 
 
 def _trains(recipe: Recipe, expert: Expert | None) -> bool:
@@ -347,10 +348,16 @@ def check_trained_experts(recipe: Recipe, table: SigmaTable) -> None:
         return
     mine = [index for index in range(rollout.steps - 1) if expert_at(table(index), table) == wanted]
     tree = rollout.tree
+    if tree is not None and tree.splits == "auto":
+        raise UserError(
+            f"model.trained_experts is {wanted}, and rollout.tree.splits: auto may choose steps of the other, which do "
+            "not train: give the splits, or write both"
+        )
     splits = set(tree.splits) if tree is not None and isinstance(tree.splits, list) else set()
     for iteration in range(min(recipe.run.iterations, _LOOKED_AT)):
         stochastic = splits.union(window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed))
-        if stochastic and not stochastic.intersection(mine):
+        trained = stochastic.difference(pruned_depths(recipe.credit.prune, iteration))
+        if stochastic and not trained.intersection(mine):
             where = f"runs steps {mine[0]} … {mine[-1]} here" if mine else "runs no step here"
             fix = f"rollout.window.range: [{mine[0]}, {mine[-1] + 1}]" if mine else "both"
             raise UserError(

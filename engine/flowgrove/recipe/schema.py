@@ -963,7 +963,8 @@ class Evaluation(Section):
 
     guidance_scale: NotNegative | None = None
     """The guidance scale of evaluations and `flowgrove sample`; null: model.guidance_scale.
-    A model that was trained without guidance may draw better with some, and the other way round.
+    A model that was trained without guidance may draw better with some, and the other way round. Both experts of a
+    model that has two are drawn with it.
     Source: classifier-free guidance (2207.12598).
     """
 

@@ -151,7 +151,7 @@ class _Tuner:
         self.passes = Passes(self.policy, self.runner)
         # taken while passes are measured
         self._beside = room_beside(setup, self.policy) if self.device.type == "cuda" else None
-        self._processors = dict(self.policy.transformer.attn_processors)
+        self._processors = dict(getattr(self.policy.transformer, "attn_processors", {}))  # Z-Image tells of none
         self._recomputed = recipe.model.gradient_checkpointing
         self._stance = "default"  # of torch.compile, once the blocks are compiled
 
@@ -331,7 +331,8 @@ class _Tuner:
             keep_times(setup, tuned, self.policy, runner, self.passes, rows, say)
 
     def _use(self, attention: str) -> None:
-        self.policy.transformer.set_attn_processor(dict(self._processors))
+        if self._processors:
+            self.policy.transformer.set_attn_processor(dict(self._processors))
         use_attention(self.policy.adapter, attention, self.recipe.model, self.device)
 
     def _differentiated(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ def read_geometry(folder: Path, model: Model) -> Geometry:
                 f"model.path {model.path} holds a {index['_class_name']}, "
                 f"which is not for model.adapter {model.adapter}: {hint}"
             )
+        family.check_guidance(folder, "model.guidance_scale", model.guidance_scale)
         found: Geometry = family.read_geometry(folder, model)
     except UserError:
         raise

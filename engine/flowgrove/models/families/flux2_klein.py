@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-from flowgrove.errors import UserError
 from flowgrove.models.families.flux2 import Flux2
 from flowgrove.models.folders import read_index
-from flowgrove.models.geometry import Geometry
-from flowgrove.recipe.schema import Model
 
 
 class Flux2Klein(Flux2):
@@ -22,16 +19,9 @@ class Flux2Klein(Flux2):
     }
 
     @classmethod
-    def read_geometry(cls, folder: Path, model: Model) -> Geometry:
-        """The geometry that the transformer's and the VAE's configuration give. Raises UserError for guidance of a
-        distilled model, which its pipeline ignores.
-        """
-        if read_index(folder).get("is_distilled") and model.guidance_scale > 1:
-            raise UserError(
-                f"model.guidance_scale is {model.guidance_scale:g}: {model.path} is distilled to draw without "
-                "guidance: leave it out, or take a base model"
-            )
-        return super().read_geometry(folder, model)
+    def ignores_guidance(cls, folder: Path) -> bool:
+        """Whether the model is a distilled one."""
+        return bool(read_index(folder).get("is_distilled"))
 
 
 FAMILY = Flux2Klein

@@ -17,7 +17,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.adapter import unit_latents
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families.wan import Wan
-from flowgrove.models.folders import part_names
+from flowgrove.models.folders import part_names, read_index
 from flowgrove.models.geometry import Geometry, part_config
 from flowgrove.models.sources import source_pictures
 from flowgrove.recipe.schema import Model
@@ -72,7 +72,13 @@ class WanI2V(Wan):
             if model.text_tokens not in (None, _TEXT_TOKENS):
                 why = f"of Wan2.1's image-to-video diffusers takes the last {_TEXT_TOKENS} tokens for the text"
                 raise UserError(f"model.text_tokens is {model.text_tokens}: {why}: leave it out")
-        return replace(super().read_geometry(folder, model), source_read=_clip_tokens(folder))
+        found = super().read_geometry(folder, model)
+        if read_index(folder).get("expand_timesteps") and found.latent_shape[1] == 1:
+            raise UserError(
+                f"model.frames is {found.frames}: the first frame is the picture itself, so that nothing would train: "
+                "write 5 or more"
+            )
+        return replace(found, source_read=_clip_tokens(folder))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

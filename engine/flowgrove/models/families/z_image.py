@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, in_unit_range
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, autoencoder_scale, drawn_size, part_config
@@ -49,9 +50,12 @@ class ZImage(Adapter):
         filled up.
         """
         scale = autoencoder_scale(folder)
-        unit, text = PATCH * scale, model.text_tokens or 512
-        height, width = drawn_size(model, 1024, unit)
-        latent = (part_config(folder, "transformer")["in_channels"], height // scale, width // scale)
+        unit, text, transformer = PATCH * scale, model.text_tokens or 512, part_config(folder, "transformer")
+        places, *sides = transformer.get("axes_lens", (1536, 512, 512))  # of the tables of rotations
+        if text + STEP >= places:
+            raise UserError(f"model.text_tokens is {text}: the model reads {places - STEP - 1} at most")
+        height, width = drawn_size(model, 1024, unit, min(sides) * unit)
+        latent = (transformer["in_channels"], height // scale, width // scale)
         return Geometry(latent, height, width, unit, None, (height // unit) * (width // unit), text, text)
 
     @torch.no_grad()
