@@ -86,10 +86,12 @@ def test_a_plan_says_which_expert_runs_each_step(folders, tmp_path):
     assert "frozen" in drawn
     assert "high" in drawn
     assert "rollout.window.range: [2, 5]" in refuse("plan", path, "--set", "rollout.window.size=2")
-    auto = ("rollout.window={strategy: none}", "rollout.tree={splits: auto, fanout: 2}")
-    assert "rollout.tree.splits: auto" in refuse("plan", path, *(part for one in auto for part in ("--set", one)))
-    pruned = ("rollout.window.size=3", "credit.prune={kind: depth, depths: 1, first: 2}")
+    pruned = ("rollout.window.size=3", "credit.prune={kind: depth, depths: 1, first: 2, stop: 3}")
     assert "rollout.window" in refuse("plan", path, *(part for one in pruned for part in ("--set", one)))
+    auto = {"splits": "auto", "fanout": 2}
+    recipe = recipe_of(folders, {"steps": 6, "window": {"strategy": "none"}, "tree": auto}, trained_experts="low")
+    with pytest.raises(UserError, match="rollout.tree.splits: auto may choose"):
+        Setup(recipe).first_plan  # noqa: B018
 
 
 @pytest.mark.parametrize(("sigma", "expert"), [(0.875, "high"), (0.875 - 1e-7, "high"), (0.874, "low"), (1.0, "high")])
