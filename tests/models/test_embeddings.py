@@ -262,7 +262,7 @@ def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_pat
 @pytest.mark.parametrize("cache", ["none", "stored"])
 @pytest.mark.parametrize("name", sampled())
 def test_prompts_that_differ_after_the_limit_are_told_once(folders, tmp_path, caplog, name, cache):
-    long = "a red circle left of a blue square " * 5
+    long = "a red circle left of a blue square " * 20
     alike = [f"{long}one", f"{long}two", f"{long}three"]
     with caplog.at_level("WARNING", "flowgrove"):
         prompts = prompts_of(name, [*TEXTS, *alike, *TEXTS])

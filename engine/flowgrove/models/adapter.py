@@ -18,6 +18,7 @@ from flowgrove.device import to_device
 from flowgrove.errors import UserError
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.experts import Experts, trained_parts
+from flowgrove.models.folders import read_index
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.stored import stored_in
 from flowgrove.recipe.schema import Expert, Lora, Model
@@ -40,6 +41,7 @@ class Adapter(ABC):
     """
 
     pipeline: ClassVar[str]  # the class in diffusers
+    variants: ClassVar[tuple[str, ...]] = ()  # further ones that the family serves
     published: ClassVar[Mapping[str, str]] = {}  # hub repositories, each with its folder in architectures/
     dtypes: ClassVar[tuple[str, ...]] = ("bf16", "fp32")  # values of model.dtype that the transformer computes in
     gives_table: ClassVar[bool] = False  # whether the pipeline gives its scheduler 1 … 1/steps to shift, or no table
@@ -49,6 +51,7 @@ class Adapter(ABC):
     comfyui_modules: ClassVar[str] = ""  # what ComfyUI knows by the names of diffusers, as a regular expression
     source_pictures: ClassVar[tuple[int, int]] = (0, 0)  # the fewest and the most of a prompt; 0: it needs none
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
+    packages: ClassVar[tuple[str, ...]] = ()  # that the parts of TEXT need beside Flowgrove's own
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # encoders that a folder may leave out, text encoders with tokenizers
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
@@ -71,7 +74,7 @@ class Adapter(ABC):
     @classmethod
     def takes(cls, index: dict[str, Any]) -> bool:
         """Whether the content of a model_index.json is that of this family's pipelines."""
-        return bool(index["_class_name"] == cls.pipeline)
+        return index["_class_name"] in (cls.pipeline, *cls.variants)
 
     @classmethod
     def boundary(cls, folder: Path) -> float | None:
@@ -88,11 +91,17 @@ class Adapter(ABC):
         return float(least + (most - least) / (high - low) * (tokens - low))
 
     @classmethod
-    def pipeline_class(cls) -> Any:
-        """The class of diffusers."""
+    def pipeline_name(cls, folder: Path) -> str:
+        """Which of the family's classes in diffusers the pipeline in `folder` is of."""
+        named = str(read_index(folder).get("_class_name"))
+        return named if named in cls.variants else cls.pipeline
+
+    @classmethod
+    def pipeline_class(cls, folder: Path | None = None) -> Any:
+        """The class of diffusers, that of the pipeline in `folder` if the family has variants."""
         import diffusers
 
-        return getattr(diffusers, cls.pipeline)
+        return getattr(diffusers, cls.pipeline if folder is None else cls.pipeline_name(folder))
 
     @classmethod
     def comfyui_name(cls, module: str) -> str | None:

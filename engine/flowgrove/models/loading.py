@@ -4,6 +4,7 @@ and its text encoders before the rest and only as long as they are needed.
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def load_adapter(
     one that does nothing else. `on_host`: the transformer stays in host memory, where it takes none of its own as long
     as it is in the dtype of its files, for whoever divides or rounds it.
     """
+    if not set(family.TEXT) <= set(without):
+        _check_packages(family, model)
     geometry = read_geometry(folder, model)
     dtypes = _dtypes(family, folder, model, weights, on_host)
     named, transformers = part_names(folder), transformer_folders(folder)
@@ -154,7 +157,7 @@ def load_adapter(
             check_tokenizer(folder / tokenizer, parts[tokenizer], parts[encoder])
     if parts.get("vae") is not None:
         check_statistics(folder / "vae", parts["vae"], family.LATENTS)
-    pipe = family.pipeline_class().from_pretrained(folder, local_files_only=True, **parts)
+    pipe = family.pipeline_class(folder).from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     if on_host:
         for name, part in pipe.components.items():
@@ -193,6 +196,13 @@ def _dtypes(
         if model.lora is None:
             dtypes |= {name: torch.bfloat16 for name in trained if all_bf16(folder / name)}
     return dtypes
+
+
+def _check_packages(family: type[Adapter], model: Model) -> None:
+    """Raises UserError for a package that is not installed, without which the family encodes nothing."""
+    if missing := [name for name in family.packages if find_spec(name) is None]:
+        what = f"model.adapter {model.adapter} reads pictures with {missing[0]}, which is not installed"
+        raise UserError(f"{what}: pip install {missing[0]}")
 
 
 def _check_parts(family: type[Adapter], folder: Path, named: list[str]) -> None:

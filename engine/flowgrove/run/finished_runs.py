@@ -179,11 +179,12 @@ def export_run(
     family, lora = family_of(recipe.model.adapter), recipe.model.lora
     if lora is None and form == "comfyui":
         raise UserError(f"--format comfyui is for a LoRA, and {run} trained the whole model: write --format diffusers")
-    partial, told = partial_name(out), f'wrote a pipeline: {family.pipeline}.from_pretrained("{out}")'
+    partial, told = partial_name(out), ""
     try:
         if lora is None:
             adapter = open_model(recipe, checkpoint, None).restore().policy.adapter  # the transformer alone
             adapter.save_pipeline(partial, _dtypes_of_weights(adapter, recipe, dtype))
+            told = f'wrote a pipeline: {family.pipeline_name(partial)}.from_pretrained("{out}")'
         elif checkpoint is not None:
             layers = _lora_layers(checkpoint, lora)
             write_lora(partial, form, layers, lora, family, DTYPES.get(dtype or ""))

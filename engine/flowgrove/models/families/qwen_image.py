@@ -46,7 +46,7 @@ class QwenImage(Adapter):
     )
     uncond_text = " "
     masks_prompts = True
-    TEXT = ("text_encoder", "tokenizer")
+    TEXT: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     LATENTS = ("latents_mean", "latents_std")
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
