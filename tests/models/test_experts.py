@@ -90,7 +90,7 @@ def test_a_plan_says_which_expert_runs_each_step(folders, tmp_path):
     assert "rollout.window" in refuse("plan", path, *(part for one in pruned for part in ("--set", one)))
     auto = {"splits": "auto", "fanout": 2}
     recipe = recipe_of(folders, {"steps": 6, "window": {"strategy": "none"}, "tree": auto}, trained_experts="low")
-    with pytest.raises(UserError, match="rollout.tree.splits: auto may choose"):
+    with pytest.raises(UserError, match=r"rollout\.tree\.splits: auto may choose"):
         Setup(recipe).first_plan  # noqa: B018
 
 
