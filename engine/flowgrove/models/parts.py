@@ -23,6 +23,7 @@ _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _KINDS: tuple[type, ...] = (  # neither whole pipelines nor Auto classes, which may look for a program in the folder
     diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase,
     transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin, transformers.ProcessorMixin,
+    diffusers.BaseGuidance,
 )  # fmt: skip
 # Of the same shape, letter by letter: a tokenizer that has lost its vocabulary gives both the same ids.
 _PROBES = ("a red circle", "a big square")

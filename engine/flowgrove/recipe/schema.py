@@ -34,6 +34,7 @@ AdapterName = Literal[
     "flux2",
     "chroma",
     "ltx",
+    "hunyuan_video15",
 ]
 
 
