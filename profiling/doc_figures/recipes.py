@@ -27,6 +27,7 @@ _MODELS = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "Wan2.2-A14B",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Wan2.2-5B",
     "Lightricks/LTX-Video": "LTX-Video",
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": "HunyuanVideo-1.5",
 }
 # a line of the table each: its recipes, and what they are; {…} comes from the first of them
 _PUBLISHED = (
@@ -53,6 +54,7 @@ _PUBLISHED = (
     (("grove_wan22",), "ours, untuned; the high-noise expert"),
     (("grove_wan22_5b",), "ours, untuned"),
     (("mix_ltx",), "MixGRPO, untuned"),
+    (("grove_hunyuan15",), "ours, untuned"),
 )
 SHAPES = {
     "shapes_dance": "DanceGRPO, {share} % of steps",

@@ -167,7 +167,7 @@ def test_comfyui_gets_a_file_for_each_expert_under_the_same_names(folders, tmp_p
     lora = Lora(**LORA)
     layers = layers_of(weights, lora)
     write_lora(tmp_path / "lora", "comfyui", layers, lora, family_of("wan"))
-    told = how_to_load(tmp_path / "lora", "comfyui", layers)
+    told = how_to_load(tmp_path / "lora", "comfyui", layers, family_of("wan"))
     files = {expert: tmp_path / "lora" / f"comfyui_lora_{expert}_noise.safetensors" for expert in FOLDERS}
     assert set((tmp_path / "lora").iterdir()) == set(files.values())
     assert all(str(file) in told for file in files.values())

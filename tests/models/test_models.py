@@ -201,7 +201,7 @@ def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
     policy.adapter.save_lora(tmp_path / "lora")
     x, sigma, prompt = states(plain, 2), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
     base = plain.velocity(x, sigma, encoded(plain, FAMILIES[name].prompts(TEXTS)), prompt).v
-    plain.adapter.pipe.load_lora_weights(tmp_path / "lora")
+    FAMILIES[name].load_lora(plain.adapter.pipe, tmp_path / "lora")
     loaded = plain.velocity(x, sigma, encoded(plain, FAMILIES[name].prompts(TEXTS)), prompt).v
     tuned = policy.velocity(x, sigma, encoded(policy, FAMILIES[name].prompts(TEXTS)), prompt).v
     assert (loaded - tuned).abs().max() <= 1e-5

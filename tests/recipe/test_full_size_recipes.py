@@ -41,6 +41,7 @@ COUNTS = {
     "mix_chroma": (10, 16, 130, 32),
     "flow_wan": (20, 8, 160, 152),
     "mix_ltx": (16, 8, 79, 16),
+    "grove_hunyuan15": (9, 9, 67, 12),
 }
 
 

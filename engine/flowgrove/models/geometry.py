@@ -25,7 +25,7 @@ class Geometry:
     picture_tokens: int
     prompt_tokens: int  # the longest prompt that is read; of several encoders, by the last
     text_tokens: int  # of the longest prompt, that stand beside the picture's in the transformer
-    source_tokens: int = 0  # of the prompt's source pictures, that stand there too
+    source_tokens: int = 0  # of the prompt's source pictures or quoted texts, that stand there too
     source_read: int = 0  # tokens of source pictures that the transformer reads through cross-attention
     fps: int = 16  # of videos, as files
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,10 +71,9 @@ def write_lora(
     folder.mkdir(parents=True)
     for expert, some in by_expert.items():
         if form == "diffusers":
-            pipeline: type[DiffusionPipeline] = family.pipeline_class()
             targets = lora.targets or list(family.lora_targets)
             settings = LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets).to_dict()
-            pipeline.save_lora_weights(
+            lora_loader(family).save_lora_weights(
                 folder,
                 transformer_lora_layers=some,
                 transformer_lora_adapter_metadata=settings,
@@ -94,12 +93,24 @@ def _for_comfyui(layers: dict[str, Tensor], lora: Lora, family: Any) -> dict[str
     return tensors
 
 
-def how_to_load(folder: Path, form: str, layers: dict[str, Tensor]) -> str:
+def loads_lora(family: Any) -> bool:
+    """Whether diffusers' pipeline loads LoRA files itself; where it does not, its transformer does."""
+    return hasattr(family.pipeline_class(), "load_lora_weights")
+
+
+def lora_loader(family: Any) -> Any:
+    """The class of diffusers that reads and writes a family's files, under the names that all its pipelines use."""
+    return family.pipeline_class() if loads_lora(family) else CogVideoXLoraLoaderMixin
+
+
+def how_to_load(folder: Path, form: str, layers: dict[str, Tensor], family: Any) -> str:
     """What to do with the files that `write_lora` has written."""
     experts = list(dict.fromkeys(expert_of(name)[0] for name in layers))
     if form == "comfyui":
         files = " and ".join(str(folder / _FILES[form][expert]) for expert in experts)
         return f"wrote a LoRA for ComfyUI: copy {files} into its models/loras folder"
+    if not loads_lora(family):
+        return f'wrote a LoRA: pipe.transformer.load_lora_adapter("{folder}")'
     calls = [
         f'pipe.load_lora_weights("{folder}")'
         if expert != "low"

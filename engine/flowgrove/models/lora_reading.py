@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.models.folders import LORA_SETTINGS
+from flowgrove.models.lora_files import lora_loader
 from flowgrove.models.parts import is_of_a_library
 
 _METADATA = "lora_adapter_metadata"  # where diffusers puts peft's settings, under names that begin with the part's
@@ -107,7 +108,7 @@ def _sorted_out(
 def _converted(file: Path, family: Any, tensors: dict[str, Tensor], unknown: str) -> dict[str, Tensor]:
     """The tensors under diffusers' names, with B or A scaled by alpha. Raises UserError naming `unknown`."""
     try:
-        found: dict[str, Tensor] = family.pipeline_class().lora_state_dict(dict(tensors))
+        found: dict[str, Tensor] = lora_loader(family).lora_state_dict(dict(tensors))
     except BaseException as error:
         if not is_of_a_library(error):
             raise

@@ -188,7 +188,7 @@ def export_run(
         elif checkpoint is not None:
             layers = _lora_layers(checkpoint, lora)
             write_lora(partial, form, layers, lora, family, DTYPES.get(dtype or ""))
-            told = how_to_load(out, form, layers)
+            told = how_to_load(out, form, layers, family)
         follow_umask(partial)
         if out.exists():
             out.rmdir()

@@ -10,7 +10,6 @@ from diffusers import (
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
 
 from tiny_families.parts import chat_tokenizer, lively, t5_config
-from tiny_families.qwen_image import UNUSED
 from tiny_families.record import TinyFamily
 
 
@@ -60,6 +59,8 @@ def _call(guidance, prompts, model):
     return {"guidance_scale": guidance, "num_frames": model.frames}
 
 
+UNUSED = "add_q_proj|norm_added_q|to_add_out|ff_context"  # the last block drops its text stream
+
 FAMILIES = (
     TinyFamily(
         "hunyuan_video15",
@@ -70,7 +71,7 @@ FAMILIES = (
         guidance=6.0,
         blocks=2,
         output="frames",
-        silent=rf"transformer_blocks\.1\..*({UNUSED}).*",
+        silent=rf"transformer_blocks\.1\..*({UNUSED}).*|image_embedder\..*",  # it reads first frames
         cuts_tokens=False,  # a template stands around a prompt
     ),
 )

@@ -41,6 +41,13 @@ class TinyFamily:
     sides: int = 1  # where the pipeline takes no sides as short as tests draw: so many times as long
     cuts_tokens: bool = True  # whether encoders read text_tokens tokens of a longer prompt, no more
 
+    def load_lora(self, pipe, folder):
+        """Loads a LoRA as diffusers does: into the pipeline, or where that cannot, into its transformer."""
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(folder)
+        else:
+            pipe.transformer.load_lora_adapter(folder)
+
     @property
     def sources(self):
         """The source pictures of a prompt."""

@@ -6,7 +6,7 @@ their order is free: here they stay where they are, under the mask, and the host
 
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class HunyuanVideo15(Adapter):
     """
 
     pipeline = "HunyuanVideo15Pipeline"
+    published: ClassVar = {"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": "hunyuan_video15_480p"}
     gives_table = True
     lora_targets = JOINT_ATTENTION
     masks_prompts = True
