@@ -86,5 +86,5 @@ def test_models_that_animate_a_picture_are_refused_in_one_line(folders, tmp_path
     folder = shutil.copytree(folders[NAME], tmp_path / "i2v")
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "i2v"}))
-    with pytest.raises(UserError, match="task_type i2v, and model.adapter hunyuan_video15 draws from text"):
+    with pytest.raises(UserError, match=r"task_type i2v, and model\.adapter hunyuan_video15 draws from text"):
         Policy.load(recipe_of(folder), CPU)

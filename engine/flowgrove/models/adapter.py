@@ -55,6 +55,7 @@ class Adapter(ABC):
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # encoders that a folder may leave out, text encoders with tokenizers
     PICTURE: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    ALWAYS: ClassVar[tuple[str, ...]] = ()  # parts that the pipeline asks as it is made: they are never left on disk
     LATENTS: ClassVar[tuple[str, ...]] = ()  # numbers in the VAE's configuration that `decode` needs
     vae_dtype: ClassVar[torch.dtype | None] = None  # None: as the transformer
 

@@ -147,6 +147,7 @@ def load_adapter(
     if not set(family.TEXT) <= set(without):
         _check_packages(family, model)
     geometry = read_geometry(folder, model)
+    without = tuple(name for name in without if name not in family.ALWAYS)
     dtypes = _dtypes(family, folder, model, weights, on_host)
     named, transformers = part_names(folder), transformer_folders(folder)
     _check_parts(family, folder, named)

@@ -110,7 +110,7 @@ def how_to_load(folder: Path, form: str, layers: dict[str, Tensor], family: Any)
         files = " and ".join(str(folder / _FILES[form][expert]) for expert in experts)
         return f"wrote a LoRA for ComfyUI: copy {files} into its models/loras folder"
     if not loads_lora(family):
-        return f'wrote a LoRA: pipe.transformer.load_lora_adapter("{folder}")'
+        return f'wrote a LoRA: pipe.transformer.load_lora_adapter("{folder}", use_safetensors=True)'
     calls = [
         f'pipe.load_lora_weights("{folder}")'
         if expert != "low"

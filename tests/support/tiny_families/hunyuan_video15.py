@@ -14,8 +14,8 @@ from tiny_families.record import TinyFamily
 
 
 class _Called(HunyuanVideo15Pipeline):
-    """diffusers' pipeline holds these two as attributes, and its VAE decodes one video at a time. A scale below 1 guides
-    there; here it is no guidance, as in other families.
+    """diffusers' pipeline holds these two as attributes, and its VAE decodes one video at a time. A scale below 1
+    guides there; here it is no guidance, as in other families.
     """
 
     def __call__(self, max_sequence_length, guidance_scale, **options):
@@ -71,7 +71,8 @@ FAMILIES = (
         guidance=6.0,
         blocks=2,
         output="frames",
-        silent=rf"transformer_blocks\.1\..*({UNUSED}).*|image_embedder\..*",  # it reads first frames
+        # they read first frames, and what prompts quote
+        silent=rf"transformer_blocks\.1\..*({UNUSED}).*|(image_embedder|context_embedder_2)\..*",
         cuts_tokens=False,  # a template stands around a prompt
     ),
 )

@@ -46,7 +46,7 @@ class TinyFamily:
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(folder)
         else:
-            pipe.transformer.load_lora_adapter(folder)
+            pipe.transformer.load_lora_adapter(folder, use_safetensors=True)
 
     @property
     def sources(self):

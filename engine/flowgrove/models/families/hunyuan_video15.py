@@ -36,6 +36,7 @@ class HunyuanVideo15(Adapter):
     masks_prompts = True
     TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     LATENTS = ("scaling_factor",)
+    ALWAYS = ("vae",)
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         super().__init__(geometry, transformer, pipe, folder)
