@@ -20,7 +20,7 @@ def padded_length(tokens: Any) -> Any:
 @dataclass(frozen=True)
 class Conditioning:
     """Tensors whose first dimension is the prompt. Prompts of different lengths (dimension 1) are padded with zeros,
-    which a "…_mask" tells apart; tensors named "source_…", which come of pictures or of what prompts quote, have the same
+    which a "…_mask" tells apart; tensors named "source_…", of pictures or of what prompts quote, have the same
     shape in all.
     """
 
