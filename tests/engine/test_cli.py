@@ -83,7 +83,7 @@ def test_plan_prints_one_object_for_every_shipped_recipe(name):
     assert set(told) == {"iteration", "window", "steps", "counts"}
     assert told["iteration"] == 0
     keys = {"index", "sigma", "sigma_next", "solver", "stochastic", "fanout", "trained", "nodes_in", "nodes_out"}
-    assert all(set(step) == keys for step in told["steps"])
+    assert all(set(step) in (keys, {*keys, "expert"}) for step in told["steps"])
     assert [step["index"] for step in told["steps"]] == list(range(len(told["steps"])))
     assert (told["steps"][0]["sigma"], told["steps"][-1]["sigma_next"]) == (1, 0)
     assert set(told["window"]) <= {step["index"] for step in told["steps"] if step["stochastic"]}

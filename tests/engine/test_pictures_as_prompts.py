@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_model_training import write_recipe
 
 from engine_cases import metrics_of, refuse, succeed
 from flowgrove.models.policy import Policy
 from flowgrove.models.sources import fitted
 from flowgrove.report.grids import load_grid
+from model_recipes import write_recipe
 from pictured import drawn_picture, write_prompts
 
 TEXTS = ["make it red", "make it blue"]

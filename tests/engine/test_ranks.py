@@ -85,7 +85,7 @@ with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
 # what make test holds; the rest belongs to make test-long
 SAMPLE = [
     (2, "ddp", "tree pruned by reward"),
-    (3, "fsdp2, kept gathered", "full fine-tuning, fewer prompts than ranks"),
+    (2, "fsdp2, kept gathered", "full fine-tuning, fewer prompts than ranks"),
 ]
 ALL = [(ranks, mode, case) for ranks in (2, 3) for mode in MODES for case in CASES]
 

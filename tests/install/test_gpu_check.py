@@ -75,7 +75,7 @@ def test_every_row_of_the_first_call_runs(tmp_path):
 @pytest.mark.parametrize(
     "only",
     [
-        "rows,profile",
+        pytest.param("rows,profile", marks=pytest.mark.long),
         pytest.param("ceilings,ops compiled,ops,engine,tests,rows compiled,scaling", marks=pytest.mark.long),
     ],
 )

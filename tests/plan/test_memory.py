@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from engine_cases import refuse, succeed
 from flowgrove.iteration import Stages
@@ -17,6 +16,7 @@ from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.update.passes import _KeptVelocities
 from flowgrove.update.updater import Updater
+from memory_cases import allocated
 from policy_cases import CPU, TEXTS, encoded, runner_of, small_recipe
 from tiny_families import MODELS, sampled
 from update_cases import policy_with_reference
@@ -30,22 +30,6 @@ FLUX_DEV = {
     "width": 720,
     "guidance_scale": 3.5,
 }
-
-
-def allocated(run):
-    """Most bytes alive at once beyond those at the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in prof.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    live = most = 0
-    for _, size in changes:
-        live += size
-        most = max(most, live)
-    return most
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])

@@ -5,15 +5,17 @@ In fp32: a CPU, unlike a GPU, casts whole tensors where a bf16 product meets its
 
 import pytest
 import torch
-from test_memory import LORA, allocated
 
 from flowgrove.models.policy import Policy
 from flowgrove.plan.memory import predict_memory
 from flowgrove.plan.planner import make_plan
+from memory_cases import allocated
 from policy_cases import CPU, encoded, small_recipe
 from tiny_families import MODELS
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+
+LORA = {"rank": 4, "alpha": 8}
 
 
 @pytest.mark.long

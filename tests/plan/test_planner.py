@@ -279,7 +279,7 @@ def test_a_plan_is_a_pure_function_of_recipe_and_iteration(recipe, iteration):
 def test_plans_hold_numbers_not_tensors():
     plan = make_plan(recipe_with(branch_tree(**TAIL)), 0)
     values = [value for step in plan.steps for value in dataclasses.astuple(step)]
-    assert {type(value) for value in values} == {int, float, str, bool}
+    assert {type(value) for value in values} == {int, float, str, bool, type(None)}
 
 
 def test_siblings_of_a_tree_correlate_as_the_recipe_says_and_flat_groups_do_not():

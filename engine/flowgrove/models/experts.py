@@ -104,9 +104,9 @@ class Experts(nn.Module):
 
 
 def transformer_folders(folder: Path) -> list[str]:
-    """The folders of a pipeline's transformers."""
+    """The folders of a pipeline's transformers, the first of which every pipeline has."""
     named = part_names(folder)
-    return [name for name in FOLDERS.values() if name in named]
+    return [name for name in FOLDERS.values() if name in named or name == FOLDERS["high"]]
 
 
 def trained_experts(model: Model) -> tuple[Expert, ...]:

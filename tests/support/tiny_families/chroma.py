@@ -36,5 +36,6 @@ FAMILIES = (
         _call,
         guidance=3.0,
         blocks=4,
+        variant=True,
     ),
 )

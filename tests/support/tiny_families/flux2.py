@@ -90,6 +90,7 @@ def _edited(pictures, model):
 FAMILIES = (
     TinyFamily(
         "flux2", Flux2Pipeline, {"adapter": "flux2", **MODEL}, _dev, _call, guidance=2.5, blocks=4, as_theirs=_spread,
+        variant=True,
     ),
     TinyFamily(
         "flux2_klein", Flux2KleinPipeline, {"adapter": "flux2_klein", **MODEL}, _klein, _call, guidance=4.0, blocks=4,
@@ -97,6 +98,6 @@ FAMILIES = (
     ),
     TinyFamily(
         "flux2_klein_edit", Flux2KleinPipeline, {"adapter": "flux2_klein", "source_pictures": 2, **MODEL}, _klein,
-        _call, guidance=4.0, blocks=4, pictured=_edited, as_theirs=_spread, as_ours=_packed, one_by_one=True,
+        _call, guidance=4.0, blocks=4, pictured=_edited, as_theirs=_spread, as_ours=_packed, one_by_one=True, variant=True,
     ),
 )  # fmt: skip

@@ -71,6 +71,7 @@ FAMILIES = (
         guidance=6.0,
         blocks=2,
         output="frames",
+        variant=True,
         # they read first frames, and what prompts quote
         silent=rf"transformer_blocks\.1\..*({UNUSED}).*|(image_embedder|context_embedder_2)\..*",
         cuts_tokens=False,  # a template stands around a prompt

@@ -48,5 +48,6 @@ FAMILIES = (
         blocks=2,
         output="frames",
         sides=2,
+        variant=True,
     ),
 )

@@ -37,7 +37,7 @@ class TinyFamily:
     silent: str = "(?!)"  # weights that full training gives no gradient, as a regular expression
     one_by_one: bool = False  # whether the pipeline takes one prompt at a time
     swept: bool = False  # whether `make test` runs all its cases, not a sample
-    variant: bool = False  # of a family that has another one whose cases `make test` runs
+    variant: bool = False  # `make test` runs a rollout of it alone: one like another, or one that takes long
     sides: int = 1  # where the pipeline takes no sides as short as tests draw: so many times as long
     cuts_tokens: bool = True  # whether encoders read text_tokens tokens of a longer prompt, no more
 

@@ -105,7 +105,7 @@ FAMILIES = (
     _family("wan", _wan, blocks=2, swept=True),
     _family("wan_ti2v", _ti2v, blocks=2, variant=True),
     _family("wan_a14b", _a14b, blocks=4, silent=r"transformer_2\..*"),
-    _family("wan_i2v", _i2v, "wan_i2v", 512, blocks=2),
+    _family("wan_i2v", _i2v, "wan_i2v", 512, blocks=2, variant=True),
     _family("wan_i2v_a14b", _i2v_a14b, "wan_i2v", blocks=4, variant=True, silent=r"transformer_2\..*"),
     _family("wan_i2v_5b", _ti2v, "wan_i2v", blocks=2, variant=True, as_leaves=_with_first_frame),
 )
