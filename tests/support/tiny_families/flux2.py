@@ -98,6 +98,7 @@ FAMILIES = (
     ),
     TinyFamily(
         "flux2_klein_edit", Flux2KleinPipeline, {"adapter": "flux2_klein", "source_pictures": 2, **MODEL}, _klein,
-        _call, guidance=4.0, blocks=4, pictured=_edited, as_theirs=_spread, as_ours=_packed, one_by_one=True, variant=True,
+        _call, guidance=4.0, blocks=4, pictured=_edited, as_theirs=_spread, as_ours=_packed, one_by_one=True,
+        variant=True,
     ),
 )  # fmt: skip
