@@ -48,6 +48,12 @@ def diffusers_pipeline(folders, name):
     return pipe
 
 
+def velocity_of(policy, name):
+    """The velocity of two states of the first two prompts, with the family's source pictures."""
+    prompts = encoded(policy, FAMILIES[name].prompts(TEXTS))
+    return policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), prompts, torch.tensor([0, 1])).v
+
+
 def states(policy, count, seed=0):
     return torch.randn(count, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(seed))
 
@@ -129,8 +135,7 @@ def test_gradients_reach_exactly_the_trainable_parameters(folders, name, lora):
             torch.nn.init.normal_(parameter, std=0.05)
     else:
         assert len(trainable) == len(list(policy.transformer.parameters()))
-    prompts = encoded(policy, FAMILIES[name].prompts(TEXTS))
-    v = policy.velocity(states(policy, 2), torch.tensor([0.7, 0.3]), prompts, torch.tensor([0, 1])).v
+    v = velocity_of(policy, name)
     v.square().sum().backward()
     silent = []
     for parameter, tensor in policy.transformer.named_parameters():
@@ -161,12 +166,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name, dtype, lora):
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(number))
         policy.weights.refresh()
         with torch.enable_grad():
-            v = policy.velocity(
-                states(policy, 2),
-                torch.tensor([0.7, 0.3]),
-                encoded(policy, FAMILIES[name].prompts(TEXTS)),
-                torch.tensor([0, 1]),
-            ).v
+            v = velocity_of(policy, name)
             v.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]))
     assert gradients[0].abs().max() > 0
@@ -199,11 +199,9 @@ def test_lora_export_loads_in_diffusers_and_draws_the_same(folders, name, tmp_pa
     for parameter in policy.weights.trainable().values():
         torch.nn.init.normal_(parameter, std=0.3)
     policy.adapter.save_lora(tmp_path / "lora")
-    x, sigma, prompt = states(plain, 2), torch.tensor([0.7, 0.3]), torch.tensor([0, 1])
-    base = plain.velocity(x, sigma, encoded(plain, FAMILIES[name].prompts(TEXTS)), prompt).v
+    base = velocity_of(plain, name)
     FAMILIES[name].load_lora(plain.adapter.pipe, tmp_path / "lora")
-    loaded = plain.velocity(x, sigma, encoded(plain, FAMILIES[name].prompts(TEXTS)), prompt).v
-    tuned = policy.velocity(x, sigma, encoded(policy, FAMILIES[name].prompts(TEXTS)), prompt).v
+    loaded, tuned = velocity_of(plain, name), velocity_of(policy, name)
     assert (loaded - tuned).abs().max() <= 1e-5
     assert (tuned - base).abs().max() > 1e-2
 
@@ -220,12 +218,7 @@ def test_bf16_trains_fp32_masters_over_frozen_bf16(folders, name):
         if not p.requires_grad and not any(part in key for part in kept)
     }
     assert frozen == {torch.bfloat16}
-    v = policy.velocity(
-        states(policy, 2),
-        torch.tensor([0.7, 0.3]),
-        encoded(policy, FAMILIES[name].prompts(TEXTS)),
-        torch.tensor([0, 1]),
-    ).v
+    v = velocity_of(policy, name)
     assert v.dtype == torch.bfloat16
     assert policy.decode(states(policy, 2)).dtype == torch.float32
 

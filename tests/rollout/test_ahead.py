@@ -44,8 +44,11 @@ def test_it_is_encoded_in_another_thread_and_its_failure_is_left_to_whoever_take
 
 
 def test_encoders_in_host_memory_stay_there():
-    waiting = OffloadedEncoder(lambda device: pytest.fail("the encoders were fetched"), CPU)
-    Ahead(CPU).start(replace(policy_of(), encoder=waiting), TEXTS)
+    fetched, ahead = [], Ahead(CPU)
+    ahead.start(replace(policy_of(), encoder=OffloadedEncoder(fetched.append, CPU)), TEXTS)
+    ahead._thread.shutdown()
+    assert fetched == []
+    assert ahead._waiting == {}
 
 
 @pytest.mark.parametrize("sizes", [None, pytest.param([[32, 32], [16, 48]], marks=pytest.mark.long)])

@@ -12,7 +12,6 @@ from flowgrove.paths import check_regular, local
 
 _PICTURES = ("images", "image")  # the first that a file has
 _NEGATIVE = "negative_prompt"
-_TABLES = (".csv", ".tsv")  # whose empty cells are null
 _MOST_BYTES = 4 << 30  # of pictures that stand in a file of prompts themselves
 
 
@@ -70,9 +69,7 @@ class Chosen:
     def prompt(self, text: str, row: Mapping[str, Any], number: int) -> Prompt:
         """The prompt of row `number`. Raises UserError for a picture that is not there."""
         negative = None if self.negative is None else row.get(self.negative)
-        if self.file.suffix.lower() in _TABLES:
-            negative = negative or None  # an empty cell says nothing
-        if negative is not None and not is_text(negative):
+        if negative is not None and not _is_text(negative):
             what = f"row {number} of {self.file} has the negative_prompt {one_line(repr(negative), 40)}"
             raise UserError(f"{self.key}: {what}: write a text, or null")
         pictures = () if self.pictures is None else tuple(self._pictures(row.get(self.pictures), number))
@@ -113,12 +110,15 @@ class Chosen:
         return Picture(hashlib.sha256(content).hexdigest(), place, content=content)
 
 
-def is_text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether a value is a text without half a character (a lone surrogate)."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and bool(value.encode() or True)
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def with_columns(

@@ -119,6 +119,12 @@ def metadata_of(prompt: str) -> Mapping[str, Any]:
     return prompt.metadata if isinstance(prompt, Prompt) else {}
 
 
+def json_metadata(prompt: str) -> dict[str, Any]:
+    """The same as JSON has it; what JSON has not is its text."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(metadata_of(prompt)), default=str))
+    return found
+
+
 def with_text(prompt: str, text: str) -> str:
     """The same row with another text."""
     if not isinstance(prompt, Prompt):
@@ -149,5 +155,5 @@ def described(prompt: str) -> str | dict[str, Any]:
     if not isinstance(prompt, Prompt) or prompt == str(prompt):
         return str(prompt)
     pictures = [picture.described for picture in prompt.pictures]
-    metadata = json.loads(json.dumps(dict(prompt.metadata), default=str))
-    return {"prompt": str(prompt), "images": pictures, "negative": prompt.negative, "metadata": metadata}
+    row = {"prompt": str(prompt), "images": pictures, "negative": prompt.negative}
+    return {**row, "metadata": json_metadata(prompt)}

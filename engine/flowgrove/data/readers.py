@@ -75,7 +75,10 @@ def _read_table(file: Path, key: str, column: str | None, columns: Columns) -> l
         if chosen is None:
             texts += row[place : place + 1]
         elif len(row) > place:
-            texts.append(chosen.prompt(row[place], dict(zip(names, row, strict=False)), number))
+            cells: dict[str, str | None] = dict(zip(names, row, strict=False))
+            if chosen.negative is not None and not cells.get(chosen.negative):
+                cells[chosen.negative] = None  # an empty cell says nothing
+            texts.append(chosen.prompt(row[place], cells, number))
     return texts
 
 

@@ -280,20 +280,29 @@ def text_tokenizer(tokenizer: Any) -> Any:
 
 def normalised_latents(vae: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, F, h, w] as a VAE with statistics per channel decodes them."""
-    mean, std = (
-        to_device(torch.tensor(values), latents.device).to(latents).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = _statistics(vae, latents)
     return latents * std + mean
 
 
 def unit_latents(vae: Any, latents: Tensor) -> Tensor:
     """What such a VAE encodes, [B, C, F, h, w], as the transformer reads it: the inverse of `normalised_latents`."""
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, [1, C, 1, 1, 1] each, where `like` is and in its dtype."""
     mean, std = (
-        to_device(torch.tensor(values), latents.device).to(latents).view(1, -1, 1, 1, 1)
+        to_device(torch.tensor(values), like.device).to(like).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    return (latents - mean) / std
+    return mean, std
+
+
+def scaled_and_decoded(vae: Any, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1], of latents [B, C, h, w] of a VAE with one scale and shift."""
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return in_unit_range(vae.decode(latents, return_dict=False)[0], dtype)
 
 
 def in_unit_range(decoded: Tensor, dtype: torch.dtype) -> Tensor:

@@ -97,8 +97,8 @@ def _encoded(recipe: Recipe, texts: Iterable[str]) -> list[str]:
     if not wanted:
         return []
     found, default = [conditional(text) for text in wanted], family.default_negative(model)
-    scale, key = max(model.guidance_scale, recipe.run.eval.guidance_scale or 0.0), family.guidance_key
-    guided = scale > 1 and not (key and part_config(model_folder(model), "transformer").get(key))
+    key = family.guidance_key
+    guided = recipe.largest_guidance > 1 and not (key and part_config(model_folder(model), "transformer").get(key))
     if guided or not family.source_count(model):
         found += [unconditional(text, default) for text in wanted]
     return list(dict.fromkeys(found))

@@ -322,7 +322,7 @@ def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
     scale, evaluated = recipe.model.guidance_scale, recipe.run.eval.guidance_scale
     if evaluated is not None and adapter.folder is not None:
         adapter.check_guidance(adapter.folder, "run.eval.guidance_scale", evaluated)
-    guided = adapter.needs_uncond(max(scale, evaluated or 0.0))
+    guided = adapter.needs_uncond(recipe.largest_guidance)
     if not adapter.needs_uncond(scale):
         why = (
             "the model takes guidance as an input" if adapter.embeds_guidance else f"model.guidance_scale is {scale:g}"

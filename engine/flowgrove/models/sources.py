@@ -10,6 +10,8 @@ from flowgrove.errors import UserError, one_line
 from flowgrove.models.families import family_of
 from flowgrove.recipe.schema import Model
 
+SOURCE_LATENTS = "source_latents"  # of a Conditioning: what the VAE makes of the pictures
+
 
 def source_pictures(prompt: str, height: int, width: int) -> list[Image.Image]:
     """The source pictures of a prompt in RGB, each scaled to cover height × width and cropped at its middle. Raises

@@ -1139,6 +1139,11 @@ class Recipe(Section):
     """Length, seed, folder, checkpoints and evaluation."""
 
     @property
+    def largest_guidance(self) -> float:
+        """The larger guidance scale of training and evaluation."""
+        return max(self.model.guidance_scale, self.run.eval.guidance_scale or 0.0)
+
+    @property
     def uses_reference(self) -> bool:
         """Whether anything is compared with the model as it was before training, or drawn with it."""
         return self.update.kl_weight > 0 or self.run.eval.tuned_share < 1

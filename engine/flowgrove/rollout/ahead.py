@@ -55,10 +55,9 @@ class Ahead:
         return prompts
 
     def _handed_over(self, prompts: Prompts) -> Prompts:
-        """The same for the stream of this thread, which waits for them and keeps their memory."""
+        """The same for the stream of this thread, which keeps their memory; they are done, since their thread was."""
         if self._stream is not None:
             here = torch.cuda.current_stream(self.device)
-            here.wait_stream(self._stream)
             for tensor in _tensors(prompts):
                 tensor.record_stream(here)
         return prompts

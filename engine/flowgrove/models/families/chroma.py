@@ -5,7 +5,6 @@ block reads the marks.
 """
 
 from pathlib import Path
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from flowgrove.models.comfyui import ATTENTION
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families.flux import Flux
 from flowgrove.models.geometry import Geometry
+from flowgrove.models.own_forward import replace_forward, run_block
 
 
 class Chroma(Flux):
@@ -36,8 +36,7 @@ class Chroma(Flux):
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         super().__init__(geometry, transformer, pipe, folder)
-        if transformer is not None:
-            transformer.forward = MethodType(_forward, transformer)
+        replace_forward(transformer, _forward)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -77,10 +76,10 @@ def _forward(
     for number, block in enumerate(double):
         rows = slice(6 * number, 6 * number + 6)
         shifts = torch.cat([picture_rows[:, rows], text_rows[:, rows]], dim=1)
-        text, x = _run(self, block, x, text, shifts, angles, marks)
+        text, x = run_block(self, block, x, text, shifts, angles, marks)
     both = torch.cat([text, x], dim=1)
     for number, block in enumerate(single):
-        both = _run(self, block, both, modulation[:, 3 * number : 3 * number + 3], angles, marks)
+        both = run_block(self, block, both, modulation[:, 3 * number : 3 * number + 3], angles, marks)
     return self.proj_out(self.norm_out(both[:, text.shape[1] :], modulation[:, -2:]))
 
 
@@ -91,10 +90,3 @@ def _modulation_input(embedding: Any, time: Tensor) -> Tensor:
     told = [embedding.time_proj(time), embedding.guidance_proj(torch.zeros_like(time))]
     rows = embedding.mod_proj.to(time).expand(len(time), -1, -1)
     return torch.cat([torch.cat(told, dim=1).to(time.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1), rows], dim=-1)
-
-
-def _run(self: Any, block: Any, *inputs: Any) -> Any:
-    """A block, checkpointed where the transformer's blocks are."""
-    if torch.is_grad_enabled() and self.gradient_checkpointing:
-        return self._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowgrove.models.adapter import Adapter, in_unit_range
+from flowgrove.models.adapter import Adapter, scaled_and_decoded
 from flowgrove.models.comfyui import EMBEDDERS, JOINT
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, autoencoder_scale, packed_geometry, part_config
@@ -79,8 +79,7 @@ class Flux(Adapter):
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae, size = self.pipe.vae, self.geometry
         latents = self.pipeline_class()._unpack_latents(x.to(vae.dtype), size.height, size.width, size.unit // 2)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)
+        return scaled_and_decoded(vae, latents, x.dtype)
 
 
 FAMILY = Flux

@@ -13,10 +13,9 @@ from flowgrove.models.adapter import Adapter, in_unit_range
 from flowgrove.models.comfyui import ATTENTION
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, autoencoder_scale, packed_geometry, part_config
-from flowgrove.models.sources import source_pictures
+from flowgrove.models.sources import SOURCE_LATENTS, source_pictures
 from flowgrove.recipe.schema import Model
 
-SOURCES = "source_latents"
 BETWEEN = 10  # on the first axis of positions, from a picture to the next
 
 
@@ -69,20 +68,20 @@ class Flux2(Adapter):
         mean, deviation = self._batch_norm()
         latents = (self.pipeline_class()._patchify_latents(latents) - mean) / deviation
         packed = latents.flatten(2).transpose(1, 2).reshape(len(prompts), size.source_tokens, -1)
-        return Conditioning({"encoder_hidden_states": embeds, SOURCES: packed})
+        return Conditioning({"encoder_hidden_states": embeds, SOURCE_LATENTS: packed})
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the prompts' embeddings and of the latents of their pictures."""
         size, width = self.geometry, self.transformer.config.joint_attention_dim
         tensors = {"encoder_hidden_states": torch.zeros(rows, size.prompt_tokens, width, dtype=dtype)}
         if size.source_tokens:
-            tensors[SOURCES] = torch.zeros(rows, size.source_tokens, self.latent_shape[1], dtype=dtype)
+            tensors[SOURCE_LATENTS] = torch.zeros(rows, size.source_tokens, self.latent_shape[1], dtype=dtype)
         return Conditioning(tensors)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
         tensors, hidden = dict(cond.tensors), x.to(self.dtype)
-        if (sources := tensors.pop(SOURCES, None)) is not None:
+        if (sources := tensors.pop(SOURCE_LATENTS, None)) is not None:
             hidden = torch.cat([hidden, sources.to(self.dtype)], dim=1)
         text = torch.arange(tensors["encoder_hidden_states"].shape[1], device=x.device)
         none = torch.zeros_like(text)

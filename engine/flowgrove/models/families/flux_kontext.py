@@ -7,9 +7,7 @@ from torch import Tensor
 
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families.flux import Flux
-from flowgrove.models.sources import source_pictures
-
-SOURCES = "source_latents"
+from flowgrove.models.sources import SOURCE_LATENTS, source_pictures
 
 
 class FluxKontext(Flux):
@@ -28,18 +26,18 @@ class FluxKontext(Flux):
         mode = vae.encode(pixels).latent_dist.mode()
         latents = (mode - vae.config.shift_factor) * vae.config.scaling_factor
         packed = self.pipeline_class()._pack_latents(latents, len(latents), *latents.shape[1:])
-        return Conditioning({**super().encode(prompts).tensors, SOURCES: packed})
+        return Conditioning({**super().encode(prompts).tensors, SOURCE_LATENTS: packed})
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings and of the latents of a picture."""
         return Conditioning(
-            {**super().blank(rows, dtype).tensors, SOURCES: torch.zeros(rows, *self.latent_shape, dtype=dtype)}
+            {**super().blank(rows, dtype).tensors, SOURCE_LATENTS: torch.zeros(rows, *self.latent_shape, dtype=dtype)}
         )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
         tensors = dict(cond.tensors)
-        sources = tensors.pop(SOURCES)
+        sources = tensors.pop(SOURCE_LATENTS)
         both = torch.cat([x.to(sources.dtype), sources], dim=1)
         return super().velocity(both, sigma, Conditioning(tensors), guidance_scale)[:, : x.shape[1]]
 

@@ -5,7 +5,6 @@ their order is free: here they stay where they are, under the mask, and the host
 """
 
 from pathlib import Path
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range, text_tokenizer
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, multiple_of, part_config, video_frames
+from flowgrove.models.own_forward import replace_forward, run_block
 from flowgrove.recipe.schema import Model
 
 FRAMES, FPS = 121, 24
@@ -40,8 +40,8 @@ class HunyuanVideo15(Adapter):
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         super().__init__(geometry, transformer, pipe, folder)
+        replace_forward(transformer, _forward)
         if transformer is not None:
-            transformer.forward = MethodType(_forward, transformer)
             for block in transformer.transformer_blocks:
                 if type(block.attn.processor).__name__ == "HunyuanVideo15AttnProcessor2_0":
                     block.attn.set_processor(_Attention())
@@ -144,10 +144,7 @@ def _forward(
     seen = torch.cat([source_glyphs_mask, encoder_hidden_states_mask], dim=1)
     seen = pad(seen, (video.shape[1], 0), value=True)[:, None, None]
     for block in self.transformer_blocks:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            video, text = self._gradient_checkpointing_func(block, video, text, temb, seen, angles)
-        else:
-            video, text = block(video, text, temb, seen, angles)
+        video, text = run_block(self, block, video, text, temb, seen, angles)
     found = self.proj_out(self.norm_out(video, temb)).unflatten(1, patches).unflatten(-1, (-1, *_patch(self.config)))
     return found.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
 

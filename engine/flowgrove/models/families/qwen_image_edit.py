@@ -19,10 +19,9 @@ from flowgrove.models.adapter import unit_latents
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families.qwen_image import QwenImage
 from flowgrove.models.geometry import Geometry
-from flowgrove.models.sources import source_pictures
+from flowgrove.models.sources import SOURCE_LATENTS, source_pictures
 from flowgrove.recipe.schema import Model
 
-SOURCES = "source_latents"
 _ONE, _SEVERAL = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
 _AREAS = {_ONE: 1024 * 1024, _SEVERAL: 384 * 384}  # pixels of a picture as the encoder gets it
 # of a processor whose file says nothing else. Source: Qwen2.5-VL's preprocessor_config.json
@@ -78,7 +77,11 @@ class QwenImageEdit(QwenImage):
         packed = pipe._pack_latents(latents, len(pictures), channels, *sides).flatten(0, 1)[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return Conditioning(
-            {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask, SOURCES: packed.to(embeds.dtype)}
+            {
+                "encoder_hidden_states": embeds,
+                "encoder_hidden_states_mask": mask,
+                SOURCE_LATENTS: packed.to(embeds.dtype),
+            }
         )
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
@@ -88,14 +91,14 @@ class QwenImageEdit(QwenImage):
             {
                 "encoder_hidden_states": torch.zeros(rows, size.text_tokens, width, dtype=dtype),
                 "encoder_hidden_states_mask": torch.ones(rows, size.text_tokens, dtype=torch.bool),
-                SOURCES: torch.zeros(rows, size.source_tokens, self.latent_shape[1], dtype=dtype),
+                SOURCE_LATENTS: torch.zeros(rows, size.source_tokens, self.latent_shape[1], dtype=dtype),
             }
         )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""
         size, tensors = self.geometry, dict(cond.tensors)
-        sources = tensors.pop(SOURCES)
+        sources = tensors.pop(SOURCE_LATENTS)
         pictures = 1 + sources.shape[1] // x.shape[1]
         timed = self.transformer.config.get("zero_cond_t")  # sources have time 0
         return self.transformer(

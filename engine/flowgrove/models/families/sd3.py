@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range
+from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, scaled_and_decoded
 from flowgrove.models.comfyui import EMBEDDERS, JOINT
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.folders import part_names
@@ -73,8 +73,7 @@ class SD3(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
-        latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)
+        return scaled_and_decoded(vae, x.to(vae.dtype), x.dtype)
 
 
 FAMILY = SD3

@@ -19,7 +19,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.families.wan import Wan
 from flowgrove.models.folders import part_names, read_index
 from flowgrove.models.geometry import Geometry, part_config
-from flowgrove.models.sources import source_pictures
+from flowgrove.models.sources import SOURCE_LATENTS, source_pictures
 from flowgrove.recipe.schema import Model
 
 _CLIP = ("image_encoder", "image_processor")
@@ -94,7 +94,7 @@ class WanI2V(Wan):
             video = torch.cat([first, first.new_zeros(1, 3, rest, size.height, size.width)], dim=2)
             latents.append(unit_latents(vae, vae.encode(video).latent_dist.mode()))
         # what stands in the state is as precise as it
-        found["source_latents"] = torch.cat(latents) if kept else torch.cat(latents).to(dtype)
+        found[SOURCE_LATENTS] = torch.cat(latents) if kept else torch.cat(latents).to(dtype)
         if self.pipe.image_encoder is not None:
             embeds = [self.pipe.encode_image(picture) for picture in pictures]
             found["source_embeds"] = torch.cat(embeds).to(dtype)
@@ -105,7 +105,7 @@ class WanI2V(Wan):
         found, config = super().blank(rows, dtype).tensors, self.transformer.config
         channels, frames, *sides = self.latent_shape
         kept = config.in_channels == channels
-        found["source_latents"] = torch.zeros(
+        found[SOURCE_LATENTS] = torch.zeros(
             rows, channels, 1 if kept else frames, *sides, dtype=torch.float32 if kept else dtype
         )
         if config.image_dim is not None:
@@ -115,7 +115,7 @@ class WanI2V(Wan):
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, frames, h, w] in the transformer's dtype."""
         config, tensors = self.transformer.config, dict(cond.tensors)
-        source, embeds = tensors.pop("source_latents"), tensors.pop("source_embeds", None)
+        source, embeds = tensors.pop(SOURCE_LATENTS), tensors.pop("source_embeds", None)
         told = {} if embeds is None else {"encoder_hidden_states_image": embeds}
         if config.in_channels != x.shape[1]:
             known = x.new_zeros(len(x), config.in_channels - 2 * x.shape[1], *x.shape[2:])

@@ -5,7 +5,6 @@ same transformer runs on padded batches, by a forward that asks nothing of the h
 """
 
 from pathlib import Path
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +13,10 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from flowgrove.errors import UserError
-from flowgrove.models.adapter import Adapter, in_unit_range
+from flowgrove.models.adapter import Adapter, scaled_and_decoded
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.geometry import Geometry, autoencoder_scale, drawn_size, part_config
+from flowgrove.models.own_forward import replace_forward, run_block
 from flowgrove.recipe.schema import Model
 
 PATCH = 2  # latents per token and side
@@ -41,8 +41,7 @@ class ZImage(Adapter):
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         super().__init__(geometry, transformer, pipe, folder)
-        if transformer is not None:
-            transformer.forward = MethodType(_forward, transformer)
+        replace_forward(transformer, _forward)
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
@@ -89,8 +88,7 @@ class ZImage(Adapter):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
-        latents = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return in_unit_range(vae.decode(latents, return_dict=False)[0], x.dtype)
+        return scaled_and_decoded(vae, x.to(vae.dtype), x.dtype)
 
 
 FAMILY = ZImage
@@ -114,7 +112,7 @@ def _forward(
     prompts = torch.where((place < lengths).unsqueeze(-1), self.cap_embedder(prompts), self.cap_pad_token)
     prompt_angles = _angles(self, place + 1, torch.zeros_like(place), torch.zeros_like(place)).unsqueeze(0)
     for block in self.context_refiner:
-        prompts = _run(self, block, prompts, seen, prompt_angles)
+        prompts = run_block(self, block, prompts, seen, prompt_angles)
 
     tokens = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     real = tokens.shape[1]
@@ -127,13 +125,13 @@ def _forward(
     where = torch.where(is_real, filled + 1, 0)
     angles = _angles(self, where, row.expand_as(where), column.expand_as(where))
     for block in self.noise_refiner:
-        pictures = _run(self, block, pictures, None, angles, temb)
+        pictures = run_block(self, block, pictures, None, angles, temb)
 
     both = torch.cat([pictures, prompts], dim=1)
     seen = torch.cat([seen.new_ones(pictures.shape[:2]), seen], dim=1)
     angles = torch.cat([angles, prompt_angles.expand(len(x), -1, -1)], dim=1)
     for block in self.layers:
-        both = _run(self, block, both, seen, angles, temb)
+        both = run_block(self, block, both, seen, angles, temb)
     found = self.all_final_layer[size](both[:, :real], c=temb)
     found = found.view(len(x), height // PATCH, columns, PATCH, PATCH, channels)
     return found.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
@@ -148,10 +146,3 @@ def _angles(self: Any, *places: Tensor) -> Tensor:
     """The rotations of tokens at these places on each axis, all of one shape: [*shape, head size / 2]."""
     ids = torch.stack(places, dim=-1)
     return self.rope_embedder(ids.flatten(0, -2)).unflatten(0, ids.shape[:-1])
-
-
-def _run(self: Any, block: Any, *inputs: Any) -> Tensor:
-    """A block, checkpointed where the transformer's blocks are."""
-    if torch.is_grad_enabled() and self.gradient_checkpointing:
-        return self._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)
