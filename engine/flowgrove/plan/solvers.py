@@ -1,7 +1,7 @@
 """Solvers and dynamics by the names of recipes: all that planner, rollout and coefficients know of one is its row.
 
 A new one is a row here, its coefficients under the same name in `flowgrove_kernels.coefficients`, and its name in the
-choices of rollout.dynamics or rollout.tail.solver (`recipe/schema.py`). Nothing here needs a tensor.
+choices of rollout.dynamics or rollout.tail.solver (`recipe/schema/rollout.py`). Nothing here needs a tensor.
 """
 
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The keys of a recipe as documentation: what each may be, its default, and the text that stands below it in schema.py.
+"""The keys of a recipe as documentation: what each may be, its default, and the text that stands below it in schema/.
 
 pydantic would read these texts too (use_attribute_docstrings), whenever the schema is imported; here only the command
 that shows them waits for it.
@@ -9,6 +9,7 @@ import difflib
 import inspect
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -63,7 +64,7 @@ def _hint(wanted: str, names: list[str]) -> str:
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
-    texts, types = _texts()[section.__name__], get_type_hints(section, include_extras=True)
+    texts, types = _texts(section), get_type_hints(section, include_extras=True)
     for name, field in section.model_fields.items():
         below = _section_in(types[name])
         text, _, source = texts.get(name, "").partition("\nSource: ")  # a test holds that nothing is missing
@@ -75,20 +76,15 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
             yield from _keys(below, f"{prefix}{name}.")
 
 
-@cache
-def _texts() -> dict[str, dict[str, str]]:
-    """Class → key → the text below it, as it stands in the schema's source."""
+def _texts(section: type[BaseModel]) -> dict[str, str]:
+    """Key → the text below it, as it stands in the section's source."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    body = node.body if isinstance(node, ast.ClassDef) else []
     return {
-        node.name: {
-            key.target.id: inspect.cleandoc(below.value.value)
-            for key, below in zip(node.body, node.body[1:], strict=False)
-            if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
-            if isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-            and isinstance(below.value.value, str)
-        }
-        for node in ast.parse(inspect.getsource(schema)).body
-        if isinstance(node, ast.ClassDef)
+        key.target.id: inspect.cleandoc(below.value.value)
+        for key, below in pairwise(body)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
     }
 
 

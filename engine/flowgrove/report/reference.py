@@ -16,7 +16,7 @@ _WIDTH = 160  # where no terminal gives one
 _RECIPE = """\
 # Recipe keys
 
-<!-- Written by `make docs` from engine/flowgrove/recipe/schema.py: change it there. -->
+<!-- Written by `make docs` from engine/flowgrove/recipe/schema/: change it there. -->
 
 A recipe is a YAML file. It must say `model.adapter`, `model.path`, `data.prompts` and `reward`; every other key has the
 default that stands here. `extends: other.yaml` takes over all keys of another recipe that this one does not set, and
