@@ -7,6 +7,7 @@ Imports run one way, from a line of this table to the lines below it or along on
 
     __main__
     cli
+    commands
     compare
     bench doctor profiler
     trainer
