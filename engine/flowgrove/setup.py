@@ -62,11 +62,13 @@ class Setup:
     def columns(self) -> "Columns":
         """What is read of the prompts' rows beside their text."""
         from flowgrove.data.columns import Columns
-        from flowgrove.models.families import family_of
+        from flowgrove.models.families import configuration_folder, family_of, read_geometry
 
         model, metadata = self.recipe.model, self.recipe.data.metadata
-        pictures = family_of(model.adapter).source_count(model) > 0
-        return Columns(pictures, metadata if metadata == "all" else tuple(metadata or ()))
+        family, frames = family_of(model.adapter), 0
+        if family.source_video:
+            frames = read_geometry(configuration_folder(model), model).frames or 0
+        return Columns(family.source_count(model) > 0, frames, metadata if metadata == "all" else tuple(metadata or ()))
 
     @cached_property
     def fingerprint(self) -> str:

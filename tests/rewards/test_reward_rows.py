@@ -17,6 +17,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.sources import fitted
 from flowgrove.rewards import scoring
 from flowgrove.rewards.ocr import OcrReward, edit_distance, likeness
+from pictured import pictured
 from planner_cases import user_error
 from policy_cases import policy_of, runner_of
 from reward_cases import as_pil, clip_folder, pictures, pixels_of, reward_of, rewards_of, serving
@@ -107,6 +108,31 @@ def test_a_server_gets_rows_sources_and_groups(prompts, group):
     sent = [pixels_of(source) for content in asked for (source,) in content["sources"]]
     as_drawn = [torch.from_numpy(np.array(fitted(pil, 8, 8))) for pil in as_pil(SOURCES)]
     assert all(torch.equal(found, as_drawn[number]) for found, number in zip(sent, [0, 0, 0, 1, 1], strict=True))
+
+
+def filmed():
+    """Two prompts, one with a video of three frames."""
+    return [*pictured(["a"], 0, frames=3), Prompt("b", metadata={"n": 1})]
+
+
+def test_a_function_gets_the_source_videos_that_it_asks_for(written):
+    path = written(
+        "def score(pictures, prompts, source_videos):\n"
+        "    return [0 if video is None else len(video) * video[0].size[0] for video in source_videos]\n"
+    )
+    assert rewards_of({"name": "python", "file": path})(pictures(2, 8, 8), filmed())[:, 0].tolist() == [3 * 56, 0]
+
+
+def test_a_server_gets_source_videos_as_large_as_what_is_drawn():
+    prompts = filmed()
+    with serving(ranks) as server:
+        rewards_of({"name": "http", "url": server.url, "sources": True})(pictures(2, 8, 12), prompts)
+    content = server.asked[0][2]
+    assert content["sources"] == [[], []]
+    video, none = content["source_videos"]
+    assert none is None
+    expected = [np.array(fitted(frame, 8, 12)) for frame in prompts[0].video.load()]
+    assert np.array_equal(np.stack([pixels_of(frame).numpy() for frame in video]), np.stack(expected))
 
 
 def test_a_server_that_is_asked_for_no_more_gets_no_more(prompts):

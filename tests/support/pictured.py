@@ -1,4 +1,4 @@
-"""Prompts with source pictures (large soft patches, seeded by their text), and folders of prompts."""
+"""Prompts with source pictures and videos (large soft patches, seeded by their text), and folders of prompts."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from flowgrove.data.prompt import Picture, Prompt
+from flowgrove.data.sources import Video
 
 
 def drawn_picture(text, number, width=56, height=40):
@@ -19,19 +20,31 @@ def drawn_picture(text, number, width=56, height=40):
     return file.getvalue()
 
 
-def pictured(texts, count):
-    """The texts, each with `count` source pictures of its own; 0: as they are."""
-    if not count:
+def drawn_video(text, frames, width=56, height=40):
+    """The video of a prompt, as the bytes of a GIF."""
+    pictures = [Image.open(io.BytesIO(drawn_picture(text, 100 + n, width, height))) for n in range(frames)]
+    file = io.BytesIO()
+    pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:])
+    return file.getvalue()
+
+
+def pictured(texts, count, frames=0):
+    """The texts, each with `count` source pictures of its own and a video of so many frames; 0: as they are."""
+    if not (count or frames):
         return list(texts)
     return [
-        Prompt(text, tuple(Picture(f"{text} {n}", text, content=drawn_picture(text, n)) for n in range(count)))
+        Prompt(
+            text,
+            tuple(Picture(f"{text} {n}", text, content=drawn_picture(text, n)) for n in range(count)),
+            video=Video(text, text, content=drawn_video(text, frames), frames=frames) if frames else None,
+        )
         for text in texts
     ]
 
 
-def write_prompts(path, texts, count):
-    """Writes a prompt file, with `count` pictures per row beside it; returns its path."""
-    if not count:
+def write_prompts(path, texts, count, frames=0):
+    """Writes a prompt file, with `count` pictures per row beside it and a video of so many frames; returns its path."""
+    if not (count or frames):
         path = path.with_suffix(".txt")
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
         return path
@@ -40,7 +53,11 @@ def write_prompts(path, texts, count):
         names = [f"{path.stem}_{row}_{number}.png" for number in range(count)]
         for number, name in enumerate(names):
             (path.parent / name).write_bytes(drawn_picture(text, number))
-        rows.append({"prompt": text, "images": names})
+        row_of = {"prompt": text, "images": names} if count else {"prompt": text}
+        if frames:
+            row_of["video"] = f"{path.stem}_{row}.gif"
+            (path.parent / row_of["video"]).write_bytes(drawn_video(text, frames))
+        rows.append(row_of)
     path = path.with_suffix(".jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -1,51 +1,55 @@
-"""What is read of a row of prompts beside its text: source pictures, a negative prompt, metadata."""
+"""What is read of a row of prompts beside its text: source pictures, a video, a negative prompt, metadata."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flowgrove.data.prompt import Picture, Prompt
+from flowgrove.data.prompt import Prompt
+from flowgrove.data.sources import Picture, Video
 from flowgrove.errors import UserError, one_line
 from flowgrove.paths import check_regular, local
 
 _PICTURES = ("images", "image")  # the first that a file has
-_NEGATIVE = "negative_prompt"
-_MOST_BYTES = 4 << 30  # of pictures that stand in a file of prompts themselves
+_VIDEO, _NEGATIVE = "video", "negative_prompt"
+_MOST_BYTES = 4 << 30  # of pictures and videos that stand in a file of prompts themselves
+_Place = tuple[str, str, Path | None, bytes | None]  # name, place, path and content of a Source
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a recipe wants beside the text. `pictures`: whether its model takes some; `metadata`: names
-    (data.metadata), or all that have no other use.
+    """The columns that a recipe wants beside the text. `pictures`: whether its model takes some; `frames`: as many as
+    it takes of a video, 0: it takes none; `metadata`: names (data.metadata), or all that have no other use.
     """
 
     pictures: bool = False
+    frames: int = 0
     metadata: tuple[str, ...] | Literal["all"] = ()
 
     def of(self, names: Iterable[str], text: str, file: Path, key: str, room: "Room | None" = None) -> "Chosen | None":
         """What a file with the columns `names`, whose texts are in the column `text`, has of them; None if nothing.
-        `room`: for the pictures in all files of a set. Raises UserError for metadata that it has not.
+        `room`: for the sources in all files of a set. Raises UserError for metadata that it has not.
         """
         known = [name for name in dict.fromkeys(names) if name != text]
         pictures = next((name for name in _PICTURES if self.pictures and name in known), None)
+        video = _VIDEO if self.frames and _VIDEO in known else None
         negative = _NEGATIVE if _NEGATIVE in known else None
         if self.metadata == "all":
-            metadata = [name for name in known if name not in (*_PICTURES, _NEGATIVE)]
+            metadata = [name for name in known if name not in (*_PICTURES, _NEGATIVE, video)]
         else:
             metadata = list(self.metadata)
             if missing := [name for name in metadata if name not in known]:
                 there = f"one of {', '.join(known)}" if known else "null, since it has no other column"
                 raise UserError(f"data.metadata: {file} has no column {missing[0]}, for {key}: write {there}")
-        if pictures is None and negative is None and not metadata:
+        if pictures is None and video is None and negative is None and not metadata:
             return None
-        return Chosen(pictures, negative, tuple(metadata), file, key, room or Room())
+        return Chosen(pictures, negative, tuple(metadata), file, key, room or Room(), video, self.frames)
 
 
 @dataclass
 class Room:
-    """The bytes of pictures that stand in files of prompts."""
+    """The bytes of sources that stand in files of prompts."""
 
     used: int = 0
 
@@ -60,54 +64,66 @@ class Chosen:
     file: Path
     key: str
     room: Room
+    video: str | None = None
+    frames: int = 0
 
     @property
     def names(self) -> list[str]:
         """All of them."""
-        return [name for name in (self.pictures, self.negative, *self.metadata) if name is not None]
+        return [name for name in (self.pictures, self.video, self.negative, *self.metadata) if name is not None]
 
     def prompt(self, text: str, row: Mapping[str, Any], number: int) -> Prompt:
-        """The prompt of row `number`. Raises UserError for a picture that is not there."""
+        """The prompt of row `number`. Raises UserError for a source that is not there."""
         negative = None if self.negative is None else row.get(self.negative)
         if negative is not None and not _is_text(negative):
             what = f"row {number} of {self.file} has the negative_prompt {one_line(repr(negative), 40)}"
             raise UserError(f"{self.key}: {what}: write a text, or null")
-        pictures = () if self.pictures is None else tuple(self._pictures(row.get(self.pictures), number))
-        return Prompt(text, pictures, negative, {name: row.get(name) for name in self.metadata})
+        pictures = [
+            Picture(*self._place(each, number, "picture"))
+            for each in _listed(None if self.pictures is None else row.get(self.pictures))
+        ]
+        value = None if self.video is None else row.get(self.video)
+        video = Video(*self._place(value, number, "video"), frames=self.frames) if value not in (None, "") else None
+        return Prompt(text, tuple(pictures), negative, {name: row.get(name) for name in self.metadata}, video)
 
-    def _pictures(self, value: Any, number: int) -> Iterator[Picture]:
-        """A path or bytes, or an object with one of both as `datasets` has it, or a list of them."""
-        for each in value if isinstance(value, list | tuple) else [] if value in (None, "") else [value]:
-            path, content = (each.get("path"), each.get("bytes")) if isinstance(each, dict) else (each, None)
-            if isinstance(path, bytes):
-                path, content = None, path
-            if isinstance(content, bytes):
-                yield self._inside(content, number)
-            elif isinstance(path, str) and path:
-                yield self._file(path, number)
-            else:
-                what = f"row {number} of {self.file} has {one_line(str(each), 40)} in the column {self.pictures}"
-                raise UserError(f"{self.key}: {what}: write the path of a picture, or a list of paths")
+    def _place(self, value: Any, number: int, kind: Literal["picture", "video"]) -> _Place:
+        """Where a source lies: of a path or bytes, or of an object with one of both as `datasets` has it."""
+        path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
+        if isinstance(path, bytes):
+            path, content = None, path
+        if isinstance(content, bytes):
+            return self._inside(content, number, kind)
+        if isinstance(path, str) and path:
+            found = self._file(path, number, kind)
+            return path, str(found), found, None
+        column, more = (self.pictures, ", or a list of paths") if kind == "picture" else (self.video, "")
+        what = f"row {number} of {self.file} has {one_line(str(value), 40)} in the column {column}"
+        raise UserError(f"{self.key}: {what}: write the path of a {kind}{more}")
 
-    def _file(self, name: str, number: int) -> Picture:
+    def _file(self, name: str, number: int, kind: str) -> Path:
         folder = self.file if self.file.is_dir() else self.file.parent
         path = folder / local(name, f"{self.key}: row {number} of {self.file}")
         try:
-            check_regular(path, f"{self.key}: row {number} of {self.file} names a picture, and")
-            if path.is_dir():
-                raise IsADirectoryError(21, "it is a folder")
+            if not (kind == "video" and path.is_dir()):  # its frames are pictures in a folder
+                check_regular(path, f"{self.key}: row {number} of {self.file} names a {kind}, and")
+                if path.is_dir():
+                    raise IsADirectoryError(21, "it is a folder")
         except OSError as error:
-            what = f"row {number} of {self.file} names the picture {path}, which cannot be read ({error.strerror})"
+            what = f"row {number} of {self.file} names the {kind} {path}, which cannot be read ({error.strerror})"
             raise UserError(f"{self.key}: {what}: correct the path, which is relative to the file") from None
-        return Picture(name, str(path), path)
+        return path
 
-    def _inside(self, content: bytes, number: int) -> Picture:
+    def _inside(self, content: bytes, number: int, kind: str) -> _Place:
         self.room.used += len(content)
         if self.room.used > _MOST_BYTES:
-            what = f"{self.file} holds more than {_MOST_BYTES >> 30} GiB of pictures, which would stay in memory"
+            what = f"{self.file} holds more than {_MOST_BYTES >> 30} GiB of {kind}s, which would stay in memory"
             raise UserError(f"{self.key}: {what}: save them as files and write their paths in the column")
-        place = f"the picture in row {number} of {self.file}"
-        return Picture(hashlib.sha256(content).hexdigest(), place, content=content)
+        return hashlib.sha256(content).hexdigest(), f"the {kind} in row {number} of {self.file}", None, content
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value, or several."""
+    return list(value) if isinstance(value, list | tuple) else [] if value in (None, "") else [value]
 
 
 def _is_text(value: Any) -> bool:

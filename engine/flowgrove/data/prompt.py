@@ -1,75 +1,26 @@
-"""A prompt that is more than its text: source pictures, a negative prompt, and what else its row says.
+"""A prompt that is more than its text: source pictures, a video, a negative prompt, and what else its row says.
 
 To all that reads texts it is its text. Rows that have nothing else are plain strings.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
-from flowgrove.errors import UserError, one_line
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A source picture, in a file or in the bytes of one. `name`: as its row names it, or the SHA-256 of the bytes;
-    `place`: how errors call it.
-    """
-
-    name: str
-    place: str
-    path: Path | None = None
-    content: bytes | None = None
-
-    @cached_property
-    def identity(self) -> str:
-        """Tells pictures apart: a file by its path, size and time, bytes by their hash."""
-        if self.path is None:
-            return self.name
-        found = self.path.stat()
-        return f"{self.path.resolve()} {found.st_size} {found.st_mtime_ns}"
-
-    @property
-    def described(self) -> str:
-        """Its name, and of a file how long it is, wherever it lies: another under the same name is rarely as long."""
-        return self.name if self.path is None else f"{self.name} {self.path.stat().st_size}"
-
-    def load(self) -> Image.Image:
-        """The picture in RGB, upright, on white where it is transparent. Raises UserError for what is no picture, or
-        has more than 8 bits per colour.
-        """
-        try:
-            with Image.open(io.BytesIO(self.content) if self.content is not None else self.path or "") as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"it has {opened.mode} pixels, of more than 8 bits")
-                upright = ImageOps.exif_transpose(opened)
-                if not upright.has_transparency_data:
-                    return upright.convert("RGB")
-                layer = upright.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        except FileNotFoundError:
-            raise UserError(f"{self.place} is gone: put the picture back") from None
-        except Exception as error:  # what decoders raise over damaged files has many types
-            reason = one_line(str(error), 200) or type(error).__name__
-            what = f"{self.place} is no picture that can be read ({reason})"
-            raise UserError(f"{what}: save it anew as PNG of 8 bits per colour") from None
+from flowgrove.data.sources import Picture, Video
 
 
 class Prompt(str):
     """A text with what its row holds beside it. Two are equal if all of it is.
 
-    `pictures`: those that are edited or animated, in order; `negative`: what guidance leads away from, None: what the
-    recipe says; `metadata`: other columns by their names, JSON values.
+    `pictures`: those that are edited or animated, in order; `video`: the one that is edited or followed; `negative`:
+    what guidance leads away from, None: what the recipe says; `metadata`: other columns by their names, JSON values.
     """
 
     pictures: tuple[Picture, ...]
+    video: Video | None
     negative: str | None
     metadata: Mapping[str, Any]
 
@@ -79,13 +30,14 @@ class Prompt(str):
         pictures: tuple[Picture, ...] = (),
         negative: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        video: Video | None = None,
     ) -> "Prompt":
         self = super().__new__(cls, text)
-        self.pictures, self.negative, self.metadata = pictures, negative, metadata or {}
+        self.pictures, self.negative, self.metadata, self.video = pictures, negative, metadata or {}, video
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.pictures, self.negative, dict(self.metadata))
+        return type(self), (str(self), self.pictures, self.negative, dict(self.metadata), self.video)
 
     def __str__(self) -> str:
         return self[:]  # a plain string
@@ -93,10 +45,10 @@ class Prompt(str):
     @cached_property
     def _row(self) -> tuple[Any, ...]:
         """All of it, or nothing where there is but a text."""
-        if not (self.pictures or self.metadata) and self.negative is None:
+        if not (self.pictures or self.metadata or self.video) and self.negative is None:
             return ()
-        pictures = tuple(picture.identity for picture in self.pictures)
-        return pictures, self.negative, json.dumps(dict(self.metadata), sort_keys=True, default=str)
+        sources = tuple(_identities(self))
+        return sources, self.negative, json.dumps(dict(self.metadata), sort_keys=True, default=str)
 
     def __eq__(self, other: object) -> bool:
         row = other._row if isinstance(other, Prompt) else ()
@@ -114,6 +66,18 @@ def pictures_of(prompt: str) -> tuple[Picture, ...]:
     return prompt.pictures if isinstance(prompt, Prompt) else ()
 
 
+def video_of(prompt: str) -> Video | None:
+    """The source video of a prompt."""
+    return prompt.video if isinstance(prompt, Prompt) else None
+
+
+def _identities(prompt: str) -> list[str]:
+    """What tells the sources of a prompt apart."""
+    video = video_of(prompt)
+    pictures = [picture.identity for picture in pictures_of(prompt)]
+    return pictures if video is None else [*pictures, f"video {video.identity}"]
+
+
 def metadata_of(prompt: str) -> Mapping[str, Any]:
     """The other columns of a prompt's row (data.metadata)."""
     return prompt.metadata if isinstance(prompt, Prompt) else {}
@@ -129,24 +93,24 @@ def with_text(prompt: str, text: str) -> str:
     """The same row with another text."""
     if not isinstance(prompt, Prompt):
         return text
-    return Prompt(text, prompt.pictures, prompt.negative, prompt.metadata)
+    return Prompt(text, prompt.pictures, prompt.negative, prompt.metadata, prompt.video)
 
 
 def conditional(prompt: str) -> str:
-    """What is encoded of a prompt: its text and its pictures."""
-    pictures = pictures_of(prompt)
-    return Prompt(str(prompt), pictures) if pictures else str(prompt)
+    """What is encoded of a prompt: its text, its pictures and its video."""
+    pictures, video = pictures_of(prompt), video_of(prompt)
+    return Prompt(str(prompt), pictures, video=video) if pictures or video else str(prompt)
 
 
 def unconditional(prompt: str, default: str) -> str:
-    """What is encoded beside it for guidance: its negative prompt, or `default`, with the same pictures."""
+    """What is encoded beside it for guidance: its negative prompt, or `default`, with the same sources."""
     negative = prompt.negative if isinstance(prompt, Prompt) else None
     return conditional(with_text(prompt, default if negative is None else negative))
 
 
 def encoding_key(prompt: str) -> str:
     """A hash of what `conditional` leaves, which names its embeddings in a folder."""
-    content = "\0".join([str(prompt), *(picture.identity for picture in pictures_of(prompt))])
+    content = "\0".join([str(prompt), *_identities(prompt)])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -155,5 +119,6 @@ def described(prompt: str) -> str | dict[str, Any]:
     if not isinstance(prompt, Prompt) or prompt == str(prompt):
         return str(prompt)
     pictures = [picture.described for picture in prompt.pictures]
-    row = {"prompt": str(prompt), "images": pictures, "negative": prompt.negative}
+    video = {} if prompt.video is None else {"video": prompt.video.described}
+    row = {"prompt": str(prompt), "images": pictures, **video, "negative": prompt.negative}
     return {**row, "metadata": json_metadata(prompt)}

@@ -50,6 +50,7 @@ class Adapter(ABC):
     lora_targets: ClassVar[tuple[str, ...]]  # module names that published recipes adapt
     comfyui_modules: ClassVar[str] = ""  # what ComfyUI knows by the names of diffusers, as a regular expression
     source_pictures: ClassVar[tuple[int, int]] = (0, 0)  # the fewest and the most of a prompt; 0: it needs none
+    source_video: ClassVar[bool] = False  # whether a prompt may have a video, as long as what is drawn
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
     packages: ClassVar[tuple[str, ...]] = ()  # that the parts of TEXT need beside Flowgrove's own
     TEXT: ClassVar[tuple[str, ...]]
@@ -117,7 +118,8 @@ class Adapter(ABC):
     @classmethod
     def parts_beside_text(cls, folder: Path) -> tuple[str, ...]:
         """What an adapter that only encodes leaves on disk; source pictures are encoded by the VAE."""
-        return tuple(part for part in cls.PICTURE if part != "vae") if cls.source_pictures[1] else cls.PICTURE
+        encoded = cls.source_pictures[1] or cls.source_video
+        return tuple(part for part in cls.PICTURE if part != "vae") if encoded else cls.PICTURE
 
     @classmethod
     def source_count(cls, model: Model) -> int:
@@ -129,6 +131,12 @@ class Adapter(ABC):
             takes = str(fewest) if fewest == most else f"{fewest} to {most}"
             raise UserError(f"model.source_pictures is {asked}: {model.adapter} takes {takes}")
         return asked
+
+    @classmethod
+    def sources_of(cls, model: Model) -> str:
+        """What its prompts have beside their text, as a name of their encodings; "": nothing."""
+        count = cls.source_count(model)
+        return f"{count} and a video" if cls.source_video else str(count or "")
 
     def at(self, geometry: Geometry) -> Self:
         """This adapter at another size, with the same transformer and pipeline."""
@@ -207,7 +215,7 @@ class Adapter(ABC):
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Text embeddings, one row per prompt; `uncond_text` is the unconditional prompt. What comes of the prompts'
-        source pictures (`models.sources.source_pictures`) stands in tensors named "source_…".
+        source pictures and videos (`models.sources`) stands in tensors named "source_…".
         """
 
     @abstractmethod

@@ -242,10 +242,10 @@ def _with_end(tensors: dict[str, Tensor]) -> Conditioning:
 
 
 def cache_folder(
-    recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int, sources: int = 0
+    recipe: Recipe, pipeline: Path, parts: tuple[str, ...], prompt_tokens: int, sources: str = ""
 ) -> Path | None:
     """Where a recipe's embeddings lie: data.embedding_cache, one folder per set of encoders (`parts`), and for prompts
-    with source pictures (`sources`) per size; None where the encoders stay loaded.
+    with `sources` per size; None where the encoders stay loaded.
 
     `auto`: in the user's cache folder if the encoders' files hold more than a gigabyte.
     """

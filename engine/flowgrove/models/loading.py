@@ -92,14 +92,14 @@ def _store_share(stored: StoredEncoder, missing: list[str], rank: int, size: int
 
 
 def _encoded(recipe: Recipe, texts: Iterable[str]) -> list[str]:
-    """What is encoded of prompts, and what guidance leads away from: once for each source picture if it is used."""
+    """What is encoded of prompts, and what guidance leads away from: once for each source if it is used."""
     model, wanted, family = recipe.model, list(texts), family_of(recipe.model.adapter)
     if not wanted:
         return []
     found, default = [conditional(text) for text in wanted], family.default_negative(model)
     key = family.guidance_key
     guided = recipe.largest_guidance > 1 and not (key and part_config(model_folder(model), "transformer").get(key))
-    if guided or not family.source_count(model):
+    if guided or not family.sources_of(model):
         found += [unconditional(text, default) for text in wanted]
     return list(dict.fromkeys(found))
 
@@ -107,7 +107,7 @@ def _encoded(recipe: Recipe, texts: Iterable[str]) -> list[str]:
 def _stored_encoder(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> StoredEncoder | None:
     """Where a recipe's embeddings are stored; None where its encoders stay loaded."""
     model, folder, family = recipe.model, model_folder(recipe.model), family_of(recipe.model.adapter)
-    sources, prompt_tokens = family.source_count(model), read_geometry(folder, model).prompt_tokens
+    sources, prompt_tokens = family.sources_of(model), read_geometry(folder, model).prompt_tokens
     parts = (*family.TEXT, "vae") if sources else family.TEXT
     place = cache_folder(recipe, folder, parts, prompt_tokens, sources)
     if place is None:

@@ -1,16 +1,17 @@
-"""The source pictures of prompts: as many as the model takes, each as large as what is drawn."""
+"""The source pictures and videos of prompts: as many as the model takes, each as large as what is drawn."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageOps
 
-from flowgrove.data.prompt import Picture, pictures_of
+from flowgrove.data.prompt import pictures_of, video_of
+from flowgrove.data.sources import Picture, Video
 from flowgrove.errors import UserError, one_line
 from flowgrove.models.families import family_of
 from flowgrove.recipe.schema import Model
 
-SOURCE_LATENTS = "source_latents"  # of a Conditioning: what the VAE makes of the pictures
+SOURCE_LATENTS = "source_latents"  # of a Conditioning: what the VAE makes of pictures and videos
 
 
 def source_pictures(prompt: str, height: int, width: int) -> list[Image.Image]:
@@ -18,6 +19,14 @@ def source_pictures(prompt: str, height: int, width: int) -> list[Image.Image]:
     UserError for one that cannot be read.
     """
     return [fitted(picture.load(), height, width) for picture in pictures_of(prompt)]
+
+
+def source_video(prompt: str, height: int, width: int) -> list[Image.Image] | None:
+    """The frames of a prompt's source video that the model reads, each as `source_pictures` has pictures; None: it has
+    no video. Raises UserError for one that cannot be read, or is too short.
+    """
+    video = video_of(prompt)
+    return None if video is None else [fitted(frame, height, width) for frame in video.each()]
 
 
 def fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
@@ -28,26 +37,35 @@ def fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def check_sources(model: Model, prompts: Iterable[str]) -> None:
-    """Raises UserError unless every prompt has as many source pictures as the model takes, and all can be read."""
+    """Raises UserError unless every prompt has as many source pictures as the model takes, or a video instead of none,
+    and all can be read.
+    """
     family = family_of(model.adapter)
     count, (fewest, most) = family.source_count(model), family.source_pictures
-    if not count:
+    if not (count or family.source_video):
         return
     if model.sizes is not None:
         raise UserError("model.sizes: source pictures are encoded at one size: write model.height and model.width")
-    pictures: dict[str, Picture] = {}
+    sources: dict[str, Picture | Video] = {}
     for prompt in prompts:
-        found = pictures_of(prompt)
+        found, video = pictures_of(prompt), video_of(prompt)
         if len(found) != count:
             what = f"the prompt {one_line(prompt, 60)!r} has {len(found)} source pictures, and {model.adapter} takes"
             fix = "write their paths in a column image or images"
             fix += "" if fewest == most else ", or set model.source_pictures"
             raise UserError(f"{what} {count}: {fix}")
-        pictures |= {picture.identity: picture for picture in found}
+        if not found and video is None:
+            what = f"the prompt {one_line(prompt, 60)!r} has no source video, which {model.adapter} follows"
+            raise UserError(f"{what}: write its path in a column video, or set model.source_pictures")
+        sources |= {source.identity: source for source in (*found, *(() if video is None else (video,)))}
     with ThreadPoolExecutor() as threads:  # decoders let go of the interpreter
-        for _ in threads.map(_check, pictures.values()):
+        for _ in threads.map(_check, sources.values()):
             pass
 
 
-def _check(picture: Picture) -> None:
-    picture.load()
+def _check(source: Picture | Video) -> None:
+    if isinstance(source, Picture):
+        source.load()
+    else:
+        for _ in source.each():
+            pass

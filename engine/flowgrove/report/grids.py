@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from flowgrove.data.prompt import video_of
 from flowgrove.errors import UserError
 from flowgrove.evaluation import Evaluated
-from flowgrove.models.sources import source_pictures
+from flowgrove.models.sources import fitted, source_pictures
 from flowgrove.report.mosaics import files_of_iterations, load_mosaic, save_mosaic
 from flowgrove.rewards.pixels import to_bytes
 
@@ -24,7 +26,8 @@ _MOST_PROMPTS, _MOST_SAMPLES = 8, 4
 class Grid:
     """tiles uint8 [prompts, samples, H, W, 3]; scores [prompts, samples], weighted sums, NaN where nothing was scored;
     `numbers` of the prompts among those that were drawn, which name their noise (none: not known); `sources`: the
-    prompts' own pictures, uint8 [prompts, pictures, H, W, 3], where they have some.
+    prompts' own pictures and the middle frames of their videos, uint8 [prompts, pictures, H, W, 3], where they have
+    some.
     """
 
     tiles: NDArray[np.uint8]
@@ -99,13 +102,20 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
 
 
 def source_tiles(prompts: list[str], height: int, width: int) -> NDArray[np.uint8] | None:
-    """The source pictures of prompts that all have as many, uint8 [prompts, pictures, height, width, 3], if any."""
+    """The source pictures of prompts that all have as many, and the middle frames of their videos (grey for a prompt
+    that has none beside others), uint8 [prompts, pictures, height, width, 3], if any.
+    """
     try:
-        pictures = [source_pictures(prompt, height, width) for prompt in prompts]
+        tiles = [source_pictures(prompt, height, width) for prompt in prompts]
+        videos = [video_of(prompt) for prompt in prompts]
+        if any(videos):
+            for some, video in zip(tiles, videos, strict=True):
+                grey = Image.new("RGB", (width, height), (128, 128, 128))
+                some.append(grey if video is None else fitted(video.middle, height, width))
     except UserError as error:  # its embedding is kept: the run goes on without it
         _log.warning("a grid shows no source pictures: %s", error)
         return None
-    return np.stack([np.stack([np.asarray(one) for one in some]) for some in pictures]) if pictures[0] else None
+    return np.stack([np.stack([np.asarray(one) for one in some]) for some in tiles]) if tiles[0] else None
 
 
 def load_grid(path: Path) -> Grid:

@@ -14,7 +14,7 @@ from flowgrove.evaluation import draw
 from flowgrove.files import write_file, write_text
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
-from flowgrove.models.sources import source_pictures
+from flowgrove.models.sources import source_pictures, source_video
 from flowgrove.ranks import Ranks
 from flowgrove.report.grids import Grid, source_tiles
 from flowgrove.report.side_by_side import draw_side_by_side
@@ -36,8 +36,8 @@ def write_samples(
     ranks: Ranks | None = None,
 ) -> int:
     """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number. Source pictures
-    lie beside them as the model sees them, NNNN_source_K.png. Each of the `ranks` draws and writes its share of the
-    prompts, the first one also what tells of them all.
+    and videos lie beside them as the model sees them, NNNN_source_K.png and NNNN_source.mp4. Each of the `ranks` draws
+    and writes its share of the prompts, the first one also what tells of them all.
 
     `wanted`: prompts, or a file of them in any format of data.prompts.
     `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for
@@ -80,6 +80,10 @@ def _write(
         for number, prompt in enumerate(prompts[share], share.start):
             for place, source in enumerate(source_pictures(prompt, geometry.height, geometry.width)):
                 write_file(out / f"{number:04d}_source_{place}.png", source.save)
+            if (frames := source_video(prompt, geometry.height, geometry.width)) is not None:
+                _write_video(
+                    out / f"{number:04d}_source.mp4", np.stack([np.asarray(frame) for frame in frames]), geometry.fps
+                )
         for some in draw(setup, policy, runner, prompts[share], share.start):
             for sample in some:
                 prompt, number = divmod(share.start * samples + len(lines), samples)
@@ -111,8 +115,12 @@ def _save(stem: Path, sample: Tensor, fps: int) -> Path:
         write_file(path, Image.fromarray(pixels).save)
     else:
         path = stem.with_name(stem.name + ".mp4")
-        write_file(path, lambda partial: write_mp4(partial, pixels, fps))
+        _write_video(path, pixels, fps)
     return path
+
+
+def _write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
+    write_file(path, lambda partial: write_mp4(partial, frames, fps))
 
 
 def _grid(tiles: NDArray[np.uint8], prompts: list[str], samples: int) -> Grid:

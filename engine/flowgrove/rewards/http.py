@@ -5,7 +5,8 @@ Asked in batches, POST {"prompts": [...], "images": [base64 PNG, ...]}, or with 
 is an error of one line, for which its prompts are left out: a reward that failed is never a 0.
 
 What a prompt's row holds is sent on request: "metadata": [{column: value, ...}, ...] and "sources": [[base64 PNG, ...],
-...]. With `group: true` a request holds all samples of one prompt and none of another, so that they can be compared.
+...], and where one of them has a source video "source_videos": [[base64 PNG per frame] or null, ...]. With `group:
+true` a request holds all samples of one prompt and none of another, so that they can be compared.
 """
 
 import math
@@ -14,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowgrove.models.sources import source_pictures
+from flowgrove.data.prompt import video_of
+from flowgrove.models.sources import source_pictures, source_video
 from flowgrove.recipe.schema import Count
 from flowgrove.rewards.endpoint import Concurrency, Connections, Endpoint, Megabytes, Retries, Seconds
 from flowgrove.rewards.faults import groups_of
@@ -69,17 +71,26 @@ class HttpReward:
         if self.metadata:
             content["metadata"] = metadata_rows(prompts)
         if self.sources:
-            height, width = pictures.shape[-3:-1]
-            files = {
-                prompt: [file_base64(one) for one in source_pictures(prompt, height, width)]
-                for prompt in dict.fromkeys(prompts)
-            }
-            content["sources"] = [files[prompt] for prompt in prompts]
+            content |= _sources(prompts, *pictures.shape[-3:-1])
         answer = self.endpoint.post(client, content)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(prompts) or not all(_is_score(score) for score in scores):
             raise self.endpoint.nonsense(answer, f'{{"scores": [{len(prompts)} finite numbers]}}')
         return [float(score) for score in scores]
+
+
+def _sources(prompts: list[str], height: int, width: int) -> dict[str, Any]:
+    """The source pictures and videos of prompts as files, scaled to a size, each once."""
+    distinct = list(dict.fromkeys(prompts))
+    files = {prompt: [file_base64(one) for one in source_pictures(prompt, height, width)] for prompt in distinct}
+    found: dict[str, Any] = {"sources": [files[prompt] for prompt in prompts]}
+    if any(video_of(prompt) for prompt in distinct):
+        videos: dict[str, list[str] | None] = {}
+        for prompt in distinct:
+            frames = source_video(prompt, height, width)
+            videos[prompt] = None if frames is None else [file_base64(frame) for frame in frames]
+        found["source_videos"] = [videos[prompt] for prompt in prompts]
+    return found
 
 
 def _is_score(value: Any) -> bool:

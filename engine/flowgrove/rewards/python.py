@@ -23,10 +23,12 @@ from flowgrove.errors import UserError, one_line
 from flowgrove.paths import local
 from flowgrove.rewards.endpoint import Seconds
 from flowgrove.rewards.faults import RewardError, groups_of
-from flowgrove.rewards.rows import metadata_rows, source_rows
+from flowgrove.rewards.rows import metadata_rows, source_rows, source_video_rows
 
 ALLOW = "FLOWGROVE_ALLOW_PYTHON"
-_ROWS: dict[str, Callable[[list[str]], list[Any]]] = {"metadata": metadata_rows, "sources": source_rows}
+_ROWS: dict[str, Callable[[list[str]], list[Any]]] = {
+    "metadata": metadata_rows, "sources": source_rows, "source_videos": source_video_rows,
+}  # fmt: skip
 _EXITS = {name: getattr(os, name) for name in ("_exit", "abort")}
 
 
@@ -35,8 +37,9 @@ class PythonReward:
     tensor, an array or a list.
 
     Pictures are fp32 on the run's device, some of an iteration's at a time. With `video: true` it gets videos [B, F, 3,
-    H, W] whole. In a parameter `metadata` it gets the prompts' rows, a dict each, and in `sources` their source
-    pictures, a list of PIL pictures each. With `group: true` it is called once for each prompt, with all of its
+    H, W] whole. In a parameter `metadata` it gets the prompts' rows, a dict each, in `sources` their source
+    pictures, a list of PIL pictures each, and in `source_videos` the frames of their source videos, as many as the
+    model reads, or None. With `group: true` it is called once for each prompt, with all of its
     pictures. `timeout`: seconds after which a call is left to itself, in a thread that nothing can end, and its
     pictures have no score; null: it may take as long as it likes.
     """
