@@ -10,6 +10,7 @@ import torch
 from engine_cases import refuse, succeed
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
+from flowgrove.plan import memory
 from flowgrove.plan.memory import MemoryModel, predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.rewards.registry import Rewards
@@ -112,6 +113,31 @@ def test_gradients_of_all_weights_hide_nothing_of_a_pass(folders, dtype):
     # what kernels of the CPU hold for themselves counts in so small a pass
     assert found.stages["training"] == pytest.approx(allocated(train), rel=0.25)
     assert found.stages["training"] < found.resident["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "together"),
+    [({"name": "jpeg_size"}, 2), ({"name": "http", "url": "http://localhost:1"}, 2),
+     ({"name": "http", "url": "http://localhost:1", "group": True}, 6), ({"name": "diversity"}, 6)],
+)  # fmt: skip
+def test_pictures_of_a_prompt_that_are_scored_together_are_all_counted(reward, together, monkeypatch):
+    recipe = small_recipe(
+        model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"},
+        data={"prompts": "unused.txt", "prompts_per_iteration": 8},
+        rollout={"steps": 4, "group_size": 6},
+        reward=[{"name": "shapes"}, reward],
+    )
+
+    def decoding(at_once):
+        model = MemoryModel(recipe, make_plan(recipe, 0), "cpu")
+        monkeypatch.setattr(memory, "PIXELS_AT_ONCE", at_once * model.geometry.pixels)
+        return model.at(4096).stages["decoding"], model.geometry.pixels
+
+    (few, pixels), (two, _) = decoding(1), decoding(2)
+    (many, _) = decoding(7)
+    picture = 2 * 3 * 4 * pixels  # three colours in fp32, and what scoring takes beside them
+    assert two - few == (picture if together == 2 else 0)
+    assert many - two == picture * (7 - together)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

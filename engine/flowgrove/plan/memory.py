@@ -21,6 +21,7 @@ from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.plan.unloaded import UnloadedModel
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
+from flowgrove.rewards.registry import is_groupwise
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 
 _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
@@ -283,7 +284,8 @@ class MemoryModel(UnloadedModel):
             lambda: self.adapter.decode(torch.empty(pictures, *self.geometry.latent_shape, dtype=self.master))
         )
         leaves, pixels = self.prompts * self.plan.leaves, self.geometry.pixels
-        scored = min(leaves, max(1, PIXELS_AT_ONCE // pixels)) * pixels * 3
+        whole = self.plan.leaves if any(map(is_groupwise, self.recipe.reward)) else 1  # such a group is never cut
+        scored = min(leaves, max(whole, PIXELS_AT_ONCE // pixels)) * pixels * 3
         return decoded + 2 * scored * torch.float32.itemsize
 
     def _graph(self, _: int) -> int:

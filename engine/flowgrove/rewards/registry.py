@@ -74,6 +74,12 @@ def is_remote(name: str) -> bool:
     return bool(getattr(_REWARDS.get(name), "remote", False))
 
 
+def is_groupwise(reward: Reward) -> bool:
+    """Whether an entry of a recipe is a reward that needs all samples of a prompt in one call."""
+    always = bool(getattr(_REWARDS.get(reward.name), "groupwise", False))
+    return always or (reward.model_extra or {}).get("group") is True
+
+
 class Rewards:
     """All rewards of a recipe, with their models on `device`.
     Raises UserError for a name, an option or weights that do not exist.
