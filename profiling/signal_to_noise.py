@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from doc_figures.signal_to_noise import PER, plot
 from flowgrove.data.prompts import prompts_of_iteration
 from flowgrove.device import pick_backend, pick_device, to_host
 from flowgrove.iteration import Stages
@@ -27,7 +28,6 @@ from flowgrove.models.runner import PassRunner
 from flowgrove.plan.planner import weighted_passes
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Recipe
-from flowgrove.report.figures import literal, pyplot, save_figure
 from flowgrove.setup import Setup
 from flowgrove.trainer import checked_rewards
 from flowgrove.update.gradient_noise import Groups, group_gradients
@@ -35,8 +35,6 @@ from flowgrove.update.noise_estimates import estimate, product, student
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.sketch import Sketch
 from flowgrove.update.updater import Updater, UpdateStats
-
-PER = 1000  # weighted passes
 
 
 class Still(Updater):
@@ -98,27 +96,6 @@ def measure(recipe: Recipe, name: str, repeats: int, first_seed: int = 1) -> lis
             f"interval_per_{PER}": f"{PER / cost * interval:.5f}",
         })  # fmt: skip
     return rows
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A bar for every recipe, with its 95 % interval, and the shares of signal and noise of its steps below."""
-    names = list(dict.fromkeys(row["recipe"] for row in rows))
-    whole = {row["recipe"]: row for row in rows if row["step"] == "all"}
-    figure, axes = pyplot.subplots(len(names) + 1, figsize=(7, 2.4 + 1.5 * len(names)), layout="constrained")
-    values, errors = ([float(whole[name][f"{key}_per_{PER}"]) for name in names] for key in ("snr", "interval"))
-    axes[0].bar(range(len(names)), values, yerr=errors, color="#1f4e8c", ecolor="#666666", capsize=3)
-    axes[0].set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
-    axes[0].set_ylabel(f"signal to noise\nper {PER:,} passes", fontsize=8)
-    for name, below in zip(names, axes[1:], strict=True):
-        steps = [row for row in rows if row["recipe"] == name and row["step"] != "all"]
-        for place, (key, colour) in enumerate((("signal_share", "#1f4e8c"), ("noise_share", "#d9a441"))):
-            at = [int(row["step"]) + 0.4 * (place - 0.5) for row in steps]
-            below.bar(at, [float(row[key]) for row in steps], width=0.4, color=colour, label=key.replace("_", " "))
-        below.set_title(**literal(name, "label"), loc="left", fontsize=9)
-        below.set_xticks([int(row["step"]) for row in steps])
-        below.legend(frameon=False, fontsize=7)
-    axes[-1].set_xlabel("step of the schedule")
-    save_figure(figure, path)
 
 
 def main() -> None:

@@ -124,7 +124,8 @@ def evaluate(
         done = share.start * samples
         for pictures in draw(setup, policy, runner, prompts[share], share.start):
             with span("reward", rows=len(pictures)):
-                scores.append(rewards(pictures, repeated[done : done + len(pictures)], faults))
+                numbers = [row // samples for row in range(done, done + len(pictures))]
+                scores.append(rewards(pictures, repeated[done : done + len(pictures)], faults, numbers=numbers))
             small.append(to_host(shrink(pictures)).nan_to_num())
             done += len(pictures)
             between()

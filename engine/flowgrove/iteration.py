@@ -297,7 +297,7 @@ class Stages:
                         retained=retained,
                     )
                 )
-                scoring.submit(policy, parts[-1].leaves, [text for text in some.texts for _ in range(leaves)])
+                scoring.submit(policy, parts[-1].leaves, [text for text in some.texts for _ in range(leaves)], leaves)
             forests.append(Forest.joined(parts))
         return forests
 

@@ -15,6 +15,7 @@ from doc_figures import (
     recipes,
     row_times,
     scaling,
+    signal_to_noise,
     span_cost,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "recipes",
     "row_times",
     "scaling",
+    "signal_to_noise",
     "span_cost",
 ]

@@ -26,6 +26,7 @@ DRAWN = {
     "quickstart_reward.csv": ("doc_figures.quickstart", "plot_reward"),
     "compare_*_curves.csv": ("doc_figures.compared", "plot_curves"),
     "gradient_variance.csv": ("doc_figures.gradient_variance", "plot"),
+    "signal_to_noise.csv": ("doc_figures.signal_to_noise", "plot"),
 }
 # plots that no CSV holds → where they come from
 FROM_RUNS = {

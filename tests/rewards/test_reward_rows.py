@@ -16,6 +16,7 @@ from flowgrove.data.prompt import Picture, Prompt
 from flowgrove.errors import UserError
 from flowgrove.models.sources import fitted
 from flowgrove.rewards import scoring
+from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.ocr import OcrReward, edit_distance, likeness
 from pictured import pictured
 from planner_cases import user_error
@@ -89,6 +90,18 @@ def test_groups_are_scored_whole_however_few_samples_are_decoded_at_a_time(writt
     leaves = torch.zeros(5, *policy.adapter.latent_shape, dtype=torch.float64)
     scores = scoring.score_leaves(policy, runner_of(policy), rewards, leaves, prompts)
     assert scores[:, 0].tolist() == [3, 3, 3, 2, 2]
+
+
+def test_groups_of_equal_prompts_are_apart(written):
+    path = written("def score(pictures, prompts):\n    return [len(prompts)] * len(prompts)\n")
+    rewards = rewards_of({"name": "python", "file": path, "group": True})
+    policy = policy_of()
+    leaves = torch.zeros(8, *policy.adapter.latent_shape, dtype=torch.float64)
+    leaves[5] = torch.nan
+    texts, faults = ["one"] * 6 + ["two"] * 2, Faults()
+    scores = scoring.score_leaves(policy, runner_of(policy), rewards, leaves, texts, faults, each=2)[:, 0]
+    assert scores.isfinite().tolist() == [True] * 4 + [False] * 2 + [True] * 2, "one group of three is left out"
+    assert scores[scores.isfinite()].tolist() == [2] * 6
 
 
 def ranks(handler, content, number):

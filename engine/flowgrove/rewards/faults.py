@@ -8,7 +8,7 @@ that is broken is not asked for minutes.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -66,10 +66,28 @@ class Faults:
             raise error
 
 
-def groups_of(prompts: list[str]) -> list[slice]:
-    """Where the groups of equal neighbours lie."""
-    starts = [n for n in range(len(prompts)) if n == 0 or prompts[n] != prompts[n - 1]]
-    return [slice(start, end) for start, end in pairwise([*starts, len(prompts)])]
+def groups_of(samples: Sequence[str] | Sequence[int]) -> list[slice]:
+    """Where the groups of equal neighbours lie: of prompts, or of their numbers, which tell equal prompts apart."""
+    starts = [n for n in range(len(samples)) if n == 0 or samples[n] != samples[n - 1]]
+    return [slice(start, end) for start, end in pairwise([*starts, len(samples)])]
+
+
+def numbered(prompts: list[str], each: int | None = None) -> list[int]:
+    """The number of every sample's group: of `each` samples in a row, or of all neighbours of one prompt."""
+    if each is not None:
+        return [row // each for row in range(len(prompts))]
+    return [number for number, group in enumerate(groups_of(prompts)) for _ in range(group.start, group.stop)]
+
+
+def told_apart(prompts: list[str], groups: list[slice]) -> list[slice]:
+    """All samples of `groups`, in parts where prompts alone tell groups apart: no neighbours are of equal ones."""
+    parts: list[slice] = []
+    for group in groups:
+        if parts and prompts[group.start] != prompts[group.start - 1]:
+            parts[-1] = slice(parts[-1].start, group.stop)
+        else:
+            parts.append(group)
+    return parts
 
 
 def ask_for_each(reward: str, ask: Ask, groups: list[slice], error: Exception, faults: Faults) -> Tensor:

@@ -5,7 +5,7 @@ it knows nothing of trees.
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,16 @@ from flowgrove.rewards.aesthetic import AestheticReward
 from flowgrove.rewards.clip_score import ClipScoreReward
 from flowgrove.rewards.clip_similarity import ClipSimilarityReward
 from flowgrove.rewards.diversity import DiversityReward
-from flowgrove.rewards.faults import Faults, RewardError, ask_for_each, fault_of, groups_of, named_if_slow
+from flowgrove.rewards.faults import (
+    Faults,
+    RewardError,
+    ask_for_each,
+    fault_of,
+    groups_of,
+    named_if_slow,
+    numbered,
+    told_apart,
+)
 from flowgrove.rewards.geneval import GenEvalReward
 from flowgrove.rewards.hpsv2 import HPSv2Reward
 from flowgrove.rewards.http import HttpReward
@@ -110,17 +119,24 @@ class Rewards:
 
     @torch.no_grad()
     def __call__(
-        self, pictures: Tensor, prompts: list[str], faults: Faults | None = None, finite: Tensor | None = None
+        self,
+        pictures: Tensor,
+        prompts: list[str],
+        faults: Faults | None = None,
+        finite: Tensor | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1] → scores float64 [B, rewards] on the CPU.
 
-        Neighbours of one prompt are its group. With `faults` a group that has no finite score from every reward, or a
+        Neighbours of one prompt are its group; `numbers`, one for each sample, tell groups of equal prompts apart. With
+        `faults` a group that has no finite score from every reward, or a
         picture that is not finite, has NaN, and why is noted there; without, it is the error. `finite` [B] on the
         device: whether the pictures' latents are. Raises UserError for mistakes in the recipe.
         """
         drawn = torch.isfinite(pictures).flatten(1).all(1)
         drawn = to_host(drawn if finite is None else drawn & finite)
-        groups = groups_of(prompts)
+        numbers = list(numbers) if numbers is not None else numbered(prompts)
+        groups = groups_of(numbers)
         good = [group for group in groups if bool(drawn[group].all())]
         if len(good) < len(groups):
             lost = UserError(
@@ -132,17 +148,22 @@ class Rewards:
             scores = torch.full((len(prompts), len(self.scorers)), torch.nan, dtype=torch.float64)
             rows = [row for group in good for row in range(group.start, group.stop)]
             if rows:
-                scores[rows] = self._of_finite(pictures[rows], [prompts[row] for row in rows], faults)
+                scores[rows] = self._of_finite(
+                    pictures[rows], [prompts[row] for row in rows], [numbers[row] for row in rows], faults
+                )
             return scores
-        return self._of_finite(pictures, prompts, faults)
+        return self._of_finite(pictures, prompts, numbers, faults)
 
-    def _of_finite(self, pictures: Tensor, prompts: list[str], faults: Faults | None) -> Tensor:
-        columns = []
+    def _of_finite(self, pictures: Tensor, prompts: list[str], numbers: list[int], faults: Faults | None) -> Tensor:
+        columns, groups = [], groups_of(numbers)
+        apart = told_apart(prompts, groups)
         for name, scorer in self.scorers.items():
 
             def ask(some: slice, name: str = name, scorer: Scorer = scorer) -> Tensor:
+                whole = some.stop - some.start == len(prompts)
+                parts = apart if whole and getattr(scorer, "groupwise", False) else [some]
                 with span(name, REWARD, len(prompts[some])), named_if_slow(name):
-                    return _scores(name, scorer, pictures[some], prompts[some])
+                    return torch.cat([_scores(name, scorer, pictures[part], prompts[part]) for part in parts])
 
             if faults is not None and name in faults.given_up:
                 columns.append(torch.full((len(prompts),), torch.nan, dtype=torch.float64))
@@ -152,7 +173,7 @@ class Rewards:
             except Exception as error:
                 if faults is None:
                     raise
-                columns.append(ask_for_each(name, ask, groups_of(prompts), fault_of(error), faults))
+                columns.append(ask_for_each(name, ask, groups, fault_of(error), faults))
         return torch.stack(columns, dim=1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
-from flowgrove.rewards.faults import Faults, groups_of
+from flowgrove.rewards.faults import Faults, groups_of, numbered
 from flowgrove.rewards.registry import Rewards
 from flowgrove.spans import WAIT, span
 
@@ -57,12 +57,12 @@ class Scoring:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def submit(self, policy: Policy, leaves: Tensor, prompts: list[str]) -> None:
-        """Clean latents with one prompt each. Waits while `_WAITING` earlier ones are not scored;
-        what went wrong with one of those is raised.
+    def submit(self, policy: Policy, leaves: Tensor, prompts: list[str], each: int | None = None) -> None:
+        """Clean latents with one prompt each, `each` of a group, or all neighbours of one prompt. Waits while
+        `_WAITING` earlier ones are not scored; what went wrong with one of those is raised.
         """
         if self._thread is None:
-            self._pending.append(lambda: score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults))
+            self._pending.append(partial(self._score, policy, leaves, prompts, each))
             return
         if len(self._futures) >= _WAITING:
             with span(WAIT):
@@ -71,7 +71,7 @@ class Scoring:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.device))
-        work = partial(self._context.run, self._score, policy, leaves, prompts, ready)
+        work = partial(self._context.run, self._score_beside, policy, leaves, prompts, each, ready)
         self._futures.append(self._thread.submit(work))
 
     def scores(self) -> Tensor:
@@ -83,14 +83,19 @@ class Scoring:
         with span(WAIT):
             return torch.cat([future.result() for future in self._futures])
 
-    def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], ready: "torch.cuda.Event | None") -> Tensor:
+    def _score(self, policy: Policy, leaves: Tensor, prompts: list[str], each: int | None) -> Tensor:
+        return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults, each)
+
+    def _score_beside(
+        self, policy: Policy, leaves: Tensor, prompts: list[str], each: int | None, ready: "torch.cuda.Event | None"
+    ) -> Tensor:
         with span("reward", rows=len(leaves)):
             if self._stream is None or ready is None:
-                return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
+                return self._score(policy, leaves, prompts, each)
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(ready)
                 leaves.record_stream(self._stream)
-                return score_leaves(policy, self.runner, self.rewards, leaves, prompts, self.faults)
+                return self._score(policy, leaves, prompts, each)
 
 
 def score_leaves(
@@ -100,15 +105,18 @@ def score_leaves(
     leaves: Tensor,
     prompts: list[str],
     faults: Faults | None = None,
+    each: int | None = None,
 ) -> Tensor:
-    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each; decoded and scored some at a
-    time. With `faults` those of prompts that could not be scored are NaN (see `Rewards`).
+    """Scores float64 [leaves, rewards] on the CPU of clean latents with one prompt each, `each` of a group, or all
+    neighbours of one prompt; decoded and scored some at a time. With `faults` those of prompts that could not be scored
+    are NaN (see `Rewards`).
     """
     some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
 
     def score(mine: slice) -> Tensor:
         pictures = runner.decode(policy, leaves[mine])
-        return rewards(pictures, prompts[mine], faults, torch.isfinite(leaves[mine]).flatten(1).all(1))
+        finite = torch.isfinite(leaves[mine]).flatten(1).all(1)
+        return rewards(pictures, prompts[mine], faults, finite, numbers[mine])
 
     def fewer() -> bool:
         """Half as many, if that is another slice: a group is never cut."""
@@ -120,7 +128,8 @@ def score_leaves(
                 return True
         return False
 
-    ends = [group.stop for group in groups_of(prompts)] if rewards.groupwise else range(1, len(leaves) + 1)
+    numbers = numbered(prompts, each)
+    ends = [group.stop for group in groups_of(numbers)] if rewards.groupwise else range(1, len(leaves) + 1)
 
     def next_end() -> int:
         """As far as `some` leaves go, or a reward that compares groups needs them together."""
