@@ -129,7 +129,7 @@ def test_levers_of_choice_and_a_loop_that_was_not_run(tmp_path):
 def test_checkpoints_are_levers_before_ours(monkeypatch):
     """Rows are weighed by ours, which computes nothing again."""
     kinds = []
-    monkeypatch.setattr(engine, "checkpoint_blocks", lambda transformer, kind: kinds.append(kind))
+    monkeypatch.setattr(engine, "checkpoint_blocks", lambda transformer, kind, mode: kinds.append(kind))
     rows = bench("--recipes", "mix_flash", "--levers", "ours", "--checkpointing")
     assert [row["lever"] for row in rows] == [*(lever.name for lever in engine.CHECKPOINTED), REUSED.name]
     assert len({(row["rollout_forwards"], row["train_passes"]) for row in rows}) == 1

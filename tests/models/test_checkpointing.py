@@ -2,12 +2,19 @@
 
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrove.errors import UserError
+from flowgrove.models import compiling
+from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.plan.allocations import graph_bytes
 from flowgrove.plan.flops import count_flops
@@ -108,7 +115,74 @@ def test_true_and_false_are_full_and_none(written, read):
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
-def test_compiled_blocks_keep_nothing_selectively():
-    recipe = small_recipe(model={**TINY, "gradient_checkpointing": "selective"}, engine={"compile": True})
-    with pytest.raises(UserError, match=r"engine\.compile.*write full or none"):
-        check_meaning(recipe)
+@pytest.fixture
+def divided_graphs(monkeypatch, fresh_dynamo, kept):
+    """Forward and backward graphs of whatever is compiled, divided by torch's own partitioner and run as they are."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept / "inductor"))
+    found = {"forward": [], "backward": []}
+
+    def keep(part):
+        return lambda graph, inputs: found[part].append(graph.graph) or make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    return found
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.wide, self.back = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.back(nn.functional.gelu(self.wide(self.norm(x))))
+
+
+def test_a_compiled_checkpoint_runs_no_product_again(divided_graphs):
+    taken = []
+    checkpoint_blocks(SimpleNamespace(enable_gradient_checkpointing=taken.append), "selective", True)
+    block, x = Block(), torch.randn(3, 5, 8, requires_grad=True)
+    block(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    taken[0](block, x).square().sum().backward()
+    assert torch.allclose(x.grad, expected, rtol=1e-6, atol=1e-6)
+    forward, backward = (Counter(str(node.target) for node in graphs[0].nodes) for graphs in divided_graphs.values())
+    assert forward["aten.addmm.default"] == 2
+    assert backward["aten.addmm.default"] == 0 < backward["aten.gelu.default"]
+
+
+@pytest.mark.long
+def test_compiled_blocks_keep_what_eager_ones_do(divided_graphs):
+    """The same products run in the backward, the gradient is the same, and another number of rows compiles nothing."""
+    recipe = small_recipe(
+        model={**TINY, "gradient_checkpointing": "selective", "lora": LORA}, engine={"device": "cpu", "compile": True}
+    )
+    compiled, eager = Policy.load(recipe, CPU), policy_of("selective", lora=LORA)
+    gradients = []
+    for policy in (eager, compiled):
+        for number, weight in enumerate(policy.weights.trainable().values()):
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(number))
+        velocity(policy).square().sum().backward()
+        gradients.append(torch.cat([w.grad.flatten() for w in policy.weights.trainable().values()]))
+    assert float((gradients[0] - gradients[1]).norm()) <= 1e-12 * float(gradients[0].norm())
+    forward, again = (
+        Counter(str(node.target) for graph in divided_graphs[part] for node in graph.nodes)
+        for part in ("forward", "backward")
+    )
+    attention = next(name for name in forward if "scaled_dot_product" in name)
+    assert again[attention] == again["aten.addmm.default"] == 0 < forward["aten.addmm.default"]
+    assert again["aten.native_layer_norm.default"] > 0
+    graphs = len(divided_graphs["backward"])
+    assert graphs > 0
+    for rows in (3, 5):
+        velocity(compiled, rows).square().sum().backward()
+    assert len(divided_graphs["backward"]) == graphs
+
+
+def test_selective_checkpoints_are_compiled_unless_ranks_gather_weights():
+    model, engine = {**TINY, "gradient_checkpointing": "selective"}, {"compile": True}
+    check_meaning(small_recipe(model=model, engine=engine))
+    with pytest.raises(UserError, match=r"engine\.compile.*fsdp2.*write full or none"):
+        check_meaning(small_recipe(model=model, engine={**engine, "distributed": "fsdp2"}))

@@ -162,8 +162,10 @@ def test_recomputation_is_told_of_where_memory_has_room():
     assert advice.recomputation(facts(sections=sections, fits=fits)).value == "selective"
     assert advice.recomputation(facts(sections=sections, fits=fits)) is None, "no room"
     assert asked == ["none", "none", "selective", "none", "selective"]
-    compiled = facts(sections={**sections, "engine": {"compile": True}}, fits=lambda recipe: False)
-    assert advice.recomputation(compiled) is None
+    asked.clear()
+    divided = {**sections, "engine": {"compile": True, "distributed": "fsdp2"}}
+    assert advice.recomputation(facts(sections=divided, fits=lambda one: asked.append(one) or False)) is None
+    assert len(asked) == 1, "nothing but none goes with them"
     assert advice.recomputation(facts()) is None
 
 

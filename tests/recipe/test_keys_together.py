@@ -66,8 +66,10 @@ def test_a_group_of_one_may_train_on_the_divergence_alone(tmp_path):
 @pytest.mark.parametrize("mode", ["true", "max-autotune-no-cudagraphs"])
 def test_a_refused_mode_of_compilation_is_told_as_it_was_written(tmp_path, mode):
     path = write(tmp_path / "r.yaml", recipe_content())
-    told = user_error(load_recipe, path, (f"engine.compile={mode}", "model.gradient_checkpointing=selective"))
-    assert f"engine.compile: {mode}, which" in told
+    keys = (f"engine.compile={mode}", "model.gradient_checkpointing=selective")
+    told = user_error(load_recipe, path, (*keys, "engine.distributed=fsdp2"))
+    assert f"engine.compile: {mode} and" in told
+    assert load_recipe(path, keys).model.gradient_checkpointing == "selective"
 
 
 def test_one_entry_of_a_list_can_be_set(tmp_path):

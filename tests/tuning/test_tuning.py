@@ -450,9 +450,9 @@ def test_rollouts_in_8_bits_are_compared_compiled_alike_and_with_their_attention
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_computed_again_is_chosen_by_its_passes_and_by_memory(compiled, tmp_path, monkeypatch):
-    """Nothing computed again has no room; selectively takes 2 s instead of 3, but not where blocks are compiled."""
+    """Nothing computed again has no room; selectively takes 2 s instead of 3, compiled where blocks are."""
     recipe = tiny_recipe(tmp_path, engine={"device": "cpu", "token_budget": 35, "attention": "sdpa"})
-    kinds, used = {"full": 3.0, "selective": 2.0}, []
+    kinds, used, modes = {"full": 3.0, "selective": 2.0}, [], set()
 
     def seconds(self, run, rows, repeats=1):
         if used[-1] == "none":
@@ -460,12 +460,12 @@ def test_what_is_computed_again_is_chosen_by_its_passes_and_by_memory(compiled, 
         return kinds[used[-1]] if run == self.train else 1.0
 
     monkeypatch.setattr(Passes, "seconds_per_row", seconds)
-    monkeypatch.setattr(tune, "checkpoint_blocks", lambda transformer, kind: used.append(kind))
+    monkeypatch.setattr(tune, "checkpoint_blocks", lambda _, kind, mode: used.append(kind) or modes.add(mode))
     monkeypatch.setattr(tune, "keep_times", lambda *_: None)
     overrides = ("engine.token_budget=35", "engine.attention=sdpa", f"engine.compile={str(compiled).lower()}")
     found = load_recipe(tune.tune_recipe(recipe, overrides, None, False, print, with_checkpointing=True))
-    assert found.model.gradient_checkpointing == used[-1] == ("full" if compiled else "selective")
-    assert ("selective" in used) == (not compiled)
+    assert found.model.gradient_checkpointing == used[-1] == "selective"
+    assert modes == {compiled}
     text = (tmp_path / "mine_tuned.yaml").read_text()
     assert "# model.gradient_checkpointing: none: does not fit into the memory" in text
 
@@ -507,16 +507,25 @@ def checkpointed(transformer):
 AGAIN = (("full", 1.0), ("selective", 0.5), ("none", 0.0))
 
 
-def test_blocks_are_not_compiled_beside_selective_checkpoints(monkeypatch):
-    setup = Setup(small_recipe(model={"gradient_checkpointing": "selective"}, engine={"token_budget": 70}))
-    compiled = []
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
+def test_selective_checkpoints_are_compiled_with_their_blocks_but_not_where_ranks_gather(monkeypatch, distributed):
+    engine = {"token_budget": 70, "distributed": distributed}
+    setup = Setup(small_recipe(model={"gradient_checkpointing": "selective"}, engine=engine))
+    compiled, modes = [], []
     monkeypatch.setattr(tune, "compile_blocks", compiled.append)
+    monkeypatch.setattr(tune, "checkpoint_blocks", lambda _, kind, mode: modes.append((kind, mode)))
     monkeypatch.setattr(Passes, "seconds_per_row", lambda *_, **__: 1.0)
     tuner = tune._Tuner(setup, {"token_budget": 70, "attention": "sdpa"}, WORK, True)
-    line = "not measured: gradient_checkpointing: selective does not go with it; give --checkpointing, too"
-    assert tuner.compiled() == ("compile", False, [line], "engine")
+    choice = tuner.compiled()
+    if distributed == "ddp":
+        assert len(compiled) == 1
+        assert modes == [("selective", True)]
+        return
+    line = "not measured: gradient_checkpointing: selective does not go with it and fsdp2; give --checkpointing, too"
+    assert choice == ("compile", False, [line], "engine")
     assert compiled == []
     assert tuner.checkpointing().value == "full"
+    assert "selective" not in dict(modes)
     tuner.compiled()
     assert len(compiled) == 1, "another value was chosen"
 

@@ -373,7 +373,7 @@ class _Bench:
     def _ready(self, lever: Lever, published: Published, stages: Stages) -> Iterator[int]:
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         rows = lever.set_budget(published, self.policy, self.runner.budget, self.texts, self.own)
-        checkpoint_blocks(self.policy.transformer, lever.checkpointing)
+        checkpoint_blocks(self.policy.transformer, lever.checkpointing, stages.recipe.engine.compile)
         # on a GPU the rounding of activations is compiled, whether the blocks are or not
         with pick_backend(stages.recipe), _stance(bool(stages.recipe.engine.compile) or lever.precision is not None):
             yield rows

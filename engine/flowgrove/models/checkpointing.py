@@ -1,32 +1,40 @@
 """What a training pass keeps of each block of the transformer for its backward, which computes the rest again."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from flowgrove.models.compiling import compiled
 from flowgrove.recipe.schema import Checkpointing
 
 _PRODUCTS = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2)}  # where their factors stand
 _NARROW = 8  # times fewer numbers go into an element of a product than it has columns: LoRA's second one
 
 
-def checkpoint_blocks(transformer: Any, kind: Checkpointing) -> None:
+def checkpoint_blocks(transformer: Any, kind: Checkpointing, compile_mode: bool | str = False) -> None:
     """Makes the blocks of a diffusers transformer keep what `kind` says: none, nothing that is computed again; full,
     their inputs alone; selective, also what attention and matrix products give. auto, where it is not settled, is full.
+
+    `compile_mode`: as engine.compile. A compiled block hides its operations from a checkpoint around it, so that a
+    selective one is compiled with its block: torch then divides forward and backward as the checkpoint says.
     """
     if kind == "none":
         transformer.disable_gradient_checkpointing()
     elif kind == "selective":
-        transformer.enable_gradient_checkpointing(_selectively)
+        selectively = compiled(_selectively, compile_mode) if compile_mode else _selectively
+        transformer.enable_gradient_checkpointing(selectively)
     else:
         transformer.enable_gradient_checkpointing()
 
 
 def _selectively(block: Any, *inputs: Any) -> Any:
-    contexts = partial(create_selective_checkpoint_contexts, _keeps)
-    return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
+    # past the block's own compiled code: whoever compiles this compiles the block in it
+    return checkpoint(block._call_impl, *inputs, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keeps)
 
 
 def _keeps(_: object, op: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:

@@ -4,8 +4,10 @@ own graphs.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +29,18 @@ def compile_blocks(transformer: nn.Module, mode: bool | str = True) -> int:
     settle_compiler()
     blocks = blocks_of(transformer)
     for block in blocks:
-        block.compile(dynamic=True, backend=BACKEND, mode=None if isinstance(mode, bool) else mode)
+        block.compile(**_options(mode))
     return len(blocks)
+
+
+def compiled(call: Callable[..., Any], mode: bool | str = True) -> Callable[..., Any]:
+    """A function that runs blocks, compiled as they are."""
+    settle_compiler()
+    return torch.compile(call, **_options(mode))
+
+
+def _options(mode: bool | str) -> dict[str, Any]:
+    return {"dynamic": True, "backend": BACKEND, "mode": None if isinstance(mode, bool) else mode}
 
 
 def settle_compiler() -> None:

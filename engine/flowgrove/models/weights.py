@@ -63,7 +63,7 @@ class Weights:
         if lora is None and recipe.uses_reference:
             self.reference_copy = self._frozen_copy(compute, divided=mesh is not None)
         choose_trainable(transformer, lora, lora_targets, recipe.run.seed)
-        checkpoint_blocks(transformer, recipe.model.gradient_checkpointing)
+        checkpoint_blocks(transformer, recipe.model.gradient_checkpointing, recipe.engine.compile)
         # the transformer and the reference copy, where ranks divide them
         self.sharded: list[sharding.ShardedTransformer] = []
         # whether training passes free what they have gathered

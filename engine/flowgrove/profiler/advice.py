@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flowgrove.profiler.facts import Facts
 from flowgrove.profiler.phases import waits
+from flowgrove.recipe.checks import checkpointing_with
 from flowgrove.recipe.schema import Tail
 from flowgrove.spans import DECODE, OPTIMIZER, REWARD, TRANSFORMER
 
@@ -80,7 +81,7 @@ def recomputation(facts: Facts) -> Suggestion | None:
     if facts.recipe.model.gradient_checkpointing != "full" or not facts.tells(saved):
         return None
     reason = "each backward runs a forward again to save memory, and by prediction there is room without that"
-    for kind in ("none",) if facts.recipe.engine.compile else ("none", "selective"):
+    for kind in reversed(checkpointing_with(facts.recipe.engine)[1:]):
         model = facts.recipe.model.model_copy(update={"gradient_checkpointing": kind})
         if facts.fits(facts.recipe.model_copy(update={"model": model})):
             return Suggestion("model.gradient_checkpointing", kind, reason, saved)

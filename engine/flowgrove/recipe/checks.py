@@ -4,7 +4,7 @@ For recipes from files; the planner itself takes any of these.
 """
 
 from flowgrove.errors import UserError
-from flowgrove.recipe.schema import Engine, Prune, Recipe
+from flowgrove.recipe.schema import Checkpointing, Engine, Prune, Recipe
 from flowgrove.recipe.windows import pruned_depths, window_steps
 
 _LOOKED_AT = 1000  # iterations
@@ -43,11 +43,11 @@ def check_meaning(recipe: Recipe) -> None:
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
-    if recipe.engine.compile and recipe.model.gradient_checkpointing == "selective":
+    if recipe.model.gradient_checkpointing not in ("auto", *checkpointing_with(recipe.engine)):
         mode = "true" if recipe.engine.compile is True else recipe.engine.compile
         raise UserError(
-            f"model.gradient_checkpointing: selective does not go with engine.compile: {mode}, which hides a block's "
-            "products: write full or none"
+            f"model.gradient_checkpointing: selective does not go with engine.compile: {mode} and "
+            "engine.distributed: fsdp2, whose gathering no compiled checkpoint takes in: write full or none"
         )
     if rollout.precision is not None and recipe.model.dtype == "fp64":
         raise UserError(
@@ -64,6 +64,12 @@ def shards_of(engine: Engine, ranks: int) -> int:
             f"engine.shard_degree is {shards}, which does not divide {ranks} ranks: write a divisor, or null"
         )
     return shards
+
+
+def checkpointing_with(engine: Engine) -> tuple[Checkpointing, ...]:
+    """The values of model.gradient_checkpointing that go with an engine, besides auto."""
+    hides = engine.compile and engine.distributed == "fsdp2"
+    return ("full", "none") if hides else ("full", "selective", "none")
 
 
 def _check_base_precision(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.flops import count_flops
 from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.ranks import Ranks
+from flowgrove.recipe.checks import checkpointing_with
 from flowgrove.recipe.schema import Checkpointing
 from flowgrove.setup import Setup
 from flowgrove.tuning.graph_room import GraphRoom, room_of_cpu
@@ -51,9 +52,10 @@ class Way(NamedTuple):
 
 def needs(setup: Setup, device_type: str, division: Division = ALONE) -> list[Need]:
     """Of every value that the recipe may have. Raises UserError as a prediction of memory does."""
-    compiled = setup.recipe.engine.compile
-    kinds: tuple[Checkpointing, ...] = ("full", "none") if compiled else ("full", "selective", "none")
-    return [_need(setup.computing_again(kind), kind, device_type, division) for kind in kinds]
+    return [
+        _need(setup.computing_again(kind), kind, device_type, division)
+        for kind in checkpointing_with(setup.recipe.engine)
+    ]
 
 
 def _need(setup: Setup, kind: Checkpointing, device_type: str, division: Division) -> Need:

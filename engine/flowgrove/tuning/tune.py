@@ -27,6 +27,7 @@ from flowgrove.models.runner import PassRunner, tokens_per_pass
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.recordings import Recordings
 from flowgrove.plan.planner import make_plan
+from flowgrove.recipe.checks import checkpointing_with
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.recipe.schema import Checkpointing, Recipe
 from flowgrove.recipe.yaml_files import write_yaml
@@ -208,15 +209,12 @@ class _Tuner:
         return choice
 
     def checkpointing(self) -> Choice:
-        """What training passes compute again, of what fits beside all that an iteration keeps; selectively only where
-        no block is compiled.
-        """
-        compiled = self.measures_compile or self.recipe.engine.compile
-        kinds: tuple[Checkpointing, ...] = ("full", "none") if compiled else ("full", "selective", "none")
+        """What training passes compute again, of what fits beside all that an iteration keeps."""
+        kinds = self._compiled_kinds() if self.measures_compile else checkpointing_with(self.recipe.engine)
         candidates = [Candidate(kind, kind, self._timed(self.rows, checkpointing=kind)) for kind in kinds]
         choice = choose("gradient_checkpointing", candidates, self.work)
         self._recomputed = cast(Checkpointing, choice.value)
-        checkpoint_blocks(self.policy.transformer, self._recomputed)
+        self._checkpoint(self._recomputed)
         return choice._replace(section="model")
 
     def precision(self) -> Choice:
@@ -265,13 +263,11 @@ class _Tuner:
         """torch.compile of the blocks, on request."""
         if not self.measures_compile:
             return Choice("compile", self.recipe.engine.compile, ["not measured: give --compile, which takes minutes"])
-        if self._recomputed == "selective":
-            return Choice(
-                "compile",
-                False,
-                ["not measured: gradient_checkpointing: selective does not go with it; give --checkpointing, too"],
-            )
+        if self._recomputed not in self._compiled_kinds():
+            line = "not measured: gradient_checkpointing: selective does not go with it and fsdp2"
+            return Choice("compile", False, [f"{line}; give --checkpointing, too"])
         compile_blocks(self.policy.transformer)
+        checkpoint_blocks(self.policy.transformer, self._recomputed, True)
         plain = self._timed(self.rows)
 
         def eager() -> Timed:
@@ -302,10 +298,17 @@ class _Tuner:
             if attention is not None:
                 self._use(attention)
             if checkpointing is not None:
-                checkpoint_blocks(self.policy.transformer, checkpointing)
+                self._checkpoint(checkpointing)
             return self.passes.timed(rows)
 
         return measure
+
+    def _compiled_kinds(self) -> tuple[Checkpointing, ...]:
+        return checkpointing_with(self.recipe.engine.model_copy(update={"compile": True}))
+
+    def _checkpoint(self, kind: Checkpointing) -> None:
+        """Before compilation is measured, which leaves blocks as the recipe has them."""
+        checkpoint_blocks(self.policy.transformer, kind, not self.measures_compile and self.recipe.engine.compile)
 
     def _rolled(self, runner: PassRunner) -> Timed:
         """Seconds of the rollout's own pass and of a training pass, the first replayed where `runner` records."""

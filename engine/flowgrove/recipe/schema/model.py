@@ -214,7 +214,7 @@ class Model(Section):
     element work to compute again. none: nothing. auto: of these the one with which, with the rollout's graphs that then
     fit, updates are predicted to be fastest. true is full, false is none. The gradient is the same. `flowgrove plan
     --memory` predicts the peak and tells what auto weighs; `flowgrove tune --checkpointing` measures. selective does
-    not go with engine.compile.
+    not go with engine.compile and engine.distributed: fsdp2 together.
     Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198).
     """
 
