@@ -44,6 +44,9 @@ CASES = {
     "old log-probabilities anew": ({"model": {**FP32, "dtype": "bf16"}}, KEPT, 140),
     "some steps train": ({"update": {"step_fraction": 0.5}}, NO_ROOM, 140),
     "pruned by rewards": ({"rollout": TREE, "credit": {"prune": {"kind": "depth", "every": 1}}}, NO_ROOM, 140),
+    "some steps in 8 bits": (
+        {"rollout": {**TREE, "precision": "int8", "window": {"strategy": "frozen", "size": 2}}}, KEPT, 175
+    ),
     "two sizes": ({"model": {**FP32, "sizes": [[32, 32], [32, 16]]}}, KEPT, 140),
 }  # fmt: skip
 
@@ -57,6 +60,7 @@ class RecordingRunner(PassRunner):
 
     def velocity(self, policy, x, sigma, prompts, prompt_of, longest=None):
         kind = "reference" if not policy.tuned else "graph" if torch.is_grad_enabled() else "forward"
+        kind = "cheap" if policy.precision is not None else kind
         self.passes[kind, len(x), 1 if prompts.uncond is None else 2] += 1
         return super().velocity(policy, x, sigma, prompts, prompt_of, longest)
 
@@ -75,6 +79,8 @@ def loaded(recipe, tokens):
 @pytest.mark.parametrize("case", CASES)
 def test_an_iteration_runs_the_passes_that_were_counted(case, monkeypatch):
     sections, room, tokens = CASES[case]
+    if "precision" in sections.get("rollout", {}):
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     recipe = small_recipe(**{"model": FP32, **sections})
     policy, runner = loaded(recipe, tokens)
     setup, rewards = Setup(recipe), Rewards(recipe, CPU)
@@ -87,7 +93,7 @@ def test_an_iteration_runs_the_passes_that_were_counted(case, monkeypatch):
     full = runner.budget.rows // doubled
     engine = Engine(tokens, doubled, 5000, beside=False, graphs=lambda: room.graphs(full))
     found = passes_of_iteration(recipe, setup.first_plan, prompts, sizes, engine)
-    kinds = {"kept": "graph", "train": "graph", "reference": "reference"}
+    kinds = {"kept": "graph", "train": "graph", "reference": "reference", "cheap": "cheap"}
     counted, decodes, backwards = Counter(), Counter(), 0
     for part in found:
         for (kind, states, rows), count in part.of_transformer.items():

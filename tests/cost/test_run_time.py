@@ -1,13 +1,15 @@
 """Predicted seconds: curves of what was measured, whose measurements serve, sums by hand, and the command."""
 
+import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from rich.console import Console
 
 from engine_cases import refuse, strict_json, succeed, tiny_recipe
 from flowgrove.cost.passes import Pass
-from flowgrove.cost.run_time import predict_time
+from flowgrove.cost.run_time import Cheap, predict_time
 from flowgrove.cost.speeds import Measured, Published, flops_of, seconds_at
 from flowgrove.errors import UserError
 from flowgrove.models.geometry import Geometry
@@ -18,6 +20,7 @@ from flowgrove.plan.optimizer_step import OptimizerStep
 from flowgrove.rates.kept import ModelTimes, Passes, Rate, Rates, keep_rates, rates_of
 from flowgrove.rates.published import DEVICES, UTILISATION, published
 from flowgrove.recipe.loading import load_recipe
+from flowgrove.report.cost_view import draw_time, time_json
 from flowgrove.setup import Setup
 from policy_cases import CPU, small_recipe
 
@@ -59,7 +62,7 @@ def test_between_measured_passes_lies_a_straight_line_and_beyond_them_their_util
 
 
 def test_flops_of_a_pass_are_those_of_its_kind():
-    found = {kind: flops_of(Pass(kind, 3, 2), FLOPS) for kind in ("forward", "kept", "renewed")}
+    found = {kind: flops_of(Pass(kind, 3, 2), FLOPS) for kind in ("forward", "cheap", "kept", "renewed")}
     assert set(found.values()) == {600}
     others = [flops_of(Pass(kind, 1, 1), FLOPS) for kind in ("extrapolated", "reference", "backward", "train")]
     assert others == [60, 95, 290, 390]
@@ -103,6 +106,23 @@ def test_a_kind_that_this_model_lacks_is_taken_from_the_next():
     assert speeds.passes(Pass("kept", 1, 1), FLOPS) == pytest.approx(200)
     assert speeds.passes(Pass("train", 1, 1), FLOPS) == pytest.approx(200 + 290)
     assert speeds.decode(2, FLOPS) == pytest.approx(2 * 100)
+
+
+def test_cheap_passes_take_the_share_of_a_forward_that_they_took_where_they_were_measured():
+    name, cheap = "forward in fp8", Pass("cheap", 2, 1)
+    there = times(3.0, identity=other(architecture="b"))
+    half = Passes(flops=100.0, seconds={1: 150.0, 4: 600.0})
+    measured = there.model_copy(update={"passes": {**there.passes, name: half}})
+    speeds = Measured(rates(a=times(1.0), b=measured), IDENTITY, FLOPS, name)
+    assert speeds.knows_cheap
+    assert speeds.passes(cheap, FLOPS) == pytest.approx(200 / 2)
+    assert speeds.passes(Pass("forward", 2, 1), FLOPS) == pytest.approx(200)
+    assert speeds.rests_on[name] == "another model (it), measured by tune on 2026-01-02"
+    for models, asked in (({"a": times(1.0)}, name), ({"a": times(1.0), "b": measured}, "forward in int8")):
+        speeds = Measured(rates(**models), IDENTITY, FLOPS, asked)
+        assert not speeds.knows_cheap
+        assert speeds.passes(cheap, FLOPS) == pytest.approx(200)
+        assert asked not in speeds.rests_on
 
 
 @pytest.mark.parametrize("models", [{}, {"a": times(identity=other(dtype="bf16"))}, {"a": times(kinds=("decode",))}])
@@ -249,10 +269,37 @@ def test_of_several_ranks_the_one_with_the_most_prompts_is_predicted(tmp_path):
 def test_kernels_of_steps_that_do_not_train_are_not_predicted(tmp_path, every):
     recipe = load_recipe(tiny_recipe(tmp_path, rollout={"attention": "sage"}, run={"eval_every": every}))
     keep_rates(CPU, {}, 1.0, {"it": times()})
-    told = predict_time(Setup(recipe), ALONE).not_predicted
+    found = predict_time(Setup(recipe), ALONE)
+    told = found.not_predicted
+    assert found.cheap == Cheap("forward with sage attention", ("rollout.attention",), None)
+    assert found.rests_on[found.cheap.name].startswith("charged as full precision")
     assert "what rollout.attention saves" in told
     assert "what rollout.precision saves" not in told
     assert ("measuring rollout_distance" in told) == (every > 0)
+
+
+def test_steps_in_8_bits_are_charged_as_they_were_measured(tmp_path):
+    """Two of four steps train, so that 4 of 6 rows of a prompt's rollout are cheap, at 0.4 of a forward."""
+    shape = {"steps": 4, "group_size": 4, "shared_initial_noise": True, "window": {"strategy": "frozen", "size": 2}}
+    path = tiny_recipe(
+        tmp_path, rollout={**shape, "precision": "int8"}, run={"eval_every": 0},
+        engine={"device": "cpu", "reuse_rollout_graph": False},
+    )  # fmt: skip
+    setup, own = Setup(load_recipe(path)), times()
+    cheap = {"forward in int8": Passes(flops=100.0, seconds={1: 40.0})}
+    keep_rates(CPU, {}, 1.0, {"it": own.model_copy(update={"passes": {**own.passes, **cheap}})})
+    found, (plan, counts) = predict_time(setup, ALONE), (setup.first_plan, setup.first_plan.counts)
+    (flops,) = found.flops
+    forwards = counts.rollout_forwards - 0.6 * plan.cheap_forwards()
+    assert 0 < plan.cheap_forwards() < counts.rollout_forwards
+    assert found.iteration.seconds["rollout"] == pytest.approx(2 * flops.forward * forwards)
+    assert found.cheap == Cheap("forward in int8", ("rollout.precision",), pytest.approx(0.4))
+    assert not any("saves" in told for told in found.not_predicted)
+    console = Console(record=True, width=200, file=io.StringIO())
+    draw_time(found, console)
+    assert "forward in int8: 0.40 of the time of a full one" in console.export_text()
+    assert time_json(found)["time"]["cheap"] == asdict(found.cheap)
+    assert "forward in int8" in found.rests_on
 
 
 # The command

@@ -14,9 +14,11 @@ from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
 from flowgrove.models.families.sd3 import SD3
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import PassRunner
 from flowgrove.models.weights import Weights
 from flowgrove.passes.budget import PassBudget
 from flowgrove.plan.division import Division
+from flowgrove.plan.flops import count_flops
 from flowgrove.plan.identity import Identity
 from flowgrove.rates.kept import rates_of
 from flowgrove.recipe.loading import load_recipe
@@ -480,6 +482,33 @@ def test_flops_that_are_kept_are_those_of_the_setting_that_was_measured(monkeypa
     tuned, policy = setup.computing_again("full").recipe, SimpleNamespace(device=CPU)
     model_times.keep_times(setup, tuned, policy, None, None, 1, print)
     assert (setup.recipe.model.gradient_checkpointing, kinds) == ("none", ["full"])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_forwards_in_8_bits_are_kept_beside_full_ones(fits, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
+    recipe = small_recipe(model={"dtype": "fp32"}, rollout={"precision": "int8"})
+    policy, ran, said = Policy.load(recipe, CPU), [], []
+    runner = PassRunner.of(recipe, policy)
+
+    def roll(self, _, x):
+        if not fits and len(x) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        ran.append((len(x), self.policy.precision))
+
+    monkeypatch.setattr(Passes, "roll", roll)
+    (flops,) = count_flops(recipe)
+    measuring = model_times._Measuring(policy, runner, Passes(policy, runner), said.append)
+    curves = measuring.cheap(recipe, flops, 3)
+    assert {*ran} == {(rows, "int8") for rows in (1, 2, 3)[: 3 if fits else 2]}
+    if fits:
+        assert set(curves["forward in int8"].seconds) == {1, 2, 3}
+        assert curves["forward in int8"].flops == flops.doubled * flops.forward
+    else:
+        assert (curves, said) == ({}, ["not kept: a forward in int8, which does not fit into the memory"])
+    assert measuring.cheap(small_recipe(), flops, 3) == {}
+    with pytest.raises(ValueError, match="not quantised"):
+        policy.cheap()
 
 
 def test_auto_is_settled_before_anything_is_measured(tmp_path, monkeypatch):

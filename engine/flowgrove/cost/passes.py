@@ -20,11 +20,12 @@ from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 from flowgrove.rollout.forest import edges_in_update
 from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 
-# Kinds of passes. forward: without gradient; extrapolated: that with attention from the steps before; kept: one whose
+# Kinds of passes. forward: without gradient; cheap: that in rollout.precision and with rollout.attention; extrapolated:
+# one with attention from the steps before; kept: one whose
 # graph stays for the first update; backward: of such a graph; train: forward and backward; reference: a forward of the
 # reference model; renewed: a forward that takes the old policy's log-probability anew.
 Bools = NDArray[np.bool_]
-ROLLOUT = ("forward", "extrapolated", "kept")
+ROLLOUT = ("forward", "cheap", "extrapolated", "kept")
 
 
 class Pass(NamedTuple):
@@ -113,7 +114,7 @@ def _roll_out(
                         found.of_transformer[Pass("kept", len(some), doubled)] += 1
                         kept.append(len(some))
                         rest -= len(some)
-            kind = "extrapolated" if plan.extrapolates(step) else "forward"
+            kind = "extrapolated" if plan.extrapolates(step) else "cheap" if plan.cheap(step) else "forward"
             _forwards(found, kind, rest, doubled, geometry, engine)
     return kept
 

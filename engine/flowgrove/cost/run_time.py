@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from flowgrove.cost.passes import ROLLOUT, Engine, Passes, passes_of_evaluation, passes_of_iteration
+from flowgrove.cost.passes import ROLLOUT, Engine, Pass, Passes, passes_of_evaluation, passes_of_iteration
 from flowgrove.cost.speeds import Measured, Published, Speeds, flops_of
 from flowgrove.data.prompts import prompts_of_run
 from flowgrove.device import pick_device, total_memory
@@ -13,7 +13,7 @@ from flowgrove.models.adapter import PIXELS_PER_DECODE
 from flowgrove.models.runner import tokens_per_pass
 from flowgrove.plan.division import Division
 from flowgrove.plan.flops import Flops, count_flops
-from flowgrove.plan.identity import Identity, score_key
+from flowgrove.plan.identity import Identity, cheap_forward, score_key
 from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.rates.kept import rates_of
@@ -50,12 +50,23 @@ class Alike:
 
 
 @dataclass(frozen=True)
+class Cheap:
+    """Passes of steps that do not train, by the recipe's `keys`. `share`: of a full forward's time that a full one
+    takes; None: not measured, so that they are charged as forwards.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    share: float | None
+
+
+@dataclass(frozen=True)
 class RunTime:
     """What a run takes on one of its ranks, that with the most prompts. `encoding`: seconds of all prompts' texts,
     which are encoded once; `evaluation`: one of `evaluations`, None where its prompts are not on this machine;
     `rests_on`: what each number rests on; `matrix_rate`: FLOPs per second that utilisation is a share of;
-    `measures_noise`: whether some iterations measure the gradient's noise; `cheaper`: the keys by which
-    steps that do not train run otherwise, which are taken to cost what the others do.
+    `measures_noise`: whether some iterations measure the gradient's noise; `cheap`: passes of steps that
+    do not train, where they run otherwise than the others.
     """
 
     device: str
@@ -70,7 +81,7 @@ class RunTime:
     rests_on: dict[str, str]
     matrix_rate: float | None
     measures_noise: bool = False
-    cheaper: tuple[str, ...] = ()
+    cheap: Cheap | None = None
 
     @cached_property
     def iteration(self) -> Spent:
@@ -101,8 +112,9 @@ class RunTime:
         missing = [stage for stage in STAGES if self.iteration.seconds[stage] is None]
         missing += ["evaluations"] * (self.evaluation is None) + ["encoding"] * (self.encoding is None)
         missing += ["measuring the gradient's noise"] * self.measures_noise
-        missing += [f"what {key} saves" for key in self.cheaper]
-        missing += ["measuring rollout_distance"] * bool(self.cheaper and self.evaluations)
+        if self.cheap is not None:
+            missing += [f"what {key} saves" for key in self.cheap.keys if self.cheap.share is None]
+            missing += ["measuring rollout_distance"] * bool(self.evaluations)
         return missing + ["what ranks send each other"] * (self.ranks > 1) + ["loading, checkpoints"]
 
     def utilisation(self, stage: str) -> float | None:
@@ -137,7 +149,7 @@ class _Predictor:
             budget = None
         elif here is not None and rates is not None:
             self.device, memory = device_name(here), total_memory(here)
-            self.speeds = Measured(rates, Identity.of(recipe), self.flops[0])
+            self.speeds = Measured(rates, Identity.of(recipe), self.flops[0], cheap_forward(recipe.rollout))
             auto = recipe.engine.token_budget == "auto" and here.type == "cuda"
             budget = cached_budget(cache_key(recipe, self.device)) if auto else None
         self.tokens = budget or tokens_per_pass(recipe, self.kind)
@@ -176,23 +188,43 @@ class _Predictor:
         evaluations, evaluation = self._evaluations()
         texts = self._texts(evaluations)
         seconds = self.speeds.encode(self.flops[0])
-        rolled = self.recipe.rollout
-        cheaper = {"rollout.precision": rolled.precision, "rollout.attention": rolled.attention}
+        rows = max(1, self.tokens // (self.flops[0].geometry.tokens * self.flops[0].doubled))
         return RunTime(
             device=self.device,
             ranks=self.division.ranks,
-            rows=max(1, self.tokens // (self.flops[0].geometry.tokens * self.flops[0].doubled)),
+            rows=rows,
             iterations=alike,
             evaluation=evaluation,
             evaluations=evaluations,
             encoding=None if seconds is None else seconds * texts,
             texts=texts,
             flops=self.flops,
-            rests_on=self.speeds.rests_on,
+            rests_on=self.speeds.rests_on | self._guesses(),
             matrix_rate=self.speeds.matrix_rate(),
             measures_noise=self.recipe.run.gradient_noise_every is not None,
-            cheaper=tuple(key for key, value in cheaper.items() if value is not None),
+            cheap=self._cheap(rows),
         )
+
+    def _cheap(self, rows: int) -> Cheap | None:
+        """Cheap passes of so many states."""
+        name, rolled = cheap_forward(self.recipe.rollout), self.recipe.rollout
+        if name is None:
+            return None
+        values = {"rollout.precision": rolled.precision, "rollout.attention": rolled.attention}
+        keys = tuple(key for key, value in values.items() if value is not None)
+        cheap, full = (
+            self.speeds.passes(Pass(kind, rows, self.flops[0].doubled), self.flops[0]) for kind in ("cheap", "forward")
+        )
+        return Cheap(name, keys, cheap / full if self.speeds.knows_cheap else None)
+
+    def _guesses(self) -> dict[str, str]:
+        """What passes that nobody has measured are charged as."""
+        name, told = cheap_forward(self.recipe.rollout), {}
+        if name is not None and not self.speeds.knows_cheap:
+            told[name] = "charged as full precision: not measured, which `flowgrove tune` does"
+        if self.recipe.rollout.cache is not None:
+            told["steps of rollout.cache"] = "charged by the FLOPs that are left of a forward: not measured"
+        return told
 
     def _iteration(self, plan: RolloutPlan) -> Spent:
         sizes = [size.geometry for size in self.flops]

@@ -20,9 +20,12 @@ from flowgrove.recipe.schema import Recipe
 
 
 class Speeds(Protocol):
-    """Seconds of what a run does; None where they are not known. `rests_on`: a line for every number's origin."""
+    """Seconds of what a run does; None where they are not known. `rests_on`: a line for every number's origin;
+    `knows_cheap`: whether cheap passes are charged as such, and not as forwards.
+    """
 
     rests_on: dict[str, str]
+    knows_cheap: bool
 
     def passes(self, one: Pass, flops: Flops) -> float:
         """A pass of the transformer."""
@@ -82,10 +85,11 @@ class Found(NamedTuple):
 
 class Measured:
     """By what was measured on this machine: of this very model where it was, else of the nearest one in the same
-    dtype. Raises UserError where nothing was.
+    dtype. `cheap`: the name that `cheap_forward` gives; such a pass takes the share of a forward that it was measured
+    to take. Raises UserError where nothing was measured.
     """
 
-    def __init__(self, rates: Rates, identity: Identity, flops: Flops) -> None:
+    def __init__(self, rates: Rates, identity: Identity, flops: Flops, cheap: str | None = None) -> None:
         self.rates, self.identity = rates, identity
         self.rests_on: dict[str, str] = {}
         # from the newest on, which the stable order keeps where two are as near
@@ -102,6 +106,11 @@ class Measured:
                 f"no {identity.dtype} model was measured on this machine ({rates.device}): run `flowgrove tune` on the "
                 "recipe first, or give --device"
             )
+
+        self._cheap = next((one for one in self._models if {cheap, "forward"} <= {*one.times.passes}), None)
+        self._cheap_name, self.knows_cheap = cheap or "", self._cheap is not None
+        if self._cheap is not None:
+            self._tell(self._cheap_name, self._cheap)
 
     def _near(self, times: ModelTimes, flops: Flops) -> Found:
         same = times.architecture == self.identity.architecture
@@ -136,6 +145,10 @@ class Measured:
         if one.kind == "train":
             parts = (Pass(kind, one.states, one.rows) for kind in ("kept", "backward"))
             return sum(self.passes(part, flops) for part in parts)
+        if one.kind == "cheap" and self._cheap is not None:
+            there, work = self._cheap.times.passes, flops_of(one, flops)
+            share = seconds_at(there[self._cheap_name], work) / seconds_at(there["forward"], work)
+            return share * seconds_at(forward, work)
         curve = {"kept": kept or forward, "backward": backward}.get(one.kind, forward)
         return seconds_at(curve, flops_of(one, flops))
 
@@ -197,6 +210,8 @@ class Measured:
 
 class Published:
     """At a share `utilisation` of a device's published peak rates. Raises UserError for a dtype without one."""
+
+    knows_cheap = False  # what share of a rate for 8 bits a transformer reaches is not published
 
     def __init__(self, device: Device, recipe: Recipe, utilisation: float) -> None:
         self.device, self.utilisation, self._step = device, utilisation, OptimizerStep.of(recipe)

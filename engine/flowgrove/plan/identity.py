@@ -10,7 +10,7 @@ from typing import Any
 from flowgrove.models.experts import transformer_folders
 from flowgrove.models.families import configuration_folder
 from flowgrove.plan.optimizer_step import OptimizerStep
-from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.schema import Recipe, Rollout
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class Identity:
             },
             step=OptimizerStep.of(recipe),
         )
+
+
+def cheap_forward(rollout: Rollout) -> str | None:
+    """Names forwards of steps that do not train; None where they run as all others do."""
+    parts = [f"in {rollout.precision}"] * (rollout.precision is not None)
+    parts += [f"with {rollout.attention} attention"] * (rollout.attention is not None)
+    return " ".join(["forward", *parts]) if parts else None
 
 
 def score_key(recipe: Recipe, pixels: int) -> str:

@@ -48,9 +48,10 @@ class Passes(_Entry):
 class ModelTimes(_Entry):
     """What was measured of a model. `name`: for people; `architecture`, `size`, `dtype` and `settings`: what it holds
     for, see `flowgrove.plan.identity`; `source`: the command; `passes` by kind: `forward` (of the rollout), `kept` (a
-    forward whose graph stays), `backward` (of such a graph, FLOPs with those that checkpointing runs again) and
-    `decode`; `update`: seconds of an optimiser's step with all that goes with it, over `trained` weights, and `step`:
-    the name of what it was; `encode`: of a prompt; `score`: of a picture, by what the rewards are.
+    forward whose graph stays), `backward` (of such a graph, FLOPs with those that checkpointing runs again), `decode`,
+    and forwards with rollout.precision and rollout.attention by the name that `cheap_forward` gives them; `update`:
+    seconds of an optimiser's step with all that goes with it, over `trained` weights, and `step`: the name of what it
+    was; `encode`: of a prompt; `score`: of a picture, by what the rewards are.
     """
 
     name: str

@@ -23,6 +23,7 @@ def time_json(found: "RunTime") -> dict[str, Any]:
             "matrix_rate": found.matrix_rate,
             "rests_on": found.rests_on,
             "not_predicted": found.not_predicted,
+            "cheap": None if found.cheap is None else asdict(found.cheap),
             "flops": [
                 {**{key: value for key, value in asdict(size).items() if key != "geometry"}, "train": size.train}
                 | {"height": size.geometry.height, "width": size.geometry.width, "frames": size.geometry.frames}
@@ -76,6 +77,8 @@ def draw_time(found: "RunTime", console: Console) -> None:
     console.print(f"  {f'encoding {found.texts:,} texts':<26}{_told(found.encoding):>12}")
     count = sum(some.count for some in found.iterations)
     console.print(f"  [bold]{f'run of {count:,} iterations':<26}{_told(found.seconds):>12}[/]")
+    if found.cheap is not None and found.cheap.share is not None:
+        console.print(f"  {found.cheap.name}: {found.cheap.share:.2f} of the time of a full one, where nothing trains")
     for what, origin in found.rests_on.items():
         console.print(f"  [dim]{what}: {origin}[/]")
     console.print(f"  [dim]not predicted: {', '.join(found.not_predicted)}[/]")

@@ -5,6 +5,7 @@ iteration of the recipe consists of.
 import logging
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from flowgrove.models.embeddings import LoadedEncoder
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.flops import Flops, count_flops
-from flowgrove.plan.identity import Identity, score_key
+from flowgrove.plan.identity import Identity, cheap_forward, score_key
 from flowgrove.rates.kept import ModelTimes, keep_rates, today
 from flowgrove.rates.kept import Passes as Curve
 from flowgrove.rates.measuring import copy_rate, matrix_rate
@@ -56,6 +57,7 @@ def keep_times(
     curves = measuring.transformer(flops, rows) | measuring.decoding(flops)
     if not curves:
         return
+    curves |= measuring.cheap(tuned, flops, rows)
     scores = measuring.scores(setup)
     times = ModelTimes(
         name=identity.name,
@@ -99,7 +101,7 @@ class _Measuring:
     def transformer(self, flops: Flops, most: int) -> dict[str, Curve]:
         """Passes of the rollout, forwards whose graph stays, and backwards, of 1, 2, 4, … and `most` states."""
         found: dict[str, dict[int, float]] = {"forward": {}, "kept": {}, "backward": {}}
-        for rows in sorted({most, *(2**power for power in range(most.bit_length()))}):
+        for rows in _sizes(most):
             try:
                 self.passes.release()
                 x = self.passes.states(rows)
@@ -119,6 +121,23 @@ class _Measuring:
             for kind, seconds in found.items()
             if seconds
         }
+
+    def cheap(self, recipe: Recipe, flops: Flops, most: int) -> dict[str, Curve]:
+        """Forwards in rollout.precision and with rollout.attention, where the recipe has them."""
+        name, rolled, weights = cheap_forward(recipe.rollout), recipe.rollout, self.policy.weights
+        if name is None:
+            return {}
+
+        def measure() -> dict[int, float]:
+            weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
+            cheap = Passes(self.policy.cheap(), self.runner)
+            return {rows: self._median(partial(cheap.roll, self.runner, cheap.states(rows))) for rows in _sizes(most)}
+
+        try:
+            seconds = self.fitting(f"a {name}", measure)
+        finally:
+            weights.quantise(None)
+        return {name: Curve(flops=flops.doubled * flops.forward, seconds=seconds)} if seconds else {}
 
     def _trained(self, x: Tensor) -> tuple[float, float]:
         """Seconds of a forward that keeps its graph, and of its backward."""
@@ -210,3 +229,8 @@ class _Measuring:
             return setup.prompts
         except UserError:  # tuning needs none
             return []
+
+
+def _sizes(most: int) -> list[int]:
+    """States of passes: powers of two, and the most."""
+    return sorted({most, *(2**power for power in range(most.bit_length()))})

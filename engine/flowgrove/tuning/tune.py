@@ -320,15 +320,17 @@ class _Tuner:
     def keep(self, setup: Setup, choices: list[Choice], say: Say) -> None:
         """Keeps what `flowgrove plan --time` needs of the recipe with these choices, for passes as large as a run's
         with them or without."""
-        chosen = {choice.key: choice.value for choice in choices if choice.section == "engine"}
-        engine = self.recipe.engine.model_copy(update=chosen)
-        model = self.recipe.model.model_copy(
-            update={choice.key: choice.value for choice in choices if choice.section == "model"}
-        )
+
+        def chosen(section: str) -> dict[str, Value]:
+            return {choice.key: choice.value for choice in choices if choice.section == section}
+
+        engine = self.recipe.engine.model_copy(update=chosen("engine"))
+        model = self.recipe.model.model_copy(update=chosen("model"))
+        rollout = self.recipe.rollout.model_copy(update=chosen("rollout"))
         self._beside = None  # the optimiser needs its room now
         runner = PassRunner(self.runner.budget, Recordings(self.device) if engine.cuda_graphs else None)
         largest = max(self.rows, tokens_per_pass(self.recipe, self.device.type) // self.passes.tokens)
-        tuned = self.recipe.model_copy(update={"engine": engine, "model": model})
+        tuned = self.recipe.model_copy(update={"engine": engine, "model": model, "rollout": rollout})
         with torch.compiler.set_stance(self._stance):
             rows = max(1, min(largest, self.work.widest))
             keep_times(setup, tuned, self.policy, runner, self.passes, rows, say)
