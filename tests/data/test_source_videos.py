@@ -11,7 +11,16 @@ import pytest
 from PIL import Image
 
 from flowgrove.data.columns import Columns
-from flowgrove.data.prompt import Prompt, conditional, described, encoding_key, metadata_of, unconditional, video_of
+from flowgrove.data.prompt import (
+    Prompt,
+    conditional,
+    described,
+    encoding_key,
+    mask_of,
+    metadata_of,
+    unconditional,
+    video_of,
+)
 from flowgrove.data.prompts import read_prompts
 from flowgrove.data.sources import Video
 from flowgrove.errors import UserError
@@ -165,6 +174,19 @@ def test_prompts_are_equal_if_their_videos_are(videos):
     assert len({encoding_key(prompt) for prompt in (plain, one, other)}) == 3
     assert described(one)["video"] == f"v.mp4 {(videos / 'v.mp4').stat().st_size}"
     assert "video" not in described(Prompt("a", negative="n"))
+
+
+def test_a_mask_is_a_video_of_its_own(videos):
+    rows = [{"prompt": "x", "video": "v.mp4", "mask": "v.gif"}, {"prompt": "x", "video": "v.mp4", "mask": None}]
+    masked, plain = rows_of(videos, rows)
+    assert (video_of(masked).path, mask_of(masked).path) == (videos / "v.mp4", videos / "v.gif")
+    assert mask_of(plain) is None
+    assert masked != plain
+    assert encoding_key(masked) != encoding_key(plain)
+    assert pickle.loads(pickle.dumps(masked)) == masked
+    assert mask_of(conditional(masked)) == mask_of(unconditional(masked, "")) == mask_of(masked)
+    assert described(masked)["mask"].startswith("v.gif ")
+    assert metadata_of(masked) == {}
 
 
 def test_another_frame_makes_another_video(videos):

@@ -27,6 +27,8 @@ COUNTS = {
     "grove_flux": (9, 16, 117, 20),
     "grove_sd35m": (5, 16, 53, 20),
     "grove_wan": (9, 9, 67, 12),
+    "grove_wan_vace": (9, 9, 67, 12),
+    "grove_wan_i2v": (9, 9, 67, 12),
     "grove_wan22": (9, 9, 67, 12),
     "grove_wan22_5b": (9, 9, 67, 12),
     "flow_kontext": (6, 21, 126, 105),

@@ -12,7 +12,7 @@ from flowgrove.errors import UserError, one_line
 from flowgrove.paths import check_regular, local
 
 _PICTURES = ("images", "image")  # the first that a file has
-_VIDEO, _NEGATIVE = "video", "negative_prompt"
+_VIDEO, _MASK, _NEGATIVE = "video", "mask", "negative_prompt"
 _MOST_BYTES = 4 << 30  # of pictures and videos that stand in a file of prompts themselves
 _Place = tuple[str, str, Path | None, bytes | None]  # name, place, path and content of a Source
 
@@ -33,18 +33,17 @@ class Columns:
         """
         known = [name for name in dict.fromkeys(names) if name != text]
         pictures = next((name for name in _PICTURES if self.pictures and name in known), None)
-        video = _VIDEO if self.frames and _VIDEO in known else None
+        video, mask = (name if self.frames and name in known else None for name in (_VIDEO, _MASK))
         negative = _NEGATIVE if _NEGATIVE in known else None
         if self.metadata == "all":
-            metadata = [name for name in known if name not in (*_PICTURES, _NEGATIVE, video)]
+            metadata = [name for name in known if name not in (*_PICTURES, _NEGATIVE, video, mask)]
         else:
             metadata = list(self.metadata)
             if missing := [name for name in metadata if name not in known]:
                 there = f"one of {', '.join(known)}" if known else "null, since it has no other column"
                 raise UserError(f"data.metadata: {file} has no column {missing[0]}, for {key}: write {there}")
-        if pictures is None and video is None and negative is None and not metadata:
-            return None
-        return Chosen(pictures, negative, tuple(metadata), file, key, room or Room(), video, self.frames)
+        found = Chosen(pictures, video, mask, negative, tuple(metadata), file, key, room or Room(), self.frames)
+        return found if found.names else None
 
 
 @dataclass
@@ -59,18 +58,20 @@ class Chosen:
     """The columns of one file."""
 
     pictures: str | None
+    video: str | None
+    mask: str | None
     negative: str | None
     metadata: tuple[str, ...]
     file: Path
     key: str
     room: Room
-    video: str | None = None
-    frames: int = 0
+    frames: int
 
     @property
     def names(self) -> list[str]:
         """All of them."""
-        return [name for name in (self.pictures, self.video, self.negative, *self.metadata) if name is not None]
+        columns = (self.pictures, self.video, self.mask, self.negative, *self.metadata)
+        return [name for name in columns if name is not None]
 
     def prompt(self, text: str, row: Mapping[str, Any], number: int) -> Prompt:
         """The prompt of row `number`. Raises UserError for a source that is not there."""
@@ -78,15 +79,16 @@ class Chosen:
         if negative is not None and not _is_text(negative):
             what = f"row {number} of {self.file} has the negative_prompt {one_line(repr(negative), 40)}"
             raise UserError(f"{self.key}: {what}: write a text, or null")
-        pictures = [
-            Picture(*self._place(each, number, "picture"))
-            for each in _listed(None if self.pictures is None else row.get(self.pictures))
-        ]
-        value = None if self.video is None else row.get(self.video)
-        video = Video(*self._place(value, number, "video"), frames=self.frames) if value not in (None, "") else None
-        return Prompt(text, tuple(pictures), negative, {name: row.get(name) for name in self.metadata}, video)
+        pictures = () if self.pictures is None else _listed(row.get(self.pictures))
+        taken = tuple(Picture(*self._place(each, number, "picture", self.pictures)) for each in pictures)
+        video, mask = (self._video(column, row, number) for column in (self.video, self.mask))
+        return Prompt(text, taken, negative, {name: row.get(name) for name in self.metadata}, video, mask)
 
-    def _place(self, value: Any, number: int, kind: Literal["picture", "video"]) -> _Place:
+    def _video(self, column: str | None, row: Mapping[str, Any], number: int) -> Video | None:
+        value = None if column is None else row.get(column)
+        return None if value in (None, "") else Video(*self._place(value, number, "video", column), frames=self.frames)
+
+    def _place(self, value: Any, number: int, kind: Literal["picture", "video"], column: str | None) -> _Place:
         """Where a source lies: of a path or bytes, or of an object with one of both as `datasets` has it."""
         path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
         if isinstance(path, bytes):
@@ -96,9 +98,8 @@ class Chosen:
         if isinstance(path, str) and path:
             found = self._file(path, number, kind)
             return path, str(found), found, None
-        column, more = (self.pictures, ", or a list of paths") if kind == "picture" else (self.video, "")
         what = f"row {number} of {self.file} has {one_line(str(value), 40)} in the column {column}"
-        raise UserError(f"{self.key}: {what}: write the path of a {kind}{more}")
+        raise UserError(f"{self.key}: {what}: write the path of a {kind}{', or a list of paths' * (kind == 'picture')}")
 
     def _file(self, name: str, number: int, kind: str) -> Path:
         folder = self.file if self.file.is_dir() else self.file.parent

@@ -15,12 +15,14 @@ from flowgrove.data.sources import Picture, Video
 class Prompt(str):
     """A text with what its row holds beside it. Two are equal if all of it is.
 
-    `pictures`: those that are edited or animated, in order; `video`: the one that is edited or followed; `negative`:
-    what guidance leads away from, None: what the recipe says; `metadata`: other columns by their names, JSON values.
+    `pictures`: those that are edited or animated, in order; `video`: the one that is edited or followed; `mask`: of
+    its frames, white where they are drawn anew, None: everywhere; `negative`: what guidance leads away from, None: what
+    the recipe says; `metadata`: other columns by their names, JSON values.
     """
 
     pictures: tuple[Picture, ...]
     video: Video | None
+    mask: Video | None
     negative: str | None
     metadata: Mapping[str, Any]
 
@@ -31,13 +33,15 @@ class Prompt(str):
         negative: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         video: Video | None = None,
+        mask: Video | None = None,
     ) -> "Prompt":
         self = super().__new__(cls, text)
-        self.pictures, self.negative, self.metadata, self.video = pictures, negative, metadata or {}, video
+        self.pictures, self.negative, self.metadata = pictures, negative, metadata or {}
+        self.video, self.mask = video, mask
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.pictures, self.negative, dict(self.metadata), self.video)
+        return type(self), (str(self), self.pictures, self.negative, dict(self.metadata), self.video, self.mask)
 
     def __str__(self) -> str:
         return self[:]  # a plain string
@@ -45,7 +49,7 @@ class Prompt(str):
     @cached_property
     def _row(self) -> tuple[Any, ...]:
         """All of it, or nothing where there is but a text."""
-        if not (self.pictures or self.metadata or self.video) and self.negative is None:
+        if not (self.pictures or self.metadata or self.video or self.mask) and self.negative is None:
             return ()
         sources = tuple(_identities(self))
         return sources, self.negative, json.dumps(dict(self.metadata), sort_keys=True, default=str)
@@ -71,11 +75,16 @@ def video_of(prompt: str) -> Video | None:
     return prompt.video if isinstance(prompt, Prompt) else None
 
 
+def mask_of(prompt: str) -> Video | None:
+    """The mask of a prompt's source video."""
+    return prompt.mask if isinstance(prompt, Prompt) else None
+
+
 def _identities(prompt: str) -> list[str]:
     """What tells the sources of a prompt apart."""
-    video = video_of(prompt)
     pictures = [picture.identity for picture in pictures_of(prompt)]
-    return pictures if video is None else [*pictures, f"video {video.identity}"]
+    videos = (("video", video_of(prompt)), ("mask", mask_of(prompt)))
+    return pictures + [f"{kind} {video.identity}" for kind, video in videos if video is not None]
 
 
 def metadata_of(prompt: str) -> Mapping[str, Any]:
@@ -93,13 +102,13 @@ def with_text(prompt: str, text: str) -> str:
     """The same row with another text."""
     if not isinstance(prompt, Prompt):
         return text
-    return Prompt(text, prompt.pictures, prompt.negative, prompt.metadata, prompt.video)
+    return Prompt(text, prompt.pictures, prompt.negative, prompt.metadata, prompt.video, prompt.mask)
 
 
 def conditional(prompt: str) -> str:
-    """What is encoded of a prompt: its text, its pictures and its video."""
-    pictures, video = pictures_of(prompt), video_of(prompt)
-    return Prompt(str(prompt), pictures, video=video) if pictures or video else str(prompt)
+    """What is encoded of a prompt: its text and its sources."""
+    pictures, video, mask = pictures_of(prompt), video_of(prompt), mask_of(prompt)
+    return Prompt(str(prompt), pictures, video=video, mask=mask) if pictures or video or mask else str(prompt)
 
 
 def unconditional(prompt: str, default: str) -> str:
@@ -119,6 +128,7 @@ def described(prompt: str) -> str | dict[str, Any]:
     if not isinstance(prompt, Prompt) or prompt == str(prompt):
         return str(prompt)
     pictures = [picture.described for picture in prompt.pictures]
-    video = {} if prompt.video is None else {"video": prompt.video.described}
-    row = {"prompt": str(prompt), "images": pictures, **video, "negative": prompt.negative}
+    videos = {"video": prompt.video, "mask": prompt.mask}
+    told = {name: video.described for name, video in videos.items() if video is not None}
+    row = {"prompt": str(prompt), "images": pictures, **told, "negative": prompt.negative}
     return {**row, "metadata": json_metadata(prompt)}

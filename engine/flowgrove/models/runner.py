@@ -19,7 +19,7 @@ from flowgrove.passes.recordings import Recordings, Tensors
 from flowgrove.recipe.schema import Cache, Recipe
 from flowgrove.spans import DECODE, span
 
-CACHED_ATTENTION = r"(single_)?(transformer_)?blocks\.\d+\.attn\d?"  # the layers that rollout.cache extrapolates
+CACHED_ATTENTION = r"(single_|vace_)?(transformer_)?blocks\.\d+\.attn\d?"  # the layers that rollout.cache extrapolates
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}  # engine.token_budget: auto
 
 

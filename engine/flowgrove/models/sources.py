@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageOps
 
-from flowgrove.data.prompt import pictures_of, video_of
+from flowgrove.data.prompt import mask_of, pictures_of, video_of
 from flowgrove.data.sources import Picture, Video
 from flowgrove.errors import UserError, one_line
 from flowgrove.models.families import family_of
@@ -25,7 +25,15 @@ def source_video(prompt: str, height: int, width: int) -> list[Image.Image] | No
     """The frames of a prompt's source video that the model reads, each as `source_pictures` has pictures; None: it has
     no video. Raises UserError for one that cannot be read, or is too short.
     """
-    video = video_of(prompt)
+    return _fitted_frames(video_of(prompt), height, width)
+
+
+def source_mask(prompt: str, height: int, width: int) -> list[Image.Image] | None:
+    """The same of the mask of that video."""
+    return _fitted_frames(mask_of(prompt), height, width)
+
+
+def _fitted_frames(video: Video | None, height: int, width: int) -> list[Image.Image] | None:
     return None if video is None else [fitted(frame, height, width) for frame in video.each()]
 
 
@@ -57,7 +65,11 @@ def check_sources(model: Model, prompts: Iterable[str]) -> None:
         if not found and video is None:
             what = f"the prompt {one_line(prompt, 60)!r} has no source video, which {model.adapter} follows"
             raise UserError(f"{what}: write its path in a column video, or set model.source_pictures")
-        sources |= {source.identity: source for source in (*found, *(() if video is None else (video,)))}
+        if video is None and mask_of(prompt) is not None:
+            what = f"the prompt {one_line(prompt, 60)!r} has a mask and no video that it is of"
+            raise UserError(f"{what}: write the video's path in a column video")
+        every = (*found, video, mask_of(prompt))
+        sources |= {source.identity: source for source in every if source is not None}
     with ThreadPoolExecutor() as threads:  # decoders let go of the interpreter
         for _ in threads.map(_check, sources.values()):
             pass

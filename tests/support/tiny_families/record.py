@@ -28,7 +28,9 @@ class TinyFamily:
     call: Callable[[float, int, Any], dict[str, Any]]
     guidance: float  # that of training tests
     blocks: int  # of the transformer, compiled one by one
-    pictured: Callable[[list[list[Image.Image]], Any], dict[str, Any]] = dict  # options of the prompts' source pictures
+    # options of the prompts' source pictures, and of all that the prompts themselves have
+    pictured: Callable[[list[list[Image.Image]], Any], dict[str, Any]] = field(default=lambda pictures, model: {})
+    filmed: Callable[[list[str], Any], dict[str, Any]] = field(default=lambda prompts, model: {})
     output: str = "images"  # where the pipeline's result holds what it drew
     as_theirs: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # states as `latents`
     as_ours: Callable[[Any, Any, Tensor], Tensor] = field(default=lambda pipe, model, x: x)  # drawn latents as states
@@ -53,21 +55,25 @@ class TinyFamily:
         """The source pictures of a prompt."""
         return self.model.get("source_pictures", family_of(self.model["adapter"]).source_pictures[0])
 
+    @property
+    def source_frames(self):
+        """The frames of a prompt's source video; 0: it has none."""
+        return self.model["frames"] if family_of(self.model["adapter"]).source_video else 0
+
     def prompts(self, texts):
-        """The texts, with as many source pictures as the family takes, each of its own."""
-        return pictured(texts, self.sources)
+        """The texts, with as many source pictures as the family takes, and a video, each of its own."""
+        return pictured(texts, self.sources, self.source_frames)
 
     def write_prompts(self, path, texts):
-        """Writes a prompt file, with as many pictures per row as the family takes; returns its path."""
-        return write_prompts(path, texts, self.sources)
+        """Writes a prompt file, with as many pictures per row as the family takes, and a video; returns its path."""
+        return write_prompts(path, texts, self.sources, self.source_frames)
 
     def options(self, guidance, prompts, model):
         """All options of a call but the prompts, their latents, the number of steps and the output's kind."""
         sizes = {"height": model.height, "width": model.width, "max_sequence_length": model.text_tokens}
         pictures = [source_pictures(prompt, model.height, model.width) for prompt in prompts]
-        return (
-            sizes | self.call(guidance, len(prompts), model) | (self.pictured(pictures, model) if self.sources else {})
-        )
+        told = sizes | self.call(guidance, len(prompts), model) | self.filmed(prompts, model)
+        return told | (self.pictured(pictures, model) if self.sources else {})
 
     def draw(self, pipe, model, guidance, prompts, latents, **options):
         """What diffusers' pipeline draws of these states, one for each of the prompts."""

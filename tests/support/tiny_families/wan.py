@@ -1,4 +1,4 @@
-"""Wan2.1 and Wan2.2 text-to-video."""
+"""Wan2.1 and Wan2.2: from text, pictures and videos."""
 
 import torch
 from diffusers import (
@@ -7,10 +7,14 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from flowgrove.data.prompt import pictures_of
+from flowgrove.models.sources import source_mask, source_video
 from tiny_families.parts import VIDEO_STATISTICS, lively, t5_config, tokenizer_of
 from tiny_families.record import TinyFamily
 
@@ -30,8 +34,8 @@ def _wan(vae=None, pipeline=WanPipeline, transformer=None, **options):
     )  # fmt: skip
 
 
-def _transformer(in_channels=4, **options):
-    return WanTransformer3DModel(
+def _transformer(in_channels=4, kind=WanTransformer3DModel, **options):
+    return kind(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=4,
         text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32, **options,
     )  # fmt: skip
@@ -71,6 +75,12 @@ def _i2v_a14b():
     )  # fmt: skip
 
 
+def _vace():
+    """Blocks of the second video beside both of the state's."""
+    transformer = _transformer(kind=WanVACETransformer3DModel, vace_layers=[0, 1], vace_in_channels=2 * 4 + 64)
+    return _wan(pipeline=WanVACEPipeline, transformer=transformer)
+
+
 class _OneByOne(WanImageToVideoPipeline):
     """diffusers' pipeline draws one picture's videos in a call."""
 
@@ -78,6 +88,32 @@ class _OneByOne(WanImageToVideoPipeline):
         parts = zip(prompt, image, latents.split(1), strict=True)
         drawn = [super(_OneByOne, self).__call__(prompt=p, image=i, latents=x, **options).frames for p, i, x in parts]
         return WanPipelineOutput(frames=torch.cat(drawn))
+
+
+class _VaceOneByOne(WanVACEPipeline):
+    """diffusers' pipeline draws one video in a call."""
+
+    def __call__(self, prompt, latents, sources, **options):
+        parts = zip(prompt, sources, latents.split(1), strict=True)
+        call = super().__call__
+        return WanPipelineOutput(
+            frames=torch.cat([call(prompt=p, latents=x, **told, **options).frames for p, told, x in parts])
+        )
+
+
+def _filmed(prompts, model):
+    """Pictures as they are in their files, which the pipeline scales itself; masks without the greys of scaling."""
+
+    def of(prompt):
+        pictures = [picture.load() for picture in pictures_of(prompt)]
+        mask = source_mask(prompt, model.height, model.width)
+        return {
+            "video": source_video(prompt, model.height, model.width),
+            "mask": mask and [frame.convert("L").point(lambda level: 255 * (level > 127)) for frame in mask],
+            "reference_images": pictures or None,
+        }
+
+    return {"sources": [of(prompt) for prompt in prompts]}
 
 
 def _call(guidance, prompts, model):
@@ -92,12 +128,16 @@ def _with_first_frame(cond, latents):
     return torch.cat([cond.tensors["source_latents"], latents[:, :, 1:]], dim=2)
 
 
-def _family(name, build, adapter="wan", text_tokens=9, **options):
+def _family(name, build, adapter="wan", text_tokens=9, sources=None, **options):
     model = {"adapter": adapter, "height": 32, "width": 32, "frames": 5, "text_tokens": text_tokens}
-    pipeline = WanPipeline if adapter == "wan" else _OneByOne
+    model |= {} if sources is None else {"source_pictures": sources}
+    pipeline = {"wan": WanPipeline, "wan_i2v": _OneByOne, "wan_vace": _VaceOneByOne}[adapter]
+    if adapter == "wan_vace":
+        options["filmed"] = _filmed
+    elif adapter == "wan_i2v":
+        options["pictured"] = _animated
     return TinyFamily(
-        name, pipeline, model, build, _call, guidance=4.5, output="frames", flow_shift=3.0, pictured=_animated,
-        **options,
+        name, pipeline, model, build, _call, guidance=4.5, output="frames", flow_shift=3.0, **options
     )  # fmt: skip
 
 
@@ -108,4 +148,5 @@ FAMILIES = (
     _family("wan_i2v", _i2v, "wan_i2v", 512, blocks=2, variant=True),
     _family("wan_i2v_a14b", _i2v_a14b, "wan_i2v", blocks=4, variant=True, silent=r"transformer_2\..*"),
     _family("wan_i2v_5b", _ti2v, "wan_i2v", blocks=2, variant=True, as_leaves=_with_first_frame),
+    _family("wan_vace", _vace, "wan_vace", sources=1, blocks=4, variant=True),
 )

@@ -28,6 +28,7 @@ _OTHERS = {
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
     "patch_embedding": "patch_embedding",
+    "vace_patch_embedding": "vace_patch_embedding",
     "proj_out": "head.head",
 }
 
@@ -106,9 +107,11 @@ class Wan(Adapter):
     @classmethod
     def comfyui_name(cls, module: str) -> str | None:
         """Wan's own name."""
-        block = re.fullmatch(r"(blocks\.\d+)\.(attn1|attn2|ffn)\.(.+)", module)
+        block = re.fullmatch(r"((?:vace_)?blocks\.\d+)\.(attn1|attn2|ffn)\.(.+)", module)
         if block is not None and block[3] in _LAYERS:
             return f"diffusion_model.{block[1]}.{_GROUPS[block[2]]}.{_LAYERS[block[3]]}"
+        if (read := re.fullmatch(r"(vace_blocks\.\d+)\.proj_(in|out)", module)) is not None:
+            return f"diffusion_model.{read[1]}.{'before' if read[2] == 'in' else 'after'}_proj"
         return f"diffusion_model.{_OTHERS[module]}" if module in _OTHERS else None
 
     @torch.no_grad()

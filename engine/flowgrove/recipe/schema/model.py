@@ -17,6 +17,7 @@ AdapterName = Literal[
     "qwen_image_edit",
     "wan",
     "wan_i2v",
+    "wan_vace",
     "z_image",
     "flux2_klein",
     "flux2",
@@ -78,10 +79,11 @@ class InitLora(Section):
 class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
-    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; flux_kontext: FLUX.1-Kontext-dev;
-    qwen_image: Qwen-Image; qwen_image_edit: Qwen-Image-Edit, -2509 and -2511; wan: Wan2.1 and Wan2.2 text-to-video;
-    wan_i2v: their image-to-video; z_image: Z-Image and Z-Image-Turbo; flux2_klein: FLUX.2-klein, distilled and base;
-    flux2: FLUX.2-dev; chroma: Chroma; ltx: LTX-Video text-to-video; hunyuan_video15: HunyuanVideo-1.5 text-to-video.
+    sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; flux_kontext: FLUX.1-Kontext-dev; qwen_image:
+    Qwen-Image; qwen_image_edit: Qwen-Image-Edit, -2509 and -2511; wan: Wan2.1 and Wan2.2 text-to-video; wan_i2v: their
+    image-to-video; wan_vace: Wan2.1 VACE, videos from videos; z_image: Z-Image and Z-Image-Turbo; flux2_klein:
+    FLUX.2-klein, distilled and base; flux2: FLUX.2-dev; chroma: Chroma; ltx: LTX-Video text-to-video; hunyuan_video15:
+    HunyuanVideo-1.5 text-to-video.
     Source: diffusers' pipelines of these families.
     """
 
@@ -145,8 +147,9 @@ class Model(Section):
     source_pictures: Annotated[int, Field(ge=0, le=16)] | None = None
     """How many source pictures a prompt has, which the model edits or animates; null: as few as the model allows.
     They stand in the column image or images of the prompt files, as paths relative to the file or as bytes, and every
-    prompt has as many. A source is scaled to cover model.height × model.width, and what hangs over is cropped. Each
-    adds tokens to every pass where the model reads it beside the picture that it draws.
+    prompt has as many. A source is scaled to cover model.height × model.width, and what hangs over is cropped;
+    wan_vace has its reference pictures whole, on white. Each adds tokens to every pass where the model reads it beside
+    the picture that it draws.
     Source: the pipelines' image in diffusers.
     """
 
