@@ -16,6 +16,7 @@ from flowgrove.models.experts import FOLDERS, expert_of
 from flowgrove.models.families import family_of
 from flowgrove.models.lora_files import how_to_load, layers_of, write_lora
 from flowgrove.models.policy import Policy
+from flowgrove.models.quantised import QuantisedLinear
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import expert_at, make_plan
 from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas
@@ -107,6 +108,17 @@ def test_the_reference_model_shares_the_expert_that_does_not_train(folders):
     ours, copy = (dict(one.named_parameters()) for one in (weights.transformer, weights.reference_copy))
     shared = {name for name, weight in copy.items() if weight.data_ptr() == ours[name].data_ptr()}
     assert shared == {name for name in ours if name.startswith("transformer.")}
+
+
+def test_only_the_expert_that_trains_is_rounded_anew(folders, monkeypatch):
+    recipe = recipe_of(folders, {**WINDOW, "precision": "int8"}, trained_experts="low", lora=None)
+    weights, rounded = Policy.load(recipe, CPU).weights, []
+    names = {id(layer): name for name, layer in weights.quantised.layers.items()}
+    assert {expert_of(name)[0] for name in names.values()} == {"high", "low"}
+    monkeypatch.setattr(QuantisedLinear, "follow", lambda layer: rounded.append(names[id(layer)]))
+    weights.refresh()
+    assert weights.quantised is not None
+    assert sorted(rounded) == sorted(name for name in names.values() if expert_of(name)[0] == "low")
 
 
 @pytest.mark.parametrize(("trained", "stochastic"), [("both", "high"), ("high", "both"), ("low", "both")])

@@ -87,17 +87,17 @@ class QuantisedCopy(Twin):
         }
         rounded = twin(transformer, {layer: self.layers[name] for name, layer in layers.items()})
         super().__init__(rounded if attention is None else with_attention(rounded, attention), compiled)
-        self.trains = any(layer.weight.requires_grad for layer in layers.values())
+        self._trained = [self.layers[name] for name, layer in layers.items() if layer.weight.requires_grad]
         self.outdated = False
 
     def changed(self) -> None:
         """The transformer's weights have changed."""
-        self.outdated = self.trains
+        self.outdated = bool(self._trained)
 
     def follow(self) -> None:
         """The rounded weights follow the transformer's, in place, so that recorded passes read them."""
         if self.outdated:
-            for layer in self.layers.values():
+            for layer in self._trained:
                 layer.follow()
         self.outdated = False
 
