@@ -27,6 +27,7 @@ from flowgrove.run.resume import stored_budget
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning import checkpointing, model_times, token_budget, tune
+from flowgrove.tuning.choosing import Candidate, choose
 from flowgrove.tuning.pass_times import Passes, Timed, Work
 from flowgrove.tuning.token_budget import (
     cache_budget,
@@ -37,7 +38,6 @@ from flowgrove.tuning.token_budget import (
     settle_meetings,
     settle_token_budget,
 )
-from flowgrove.tuning.tune import Candidate, choose
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, plan_and_coefficients, policy_of, runner_of, small_recipe
 from tiny_families import MODELS
@@ -482,6 +482,36 @@ def test_flops_that_are_kept_are_those_of_the_setting_that_was_measured(monkeypa
     tuned, policy = setup.computing_again("full").recipe, SimpleNamespace(device=CPU)
     model_times.keep_times(setup, tuned, policy, None, None, 1, print)
     assert (setup.recipe.model.gradient_checkpointing, kinds) == ("none", ["full"])
+
+
+def test_attention_of_steps_that_do_not_train_is_chosen_where_it_is_near_and_fast(folders, monkeypatch):
+    monkeypatch.setattr(tune, "attention_names", lambda: ["sdpa", "_native_math"])
+    times = {}
+
+    def seconds(self, run, rows, repeats=1):
+        full = self.policy.adapter.transformer is self.policy.transformer or run == self.train
+        return 1.0 if full else times["cheap"]
+
+    monkeypatch.setattr(Passes, "seconds_per_row", seconds)
+    recipe = small_recipe(model={**MODELS["flux"], "path": folders["flux"], "dtype": "fp32"})
+    tuner = tune._Tuner(Setup(recipe), {"token_budget": 70, "attention": "sdpa"}, WORK, False)
+    for times["cheap"], allowed, expected in ((0.2, 0.1, "_native_math"), (5.0, 0.1, None), (0.2, -1.0, None)):
+        monkeypatch.setattr(tune, "_CHEAP_DIFFERENCE", allowed)
+        choice = tuner.rollout_attention()
+        assert (choice.section, choice.key, choice.value) == ("rollout", "attention", expected)
+        told = next(line for line in choice.lines if line.startswith("_native_math"))
+        assert ("left out" in told) == (allowed < 0)
+        assert "its velocity is 0.00% of its norm away" in told
+        assert tuner._cheap_attention == expected
+        with pytest.raises(ValueError, match="not quantised"):
+            tuner.policy.cheap()
+
+
+def test_attention_of_steps_that_do_not_train_stays_where_the_recipe_has_one(monkeypatch):
+    monkeypatch.setattr("flowgrove.models.policy.check_attention", lambda *_: None)  # sd3 has no other kernel
+    setup = Setup(small_recipe(model={"dtype": "fp32"}, rollout={"attention": "sdpa"}))
+    tuner = tune._Tuner(setup, {"token_budget": 70, "attention": "sdpa"}, WORK, False)
+    assert tuner.rollout_attention() == ("attention", "sdpa", ["not measured: the recipe has one"], "rollout")
 
 
 @pytest.mark.parametrize("fits", [True, False])

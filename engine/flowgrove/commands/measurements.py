@@ -30,6 +30,10 @@ def tune(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="also measure model.gradient_checkpointing, of which some may fit")
     ] = False,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="also measure rollout.attention, which changes training pictures a little"),
+    ] = False,
 ) -> None:
     """Measure which engine settings run a recipe fastest on this machine,
     and write a recipe that extends it with them.
@@ -38,7 +42,7 @@ def tune(
     """
     from flowgrove.tuning.tune import tune_recipe
 
-    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, say, precision, checkpointing)
+    target = tune_recipe(recipe, tuple(set_ or ()), out, compiled, say, precision, checkpointing, attention)
     say(f"wrote {target}: train with `flowgrove train {target}`")
 
 

@@ -5,20 +5,19 @@ Key after key: the candidates of one are measured in turn, A, B, A, B, …, with
 """
 
 import os
-import statistics
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from flowgrove.device import is_out_of_memory, pick_device
+from flowgrove.device import pick_device
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.machine import describe
-from flowgrove.models.attention import UNSAFE, attention_names, missing, use_attention
+from flowgrove.models.attention import UNSAFE, attention_names, check_attention, missing, use_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.policy import Policy
@@ -33,45 +32,28 @@ from flowgrove.recipe.schema import Checkpointing, Recipe
 from flowgrove.recipe.yaml_files import write_yaml
 from flowgrove.setup import Setup
 from flowgrove.tuning.checkpointing import settled
+from flowgrove.tuning.choosing import Candidate, Choice, Value, choose, reason
 from flowgrove.tuning.model_times import keep_times
-from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work, first_near_best
-from flowgrove.tuning.token_budget import no_room, room_beside
+from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work
+from flowgrove.tuning.token_budget import room_beside
 
-_ROUNDS = 3
 # of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or
 # cannot train by more
 _DIFFERENCE = 0.05
-_NO_ROOM = "does not fit into the memory"
+_CHEAP_DIFFERENCE = 0.1  # the same of a velocity that neither trains nor has a ratio
 
-Value = int | str | bool | None
 Say = Callable[[str], None]
-
-
-class Candidate(NamedTuple):
-    """A value of a key, as a comment names it, and its measurement."""
-
-    value: Value
-    label: str
-    measure: Callable[[], Timed]
-
-
-class Choice(NamedTuple):
-    """The value of a key, and the measurements behind it, a line each."""
-
-    key: str
-    value: Value
-    lines: list[str]
-    section: str = "engine"
 
 
 def tune_recipe(
     path: Path, overrides: tuple[str, ...], out: Path | None, with_compile: bool, say: Say,
-    with_precision: bool = False, with_checkpointing: bool = False,
+    with_precision: bool = False, with_checkpointing: bool = False, with_attention: bool = False,
 ) -> Path:  # fmt: skip
     """Measures and writes `out` (None: NAME_tuned.yaml beside the recipe NAME.yaml), a recipe that extends `path` with
     `overrides` and the engine settings found; keys of `engine` among the overrides stay as given. `with_precision`:
-    rollout.precision too, unless the recipe has one; `with_checkpointing`: model.gradient_checkpointing. Returns the
-    file. Raises UserError if it exists, or if nothing runs here.
+    rollout.precision too, unless the recipe has one; `with_checkpointing`: model.gradient_checkpointing;
+    `with_attention`: rollout.attention too, unless the recipe has one. Returns the file. Raises UserError if it exists,
+    or if nothing runs here.
     """
     target = out or path.with_name(f"{path.stem}_tuned.yaml")
     if target.exists():
@@ -84,7 +66,8 @@ def tune_recipe(
     tuner = _Tuner(setup, fixed, work, with_compile)
     choices = []
     # before blocks are compiled, which compiled ones stay
-    asked = [tuner.checkpointing] * with_checkpointing + [tuner.precision] * with_precision
+    asked = [tuner.checkpointing] * with_checkpointing + [tuner.rollout_attention] * with_attention
+    asked += [tuner.precision] * with_precision
     for measure in (tuner.token_budget, tuner.attention, *asked, tuner.compiled, tuner.cuda_graphs):
         choice = measure()
         if choice.section != "engine" or choice.key not in fixed:
@@ -95,43 +78,6 @@ def tune_recipe(
     write_text(target, _text({"extends": base, **given}, fixed, choices, _header(tuner.device, work)))
     tuner.keep(setup, choices, say)  # last: the recipe is there, whatever ends it
     return target
-
-
-def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, ...] = ()) -> Choice:
-    """The first candidate within NEAR of the least predicted seconds. Raises UserError if none runs."""
-    times: dict[str, list[Timed]] = {candidate.label: [] for candidate in candidates}
-    failed: dict[str, str] = {}
-    for turn in range(_ROUNDS + 1):  # the first warms up
-        for _, label, measure in candidates:
-            if label in failed:
-                continue
-            try:
-                timed = measure()
-            except (RuntimeError, UserError) as error:  # UserError: a pass that cannot be recorded
-                failed[label] = _NO_ROOM if is_out_of_memory(error) else _reason(error)
-            else:
-                times[label] += [timed] if turn else []
-    medians = {
-        label: Timed(*map(statistics.median, zip(*rounds, strict=True)))
-        for label, rounds in times.items()
-        if label not in failed
-    }
-    if not medians:
-        reason = next(iter(failed.values()))
-        raise (
-            no_room()
-            if reason == _NO_ROOM
-            else UserError(f"engine.{key}: nothing that was tried runs here ({reason}): set another engine.device")
-        )
-    seconds = {label: work.seconds(row) for label, row in medians.items()}
-    chosen = first_near_best(seconds)
-    told = {
-        label: f"{1e3 * row.forward:.3g} + {1e3 * row.train:.3g} ms, {seconds[label]:.3g} s"
-        for label, row in medians.items()
-    }
-    told[chosen] += ", chosen"
-    lines = [f"{label}: {failed.get(label) or told[label]}" for label in times]
-    return Choice(key, next(candidate.value for candidate in candidates if candidate.label == chosen), [*lines, *notes])
 
 
 class _Tuner:
@@ -153,6 +99,8 @@ class _Tuner:
         # taken while passes are measured
         self._beside = room_beside(setup, self.policy) if self.device.type == "cuda" else None
         self._processors = dict(getattr(self.policy.transformer, "attn_processors", {}))  # Z-Image tells of none
+        self._attention = "sdpa" if engine.attention == "auto" else engine.attention
+        self._cheap_attention = recipe.rollout.attention
         self._recomputed = recipe.model.gradient_checkpointing
         self._stance = "default"  # of torch.compile, once the blocks are compiled
 
@@ -193,7 +141,7 @@ class _Tuner:
             except UserError:  # not for this model
                 continue
             except Exception as error:  # whatever a kernel raises that does not take these tensors
-                notes.append(f"{name}: {_reason(error)}")
+                notes.append(f"{name}: {reason(error)}")
                 continue
             if close:
                 usable.append(name)
@@ -205,8 +153,46 @@ class _Tuner:
             self.work,
             tuple(notes),
         )
-        self._use(str(choice.value))
+        self._attention = str(choice.value)
+        self._use(self._attention)
         return choice
+
+    def rollout_attention(self) -> Choice:
+        """Another kernel in steps that do not train, unless the recipe has one: of those whose velocity is near that of
+        the steps that do, with a backward or without.
+        """
+        recipe, weights = self.recipe, self.policy.weights
+        given = "the recipe has one" if recipe.rollout.attention is not None else None
+        if recipe.engine.distributed == "fsdp2":
+            given = "not for engine.distributed: fsdp2"
+        if given is not None:
+            return Choice("attention", recipe.rollout.attention, [f"not measured: {given}"], "rollout")
+        x, notes = self.passes.states(1), []
+        candidates = [Candidate(None, "null", self._cheapened(recipe.rollout.precision, None))]
+        with torch.no_grad():
+            expected = self.passes.velocity(x)
+            for name in attention_names():
+                if name == self._attention or missing(name, self.device, downloads=False) is not None:
+                    continue
+                try:
+                    check_attention(self.policy.adapter, name, recipe.model, self.device, "rollout.attention")
+                    weights.quantise(None, False, name)
+                    away = (Passes(self.policy.cheap(), self.runner).velocity(x) - expected).norm() / expected.norm()
+                except UserError:  # not for this model
+                    continue
+                except Exception as error:  # whatever a kernel raises that does not take these tensors
+                    notes.append(f"{name}: {reason(error)}")
+                    continue
+                told = f"its velocity is {float(away):.2%} of its norm away"
+                if float(away) <= _CHEAP_DIFFERENCE:
+                    label = f"{name} ({told})"
+                    candidates.append(Candidate(name, label, self._cheapened(recipe.rollout.precision, name)))
+                else:
+                    notes.append(f"{name}: left out, {told}, and {_CHEAP_DIFFERENCE:.0%} are allowed")
+        choice = choose("attention", candidates, self.work, tuple(notes))
+        self._cheap_attention = cast("str | None", choice.value)
+        weights.quantise(None)
+        return choice._replace(section="rollout")
 
     def checkpointing(self) -> Choice:
         """What training passes compute again, of what fits beside all that an iteration keeps."""
@@ -230,17 +216,17 @@ class _Tuner:
             why = "the weights are rounded already, by model.base_precision"
         if why is not None:
             return Choice("precision", recipe.rollout.precision, [f"not measured: {why}"], "rollout")
-        candidates = [Candidate(None, "null", self._cheapened(None))]
+        candidates = [Candidate(None, "null", self._cheapened(None, self._cheap_attention))]
         for precision in PRECISIONS:
             if precision == "int8" or has_fp8(self.device):
-                candidates.append(Candidate(precision, precision, self._cheapened(precision)))
+                candidates.append(Candidate(precision, precision, self._cheapened(precision, self._cheap_attention)))
         choice = choose("precision", candidates, self.work)
         self.policy.weights.quantise(None)
         return choice._replace(section="rollout")
 
-    def _cheapened(self, precision: Precision | None) -> Callable[[], Timed]:
-        """With this precision and the recipe's rollout.attention in steps that do not train, compiled as all others."""
-        rollout = self.recipe.rollout.model_copy(update={"precision": precision})
+    def _cheapened(self, precision: Precision | None, attention: str | None) -> Callable[[], Timed]:
+        """With these in steps that do not train, compiled as all others."""
+        rollout = self.recipe.rollout.model_copy(update={"precision": precision, "attention": attention})
         if not rollout.cheapens:
             return self._timed(self.rows)
         compiled = not self.measures_compile and self.recipe.engine.compile
@@ -252,7 +238,7 @@ class _Tuner:
         def measure() -> Timed:
             self.passes.release()
             full = self.passes.timed(self.rows)
-            self.policy.weights.quantise(precision, compiled, rollout.attention)
+            self.policy.weights.quantise(precision, compiled, attention)
             cheap = Passes(self.policy.cheap(), self.runner)
             spent = cheap.seconds_per_row(cheap.forward, self.rows)
             return full._replace(forward=full.forward + part * (spent - full.forward))
@@ -346,10 +332,6 @@ class _Tuner:
         v = self.passes.velocity(x)
         (gradient,) = torch.autograd.grad(v, x, x.detach().to(v.dtype))
         return v.detach(), gradient
-
-
-def _reason(error: Exception) -> str:
-    return f"fails: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
 
 
 def _given(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
