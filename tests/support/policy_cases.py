@@ -72,6 +72,6 @@ def encoded(policy: Policy, texts: list[str] | None = None) -> Prompts:
     texts = texts or TEXTS
     if not any(pictures_of(text) for text in texts):
         size = policy.adapter.geometry
-        count = max(policy.adapter.source_pictures[0], size.source_tokens // size.picture_tokens, size.source_frames)
+        count = max(policy.adapter.source_pictures[0], size.source_tokens // size.picture_tokens, size.source_pictures)
         texts = pictured(texts, count, (size.frames or 0) * policy.adapter.source_video)
     return policy.encode(texts)

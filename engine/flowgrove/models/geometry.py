@@ -28,7 +28,7 @@ class Geometry:
     source_tokens: int = 0  # of the prompt's source pictures or quoted texts, that stand there too
     source_read: int = 0  # tokens of source pictures that the transformer reads through cross-attention
     fps: int = 16  # of videos, as files
-    source_frames: int = 0  # of the state: they stand for source pictures and are not decoded
+    source_pictures: int = 0  # of a prompt, where more than the tokens depends on their number
 
     @property
     def pixels(self) -> int:

@@ -55,17 +55,24 @@ def _a14b():
     return _wan(transformer_2=lively(_transformer(), seed=2), boundary_ratio=0.875)
 
 
-def _i2v():
+def _i2v(**options):
     """The picture's latents and a mask beside the state's channels, and its CLIP embeddings."""
     clip = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
     return _wan(
         pipeline=WanImageToVideoPipeline,
-        transformer=_transformer(12, image_dim=16, added_kv_proj_dim=24),
+        transformer=_transformer(12, image_dim=16, added_kv_proj_dim=24, **options),
         image_encoder=CLIPVisionModel(clip),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
     )
+
+
+def _flf2v():
+    """Positions for the CLIP embeddings of a first and a last picture."""
+    pipe = _i2v(pos_embed_seq_len=2 * (2 * 2 + 1))
+    torch.nn.init.normal_(pipe.transformer.condition_embedder.image_embedder.pos_embed)
+    return pipe
 
 
 def _i2v_a14b():
@@ -84,9 +91,10 @@ def _vace():
 class _OneByOne(WanImageToVideoPipeline):
     """diffusers' pipeline draws one picture's videos in a call."""
 
-    def __call__(self, prompt, image, latents, **options):
-        parts = zip(prompt, image, latents.split(1), strict=True)
-        drawn = [super(_OneByOne, self).__call__(prompt=p, image=i, latents=x, **options).frames for p, i, x in parts]
+    def __call__(self, prompt, ends, latents, **options):
+        call, parts = super().__call__, zip(prompt, ends, latents.split(1), strict=True)
+        named = [(p, dict(zip(("image", "last_image"), pictures, strict=False)), x) for p, pictures, x in parts]
+        drawn = [call(prompt=p, latents=x, **pictures, **options).frames for p, pictures, x in named]
         return WanPipelineOutput(frames=torch.cat(drawn))
 
 
@@ -121,7 +129,7 @@ def _call(guidance, prompts, model):
 
 
 def _animated(pictures, model):
-    return {"image": [each for (each,) in pictures]}
+    return {"ends": pictures}
 
 
 def _with_first_frame(cond, latents):
@@ -146,7 +154,8 @@ FAMILIES = (
     _family("wan_ti2v", _ti2v, blocks=2, variant=True),
     _family("wan_a14b", _a14b, blocks=4, silent=r"transformer_2\..*"),
     _family("wan_i2v", _i2v, "wan_i2v", 512, blocks=2, variant=True),
-    _family("wan_i2v_a14b", _i2v_a14b, "wan_i2v", blocks=4, variant=True, silent=r"transformer_2\..*"),
+    _family("wan_flf2v", _flf2v, "wan_i2v", 512, sources=2, blocks=2, variant=True),
+    _family("wan_i2v_a14b", _i2v_a14b, "wan_i2v", sources=2, blocks=4, variant=True, silent=r"transformer_2\..*"),
     _family("wan_i2v_5b", _ti2v, "wan_i2v", blocks=2, variant=True, as_leaves=_with_first_frame),
     _family("wan_vace", _vace, "wan_vace", sources=1, blocks=4, variant=True),
 )

@@ -49,7 +49,7 @@ class WanVace(Wan):
             found,
             latent_shape=(channels, frames + pictures, *sides),
             picture_tokens=tokens,
-            source_frames=pictures,
+            source_pictures=pictures,
         )
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class WanVace(Wan):
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Videos [B, frames, 3, H, W] in [0, 1]."""
-        return super().decode(x[:, :, self.geometry.source_frames :])
+        return super().decode(x[:, :, self.geometry.source_pictures :])
 
 
 def _white(frame: Image.Image) -> Tensor:
