@@ -11,7 +11,7 @@ from flowgrove.models.embeddings import OffloadedEncoder
 from flowgrove.models.policy import Policy
 from flowgrove.rollout.ahead import Ahead
 from flowgrove.update.updater import Updater
-from policy_cases import CPU, TEXTS, policy_of
+from policy_cases import CPU, TEXTS, policy_of, small_recipe
 
 
 def same(one, other):
@@ -90,3 +90,55 @@ def test_a_run_is_the_same_and_encodes_during_its_updates(tmp_path, monkeypatch,
         assert encoded == ([True] * 2 * each if not ahead else [True] * each + [False] * each)
         assert len(metrics_of(tmp_path / str(ahead) / "run")) == 2
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
+@pytest.fixture
+def on_gpu():
+    device = torch.device("cuda")
+    return Policy.load(small_recipe(model={"guidance_scale": 2.0}, engine={"device": "cuda"}), device), Ahead(device)
+
+
+NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.mark.gpu
+@NEEDS_A_GPU
+def test_a_stream_of_its_own_encodes_while_another_one_is_busy(on_gpu, monkeypatch):
+    (policy, ahead), begun, queued = on_gpu, threading.Event(), threading.Event()
+    expected, encode = policy.encode(TEXTS), Policy.encode
+
+    def noted(self, texts):
+        begun.set()
+        assert queued.wait(20)
+        return encode(self, texts)
+
+    torch.cuda.synchronize()
+    monkeypatch.setattr(Policy, "encode", noted)
+    ahead.start(policy, TEXTS)
+    assert begun.wait(20)
+    torch.cuda._sleep(4 * 10**9)  # cycles: seconds
+    busy = torch.cuda.Event()
+    busy.record()
+    queued.set()
+    found = ahead.take(policy, TEXTS)
+    assert not busy.query(), "it waited for the other stream"
+    assert same(found, expected)
+    assert torch.equal(found.uncond_of, expected.uncond_of)
+    assert all(torch.equal(found.uncond.tensors[name], tensor) for name, tensor in expected.uncond.tensors.items())
+
+
+@pytest.mark.gpu
+@NEEDS_A_GPU
+def test_memory_of_what_was_handed_over_is_not_given_to_another_before_it_was_read(on_gpu):
+    policy, ahead = on_gpu
+    expected = {name: tensor.sum().item() for name, tensor in policy.encode(TEXTS).cond.tensors.items()}
+    ahead.start(policy, TEXTS)
+    found = ahead.take(policy, TEXTS)
+    shapes = [(tensor.shape, tensor.dtype) for tensor in found.cond.tensors.values()]
+    torch.cuda._sleep(10**9)
+    sums = {name: tensor.sum() for name, tensor in found.cond.tensors.items()}  # behind the sleep
+    del found
+    with torch.cuda.stream(ahead._stream):
+        others = [torch.full(shape, 7, dtype=dtype, device="cuda") for shape, dtype in shapes for _ in range(4)]
+    assert {name: total.item() for name, total in sums.items()} == expected
+    assert others
