@@ -79,6 +79,20 @@ def test_every_picture_has_its_prompt_and_score():
     assert caption.endswith(", no score)")
 
 
+def test_sources_stand_before_the_samples_of_their_prompt():
+    shown = grid(sources=2)
+    told = list(tiles(shown))
+    assert [caption.endswith(" (source)") for _, caption in told] == 2 * [True, True, False, False, False]
+    assert told[5][1] == f"{PROMPTS[1]} (source)"
+    assert np.array_equal(told[6][0], shown.sources[1, 1])
+    assert np.array_equal(told[7][0], shown.tiles[1, 0])
+    (first, caption), _ = rows(shown)
+    assert first.shape == (5, 5 * 7, 3)
+    assert np.array_equal(first[:, 7:14], shown.sources[0, 1])
+    assert np.array_equal(first[:, 14:21], shown.tiles[0, 0])
+    assert caption == next(told for _, told in rows(grid()))
+
+
 def test_sections_are_parts_of_names():
     assert flat({"a": 1, "b": {"c": 2, "d": {"e": [3]}}}) == {"a": 1, "b/c": 2, "b/d/e": [3]}
 
@@ -487,8 +501,9 @@ def sent(shown):
     return remote._pipe.content
 
 
-def test_numbers_and_pictures_arrive_as_they_were(folder):
-    tracker, shown = Recorder(), grid()
+@pytest.mark.parametrize("sources", [0, 2])
+def test_numbers_and_pictures_arrive_as_they_were(folder, sources):
+    tracker, shown = Recorder(), grid(sources=sources)
     spared, _, _ = sparing(tracker, folder)
     serve(spared, io.BytesIO(sent(shown)))
     _, (_, iteration, values), (_, completed, pictures), (_, status) = tracker.calls
@@ -497,6 +512,8 @@ def test_numbers_and_pictures_arrive_as_they_were(folder):
     assert pictures.prompts == shown.prompts
     assert np.array_equal(pictures.scores, shown.scores, equal_nan=True)
     assert np.array_equal(pictures.tiles, shown.tiles)
+    assert (pictures.sources is None) == (sources == 0)
+    assert not sources or np.array_equal(pictures.sources, shown.sources)
 
 
 def test_a_run_may_be_killed_anywhere(folder, monkeypatch):

@@ -50,12 +50,14 @@ STAND_IN = """
 """
 
 
-def grid(seed=0, rows=2, columns=3, height=5, width=7):
-    """Tiles of noise; the last sample of the first prompt has no score."""
+def grid(seed=0, rows=2, columns=3, height=5, width=7, sources=0):
+    """Tiles of noise, and of so many sources; the last sample of the first prompt has no score."""
     random = np.random.default_rng(seed)
     scores = random.random((rows, columns))
     scores[0, -1] = np.nan
-    return Grid(random.integers(0, 256, (rows, columns, height, width, 3), np.uint8), PROMPTS[:rows], scores)
+    samples = random.integers(0, 256, (rows, columns, height, width, 3), np.uint8)
+    own = random.integers(0, 256, (rows, sources, height, width, 3), np.uint8) if sources else None
+    return Grid(samples, PROMPTS[:rows], scores, (), own)
 
 
 def opening(folder, **changes):

@@ -38,6 +38,7 @@ class Received:
     prompts: list[str]
     scores: NDArray[np.float64]
     tiles: NDArray[np.uint8]
+    sources: NDArray[np.uint8] | None
 
 
 class Sparing:
@@ -156,8 +157,9 @@ def serve(tracker: Sparing, pipe: IO[bytes]) -> None:
             case "numbers":
                 tracker.numbers(**content)
             case "pictures":
-                tiles = np.frombuffer(payload, np.uint8).reshape(content["shape"])
-                pictures = Received(content["prompts"], np.array(content["scores"], np.float64), tiles)
+                whole, count = np.frombuffer(payload, np.uint8).reshape(content["shape"]), content["sources"]
+                scores, sources = np.array(content["scores"], np.float64), whole[:, :count] if count else None
+                pictures = Received(content["prompts"], scores, whole[:, count:], sources)
                 tracker.pictures(content["completed"], pictures)
             case "close":
                 tracker.close(content["status"])

@@ -43,7 +43,8 @@ class Opened:
 
 class Pictures(Protocol):
     """Samples of held-out prompts: tiles uint8 [prompts, samples, H, W, 3], scores float64 [prompts, samples], NaN
-    where there is none.
+    where there is none; sources uint8 [prompts, sources, H, W, 3], the prompts' own pictures and frames of their
+    videos, where they have some.
     """
 
     @property
@@ -52,6 +53,8 @@ class Pictures(Protocol):
     def scores(self) -> NDArray[np.float64]: ...
     @property
     def tiles(self) -> NDArray[np.uint8]: ...
+    @property
+    def sources(self) -> NDArray[np.uint8] | None: ...
 
 
 class Tracker(Protocol):
@@ -79,16 +82,21 @@ def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def tiles(pictures: Pictures) -> Iterator[tuple[NDArray[np.uint8], str]]:
-    """Each picture [H, W, 3], with its prompt and score."""
+    """Each picture [H, W, 3], with its prompt and score; before those of a prompt its sources."""
     for row, prompt in enumerate(pictures.prompts):
+        for source in () if pictures.sources is None else pictures.sources[row]:
+            yield source, f"{prompt} (source)"
         for tile, score in zip(pictures.tiles[row], pictures.scores[row], strict=True):
             yield tile, f"{prompt} ({_text(score)})"
 
 
 def rows(pictures: Pictures) -> Iterator[tuple[NDArray[np.uint8], str]]:
-    """The samples of each prompt side by side [H, samples · W, 3], with the prompt and their scores."""
+    """The sources and samples of each prompt side by side [H, (sources + samples) · W, 3], with the prompt and the
+    scores of the samples.
+    """
     for row, prompt in enumerate(pictures.prompts):
-        side_by_side = np.concatenate(list(pictures.tiles[row]), axis=1)
+        sources = () if pictures.sources is None else pictures.sources[row]
+        side_by_side = np.concatenate([*sources, *pictures.tiles[row]], axis=1)
         yield side_by_side, f"{prompt} ({', '.join(map(_text, pictures.scores[row]))})"
 
 

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
+
 from flowgrove.run.trackers.interface import Opened, Opening, Pictures, Status
 
 _LAST_WORDS = 5.0  # seconds in which what a process that has ended has told is read
@@ -57,8 +59,12 @@ class Remote:
         self._send("numbers", {"iteration": iteration, "values": values})
 
     def pictures(self, completed: int, pictures: Pictures) -> None:
-        content = {"prompts": pictures.prompts, "scores": pictures.scores.tolist(), "shape": pictures.tiles.shape}
-        self._send("pictures", {"completed": completed, **content}, pictures.tiles.tobytes())
+        whole, sources = pictures.tiles, pictures.sources
+        if sources is not None:
+            whole = np.concatenate([sources, whole], axis=1)
+        content = {"prompts": pictures.prompts, "scores": pictures.scores.tolist(), "shape": whole.shape}
+        content["sources"] = 0 if sources is None else sources.shape[1]
+        self._send("pictures", {"completed": completed, **content}, whole.tobytes())
 
     def close(self, status: Status) -> None:
         """Returns when the other process has ended."""
