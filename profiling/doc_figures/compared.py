@@ -1,11 +1,12 @@
 """The shapes_* recipes at equal cost, each at its own best learning rate: tables and pictures."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from doc_figures.plan_memory import Planned
 from doc_figures.recipes import SHAPES, facts_of
-from doc_figures.registry import Rows, block, only, table
+from doc_figures.registry import Rows, block, numbers, only, table
 from flowgrove.compare.curves import Curve, Point, Search, summarise
 from flowgrove.compare.picture import draw_curves
 
@@ -20,6 +21,16 @@ def equal_cost_shapes(rows: Rows) -> str:
 @block("docs/algorithms.md", "compare_pairs.csv")
 def equal_cost_pairs(rows: Rows) -> str:
     return _equal_cost(rows)
+
+
+@numbers("docs/algorithms.md", "compare_splits.csv")
+def splits_by_evidence(rows: Rows) -> Iterator[tuple[str, ...]]:
+    cost = f"{only(rows, recipe='auto')['cost']:,.0f}"
+    told = (
+        "after {} weighted passes `auto` has reached {} ({} to {}) on held-out prompts, splits at 0 and 1 {} ({} to {})"
+    )
+    found = (only(rows, recipe=name) for name in ("auto", "0, 1"))
+    yield told, cost, *(f"{row[key]:.3f}" for row in found for key in ("mean", "lowest", "highest"))
 
 
 def plot_curves(rows: Rows, path: Path) -> None:

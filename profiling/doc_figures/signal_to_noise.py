@@ -1,11 +1,11 @@
 """What profiling/signal_to_noise.py found of recipes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from doc_figures.registry import Rows, block, table
+from doc_figures.registry import Rows, block, numbers, table
 
 PER = 1000  # weighted passes
 _COLUMNS = 3
@@ -25,7 +25,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     bars = figure.add_subplot(grid[0, :])
     values, errors = ([float(row[f"{key}_per_{PER}"]) for row in whole] for key in ("snr", "interval"))
     bars.bar(range(len(names)), values, yerr=errors, color=_SIGNAL, ecolor="#666666", capsize=3)
-    bars.set_xticks(range(len(names)), [name.removeprefix("shapes_") for name in names], fontsize=9)
+    bars.set_xticks(range(len(names)), [name.removeprefix("shapes_") for name in names], fontsize=8)
     bars.set_ylabel(f"signal to noise\nper {PER:,} weighted passes", fontsize=9)
     for place, name in enumerate(names):
         axes = figure.add_subplot(grid[1 + place // _COLUMNS, place % _COLUMNS])
@@ -46,22 +46,33 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 @block("docs/algorithms.md", "signal_to_noise.csv")
 def signal_to_noise(rows: Rows) -> str:
-    """The best first; of every recipe the step with the largest share of the signal and that of the noise."""
+    """The best first; of every recipe also the step with most of the noise."""
     lines = []
     for row in _best_first(rows):
         steps = [each for each in rows if each["recipe"] == row["recipe"] and str(each["step"]) != "all"]
-        shares = [max(steps, key=lambda each: float(each[key])) for key in ("signal_share", "noise_share")]
+        noisiest = max(steps, key=lambda each: float(each["noise_share"]))
         lines.append((
-            f"`{row['recipe']}`", f"{row['weighted_passes']:,.0f}", f"{row['snr']:.2f} ± {row['interval']:.2f}",
-            f"**{row[f'snr_per_{PER}']:.3f}** ± {row[f'interval_per_{PER}']:.3f}",
-            *(f"{each['step']}: {_shares(each)}" for each in shares),
+            f"`{row['recipe']}`", f"{row['weighted_passes']:,.0f}", f"{row['snr']:.3f} ± {row['interval']:.3f}",
+            f"**{row[f'snr_per_{PER}']:.4f}** ± {row[f'interval_per_{PER}']:.4f}",
+            f"{noisiest['step']}: {100 * noisiest['noise_share']:.0f} %, {100 * noisiest['signal_share']:.0f} %",
         ))  # fmt: skip
-    head = ("`recipes/`", "weighted passes", "signal to noise", f"per {PER:,} passes", "most signal", "most noise")
-    return table(head, lines)
+    return table(
+        (
+            "`recipes/`",
+            "weighted passes of an iteration",
+            "signal to noise of its gradient",
+            f"per {PER:,} passes",
+            "the noisiest step: its share of the noise, of the signal",
+        ),
+        lines,
+    )
 
 
-def _shares(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['signal_share']:.0f} % of signal, {100 * row['noise_share']:.0f} % of noise"
+@numbers("docs/algorithms.md", "signal_to_noise.csv")
+def signal_for_its_cost(rows: Rows) -> Iterator[tuple[str, ...]]:
+    per = {row["recipe"].removeprefix("shapes_"): row[f"snr_per_{PER}"] for row in _best_first(rows)}
+    told = "`shapes_grove` has {} times the signal to noise of `shapes_mix_flash` and {} times that of `shapes_dance`"
+    yield told, f"{per['grove'] / per['mix_flash']:.1f}", f"{per['grove'] / per['dance']:.0f}"
 
 
 def _best_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
