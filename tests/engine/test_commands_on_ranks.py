@@ -50,6 +50,7 @@ def counted(ranks, folder, *arguments):
     return text, [file.read_text().splitlines() for file in sorted((folder / "texts").iterdir())]
 
 
+@pytest.mark.long
 def test_ranks_evaluate_as_one_process_and_encode_each_text_once(trained, tmp_path):
     told = succeed("eval", trained.run).stdout
     alone = (trained.run / "eval.json").read_bytes()

@@ -201,7 +201,8 @@ def picky(tmp_path, monkeypatch):
     return tmp_path / "picky.off"
 
 
-@pytest.mark.parametrize("distributed", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
 def test_several_ranks_skip_and_leave_out_what_one_does(distributed, tmp_path, picky, monkeypatch):
     """One rank spoils an update, and one has a prompt that cannot be scored, which is held out too."""
     case = {**CASES["tree pruned by reward"], "credit": {"std": "global", "prune": {"kind": "extreme", "keep": 1}}}

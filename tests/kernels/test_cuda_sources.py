@@ -116,10 +116,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cuda")
 
 
-@pytest.mark.parametrize(
-    "source",
-    [pytest.param(path, id=path.name, marks=() if path.stem == "flow_step" else pytest.mark.long) for path in SOURCES],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_kernels_compile_without_spills_for_several_blocks_a_multiprocessor(source, folder):
     kernels = resources(source, folder)
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)

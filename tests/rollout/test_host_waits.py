@@ -28,7 +28,7 @@ from policy_cases import CPU, TEXTS, plan_and_coefficients, small_recipe
 from tiny_families import FAMILIES, MODELS, sampled
 from update_cases import Recorder
 
-NAMES = sampled("sd3", "flux", "qwen_image", "wan")
+NAMES = sampled("sd3", "qwen_image")
 
 
 WAITS = {

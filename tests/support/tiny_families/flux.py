@@ -48,7 +48,7 @@ FAMILIES = (
     ),
     TinyFamily(
         "flux_schnell", FluxPipeline, MODEL, partial(_flux, False), _true_guidance,
-        guidance=1.0, blocks=4, swept=True,
+        guidance=1.0, blocks=4,
     ),
     TinyFamily(
         "flux_kontext", FluxKontextPipeline, {**MODEL, "adapter": "flux_kontext"},
