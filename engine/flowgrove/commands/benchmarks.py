@@ -7,9 +7,14 @@ import typer
 
 from flowgrove.commands.shell import say
 
+AsJson = Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")]
+Named = Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Drawn = Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")]
+
 
 def ops(
-    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
+    as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after the device")] = None,
     shapes: Annotated[
         str | None,
@@ -24,7 +29,7 @@ def ops(
     keep: Annotated[
         bool, typer.Option("--keep", help="leave rows of the CSV in --out that are not measured again")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Time step, log-probability and loss: the published loops' PyTorch, the same compiled, and every backend. Exit
     code 1 if one of them is wrong.
@@ -42,11 +47,9 @@ def ops(
 
 
 def engine(
-    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[
-        str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")
-    ] = "tiny",
+    as_json: AsJson = False,
+    out: Drawn = None,
+    model: Named = "tiny",
     recipes: Annotated[
         str, typer.Option(help="algorithms, with commas between; with levers of their own as in dance:published,mix")
     ] = "dance,flow,flow_fast,mix,mix_flash,branch,branch_mix,branch_mix_flash,grove",
@@ -60,7 +63,7 @@ def engine(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="also with model.gradient_checkpointing: full and selective")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Time iterations of the published loop, at its own batch and sharing, and of Flowgrove with each lever added."""
     from flowgrove.bench.engine import bench_engine, settings_of
@@ -71,11 +74,9 @@ def engine(
 
 
 def scaling(
-    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")] = None,
-    model: Annotated[
-        str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")
-    ] = "tiny",
+    as_json: AsJson = False,
+    out: Drawn = None,
+    model: Named = "tiny",
     leaves: Annotated[
         str, typer.Option(help="pictures per prompt, with commas between; for 2 prompts")
     ] = "1,2,4,8,16,32,64,128,256",
@@ -83,7 +84,7 @@ def scaling(
         str, typer.Option(help="prompts of an iteration, with commas between; of 16 pictures each")
     ] = "1,2,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(min=1, help="timed iterations of each")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Time iterations over leaves and over prompts:
     seconds, and what the engine spends per node outside the transformer.
@@ -96,11 +97,9 @@ def scaling(
 
 
 def rows(
-    as_json: Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")] = False,
+    as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV named after model and device")] = None,
-    model: Annotated[
-        str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")
-    ] = "tiny",
+    model: Named = "tiny",
     rows_: Annotated[str, typer.Option("--rows", help="rows of a pass, with commas between")] = "1,2,4,8",
     modes: Annotated[
         str | None,
@@ -110,7 +109,7 @@ def rows(
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Time passes of a transformer: milliseconds of a row over rows in a pass;
     of a slim FLUX also what all of FLUX.1-dev would take.
