@@ -8,7 +8,8 @@ from flowgrove.models import compiling
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
-from tiny_families import MODELS
+from model_recipes import TRAIN_PROMPTS
+from tiny_families import FAMILIES, MODELS
 
 ONE_PROMPT = {"prompts": "train.txt", "eval_prompts": "eval.txt", "prompts_per_iteration": 1}
 LORA = {"lora": {"rank": 2, "alpha": 4}, "dtype": "bf16", "gradient_checkpointing": True}
@@ -80,7 +81,10 @@ def test_whatever_trains_and_guides_compiles_in_the_first_iteration_alone(graphs
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_compiles_in_the_first_iteration_alone(graphs, folders, tmp_path, name):
     told = {**MODELS[name], "path": folders[name], **LORA}
+    files = {key: FAMILIES[name].write_prompts(tmp_path / key, TRAIN_PROMPTS) for key in ("prompts", "eval_prompts")}
+    data = {**{key: str(file) for key, file in files.items()}, "prompts_per_iteration": 1}
     rollout = {"cache": {"interval": 2}} if name == "flux" else {}
-    first, later = compiled_in(graphs, tmp_path, "mix", told, reward=[{"name": "jpeg_size"}], rollout=rollout)
+    more = {"reward": [{"name": "jpeg_size"}], "rollout": rollout, "data": data}
+    first, later = compiled_in(graphs, tmp_path, "mix", told, **more)
     assert 4 <= first <= 16
     assert later == 0

@@ -92,6 +92,30 @@ def test_attention_runs_where_the_plan_says_and_nowhere_else(flux, cache, budget
     assert torch.equal(found.states, plain.states), "what trains was computed in full"
 
 
+def test_each_expert_extrapolates_from_its_own_steps(folders):
+    """Of both experts the first two of the steps without noise are computed, then every second one."""
+    model = {**MODELS["wan_a14b"], "path": folders["wan_a14b"], "dtype": "fp32", "gradient_checkpointing": False}
+    rollout_keys = {"steps": 12, "shift": 3.0, "window": {"strategy": "frozen", "size": 1, "start": 0}}
+    cached = {**rollout_keys, "cache": {"interval": 2}}
+    recipe = small_recipe(model=model, rollout=cached, update={"updates_per_iteration": 1})
+    policy = Policy.load(recipe, CPU, TEXTS)
+    plan, _ = plan_and_coefficients(recipe)
+    assert [step.expert for step in plan.steps] == ["high"] * 4 + ["low"] * 8
+    assert [step.index for step in plan.steps if plan.extrapolates(step)] == [3, 6, 8, 10]
+    ran = {"high": [], "low": []}
+    for expert, rows in ran.items():
+        layer = policy.transformer[expert].blocks[0].attn1.to_q
+        layer.register_forward_hook(lambda module, args, output, rows=rows: rows.append(len(args[0])))
+    found, _ = rows_seen(policy, recipe)
+    for expert, rows in ran.items():
+        computed = [step for step in plan.steps if step.expert == expert and not plan.extrapolates(step)]
+        assert sum(rows) == sum(step.nodes_in for step in computed) * len(TEXTS)
+    plain, _ = rows_seen(policy, small_recipe(model=model, rollout=rollout_keys))
+    assert not torch.equal(found.leaves, plain.leaves)
+    assert (found.leaves - plain.leaves).norm() < 0.3 * plain.leaves.norm()
+    assert torch.equal(found.states, plain.states), "what trains was computed in full"
+
+
 def test_training_after_a_cached_rollout_equals_training_after_a_plain_one(flux):
     policy, recipe = flux_policy(flux, cache={"interval": 3})
     plain = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"cache": None})})

@@ -23,7 +23,6 @@ from flowgrove.models.attention import check_attention, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
-from flowgrove.models.experts import Experts
 from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder
 from flowgrove.models.loading import encode_together, load_model
@@ -335,9 +334,5 @@ def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
             raise UserError(f"model.cfg_normalization: {why}, so that no velocity is guided: remove it")
         if recipe.update.detach_unconditional:
             raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")
-    if recipe.rollout.cache is not None and isinstance(adapter.transformer, Experts):
-        raise UserError(
-            "rollout.cache does not go with two experts, which know nothing of each other's steps: remove it"
-        )
-    if recipe.rollout.cache is not None and not hasattr(adapter.transformer, "enable_cache"):
+    if recipe.rollout.cache is not None and not hasattr(adapter.running, "enable_cache"):
         raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")

@@ -3,7 +3,7 @@ evaluation and tuning are handed one, and every pass of a run goes through it.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from diffusers import TaylorSeerCacheConfig
@@ -12,6 +12,7 @@ from torch import Tensor
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import PIXELS_PER_DECODE
 from flowgrove.models.compiling import eager_blocks
+from flowgrove.models.experts import parts_of
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
@@ -36,7 +37,7 @@ class PassRunner:
 
     def __init__(self, budget: PassBudget, recordings: Recordings | None = None) -> None:
         self.budget, self.recordings = budget, recordings
-        self._cached: Any = None  # the transformer whose attention is cached
+        self._cached: list[Any] = []  # the transformers whose attention is cached
         self._failed = 0
         self._launches = False  # all, though it could record
 
@@ -68,7 +69,7 @@ class PassRunner:
     @property
     def records(self) -> bool:
         """Whether passes without a gradient are recorded; a cache decides on the host what a step computes."""
-        return self.recordings is not None and self._cached is None and not self._launches
+        return self.recordings is not None and not self._cached and not self._launches
 
     @contextmanager
     def launching(self) -> Iterator[None]:
@@ -88,12 +89,13 @@ class PassRunner:
     @property
     def caches(self) -> bool:
         """Whether the block is one of `caching`."""
-        return self._cached is not None
+        return bool(self._cached)
 
     @contextmanager
     def caching(self, policy: Policy, cache: Cache) -> Iterator[None]:
-        """Inside the block the attention layers of some steps are extrapolated from the steps before,
-        each pass under its `cache_name`. Compiled blocks run eagerly: what they compute changes from step to step.
+        """Inside the block the attention layers of some steps are extrapolated from the steps before, those of an
+        expert from its own, each pass under its `cache_name`. Compiled blocks run eagerly: what they compute changes
+        from step to step.
         """
         config = TaylorSeerCacheConfig(
             cache_interval=cache.interval, disable_cache_before_step=cache.order + 1, max_order=cache.order,
@@ -101,21 +103,24 @@ class PassRunner:
             cache_identifiers=[CACHED_ATTENTION],
         )  # fmt: skip
         transformer = policy.adapter.transformer
-        transformer.enable_cache(config)
-        self._cached = transformer
+        self._cached = parts_of(transformer)
+        for part in self._cached:
+            part.enable_cache(config)
         try:
             with eager_blocks(transformer):
                 yield
         finally:
-            self._cached = None
-            transformer.disable_cache()
+            cached, self._cached = self._cached, []
+            for part in cached:
+                part.disable_cache()
 
-    def cache_name(self, name: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def cache_name(self, name: str) -> Iterator[None]:
         """The passes of one name are successive steps of the same rows; none from before a failure."""
-        if self._cached is None:
-            return nullcontext()
-        context: AbstractContextManager[object] = self._cached.cache_context(f"{name}, attempt {self._failed}")
-        return context
+        with ExitStack() as contexts:
+            for part in self._cached:
+                contexts.enter_context(part.cache_context(f"{name}, attempt {self._failed}"))
+            yield
 
     def forget(self) -> bool:
         """After a pass that had no room: recordings give their memory back, and what caches have taken in no longer

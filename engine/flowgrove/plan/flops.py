@@ -134,7 +134,7 @@ def _reference(model: UnloadedModel, forward: int) -> int:
 
 def _of_attention(counter: FlopCounterMode) -> int:
     """What the layers take that rollout.cache extrapolates."""
-    pattern = re.compile(rf"[^.]+\.{CACHED_ATTENTION}")
+    pattern = re.compile(rf"[^.]+\.(transformer(_2)?\.)?{CACHED_ATTENTION}")
     layers = {name: flops for name, flops in counter.get_flop_counts().items() if pattern.fullmatch(name)}
     return sum(sum(flops.values()) for flops in layers.values())
 

@@ -141,12 +141,12 @@ class RolloutPlan:
         )
 
     def extrapolates(self, step: Step) -> bool:
-        """Whether it does: as many steps as the extrapolation has terms are computed first,
-        then every `interval`-th.
+        """Whether it does: as many steps as the extrapolation has terms are computed first, of each expert, then every
+        `interval`-th.
         """
         if self.cache is None or not self.caches(step):
             return False
-        first = next(other.index for other in self.steps if self.caches(other))
+        first = next(other.index for other in self.steps if self.caches(other) and other.expert == step.expert)
         place, computed = step.index - first, self.cache.order + 1
         return place >= computed and (place - computed - 1) % self.cache.interval != 0
 
