@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 
-import av
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -90,6 +89,7 @@ def test_bytes_in_a_file_are_videos(videos, tmp_path, kind):
 
 
 def test_a_turned_video_is_upright(tmp_path):
+    av = pytest.importorskip("av")
     sides = np.zeros((16, 32, 3), np.uint8)
     sides[:, :16] = 255  # white at the left
     with av.open(str(tmp_path / "v.mp4"), "w") as file:
@@ -153,6 +153,7 @@ def test_a_folder_names_the_frame_that_is_bad(videos):
 
 
 def test_a_sound_alone_is_no_video(tmp_path):
+    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "sound.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")

@@ -1,6 +1,5 @@
 """A run whose prompts carry videos: what lies beside its samples, and what it says of bad ones."""
 
-import av
 import numpy as np
 import pytest
 
@@ -35,6 +34,7 @@ def test_a_bad_video_ends_a_run_before_its_model_loads(folders, tmp_path, monkey
 
 @pytest.mark.long
 def test_source_videos_lie_beside_samples_and_in_grids(folders, tmp_path):
+    av = pytest.importorskip("av")
     recipe = write_recipe(tmp_path, "wan_vace", folders["wan_vace"], "mix", lora={"rank": 4, "alpha": 8})
     write_prompts(tmp_path / "eval", TEXTS, 1, 5)
     settings = ("run.eval_every=1", "run.eval.samples=2", "run.iterations=1")
