@@ -92,10 +92,12 @@ class Setup:
     @cached_property
     def initial_lora(self) -> str | None:
         """The SHA-256 of what model.init_lora holds; None without it."""
+        if self.recipe.model.init_lora is None:
+            return None
         from flowgrove.models.folders import lora_digest
+        from flowgrove.models.initial_lora import initial_files
 
-        initial = self.recipe.model.init_lora
-        return None if initial is None else lora_digest(initial.path)
+        return lora_digest(initial_files(self.recipe.model).values())
 
     @staticmethod
     def _hash(content: dict[str, Any]) -> str:

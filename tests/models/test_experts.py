@@ -14,6 +14,7 @@ from flowgrove.credit import assign_credit
 from flowgrove.errors import UserError
 from flowgrove.models.experts import FOLDERS, expert_of
 from flowgrove.models.families import family_of
+from flowgrove.models.initial_lora import check_initial_lora
 from flowgrove.models.lora_files import how_to_load, layers_of, write_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import QuantisedLinear
@@ -203,6 +204,41 @@ def test_a_full_export_copies_the_frozen_expert(folders, tmp_path):
     theirs, ours = (load_file(f"{root}/{file}") for root in (folders["wan_a14b"], tmp_path / "export"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@torch.no_grad()
+def test_both_experts_start_from_their_files_of_an_export(folders, tmp_path):
+    """Trained on and merged, both or one; and a change of either file makes another run."""
+    first = Policy.load(recipe_of(folders, lora=LORA), CPU)
+    for number, weight in enumerate(first.weights.trainable().values()):
+        torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(number))
+    first.adapter.save_lora(tmp_path / "lora")
+    expected = {expert: velocity(first, expert) for expert in FOLDERS}
+    base = Policy.load(recipe_of(folders), CPU)
+    untouched = {expert: velocity(base, expert) for expert in FOLDERS}
+
+    def started(**model):
+        init_lora = {"path": str(tmp_path / "lora"), "merge": model.pop("merge", False)}
+        return recipe_of(folders, lora=LORA, init_lora=init_lora, **model)
+
+    for recipe in (started(), started(merge=True)):
+        check_initial_lora(recipe.model)
+        policy = Policy.load(recipe, CPU)
+        for expert in FOLDERS:
+            assert (velocity(policy, expert) - expected[expert]).abs().max() <= 1e-5
+            assert (untouched[expert] - expected[expert]).abs().max() > 1e-2
+    for trained, other in (("low", "high"), ("high", "low")):
+        policy = Policy.load(started(trained_experts=trained), CPU)
+        assert (velocity(policy, trained) - expected[trained]).abs().max() <= 1e-5
+        assert torch.equal(velocity(policy, other), untouched[other])
+    fingerprints = {Setup(started(trained_experts=which)).initial_lora for which in ("both", "high", "low")}
+    assert len(fingerprints) == 3
+    (low,) = (tmp_path / "lora").glob("*low*")
+    low.unlink()
+    told = "holds one file for two experts, and a file is of one: give a folder with two"
+    with pytest.raises(UserError, match=told):
+        check_initial_lora(started().model)
+    assert Setup(started(trained_experts="high")).initial_lora in fingerprints
 
 
 def test_passes_of_two_experts_are_recorded_apart(folders):

@@ -5,12 +5,13 @@ the parts that such a folder names; and where a LoRA lies. Nothing is ever downl
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flowgrove.errors import UserError
 from flowgrove.hub import cached_snapshot
-from flowgrove.recipe.schema import Model
+from flowgrove.recipe.schema import Expert, Model
 
 TINY = Path(__file__).parents[1] / "tiny" / "pipeline"
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -60,15 +61,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def lora_file(path: str) -> Path:
+def lora_file(path: str, expert: Expert | None = None) -> Path:
     """The .safetensors file of model.init_lora.path: itself, that of a folder, or of a downloaded repository.
-    Raises UserError.
+    `expert`: of several files that of this one, by "high" or "low" in their names. Raises UserError.
     """
     place = Path(path).expanduser()
     if not place.exists() and re.fullmatch(_REPOSITORY, path):
         place = cached_snapshot(path) or place
     if place.is_dir():
-        found = sorted(place.glob("*.safetensors"))
+        found = _of_expert(sorted(place.glob("*.safetensors")), expert)
         named = [place / name for name in _LORA_NAMES if place / name in found] or found
         if len(named) == 1 or (named and named[0].name in _LORA_NAMES):
             return named[0]
@@ -81,13 +82,23 @@ def lora_file(path: str) -> Path:
     return place
 
 
-def lora_digest(path: str) -> str:
-    """SHA-256 of what `lora_file` finds, and of peft's settings beside it. Raises UserError."""
-    file, found = lora_file(path), hashlib.sha256()
-    try:
-        for one in (file, file.with_name(LORA_SETTINGS)):
-            if one == file or one.is_file():
-                found.update(hashlib.sha256(one.read_bytes()).digest())
-    except OSError as error:
-        raise UserError(f"model.init_lora.path: cannot read {file} ({error.strerror})") from None
+def _of_expert(files: list[Path], expert: Expert | None) -> list[Path]:
+    """The files that are named after an expert, or not after the other one."""
+    if expert is None or len(files) < 2:
+        return files
+    other = "low" if expert == "high" else "high"
+    mine = [file for file in files if expert in file.name.lower()]
+    return mine or [file for file in files if other not in file.name.lower()] or files
+
+
+def lora_digest(files: Iterable[Path]) -> str:
+    """SHA-256 of LoRA files, and of peft's settings beside each. Raises UserError."""
+    found = hashlib.sha256()
+    for file in files:
+        try:
+            for one in (file, file.with_name(LORA_SETTINGS)):
+                if one == file or one.is_file():
+                    found.update(hashlib.sha256(one.read_bytes()).digest())
+        except OSError as error:
+            raise UserError(f"model.init_lora.path: cannot read {file} ({error.strerror})") from None
     return found.hexdigest()

@@ -1,19 +1,21 @@
 """The LoRA that a run starts from (model.init_lora): part of the frozen weights, or where the trained layers start."""
 
 import re
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flowgrove.errors import UserError
+from flowgrove.models.experts import trained_experts, trained_parts
 from flowgrove.models.families import boundary_of, configuration_folder, family_of
 from flowgrove.models.folders import lora_file
 from flowgrove.models.lora_reading import read_lora
 from flowgrove.models.parts import model_from_config
 from flowgrove.models.trainable import choose_trainable
-from flowgrove.recipe.schema import InitLora, Lora, Model
+from flowgrove.recipe.schema import Expert, InitLora, Lora, Model
 
 _LORA_WEIGHT = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
 _MOST_NAMED = 8  # targets that an error lists
@@ -23,16 +25,30 @@ def check_initial_lora(model: Model) -> None:
     """Raises UserError where model.init_lora does not fit the model, whose weights are not loaded."""
     if model.init_lora is None:
         return
-    folder = configuration_folder(model)
-    if boundary_of(folder, model) is not None and model.trained_experts == "both":
-        raise UserError("model.init_lora: a file is of one expert: write model.trained_experts: high, or low")
-    with torch.device("meta"):
-        transformer = model_from_config(folder, "transformer")
-        initial = InitialLora.of(model, transformer)
-        if initial is None or model.lora is None or not model.trains_initial_lora:
-            return
-        choose_trainable(transformer, model.lora, family_of(model.adapter).lora_targets, 0)
-    initial.start(transformer, model.lora)
+    folder, family = configuration_folder(model), family_of(model.adapter)
+    for file in initial_files(model).values():
+        with torch.device("meta"):
+            transformer = model_from_config(folder, "transformer")  # that of both experts
+            initial = InitialLora(model.init_lora, family, transformer, file)
+            if model.lora is None or not model.trains_initial_lora:
+                continue
+            choose_trainable(transformer, model.lora, family.lora_targets, 0)
+        initial.start(transformer, model.lora)
+
+
+def initial_files(model: Model) -> dict[Expert | None, Path]:
+    """The files of model.init_lora, which it has, by the experts that train; None: the one transformer. Raises
+    UserError.
+    """
+    said = cast(InitLora, model.init_lora)
+    if boundary_of(configuration_folder(model), model) is None:
+        return {None: lora_file(said.path)}
+    files: dict[Expert | None, Path] = {expert: lora_file(said.path, expert) for expert in trained_experts(model)}
+    if len(set(files.values())) < len(files):
+        what = f"{said.path} holds one file for two experts, and a file is of one"
+        fix = "give a folder with two, one with low in its name, or write model.trained_experts: high, or low"
+        raise UserError(f"model.init_lora.path: {what}: {fix}")
+    return files
 
 
 class InitialLora:
@@ -41,8 +57,8 @@ class InitialLora:
     Raises UserError for a file that does not fit them.
     """
 
-    def __init__(self, said: InitLora, family: Any, transformer: nn.Module) -> None:
-        self.file = file = lora_file(said.path)
+    def __init__(self, said: InitLora, family: Any, transformer: nn.Module, file: Path | None = None) -> None:
+        self.file = file = file or lora_file(said.path)
         linear = {name: part for name, part in transformer.named_modules() if isinstance(part, nn.Linear)}
         layers = read_lora(file, family, linear)
         for name, layer in layers.items():
@@ -54,9 +70,15 @@ class InitialLora:
         self.layers = {name: layer._replace(scale=layer.scale * said.strength) for name, layer in layers.items()}
 
     @classmethod
-    def of(cls, model: Model, transformer: nn.Module) -> Self | None:
-        """That of a recipe; None without one."""
-        return None if model.init_lora is None else cls(model.init_lora, family_of(model.adapter), transformer)
+    def of(cls, model: Model, transformer: nn.Module) -> dict[str, Self]:
+        """Those of a recipe, by what the names of their weights begin with in the whole transformer; without
+        model.init_lora none.
+        """
+        if model.init_lora is None:
+            return {}
+        files, family = initial_files(model), family_of(model.adapter)
+        parts = zip(files.values(), trained_parts(transformer).items(), strict=True)
+        return {start: cls(model.init_lora, family, part, file) for file, (start, part) in parts}
 
     @torch.no_grad()
     def merge(self, transformer: nn.Module) -> None:

@@ -51,10 +51,10 @@ class Weights:
         lora, master = recipe.model.lora, torch.float64 if compute == torch.float64 else torch.float32
         self.transformer, self._ranks = transformer, ranks or Ranks()
         mesh = self._ranks.mesh
-        (start, part), *_ = trained_parts(transformer).items()  # of two experts `check_initial_lora` has let one train
-        initial = InitialLora.of(recipe.model, part)
-        if initial is not None and not recipe.model.trains_initial_lora:
-            initial.merge(part)
+        parts, initial = trained_parts(transformer), InitialLora.of(recipe.model, transformer)
+        for start, own in initial.items():
+            if not recipe.model.trains_initial_lora:
+                own.merge(parts[start])
         if recipe.model.base_precision is not None:
             compress(transformer, recipe.model.base_precision, compute, device)
         if master == torch.float64:
@@ -81,8 +81,9 @@ class Weights:
         self._quantised: Twin | None = None
         # of layers that start from others, what the reference model has in their place
         self.initial: dict[str, Tensor] = {}
-        if initial is not None and lora is not None and recipe.model.trains_initial_lora:
-            self.load({f"{start}{name}": tensor for name, tensor in initial.start(part, lora).items()})
+        if initial and lora is not None and recipe.model.trains_initial_lora:
+            started = {start: own.start(parts[start], lora) for start, own in initial.items()}
+            self.load({f"{start}{name}": tensor for start, some in started.items() for name, tensor in some.items()})
             if recipe.uses_reference:
                 self.initial = {name: p.detach().clone() for name, p in self._adapted()}
 

@@ -56,7 +56,8 @@ class InitLora(Section):
     """The LoRA: a .safetensors file, a folder that holds one, or OWNER/NAME in the local Hugging Face cache.
     Layers are found under the names of diffusers and peft, of kohya's scripts and of ComfyUI, as far as diffusers
     converts them. It must fit: a layer that the transformer lacks, or another shape, is an error that names it. A
-    folder is sought as model.path is.
+    folder is sought as model.path is. Two experts that train take a file each, from a folder as `flowgrove export`
+    writes it, that of the low-noise one by low in its name.
     Source: diffusers' load_lora_weights.
     """
 
