@@ -7,6 +7,7 @@ from peft import LoraConfig
 
 from flowgrove.errors import UserError
 from flowgrove.models.experts import trained_parts
+from flowgrove.models.fused_lora import fuse_lora
 from flowgrove.recipe.schema import Lora
 
 
@@ -30,5 +31,6 @@ def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple
         try:
             for part in trained_parts(transformer).values():
                 part.add_adapter(config)
+                fuse_lora(part)
         except ValueError as error:
             raise UserError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from None
