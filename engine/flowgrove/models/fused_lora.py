@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 
 class FusedLinear(Linear):
-    """peft's layer, for one adapter without dropout, bias or variant; whatever else it is asked for is peft's own. So is
-    what torch.compile compiles, which joins scaling and adding with the operations that follow.
+    """peft's layer, for one adapter without dropout, bias or variant; whatever else it is asked for is peft's own.
+    So is what torch.compile compiles, which joins scaling and adding with the operations that follow.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
