@@ -1,10 +1,12 @@
 """Passes that are counted before a run against those that an iteration runs."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from flowgrove.cost import passes
 from flowgrove.cost.passes import Engine, passes_of_evaluation, passes_of_iteration
 from flowgrove.evaluation import sample
 from flowgrove.iteration import Stages
@@ -119,6 +121,16 @@ def test_an_evaluation_runs_the_passes_that_were_counted(guidance):
     assert found.of_transformer == runner.passes
     assert found.decodes == runner.decodes
     assert found.samples == 3 * 35
+
+
+def test_groups_that_are_scored_whole_are_decoded_whole(monkeypatch):
+    recipe = small_recipe(model=FP32, rollout={"group_size": 6})
+    plan, geometry = Setup(recipe).first_plan, Policy.load(recipe, CPU).adapter.geometry
+    monkeypatch.setattr(passes, "PIXELS_AT_ONCE", 8 * geometry.pixels)
+    engine = Engine(10_000, 1, 100 * geometry.pixels, beside=False)
+    for whole, decodes in ((False, {8: 2, 2: 1}), (True, {6: 3})):
+        (found,) = passes_of_iteration(recipe, plan, [3], [geometry], replace(engine, whole_groups=whole))
+        assert found.decodes == decodes
 
 
 def test_scoring_beside_the_rollout_takes_some_prompts_at_a_time():

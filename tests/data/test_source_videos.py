@@ -134,7 +134,7 @@ def test_a_video_that_is_not_there_is_named_with_its_row(videos, value, told):
     [
         (b"", "is no video that can be read"),
         (b"no video at all", "is no video that can be read"),
-        (drawn_picture("a", 0), "has 1 frames, and model.frames is 5: give a video that is as long"),
+        (drawn_picture("a", 0), "has 1 frame, and model.frames is 5: give a video that is as long"),
         (drawn_video("a", 5)[:300], "bad.mp4"),
         (drawn_video("a", 4), "has 4 frames, and model.frames is 5"),
     ],
@@ -146,10 +146,33 @@ def test_a_video_that_is_no_use_is_one_line(tmp_path, content, told):
     assert "\n" not in said
 
 
+def test_frames_in_a_folder_are_ordered_by_their_numbers_and_nothing_else_there_is_one(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a note.txt").write_text("first by name")
+    for number, frame in enumerate(frames_of(8), 4):
+        Image.fromarray(frame).save(tmp_path / "f" / f"shot{number}.png")
+    assert levels(Video("f", "f", tmp_path / "f", frames=8).load()) == [20 + 30 * number for number in range(8)]
+    assert "has 8 frames, and" in user_error(Video("f", "f", tmp_path / "f", frames=9).load)
+
+
+def test_a_pillow_without_one_of_the_formats_reads_the_others(videos, monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "WEBP")
+    for name in ("v.mp4", "v.gif"):
+        assert len(Video(name, name, videos / name, frames=5).load()) == 5
+
+
+def test_errors_name_the_row(videos):
+    (prompt,) = rows_of(videos, [{"prompt": "x", "video": "frames"}])
+    (videos / "frames" / "002.png").unlink()
+    (videos / "frames" / "003.png").unlink()
+    assert f"frames, the video in row 1 of {videos / 'p.jsonl'}, has 4 frames" in user_error(video_of(prompt).load)
+
+
 def test_a_folder_names_the_frame_that_is_bad(videos):
     (videos / "frames" / "002.png").write_bytes(b"no picture")
     said = user_error(Video("frames", "frames", videos / "frames", frames=5).load)
-    assert said.startswith("frames: 002.png is no picture")
+    assert said.startswith("002.png in frames is no picture")
 
 
 def test_a_sound_alone_is_no_video(tmp_path):

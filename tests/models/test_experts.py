@@ -14,6 +14,7 @@ from flowgrove.credit import assign_credit
 from flowgrove.errors import UserError
 from flowgrove.models.experts import FOLDERS, expert_of
 from flowgrove.models.families import family_of
+from flowgrove.models.folders import lora_file
 from flowgrove.models.initial_lora import check_initial_lora
 from flowgrove.models.lora_files import how_to_load, layers_of, write_lora
 from flowgrove.models.policy import Policy
@@ -109,6 +110,26 @@ def test_the_reference_model_shares_the_expert_that_does_not_train(folders):
     ours, copy = (dict(one.named_parameters()) for one in (weights.transformer, weights.reference_copy))
     shared = {name for name, weight in copy.items() if weight.data_ptr() == ours[name].data_ptr()}
     assert shared == {name for name in ours if name.startswith("transformer.")}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("wan_flow_grpo_high", "wan_flow_grpo_low"), {"high": "wan_flow_grpo_high", "low": "wan_flow_grpo_low"}),
+        (("flowgrove", "flowgrove_low"), {"high": "flowgrove", "low": "flowgrove_low"}),
+        (("A-HighNoise", "A-Low-noise"), {"high": "A-HighNoise", "low": "A-Low-noise"}),
+        (("lowres", "highlights"), None),
+    ],
+)
+def test_files_are_of_an_expert_by_a_word_of_their_own(tmp_path, names, found):
+    for name in names:
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    for expert in FOLDERS:
+        if found is None:
+            with pytest.raises(UserError, match="high in the name of one and low in that of the other"):
+                lora_file(str(tmp_path), expert)
+        else:
+            assert lora_file(str(tmp_path), expert).stem == found[expert]
 
 
 def test_only_the_expert_that_trains_is_rounded_anew(folders, monkeypatch):

@@ -56,6 +56,15 @@ def ran(layer, x, weight):
     return y, [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)], ops.count
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_layers_of_two_dtypes_run_as_peft_has_them(trains):
+    layer = layer_of(torch.float32)
+    layer.base_layer.to(torch.bfloat16)
+    x = torch.randn(5, 12, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(trains):
+        assert torch.equal(fused(layer)(x), layer(x))
+
+
 @pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (1, 1, 12)])
 def test_it_gives_what_peft_gives_and_its_gradients(shape):
     layer, x = layer_of(), torch.randn(*shape, dtype=torch.float64)

@@ -53,6 +53,18 @@ def test_forward_decoding_and_encoding_are_what_torch_counts_of_the_real_model(n
         assert 0 < found.encode < encode
 
 
+@pytest.mark.parametrize("name", sampled("sd3", "flux"))
+def test_lora_layers_are_counted_with_and_without_a_gradient(name, folders):
+    """Without one their products add in place, of which torch's own counter has no formula."""
+    recipe = recipe_of(name, folders, lora={"rank": 8, "alpha": 8})
+    (found,) = count_flops(recipe)
+    policy = Policy.load(recipe, CPU)
+    prompts = encoded(policy, [LONG])
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        trained = counted(lambda: velocity(policy, prompts)).get_total_flops()
+    assert found.reference < found.doubled * found.forward == pytest.approx(trained, rel=0.001)
+
+
 def of_blocks(policy, counter):
     """What the members of a transformer's lists of blocks take."""
     blocks = set(blocks_of(policy.transformer))

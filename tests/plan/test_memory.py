@@ -118,7 +118,7 @@ def test_gradients_of_all_weights_hide_nothing_of_a_pass(folders, dtype):
 @pytest.mark.parametrize(
     ("reward", "together"),
     [({"name": "jpeg_size"}, 2), ({"name": "http", "url": "http://localhost:1"}, 2),
-     ({"name": "http", "url": "http://localhost:1", "group": True}, 6), ({"name": "diversity"}, 6)],
+     ({"name": "http", "url": "http://localhost:1", "group": "true"}, 6), ({"name": "diversity"}, 6)],
 )  # fmt: skip
 def test_pictures_of_a_prompt_that_are_scored_together_are_all_counted(reward, together, monkeypatch):
     recipe = small_recipe(

@@ -289,6 +289,8 @@ def test_candidates_that_do_not_run_are_said_and_not_asked_again():
         choose("token_budget", failing[:1], WORK)
     with pytest.raises(UserError, match=r"engine\.attention: nothing that was tried runs here"):
         choose("attention", failing[1:], WORK)
+    with pytest.raises(UserError, match=r"model\.gradient_checkpointing: nothing that was tried runs here"):
+        choose("gradient_checkpointing", failing[1:], WORK, section="model")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrove import machine
 from flowgrove.bench.engine import REUSED, Row, Say, bench_recipe
@@ -30,6 +29,7 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings
+from flowgrove.plan.flops import counted
 from flowgrove.tuning.pass_times import Passes
 
 COLUMNS = (
@@ -157,9 +157,7 @@ class _Timer:
         self.tflop = self._counted() if tflop is None else tflop
 
     def _counted(self) -> float:
-        with FlopCounterMode(display=False) as counter:
-            self.passes.forward(self.passes.states(1))
-        return counter.get_total_flops() / 1e12
+        return counted(lambda: self.passes.forward(self.passes.states(1))).get_total_flops() / 1e12
 
     def lines(self, mode: str, rows: int) -> list[Row]:
         """The model as it is; and of one with blocks of two kinds, the whole of FLUX.1-dev as its blocks make it."""

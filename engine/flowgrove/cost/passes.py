@@ -57,14 +57,15 @@ class Passes:
 class Engine:
     """How a rank's engine packs. `tokens`: of a pass; `doubled`: rows of a state with guidance; `pixels_per_decode`:
     that are decoded together; `beside`: whether samples are scored beside the rollout, so that it runs some prompts at
-    a time; `graphs` makes what keeps graphs in an iteration, None where none is kept; `divided`: whether ranks have
-    divided the weights.
+    a time; `whole_groups`: whether a reward needs all samples of a prompt at once; `graphs` makes what keeps graphs in
+    an iteration, None where none is kept; `divided`: whether ranks have divided the weights.
     """
 
     tokens: int
     doubled: int
     pixels_per_decode: int
     beside: bool
+    whole_groups: bool = False
     graphs: Callable[[], RetainedGraphs | None] = lambda: None
     divided: bool = False
 
@@ -77,7 +78,7 @@ def passes_of_iteration(
     for count, geometry in zip(prompts, sizes, strict=True):
         passes, mine = Passes(), range(first, first + count)
         kept = _roll_out(passes, recipe, plan, mine, geometry, engine, retained)
-        _score(passes, count * plan.leaves, geometry, engine)
+        _score(passes, count * plan.leaves, geometry, engine, plan.leaves if engine.whole_groups else 1)
         for update in range(plan.updates):
             _train(passes, recipe, plan, mine, update, geometry, engine, [] if update else kept)
         found.append(passes)
@@ -170,10 +171,11 @@ def _edges(plan: RolloutPlan, step: Step, prompts: range, update: int) -> int:
     return sum(int((np.array(plan.kept_edges(step, prompt, plan.countable_leaves)) & mine).sum()) for prompt in prompts)
 
 
-def _score(found: Passes, samples: int, geometry: Geometry, engine: Engine) -> None:
-    """Decoding and scoring, some samples at a time."""
+def _score(found: Passes, samples: int, geometry: Geometry, engine: Engine, group: int = 1) -> None:
+    """Decoding and scoring, some samples at a time, whole groups of them."""
     found.samples += samples
     some, together = (max(1, most // geometry.pixels) for most in (PIXELS_AT_ONCE, engine.pixels_per_decode))
+    some = max(group, some // group * group)
     for start in range(0, samples, some):
         part = min(some, samples - start)
         whole, rest = divmod(part, together)

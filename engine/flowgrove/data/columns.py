@@ -97,7 +97,7 @@ class Chosen:
             return self._inside(content, number, kind)
         if isinstance(path, str) and path:
             found = self._file(path, number, kind)
-            return path, str(found), found, None
+            return path, f"{found}, the {kind} in row {number} of {self.file},", found, None
         what = f"row {number} of {self.file} has {one_line(str(value), 40)} in the column {column}"
         raise UserError(f"{self.key}: {what}: write the path of a {kind}{', or a list of paths' * (kind == 'picture')}")
 

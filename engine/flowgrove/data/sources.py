@@ -1,6 +1,7 @@
 """Source pictures and videos of prompts, in files or in the bytes of files."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ _ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")  # that Pillow reads, frame by fram
 
 @dataclass(frozen=True)
 class Source:
-    """A file, a folder of files, or the bytes of a file. `name`: as its row names it, or the SHA-256 of the bytes;
+    """A file, a folder of pictures, or the bytes of a file. `name`: as its row names it, or the SHA-256 of the bytes;
     `place`: how errors call it.
     """
 
@@ -27,12 +28,14 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """Those it lies in, of a folder in the order of their names."""
+        """Those it lies in, of a folder its pictures, by name: numbers in names count as numbers."""
         if self.path is None:
             return []
         if not self.path.is_dir():
             return [self.path]
-        return sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
+        endings = Image.registered_extensions()
+        found = (file for file in self.path.iterdir() if file.suffix.lower() in endings and file.is_file())
+        return sorted((file for file in found if not file.name.startswith(".")), key=lambda file: _by_number(file.name))
 
     @cached_property
     def identity(self) -> str:
@@ -98,8 +101,9 @@ class Video(Source):
             reason = one_line(str(error), 200) or type(error).__name__
             raise UserError(f"{self.place} is no video that can be read ({reason}): save it anew as MP4") from None
         if count < self.frames:
-            what = f"{self.place} has {count} frames, and model.frames is {self.frames}"
-            raise UserError(f"{what}: give a video that is as long, or lower model.frames")
+            what = f"{self.place} has {count} frame{'' if count == 1 else 's'}, and model.frames is {self.frames}"
+            fix = "give a video that is as long, if need be a folder of equal pictures, or lower model.frames"
+            raise UserError(f"{what}: {fix}")
 
     def load(self) -> list[Image.Image]:
         """All that `each` gives."""
@@ -113,10 +117,11 @@ class Video(Source):
     def _frames(self) -> Iterator[Image.Image]:
         if self.path is not None and self.path.is_dir():
             for file in self.files:
-                yield Picture(file.name, f"{self.place}: {file.name}", file).load()
+                yield Picture(file.name, f"{file.name} in {self.place}", file).load()
             return
         try:
-            with Image.open(self._opened, formats=_ANIMATIONS) as opened:
+            Image.init()  # not every Pillow has all
+            with Image.open(self._opened, formats=[name for name in _ANIMATIONS if name in Image.OPEN]) as opened:
                 for frame in ImageSequence.Iterator(opened):
                     yield _rgb(frame)
         except UnidentifiedImageError:
@@ -132,6 +137,11 @@ class Video(Source):
                 raise ValueError("it holds no video")
             for frame in file.decode(video=0):
                 yield frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """What sorts names with 2 before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _rgb(opened: Image.Image) -> Image.Image:

@@ -74,6 +74,8 @@ def lora_file(path: str, expert: Expert | None = None) -> Path:
         if len(named) == 1 or (named and named[0].name in _LORA_NAMES):
             return named[0]
         what = f"holds {len(found)} .safetensors files: give one of them" if found else "holds no .safetensors file"
+        if found and expert is not None:
+            what += ", or of two experts a folder with high in the name of one and low in that of the other"
         raise UserError(f"model.init_lora.path: {place} {what}")
     if not place.is_file():
         raise UserError(f"model.init_lora.path: there is no {path}: give a .safetensors file, or the folder of one")
@@ -86,9 +88,14 @@ def _of_expert(files: list[Path], expert: Expert | None) -> list[Path]:
     """The files that are named after an expert, or not after the other one."""
     if expert is None or len(files) < 2:
         return files
-    other = "low" if expert == "high" else "high"
-    mine = [file for file in files if expert in file.name.lower()]
-    return mine or [file for file in files if other not in file.name.lower()] or files
+    other: Expert = "low" if expert == "high" else "high"
+    mine = [file for file in files if _names(file, expert)]
+    return mine or [file for file in files if not _names(file, other)] or files
+
+
+def _names(file: Path, expert: Expert) -> bool:
+    """Whether a file's name has "high" or "low" in it as a word of its own, and not as in "flow"."""
+    return re.search(rf"(?<![a-z]){expert}(noise)?(?![a-z])", file.stem.lower()) is not None
 
 
 def lora_digest(files: Iterable[Path]) -> str:

@@ -2,8 +2,9 @@
 
     y = W x + b + s · B (A x)        s = alpha / rank
 
-peft writes B A x, scales it and adds it, and its backward scales the gradient of y: three more passes over tensors of
-the layer's output. One product that adds takes none of them, and rounds once less.
+peft writes B A x, scales it and adds it, and its backward scales the gradient of y. One product that adds does not
+scale, rounds once less, and where nothing is differentiated writes nothing of the output's size besides the output;
+else y is copied into the result first.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ class FusedLinear(Linear):
         if otherwise or torch.compiler.is_compiling():
             return self._as_peft(x, *args, **kwargs)
         (name,) = self.active_adapters
-        if name not in self.lora_A:
+        if name not in self.lora_A or not self._of_one_dtype(x, name):
             return self._as_peft(x)
         y: Tensor = self.base_layer(x)
         first, second = self.lora_A[name], self.lora_B[name].weight
@@ -35,6 +36,11 @@ class FusedLinear(Linear):
             # in place, for which no checkpoint keeps y
             return wide.addmm_(narrow, second.t(), alpha=scale).view(y.shape)
         return torch.addmm(wide, narrow, second.t(), alpha=scale).view(y.shape).to(y.dtype)
+
+    def _of_one_dtype(self, x: Tensor, name: str) -> bool:
+        """Whether both layers give one dtype, by autocast or by themselves."""
+        base: Any = self.base_layer
+        return torch.is_autocast_enabled(x.device.type) or base.weight.dtype == self.lora_B[name].weight.dtype
 
     def _as_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(x, *args, **kwargs)

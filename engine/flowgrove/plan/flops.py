@@ -3,8 +3,8 @@ tensors without storage, counted by PyTorch's flop counter.
 
 A multiplication with its addition counts as two. Matrix products, convolutions and attention are counted, as torch's
 counter has them: the backward of fused attention computes its scores again, which makes it 2.5 forwards. What is
-element by element is not. PyTorch's attention for CPUs, which tensors without storage run, has no formula in the
-counter; it gets that of the kernels for GPUs.
+element by element is not. PyTorch's attention for CPUs, which tensors without storage run, and products that add in
+place have no formula in the counter; they get those of the kernels for GPUs and of products that do not.
 """
 
 import re
@@ -73,8 +73,8 @@ def count_flops(recipe: Recipe, model: UnloadedModel | None = None) -> list[Flop
 
 
 def counted(run: Callable[[], object]) -> FlopCounterMode:
-    """The counter after `run`, with attention on CPUs in it."""
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+    """The counter after `run`, with all that its own formulas lack."""
+    with FlopCounterMode(display=False, custom_mapping=_FURTHER) as counter:
         run()
     return counter
 
@@ -177,7 +177,13 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-_ATTENTION_ON_CPU = {
+def _adding_product(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
+    """Of shapes [M, K] and [K, N], which are added to [M, N] in place."""
+    return 2 * int(left[0]) * int(left[1]) * int(right[1])
+
+
+_FURTHER = {
+    torch.ops.aten.addmm_: _adding_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

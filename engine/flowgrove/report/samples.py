@@ -36,8 +36,8 @@ def write_samples(
     ranks: Ranks | None = None,
 ) -> int:
     """Samples as `out`/NNNN_K.png or .mp4 (prompt N, sample K) and prompts.jsonl; returns their number. Source pictures
-    and videos lie beside them as the model sees them, NNNN_source_K.png and NNNN_source.mp4. Each of the `ranks` draws
-    and writes its share of the prompts, the first one also what tells of them all.
+    and videos lie beside them, scaled to cover the samples' size, NNNN_source_K.png and NNNN_source.mp4. Each of the
+    `ranks` draws and writes its share of the prompts, the first one also what tells of them all.
 
     `wanted`: prompts, or a file of them in any format of data.prompts.
     `compare`: the base model's too, as NNNN_K_base, and both side by side on pages compare_PP.png. Raises UserError for

@@ -84,9 +84,11 @@ def is_remote(name: str) -> bool:
 
 
 def is_groupwise(reward: Reward) -> bool:
-    """Whether an entry of a recipe is a reward that needs all samples of a prompt in one call."""
+    """Whether an entry of a recipe is a reward that needs all samples of a prompt in one call. Raises UserError for one
+    that does not exist.
+    """
     always = bool(getattr(_REWARDS.get(reward.name), "groupwise", False))
-    return always or (reward.model_extra or {}).get("group") is True
+    return always or _options(reward).get("group") is True
 
 
 class Rewards:

@@ -32,7 +32,9 @@ class Choice(NamedTuple):
     section: str = "engine"
 
 
-def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, ...] = ()) -> Choice:
+def choose(
+    key: str, candidates: list[Candidate], work: Work, notes: tuple[str, ...] = (), section: str = "engine"
+) -> Choice:
     """The first candidate within NEAR of the least predicted seconds. Raises UserError if none runs."""
     times: dict[str, list[Timed]] = {candidate.label: [] for candidate in candidates}
     failed: dict[str, str] = {}
@@ -56,7 +58,7 @@ def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, 
         raise (
             no_room()
             if why == _NO_ROOM
-            else UserError(f"engine.{key}: nothing that was tried runs here ({why}): set another engine.device")
+            else UserError(f"{section}.{key}: nothing that was tried runs here ({why}): set another engine.device")
         )
     seconds = {label: work.seconds(row) for label, row in medians.items()}
     chosen = first_near_best(seconds)
@@ -66,7 +68,8 @@ def choose(key: str, candidates: list[Candidate], work: Work, notes: tuple[str, 
     }
     told[chosen] += ", chosen"
     lines = [f"{label}: {failed.get(label) or told[label]}" for label in times]
-    return Choice(key, next(candidate.value for candidate in candidates if candidate.label == chosen), [*lines, *notes])
+    value = next(candidate.value for candidate in candidates if candidate.label == chosen)
+    return Choice(key, value, [*lines, *notes], section)
 
 
 def reason(error: Exception) -> str:

@@ -189,19 +189,19 @@ class _Tuner:
                     candidates.append(Candidate(name, label, self._cheapened(recipe.rollout.precision, name)))
                 else:
                     notes.append(f"{name}: left out, {told}, and {_CHEAP_DIFFERENCE:.0%} are allowed")
-        choice = choose("attention", candidates, self.work, tuple(notes))
+        choice = choose("attention", candidates, self.work, tuple(notes), "rollout")
         self._cheap_attention = cast("str | None", choice.value)
         weights.quantise(None)
-        return choice._replace(section="rollout")
+        return choice
 
     def checkpointing(self) -> Choice:
         """What training passes compute again, of what fits beside all that an iteration keeps."""
         kinds = self._compiled_kinds() if self.measures_compile else checkpointing_with(self.recipe.engine)
         candidates = [Candidate(kind, kind, self._timed(self.rows, checkpointing=kind)) for kind in kinds]
-        choice = choose("gradient_checkpointing", candidates, self.work)
+        choice = choose("gradient_checkpointing", candidates, self.work, section="model")
         self._recomputed = cast(Checkpointing, choice.value)
         self._checkpoint(self._recomputed)
-        return choice._replace(section="model")
+        return choice
 
     def precision(self) -> Choice:
         """Rollouts in 8 bits, unless the recipe has a precision: the forwards of steps that do not train take their
@@ -220,9 +220,9 @@ class _Tuner:
         for precision in PRECISIONS:
             if precision == "int8" or has_fp8(self.device):
                 candidates.append(Candidate(precision, precision, self._cheapened(precision, self._cheap_attention)))
-        choice = choose("precision", candidates, self.work)
+        choice = choose("precision", candidates, self.work, section="rollout")
         self.policy.weights.quantise(None)
-        return choice._replace(section="rollout")
+        return choice
 
     def _cheapened(self, precision: Precision | None, attention: str | None) -> Callable[[], Timed]:
         """With these in steps that do not train, compiled as all others."""
@@ -230,7 +230,9 @@ class _Tuner:
         if not rollout.cheapens:
             return self._timed(self.rows)
         compiled = not self.measures_compile and self.recipe.engine.compile
-        plan = make_plan(self.recipe.model_copy(update={"rollout": rollout}), 0, self.setup.table)
+        search = self.setup.split_search
+        changed = self.recipe.model_copy(update={"rollout": rollout})
+        plan = make_plan(changed, 0, self.setup.table, None if search is None else search.dear)
         share, counts = self.recipe.engine.share, plan.counts
         forwards = counts.rollout_forwards if share else counts.unshared_rollout_forwards
         part = plan.cheap_forwards(share) / forwards
