@@ -325,6 +325,7 @@ app(prog_name="flowgrove")
 """
 
 
+@pytest.mark.long
 def test_a_forest_that_cannot_be_drawn_ends_no_rank(tmp_path):
     recipe = written(tmp_path, **CASES["window, LoRA, KL"])
     succeed("train", recipe, "--out", tmp_path / "one")

@@ -118,8 +118,8 @@ def test_a_single_row_without_room_is_an_error(guidance, monkeypatch):
         iteration(small_recipe(), policy)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("failing", [2, 3, 5])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
+@pytest.mark.parametrize("failing", [2, 3, pytest.param(5, marks=pytest.mark.long)])
 def test_a_backward_that_fails_halfway_leaves_nothing_behind(dtype, failing, monkeypatch):
     """Neither gradients, of masters or copies, nor statistics:
     the repeated update is the one that never failed, cut as the repetition was.
