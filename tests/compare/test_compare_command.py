@@ -263,10 +263,8 @@ def count(run):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGINT, signal.SIGKILL))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_comparison_goes_on_where_it_was(number, recipes, tmp_path):
     """Ctrl+C leaves tables of what there is, and so does SIGTERM to a background job; after a kill the runs notice that
     they are alone, and save.

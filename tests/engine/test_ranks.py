@@ -338,6 +338,7 @@ def test_a_forest_that_cannot_be_drawn_ends_no_rank(tmp_path):
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.long
 def test_a_signal_to_one_rank_ends_all_after_the_same_iteration_with_a_checkpoint(tmp_path):
     recipe = written(tmp_path, iterations=10_000, **CASES["window, LoRA, KL"])
     out = tmp_path / "run"

@@ -51,6 +51,7 @@ def compiled_in(graphs, folder, algorithm, model, **changes):
     return counts[0], len(graphs) - counts[0]
 
 
+@pytest.mark.long
 def test_a_run_compiles_in_its_first_iteration_alone(graphs, tmp_path):
     """Three kinds of block with and without a gradient, of one row and of more."""
     assert compiled_in(graphs, tmp_path, "branch_mix_flash", {}) == (12, 0)

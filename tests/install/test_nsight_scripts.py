@@ -48,6 +48,7 @@ def nsight(tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_nsys_captures_one_iteration_and_asks_for_what_the_report_reads(nsight, tmp_path):
     recipe = tiny_recipe(tmp_path, run={"iterations": 7, "eval_every": 1, "checkpoint_every": 1})
     done, (profile, export) = nsight(

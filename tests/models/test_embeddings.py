@@ -229,7 +229,9 @@ def loads(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, marks=pytest.mark.long), {"rank": 2, "alpha": 2}], ids=["full", "lora"]
+)
 def test_commands_load_encoders_once_and_before_the_transformer(folders, tmp_path, loads, lora):
     recipe = tiny_recipe(
         tmp_path, model={**MODELS["wan"], "path": str(folders["wan"]), "guidance_scale": 3.0, "lora": lora},

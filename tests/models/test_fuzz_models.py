@@ -19,7 +19,7 @@ from tiny_families import MODELS, write_pipeline
 
 FAMILIES = ("sd3", "flux", "qwen_image", "wan")
 VALUES = (None, 0, -1, 3, 1e9, 2**40, "x", "", [], {}, [1], True, float("nan"), -5, 1.5)
-SEEDS = [pytest.param(seed, marks=[] if seed < 24 else pytest.mark.long) for seed in range(300)]
+SEEDS = [pytest.param(seed, marks=[] if seed < 12 else pytest.mark.long) for seed in range(300)]
 
 
 @pytest.fixture(scope="session")

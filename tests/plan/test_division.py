@@ -177,6 +177,7 @@ def test_copies_of_a_division_add_up_their_rows():
     assert found["gradients divided"] == 2 * (4 * sizes.gathered_trained // 2)
 
 
+@pytest.mark.long
 def test_the_largest_passes_that_fit_are_found():
     model = model_of(Division(2, 2), dtype="fp32")
     row = model.geometry.tokens

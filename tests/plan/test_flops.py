@@ -11,7 +11,7 @@ from flowgrove.plan.flops import count_flops, counted
 from policy_cases import CPU, encoded, small_recipe
 from tiny_families import FAMILIES, MODELS, sampled
 
-NAMES = sampled("sd3", "flux", "qwen_image", "wan")
+NAMES = sampled("sd3", "flux")
 LONG = "a red circle " * 40
 LORA = {"rank": 4, "alpha": 8}
 

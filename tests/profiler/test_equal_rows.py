@@ -43,6 +43,9 @@ ALGORITHMS = {
     "branch_mix": {**TREE, **FROZEN},
     "branch_mix_flash": {**TREE, **FROZEN, "tail": {"compress": 0.4}},
 }
+SAMPLED = [  # of which make test runs a window and a tree
+    name if name in ("mix", "branch_mix") else pytest.param(name, marks=pytest.mark.long) for name in ALGORITHMS
+]
 KL = {"kl_weight": 0.1, "updates_per_iteration": 2}
 KEPT, NONE_KEPT = ({"engine": {"reuse_rollout_graph": keeps}} for keeps in (True, False))
 EVERYTHING = {
@@ -66,7 +69,7 @@ def logged(folder, iterations=2, **sections):
     )
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SAMPLED)
 def test_no_row_is_computed_twice_where_graphs_are_kept(tmp_path, algorithm):
     found = logged(tmp_path, rollout=ALGORITHMS[algorithm], **KEPT)
     assert found.rows == {}
@@ -76,7 +79,7 @@ def test_no_row_is_computed_twice_where_graphs_are_kept(tmp_path, algorithm):
     assert found.log.computed[EVALUATION] == 2 * PROMPTS * ALGORITHMS[algorithm]["steps"]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SAMPLED)
 def test_every_row_that_is_computed_twice_has_a_reason(tmp_path, algorithm):
     """With guidance, LoRA, a KL term, several updates, steps left out, a measured gradient and a mixed evaluation."""
     found = logged(tmp_path, rollout=ALGORITHMS[algorithm], **EVERYTHING)

@@ -172,7 +172,7 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, **named):
         self.calls += 1
         if self.calls == self.at + 1:
             if self.error is None:
@@ -181,7 +181,7 @@ class Interrupting:
                 signal.raise_signal(signal.SIGTERM)
             except BaseException:  # a reward that catches everything
                 raise self.error from None
-        return self.inner(*arguments)
+        return self.inner(*arguments, **named)
 
 
 @pytest.mark.parametrize(

@@ -25,22 +25,19 @@ class FusedLinear(Linear):
         if otherwise or torch.compiler.is_compiling():
             return self._as_peft(x, *args, **kwargs)
         (name,) = self.active_adapters
-        if name not in self.lora_A or not self._of_one_dtype(x, name):
+        if name not in self.lora_A:
             return self._as_peft(x)
         y: Tensor = self.base_layer(x)
         first, second = self.lora_A[name], self.lora_B[name].weight
         narrow = first(self._cast_input_dtype(x, first.weight.dtype)).flatten(0, -2)
         wide, scale = y.flatten(0, -2), self.scaling[name]
+        if narrow.dtype != wide.dtype:  # of layers in two dtypes without autocast, which no product adds up
+            return (wide + narrow @ second.t() * scale).view(y.shape).to(y.dtype)
         alike = wide.dtype == narrow.dtype == second.dtype
         if alike and not torch.is_grad_enabled():
             # in place, for which no checkpoint keeps y
             return wide.addmm_(narrow, second.t(), alpha=scale).view(y.shape)
         return torch.addmm(wide, narrow, second.t(), alpha=scale).view(y.shape).to(y.dtype)
-
-    def _of_one_dtype(self, x: Tensor, name: str) -> bool:
-        """Whether both layers give one dtype, by autocast or by themselves."""
-        base: Any = self.base_layer
-        return torch.is_autocast_enabled(x.device.type) or base.weight.dtype == self.lora_B[name].weight.dtype
 
     def _as_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(x, *args, **kwargs)
