@@ -13,7 +13,7 @@ from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.plan.sigmas import round_half_up
 from flowgrove.ranks import Ranks
-from flowgrove.rewards.faults import Faults
+from flowgrove.rewards.faults import Faults, numbered
 from flowgrove.rewards.pixels import shrink
 from flowgrove.rewards.registry import Rewards
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
@@ -117,6 +117,7 @@ def evaluate(
     ranks = ranks or Ranks()
     samples, share = setup.recipe.run.eval.samples, ranks.share(len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(samples)]
+    numbers = numbered(repeated, samples)
     small: list[Tensor] = []
     scores: list[Tensor] = []
 
@@ -124,8 +125,8 @@ def evaluate(
         done = share.start * samples
         for pictures in draw(setup, policy, runner, prompts[share], share.start):
             with span("reward", rows=len(pictures)):
-                numbers = [row // samples for row in range(done, done + len(pictures))]
-                scores.append(rewards(pictures, repeated[done : done + len(pictures)], faults, numbers=numbers))
+                mine = slice(done, done + len(pictures))
+                scores.append(rewards(pictures, repeated[mine], faults, numbers=numbers[mine]))
             small.append(to_host(shrink(pictures)).nan_to_num())
             done += len(pictures)
             between()

@@ -7,14 +7,14 @@ import typer
 
 from flowgrove.commands.shell import say
 
-AsJson = Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")]
+RowsAsJson = Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")]
 Named = Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Drawn = Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")]
 
 
 def ops(
-    as_json: AsJson = False,
+    as_json: RowsAsJson = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after the device")] = None,
     shapes: Annotated[
         str | None,
@@ -47,7 +47,7 @@ def ops(
 
 
 def engine(
-    as_json: AsJson = False,
+    as_json: RowsAsJson = False,
     out: Drawn = None,
     model: Named = "tiny",
     recipes: Annotated[
@@ -74,7 +74,7 @@ def engine(
 
 
 def scaling(
-    as_json: AsJson = False,
+    as_json: RowsAsJson = False,
     out: Drawn = None,
     model: Named = "tiny",
     leaves: Annotated[
@@ -97,7 +97,7 @@ def scaling(
 
 
 def rows(
-    as_json: AsJson = False,
+    as_json: RowsAsJson = False,
     out: Annotated[Path | None, typer.Option(help="folder for a CSV named after model and device")] = None,
     model: Named = "tiny",
     rows_: Annotated[str, typer.Option("--rows", help="rows of a pass, with commas between")] = "1,2,4,8",

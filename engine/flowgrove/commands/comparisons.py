@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowgrove.commands.options import AllowPython, Overrides
+from flowgrove.commands.options import AllowPython, AsJson, Overrides
 from flowgrove.commands.shell import allow, console, say
 
 
@@ -33,7 +33,7 @@ def compare(
         int | None, typer.Option(min=1, help="runs at a time; default: one a core on a CPU, one on a GPU")
     ] = None,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
     allow_python: AllowPython = False,
 ) -> None:
     """Train recipes at several learning rates over seeds, and say what each reaches at equal cost and its own best one.

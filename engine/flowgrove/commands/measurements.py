@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowgrove.commands.options import AllowPython, Overrides, RecipePath
+from flowgrove.commands.options import AllowPython, AsJson, Overrides, RecipePath
 from flowgrove.commands.shell import allow, say
 from flowgrove.errors import UserError
 
@@ -55,7 +55,7 @@ def profile(
     equal_rows: Annotated[
         bool, typer.Option("--equal-rows", help="instead, list the rows that the iterations compute twice, and why")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
     allow_python: AllowPython = False,
 ) -> None:
     """Say where the time and the memory of an iteration go on this machine, and what to try next.

@@ -9,6 +9,7 @@ AllowPython = Annotated[
     bool, typer.Option("--allow-python", help="let a reward named python run the file that the recipe names")
 ]
 RecipePath = Annotated[Path, typer.Argument(help="a recipe (YAML)", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="all of them, as the page of the documentation")]
 Which = Annotated[
     str | None,

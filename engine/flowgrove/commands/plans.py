@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flowgrove.commands.options import Overrides, RecipePath
+from flowgrove.commands.options import AsJson, Overrides, RecipePath
 from flowgrove.errors import UserError
 
 
@@ -15,7 +15,7 @@ def plan(
     recipe: RecipePath,
     set_: Overrides = None,
     iteration: Annotated[int, typer.Option(min=0, max=999_999, help="which iteration, counted from 0")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
     memory: Annotated[
         bool, typer.Option("--memory", help="also predict the device's memory (takes half a minute)")
     ] = False,

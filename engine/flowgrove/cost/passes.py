@@ -21,9 +21,9 @@ from flowgrove.rollout.forest import edges_in_update
 from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 
 # Kinds of passes. forward: without gradient; cheap: that in rollout.precision and with rollout.attention; extrapolated:
-# one with attention from the steps before; kept: one whose
-# graph stays for the first update; backward: of such a graph; train: forward and backward; reference: a forward of the
-# reference model; renewed: a forward that takes the old policy's log-probability anew.
+# one with attention from the steps before; kept: one whose graph stays for the first update; backward: of such a graph;
+# train: forward and backward; reference: a forward of the reference model; renewed: a forward that takes the old
+# policy's log-probability anew.
 Bools = NDArray[np.bool_]
 ROLLOUT = ("forward", "cheap", "extrapolated", "kept")
 
