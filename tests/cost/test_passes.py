@@ -60,11 +60,11 @@ class RecordingRunner(PassRunner):
         super().__init__(PassBudget(tokens, row, 5000))
         self.passes, self.decodes = Counter(), Counter()
 
-    def velocity(self, policy, x, sigma, prompts, prompt_of, longest=None):
+    def velocity(self, policy, x, sigma, prompts, prompt_of, on_host=None):
         kind = "reference" if not policy.tuned else "graph" if torch.is_grad_enabled() else "forward"
         kind = "cheap" if policy.precision is not None else kind
         self.passes[kind, len(x), 1 if prompts.uncond is None else 2] += 1
-        return super().velocity(policy, x, sigma, prompts, prompt_of, longest)
+        return super().velocity(policy, x, sigma, prompts, prompt_of, on_host)
 
     def decode(self, policy, x):
         together = self.budget.samples(policy.adapter.geometry.pixels)

@@ -305,8 +305,8 @@ def spoil_velocity(monkeypatch, prompt):
     """The velocity of a prompt (its number) is not finite after the first step, and so are all its later states."""
     denoise = loop.denoise
 
-    def spoilt(runner, policy, prompts, states, kind, longest, differentiable=False):
-        done = denoise(runner, policy, prompts, states, kind, longest, differentiable)
+    def spoilt(runner, policy, prompts, states, kind, on_host, differentiable=False):
+        done = denoise(runner, policy, prompts, states, kind, on_host, differentiable)
         rows = (states.prompt == prompt).repeat_interleave(kind.fanout)
         if float(states.sigma[0]) < 1:
             done.x_next[rows] = math.nan

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowgrove.credit import assign_credit
+from flowgrove.models.families import family_of
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.recordings import Recordings
@@ -20,9 +21,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda")
 
 
-def recipe_of(folders, name, dtype):
+MASKED = [name for name in FAMILIES if family_of(MODELS[name]["adapter"]).splits_texts()]
+
+
+def recipe_of(folders, name, dtype, splits=False):
     model = {**MODELS[name], "path": folders[name], "dtype": dtype, "gradient_checkpointing": False}
-    return small_recipe(model=model, engine={"device": "cuda"})
+    return small_recipe(model=model, engine={"device": "cuda", "split_lengths": splits})
 
 
 def rolled(recipe, policy, prompts, runner, iteration=0):
@@ -31,9 +35,9 @@ def rolled(recipe, policy, prompts, runner, iteration=0):
     return plan, rows, rollout(plan, rows, policy, prompts, runner, seed=1, iteration=iteration)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_gpu_draws_what_a_cpu_draws(folders, name):
-    recipe = recipe_of(folders, name, "fp32")
+@pytest.mark.parametrize(("name", "splits"), [(name, False) for name in FAMILIES] + [(name, True) for name in MASKED])
+def test_a_gpu_draws_what_a_cpu_draws(folders, name, splits):
+    recipe = recipe_of(folders, name, "fp32", splits)
     leaves = []
     for device in (CPU, CUDA):
         policy = Policy.load(recipe, device)
@@ -42,9 +46,9 @@ def test_a_gpu_draws_what_a_cpu_draws(folders, name):
     torch.testing.assert_close(leaves[1], leaves[0], rtol=0, atol=1e-2 * leaves[0].abs().max().item())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_rollout_and_update_never_wait_for_the_gpu(folders, name):
-    recipe = recipe_of(folders, name, "bf16")
+@pytest.mark.parametrize(("name", "splits"), [(name, False) for name in FAMILIES] + [(name, True) for name in MASKED])
+def test_rollout_and_update_never_wait_for_the_gpu(folders, name, splits):
+    recipe = recipe_of(folders, name, "bf16", splits)
     policy = Policy.load(recipe, CUDA)
     prompts, updater = encoded(policy), Updater(recipe, policy, runner_of(policy, recipe))
     plan, rows = plan_and_coefficients(recipe)

@@ -92,7 +92,8 @@ def test_an_expert_whose_passes_run_needs_nothing_of_the_other(folders, ranks, t
     with torch.no_grad(), divided.weights.gathered():
         x, sigma, prompts = torch.ones(1, *whole.adapter.latent_shape), torch.tensor([0.9]), torch.tensor([0])
         v, its = (p.of_expert("high").velocity(x, sigma, encoded(p), prompts).v for p in (whole, divided))
-    assert torch.equal(v, its)
+    # some CPUs add in another order where weights lie elsewhere
+    assert float((v - its).norm()) <= 1e-6 * float(v.norm())
 
 
 def test_what_is_small_stays_whole(ranks):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrove.passes.packing import pack
+from flowgrove.passes.packing import pack, runs_of_equal
 
 ROWS = st.lists(st.integers(1, 600), max_size=60)
 BUDGET = st.integers(1, 2000)
@@ -74,3 +74,10 @@ def test_equal_rows_are_spread_evenly_in_their_order(count, tokens, budget):
 
 def test_no_rows_make_no_pass():
     assert pack(np.array([], dtype=np.int64), 100) == []
+
+
+def test_runs_of_equal_rows_follow_each_other():
+    rows = np.array([[3, 1], [3, 1], [3, 2], [3, 1], [4, 0], [4, 0]])
+    assert runs_of_equal(rows) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
+    assert runs_of_equal(rows[:1]) == [slice(0, 1)]
+    assert runs_of_equal(np.empty((0, 2), dtype=np.int64)) == []

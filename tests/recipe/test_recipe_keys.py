@@ -97,6 +97,7 @@ DEFAULTS = {
         "share": True,
         "exact_replay": False,
         "attention": "auto",
+        "split_lengths": False,
         "compile": False,
         "cuda_graphs": False,
         "reuse_rollout_graph": "auto",

@@ -65,12 +65,12 @@ def test_what_does_not_wait_is_not_noted():
     assert waits.noted == []
 
 
-def on_the_device(folders, family, lora=None):
+def on_the_device(folders, family, lora=None, splits=False):
     """A family's recipe, tiny policy and encoded prompts, on DEVICE, and an updater with a reference."""
     model = {**MODELS.get(family, {"adapter": "sd3"}), "path": folders[family], "dtype": "fp32", "lora": lora}
     model |= {"gradient_checkpointing": True, "guidance_scale": 2.5}
     update = {"updates_per_iteration": 2, "clip_range": 1e-3, "lr": 1e-4, "kl_weight": 0.1}
-    recipe = small_recipe(model=model, update=update)
+    recipe = small_recipe(model=model, update=update, engine={"split_lengths": splits})
     texts = FAMILIES[family].prompts(TEXTS) if family in FAMILIES else TEXTS
     policy = replace(Policy.load(recipe, CPU, texts), device=DEVICE)
     prompts = replace(policy, device=CPU).encode(texts)
@@ -93,10 +93,20 @@ def rolled(recipe, policy, prompts, runner, iteration=0):
     return plan, rows, rollout(plan, rows, policy, prompts, runner, seed=1, iteration=iteration)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
+LORA = {"rank": 2, "alpha": 2}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", NAMES)
 def test_rollout_and_update_never_wait_for_the_device(folders, family, lora):
-    recipe, policy, prompts, recorder = on_the_device(folders, family, lora)
+    check_that_nothing_waits(*on_the_device(folders, family, lora))
+
+
+def test_texts_of_each_length_run_apart_without_a_wait(folders):
+    check_that_nothing_waits(*on_the_device(folders, "qwen_image", LORA, splits=True))
+
+
+def check_that_nothing_waits(recipe, policy, prompts, recorder):
     for iteration in range(2):
         with HostWaits() as waits:
             plan, rows, forest = rolled(recipe, policy, prompts, recorder.runner, iteration)

@@ -616,7 +616,7 @@ def test_a_backend_that_computes_something_else_is_left_out(monkeypatch):
     )
     monkeypatch.setattr(tune, "missing", lambda name, device: "not installed" if name == "gone" else None)
     used = ["sdpa"]
-    monkeypatch.setattr(tune, "use_attention", lambda adapter, name, model, device: used.append(name))
+    monkeypatch.setattr(tune, "use_attention", lambda adapter, name, *_: used.append(name))
     inner = Policy.velocity
 
     def velocity(self, *arguments):

@@ -52,6 +52,7 @@ class Adapter(ABC):
     source_pictures: ClassVar[tuple[int, int]] = (0, 0)  # the fewest and the most of a prompt; 0: it needs none
     source_video: ClassVar[bool] = False  # whether a prompt may have a video, as long as what is drawn
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
+    attends_to_padding: ClassVar[bool] = False  # whether what that mask marks counts for less, not for nothing
     packages: ClassVar[tuple[str, ...]] = ()  # that the parts of TEXT need beside Flowgrove's own
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # encoders that a folder may leave out, text encoders with tokenizers
@@ -183,6 +184,11 @@ class Adapter(ABC):
         As in diffusers, at most 1 is no guidance.
         """
         return guidance_scale > 1 and not self.embeds_guidance
+
+    @classmethod
+    def splits_texts(cls) -> bool:
+        """Whether rows of texts of one length need no mask."""
+        return cls.masks_prompts and not cls.attends_to_padding
 
     @classmethod
     def default_negative(cls, model: Model) -> str:

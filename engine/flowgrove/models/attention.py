@@ -38,7 +38,9 @@ _ASKED = {
 }
 
 
-def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.device) -> None:
+def use_attention(
+    adapter: Adapter, wanted: str, recipe: Model, device: torch.device, splits_lengths: bool = False
+) -> None:
     """Sets engine.attention on an adapter's transformer; auto leaves PyTorch's own. Raises UserError for a backend that
     cannot run or train here or on this model.
 
@@ -49,7 +51,7 @@ def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.de
     torch.backends.cuda.enable_cudnn_sdp(False)
     if wanted == "auto":
         return
-    check_attention(adapter, wanted, recipe, device)
+    check_attention(adapter, wanted, recipe, device, splits_lengths=splits_lengths)
     name = _NAMES.get(wanted, wanted)
     if _switchable(adapter):
         adapter.transformer.set_attention_backend(name)
@@ -58,10 +60,11 @@ def use_attention(adapter: Adapter, wanted: str, recipe: Model, device: torch.de
 
 
 def check_attention(
-    adapter: Adapter, wanted: str, recipe: Model, device: torch.device, key: str = "engine.attention"
-) -> None:
+    adapter: Adapter, wanted: str, recipe: Model, device: torch.device, key: str = "engine.attention",
+    splits_lengths: bool = False,
+) -> None:  # fmt: skip
     """Raises UserError for a backend that cannot run here or on this model, or cannot train where engine.attention asks
-    for it. `key`: one of _ASKED, where it was asked for.
+    for it. `key`: one of _ASKED, where it was asked for. `splits_lengths`: engine.split_lengths.
     """
     name, (says, value) = _NAMES.get(wanted, wanted), _ASKED[key]
 
@@ -72,9 +75,11 @@ def check_attention(
     trains = key == "engine.attention"
     if (reason := missing(wanted, device, downloads=trains)) is not None:
         raise error(f": {reason}; or ")
-    if adapter.masks_prompts and (_takes_no_mask(name) or name in _FIRST_KEYS):
+    masked = adapter.masks_prompts and not splits_lengths
+    if masked and (_takes_no_mask(name) or name in _FIRST_KEYS):
         why = "which takes no mask" if _takes_no_mask(name) else "which takes a mask for a number of first tokens"
-        raise error(f", {why}, and {recipe.adapter} masks prompts of different lengths: ", "sdpa")
+        split = ("engine.split_lengths: true",) if adapter.splits_texts() else ()
+        raise error(f", {why}, and {recipe.adapter} masks prompts of different lengths: ", "sdpa", *split)
     if _takes_no_mask(name) and recipe.dtype == "bf16" and recipe.lora is None:
         why = ", which wants bf16 throughout: with model.lora: null norms train in fp32; "
         raise error(why, "sdpa", "a model.lora")

@@ -1,5 +1,6 @@
 """What the transformer is told besides state and time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,20 @@ class Conditioning:
         """The same, as long as the longest text."""
         return self.trimmed(int(self.lengths().max()))
 
+    def masked_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row in each sequence that a mask marks, int64 [P, masks] on the host."""
+        counts = [self.tensors[name].sum(1, dtype=torch.int64) for name in self._masked()]
+        return to_host(torch.stack(counts, dim=1)).numpy() if counts else np.empty((len(self), 0), dtype=np.int64)
+
+    def unmasked(self, lengths: Sequence[int] | None = None) -> "Conditioning":
+        """Without masks, of rows whose masked sequences all have these lengths; None: all that the tensors hold."""
+        masked, tensors = self._masked(), dict(self.tensors)
+        for number, (mask, names) in enumerate(masked.items()):
+            for name in names:
+                tensors[name] = tensors[name] if lengths is None else tensors[name][:, : int(lengths[number])]
+            del tensors[mask]
+        return Conditioning(tensors)
+
     def split(self) -> list["Conditioning"]:
         """One Conditioning [1, ...] per prompt, without padding."""
         mask = self._mask()
@@ -94,6 +109,16 @@ class Conditioning:
 
     def _mask(self) -> Tensor | None:
         return next((tensor for name, tensor in self.tensors.items() if _is_mask(name)), None)
+
+    def _masked(self) -> dict[str, list[str]]:
+        """The masks of sequences, that of the text first, each with the tensors that have its sequence."""
+        found: dict[str, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if _is_mask(name):
+                found = {name: sorted(self._padded(tensor) - {name})} | found
+            elif name.endswith("_mask") and (of := name.removesuffix("_mask")) in self.tensors:
+                found[name] = [of]
+        return found
 
     def _padded(self, mask: Tensor) -> set[str]:
         """The tensors whose dimension 1 is the text."""

@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from flowgrove.data.prompt import conditional, unconditional
-from flowgrove.device import allocated_memory, to_device
+from flowgrove.device import allocated_memory, to_device, to_host
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.attention import check_attention, use_attention
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
-from flowgrove.models.families import family_of, read_geometry
+from flowgrove.models.families import check_split_lengths, family_of, read_geometry
 from flowgrove.models.folders import model_folder
 from flowgrove.models.loading import encode_together, load_model
 from flowgrove.models.quantised import Precision
 from flowgrove.models.weights import Weights
-from flowgrove.passes.packing import Ints
+from flowgrove.passes.packing import Ints, runs_of_equal
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Expert, Model, Recipe
 from flowgrove.spans import span
@@ -40,7 +40,9 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.f
 class Prompts:
     """Encoded prompts: texts, their conditioning [P], and where guidance needs it the distinct unconditional ones [U]
     and which of them each prompt has, int64 [P] on the device; on the host [P], `lengths` of the texts in tokens (the
-    longer of both), and `tokens` that a row of each costs, pictures and text, both rows of guidance.
+    longer of both), and `tokens` that a row of each costs, pictures and text, both rows of guidance. Where passes are
+    split by lengths, `apart` [P, ...]: of the masked sequences of each prompt's row, and behind them of its
+    unconditional one.
     """
 
     texts: list[str]
@@ -49,6 +51,7 @@ class Prompts:
     uncond_of: Tensor | None
     lengths: Ints
     tokens: Ints
+    apart: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -57,7 +60,8 @@ class Prompts:
         """The same for passes without guidance."""
         if self.uncond is None:
             return self
-        return Prompts(self.texts, self.cond, None, None, self.lengths, self.tokens // 2)
+        apart = None if self.apart is None else self.apart[:, : self.apart.shape[1] // 2]
+        return Prompts(self.texts, self.cond, None, None, self.lengths, self.tokens // 2, apart)
 
     def uncond_rows(self, prompt_of: Tensor) -> Conditioning | None:
         """The unconditional conditioning of rows of these prompts."""
@@ -76,7 +80,8 @@ class Prompts:
     def __getitem__(self, some: slice) -> "Prompts":
         uncond_of = None if self.uncond_of is None else self.uncond_of[some]
         lengths, tokens = self.lengths[some], self.tokens[some]
-        return Prompts(self.texts[some], self.cond[some], self.uncond, uncond_of, lengths, tokens)
+        apart = None if self.apart is None else self.apart[some]
+        return Prompts(self.texts[some], self.cond[some], self.uncond, uncond_of, lengths, tokens, apart)
 
 
 class Velocity(NamedTuple):
@@ -108,6 +113,7 @@ class Policy:
     guidance_norm: float | None = None  # the most times the norm of v that a guided velocity may have
     precision: Precision | None = None  # of linear layers, where they are rounded
     low_guidance_scale: float | None = None  # of the low-noise expert; None: the same
+    splits_lengths: bool = False  # rows of different lengths run apart, without masks
 
     @classmethod
     def load(
@@ -129,8 +135,9 @@ class Policy:
         divided = ranks is not None and ranks.mesh is not None
         on_host = divided or model.base_precision is not None
         adapter, encoder = load_model(recipe, device, compute, texts, on_host)
-        use_attention(adapter, recipe.engine.attention, model, device)
+        use_attention(adapter, recipe.engine.attention, model, device, recipe.engine.split_lengths)
         _check_guidance_and_cache(recipe, adapter)
+        check_split_lengths(recipe)
         passes = texts is not None
         weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
@@ -139,14 +146,18 @@ class Policy:
                     compile_blocks(one, recipe.engine.compile)
         rolled = recipe.rollout
         if rolled.attention is not None:
-            check_attention(adapter, rolled.attention, model, device, "rollout.attention")
+            splits = recipe.engine.split_lengths
+            check_attention(adapter, rolled.attention, model, device, "rollout.attention", splits)
         if rolled.cheapens and passes:
             weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
         loaded = allocated_memory(device)
         negative, trains = adapter.default_negative(model), not recipe.update.detach_unconditional
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
         norm, scale_2 = model.cfg_normalization, model.guidance_scale_2
-        return replace(policy, trains_unconditional=trains, guidance_norm=norm, low_guidance_scale=scale_2)
+        return replace(
+            policy, trains_unconditional=trains, guidance_norm=norm, low_guidance_scale=scale_2,
+            splits_lengths=recipe.engine.split_lengths,
+        )  # fmt: skip
 
     @classmethod
     def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
@@ -208,24 +219,31 @@ class Policy:
             whole = self.encoder([*distinct, *away])
         cond = whole[to_device(torch.tensor(rows), self.device)]
         lengths, size = cond.lengths(), self.adapter.geometry
-        uncond = uncond_of = None
+        uncond = uncond_of = apart = None
+        if self.splits_lengths:
+            each = whole.masked_lengths()
+            apart = np.concatenate([each[rows], each[len(distinct) :][away_rows]], axis=1) if away else each[rows]
         if self.doubles:
             uncond = whole[len(distinct) :].without_padding()
             uncond_of = to_device(torch.tensor(away_rows), self.device)
             lengths = np.maximum(lengths, uncond.lengths()[away_rows])
         # what a pass need not pad, it need not run
         shorter = self.adapter.masks_prompts and size.text_tokens > 0
-        beside = padded_length(lengths) if shorter else np.full_like(lengths, size.text_tokens)
+        needed = lengths if self.splits_lengths else padded_length(lengths)
+        beside = needed if shorter else np.full_like(lengths, size.text_tokens)
         tokens = (size.picture_tokens + size.source_tokens + beside) * (2 if self.doubles else 1)
-        return Prompts(texts, cond, uncond, uncond_of, lengths, tokens)
+        return Prompts(texts, cond, uncond, uncond_of, lengths, tokens, apart)
 
     def blank_prompt(self) -> Prompts:
         """One prompt of the longest text, zeros in place of its embeddings: for passes that only cost."""
         size, blank = self.adapter.geometry, self.adapter.blank(1, self.compute_dtype).to(self.device)
         first = torch.zeros(1, dtype=torch.int64, device=self.device)
         uncond, uncond_of = (blank, first) if self.doubles else (None, None)
-        tokens = np.array([size.tokens * (2 if self.doubles else 1)])
-        return Prompts([""], blank, uncond, uncond_of, np.array([size.prompt_tokens]), tokens)
+        rows = 2 if self.doubles else 1
+        apart = np.tile(blank.masked_lengths(), (1, rows)) if self.splits_lengths else None
+        return Prompts(
+            [""], blank, uncond, uncond_of, np.array([size.prompt_tokens]), np.array([size.tokens * rows]), apart
+        )
 
     @property
     def weights_in_use(self) -> tuple[int, ...]:
@@ -244,20 +262,27 @@ class Policy:
         return self.adapter.needs_uncond(self.guidance_scale)
 
     def velocity(
-        self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None
+        self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, on_host: Ints | None = None
     ) -> Velocity:
         """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows.
-        `longest`: the pass's longest text.
+        `on_host`: the same prompts there, by which texts are cut to the longest; with `splits_lengths` to their own,
+        one forward for each length.
         """
+        longest = None if on_host is None else prompts.longest(on_host)
         with self._precision():
             cond = prompts.cond[prompt_of].trimmed(longest)
             away = prompts.uncond_rows(prompt_of)
+            if away is not None:
+                x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+                cond = Conditioning.cat([cond, away.trimmed(longest)])
+            if prompts.apart is None:
+                found = self.adapter.velocity(x, sigma, cond, self.guidance_scale)
+            else:
+                rows = to_host(prompt_of).numpy() if on_host is None else on_host
+                found = self._velocity_by_lengths(x, sigma, cond, prompts.apart[rows])
             if away is None:
-                return Velocity(self.adapter.velocity(x, sigma, cond, self.guidance_scale))
-            both = Conditioning.cat([cond, away.trimmed(longest)])
-            v, uncond = self.adapter.velocity(
-                torch.cat([x, x]), torch.cat([sigma, sigma]), both, self.guidance_scale
-            ).chunk(2)
+                return Velocity(found)
+            v, uncond = found.chunk(2)
         uncond = uncond if self.trains_unconditional else uncond.detach()
         wide, wide_uncond = v.to(self.state_dtype), uncond.to(self.state_dtype)
         guided = self.adapter.guide(wide, wide_uncond, self.guidance_scale)
@@ -266,6 +291,18 @@ class Policy:
             return Velocity(_limited(guided, wide, self.guidance_norm))
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
+    def _velocity_by_lengths(self, x: Tensor, sigma: Tensor, cond: Conditioning, apart: Ints) -> Tensor:
+        """The velocity of rows whose masked sequences have the lengths `apart`, [B, masks], or [B/2, 2 · masks] where
+        the other half of the rows stands behind: a forward, without masks, of all that follow each other alike.
+        """
+        lengths = np.concatenate(np.split(apart, len(x) // len(apart), axis=1))
+
+        def velocity(run: slice) -> Tensor:
+            alike = cond[run].unmasked(lengths[run.start].tolist())
+            return self.adapter.velocity(x[run], sigma[run], alike, self.guidance_scale)
+
+        return torch.cat([velocity(run) for run in runs_of_equal(lengths)])
+
     def idle_pass(self, backward: bool, rows: int = 1) -> None:
         """A pass of blank rows that counts for nothing, its gradients being 0: ranks that have divided the weights run
         their passes together, and one of them may have fewer.
@@ -273,6 +310,7 @@ class Policy:
         x = torch.zeros(rows, *self.adapter.latent_shape, dtype=self.state_dtype, device=self.device)
         blank = self.adapter.blank(1, self.compute_dtype).to(self.device)
         blank = blank[torch.zeros(rows, dtype=torch.int64, device=self.device)]
+        blank = blank.unmasked() if self.splits_lengths else blank
         # an adapter of its own, since an adapter keeps what it finds of its transformer, which may lie in rows now
         adapter = self.adapter.on(self.adapter.transformer)
         with self._precision(), torch.set_grad_enabled(backward):

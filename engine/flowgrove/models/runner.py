@@ -16,6 +16,7 @@ from flowgrove.models.experts import parts_of
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
+from flowgrove.passes.packing import Ints
 from flowgrove.passes.recordings import Recordings, Tensors
 from flowgrove.recipe.schema import Cache, Recipe
 from flowgrove.spans import DECODE, span
@@ -52,10 +53,10 @@ class PassRunner:
         return cls(budget, Recordings(device) if recipe.engine.cuda_graphs else None)
 
     def velocity(
-        self, policy: Policy, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None
+        self, policy: Policy, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, on_host: Ints | None = None
     ) -> Velocity:
         """One pass, as `Policy.velocity` has it."""
-        return policy.velocity(x, sigma, prompts, prompt_of, longest)
+        return policy.velocity(x, sigma, prompts, prompt_of, on_host)
 
     def decode(self, policy: Policy, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], or videos [B, F, 3, H, W], in [0, 1] on the device, as many together as memory

@@ -4,10 +4,18 @@ A row is a (state, step) of any timestep and any prompt. The rows of a pass are 
 costs rows · longest tokens.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+
+
+def runs_of_equal(rows: Ints) -> list[slice]:
+    """Which rows of [R, C] follow each other and are equal, as slices that together are all of them."""
+    ends = [0, *(np.flatnonzero((rows[1:] != rows[:-1]).any(1)) + 1).tolist(), len(rows)]
+    return [slice(start, end) for start, end in pairwise(ends) if start < end]
 
 
 def pack(tokens: Ints, budget: int) -> list[Ints]:

@@ -16,8 +16,8 @@ from flowgrove.recipe.schema import Recipe, Rollout
 @dataclass(frozen=True)
 class Identity:
     """`architecture`: a hash of the transformer's and the VAE's configuration and of what trains; `size`: of pictures
-    and prompts, and whether guidance doubles rows; `settings`: engine.attention, compile and cuda_graphs, and
-    model.gradient_checkpointing; `step`: what an update's time depends on besides the architecture.
+    and prompts, and whether guidance doubles rows; `settings`: engine.attention, compile, cuda_graphs and
+    split_lengths, and model.gradient_checkpointing; `step`: what an update's time depends on besides the architecture.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Identity:
                 "cuda_graphs": str(engine.cuda_graphs),
                 "gradient_checkpointing": model.gradient_checkpointing,
                 **({} if model.base_precision is None else {"base_precision": model.base_precision}),
+                **({"split_lengths": "True"} if engine.split_lengths else {}),
             },
             step=OptimizerStep.of(recipe),
         )

@@ -17,7 +17,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.experts import as_one, transformer_folders
-from flowgrove.models.families import configuration_folder, family_of, read_geometry
+from flowgrove.models.families import check_split_lengths, configuration_folder, family_of, read_geometry
 from flowgrove.models.frozen_base import compress_unloaded
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.masters import Masters
@@ -40,6 +40,7 @@ class UnloadedModel:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = configuration_folder(recipe.model)
+        check_split_lengths(recipe)
         self.geometry = max(
             (read_geometry(self.folder, sized.model) for sized in recipe.at_sizes()), key=lambda size: size.tokens
         )
@@ -81,6 +82,7 @@ class UnloadedModel:
     def velocity_of_rows(self, rows: int) -> Tensor:
         """The velocity of a pass of so many rows."""
         cond = self.adapter.blank(1, self.compute)
+        cond = cond.unmasked() if self.recipe.engine.split_lengths else cond
         expanded = Conditioning(
             {name: tensor.repeat(rows, *[1] * (tensor.ndim - 1)) for name, tensor in cond.tensors.items()}
         )

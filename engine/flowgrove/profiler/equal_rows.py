@@ -15,6 +15,7 @@ from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.budget import PassBudget
+from flowgrove.passes.packing import Ints
 from flowgrove.passes.recordings import Recordings
 from flowgrove.profiler.session import Session
 from flowgrove.recipe.schema import Recipe
@@ -51,10 +52,10 @@ class RowLog(PassRunner):
         self._texts: tuple[Any, tuple[list[bytes], list[bytes]]] = (None, ([], []))  # of the prompts that came last
 
     def velocity(
-        self, policy: Policy, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, longest: int | None = None
+        self, policy: Policy, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, on_host: Ints | None = None
     ) -> Velocity:
         """One pass, whose rows are noted; with guidance, two of each state."""
-        found = super().velocity(policy, x, sigma, prompts, prompt_of, longest)
+        found = super().velocity(policy, x, sigma, prompts, prompt_of, on_host)
         if stage := stage_of(current_path()):
             stage = stage if policy.tuned or stage == EVALUATION else stage + REFERENCE
             scale = policy.guidance_scale if policy.adapter.embeds_guidance else None

@@ -43,6 +43,7 @@ def check_meaning(recipe: Recipe) -> None:
     if prune is not None and prune.kind == "depth":
         _check_depths(recipe, prune)
     _check_sharding(recipe)
+    _check_split_lengths(recipe)
     if recipe.model.gradient_checkpointing not in ("auto", *checkpointing_with(recipe.engine)):
         mode = "true" if recipe.engine.compile is True else recipe.engine.compile
         raise UserError(
@@ -106,6 +107,22 @@ def _check_sharding(recipe: Recipe) -> None:
     ):
         if set_:
             raise UserError(f"{key} does not go with engine.distributed: fsdp2: write {instead}, or ddp")
+
+
+def _check_split_lengths(recipe: Recipe) -> None:
+    if not recipe.engine.split_lengths:
+        return
+    for key, set_, why, instead in (
+        ("engine.cuda_graphs: true", recipe.engine.cuda_graphs, "each length would be a recording", "false"),
+        ("rollout.cache", recipe.rollout.cache is not None, "a cache follows whole passes from step to step", "null"),
+        (
+            "engine.distributed: fsdp2", recipe.engine.distributed == "fsdp2",
+            "ranks that divide weights run forwards together, each as many as the others", "ddp",
+        ),
+    ):  # fmt: skip
+        if set_:
+            what = f"{key} does not go with engine.split_lengths: true ({why})"
+            raise UserError(f"{what}: write {instead}, or engine.split_lengths: false")
 
 
 def _check_open_splits(recipe: Recipe) -> None:

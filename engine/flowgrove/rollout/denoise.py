@@ -5,12 +5,14 @@ All it takes are tensors on the device.
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.policy import Policy, Prompts, Velocity
 from flowgrove.models.runner import PassRunner
+from flowgrove.passes.packing import Ints
 from flowgrove.passes.recordings import Tensors
 from flowgrove.spans import OPS, TRANSFORMER, span, untimed
 from flowgrove_kernels import NoiseKey, StepCoefficients, clean_estimate, flow_step
@@ -56,22 +58,23 @@ class Denoised:
 
 
 def denoise(
-    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int,
+    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, on_host: Ints,
     differentiable: bool = False,
 ) -> Denoised:  # fmt: skip
-    """One pass; `longest`: tokens of its longest text."""
+    """One pass; `on_host`: the prompts of its states there."""
     if differentiable or not runner.records:
-        return _denoise(runner, policy, prompts, states, kind, longest, differentiable)
+        return _denoise(runner, policy, prompts, states, kind, on_host, differentiable)
     with span("transformer", TRANSFORMER, len(states.x), states.tokens):
-        return _replay(runner, policy, prompts, states, kind, longest)
+        return _replay(runner, policy, prompts, states, kind, on_host)
 
 
 def _replay(
-    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int
+    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, on_host: Ints
 ) -> Denoised:
     """The same from a recording: σ, coefficients, noise key and embeddings go in as tensors,
     so that one serves every timestep and prompt.
     """
+    longest = prompts.longest(on_host)
     rows, cond = len(states.x), prompts.cond[states.prompt].trimmed(longest)
     names, uncond = list(cond.tensors), prompts.uncond
     if uncond is not None and len(uncond) > 1:  # else one row serves all
@@ -83,11 +86,11 @@ def _replay(
         other = None if uncond is None else Conditioning(dict(zip(names, rest[6 + len(names) :], strict=True)))
         row = torch.arange(rows, device=x.device)
         other_of = None if other is None else row if len(other) > 1 else torch.zeros_like(row)
-        alone = Prompts([], mine, other, other_of, prompts.lengths, prompts.tokens)
+        alone = Prompts([], mine, other, other_of, prompts.lengths[on_host], prompts.tokens[on_host])
         noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
         with untimed(), span("recording"):
             states = States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history)
-            done = _denoise(runner, policy, alone, states, kind, longest, False)
+            done = _denoise(runner, policy, alone, states, kind, np.arange(rows), False)
         return done.x_next, done.logp, done.estimate
 
     inputs = [
@@ -107,12 +110,12 @@ def _replay(
 
 
 def _denoise(
-    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, longest: int,
+    runner: PassRunner, policy: Policy, prompts: Prompts, states: States, kind: StepKind, on_host: Ints,
     differentiable: bool,
 ) -> Denoised:  # fmt: skip
     rows = len(states.x)
     with span("transformer", TRANSFORMER, rows, states.tokens), torch.set_grad_enabled(differentiable):
-        velocity = runner.velocity(policy, states.x, states.sigma, prompts, states.prompt, longest)
+        velocity = runner.velocity(policy, states.x, states.sigma, prompts, states.prompt, on_host)
     v, uncond = velocity.v.detach(), None if velocity.uncond is None else velocity.uncond.detach()
     with span("flow_step", OPS, rows), torch.no_grad():
         x_next, logp = flow_step(

@@ -122,8 +122,7 @@ class _Level:
             tokens = prompts.tokens_of(host_prompt[rows])
             states = States(x[index], sigma, prompt[index], coef, key, before, tokens)
             with self.runner.cache_name(f"{number} of {len(rows)} rows"):
-                longest = prompts.longest(host_prompt[rows])
-                done = denoise(self.runner, policy, prompts, states, kind, longest, retains)
+                done = denoise(self.runner, policy, prompts, states, kind, host_prompt[rows], retains)
             parts.append((index, done))
             if retains and self.retained is not None:
                 passes.append(RetainedPass(step.index, host_prompt[rows], rows % lanes, done.velocity))

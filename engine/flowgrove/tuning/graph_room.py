@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from flowgrove.device import total_memory
@@ -84,7 +85,8 @@ def _room_of_cpu(policy: Policy, runner: PassRunner) -> tuple[int, int]:
 
     def velocity(rows: int) -> Velocity:
         x = torch.zeros(rows, *policy.adapter.latent_shape, dtype=policy.state_dtype)
-        return runner.velocity(policy, x, torch.ones(rows), prompts, torch.zeros(rows, dtype=torch.int64))
+        first = np.zeros(rows, dtype=np.int64)
+        return runner.velocity(policy, x, torch.ones(rows), prompts, torch.from_numpy(first), first)
 
     with eager_blocks(policy.transformer):
         return room_of_cpu(total_memory(policy.device), started_here()), graph_bytes(velocity)

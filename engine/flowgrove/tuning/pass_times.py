@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrove.device import release_memory, to_device
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.policy import Policy
+from flowgrove.models.policy import Policy, Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.rollout.denoise import States, StepKind, denoise
 from flowgrove.setup import Setup
@@ -59,16 +60,19 @@ def first_near_best(seconds: Mapping[Key, float]) -> Key:
 
 class Passes:
     """Passes of a policy's transformer on rows of the longest prompt, states and embeddings drawn at random. `tokens`:
-    what a row costs, with guidance both of its rows.
+    what a row costs, with guidance both of its rows. `apart`: every other row is a token shorter, so that a policy that
+    splits lengths runs each by itself.
     """
 
-    def __init__(self, policy: Policy, runner: PassRunner) -> None:
+    def __init__(self, policy: Policy, runner: PassRunner, apart: bool = False) -> None:
         self.policy, self.runner, self.device = policy, runner, policy.device
         self._draw = torch.Generator(policy.device).manual_seed(0)
         blank = policy.blank_prompt()
         self.tokens = int(blank.tokens[0])
         uncond = None if blank.uncond is None else self._drawn(blank.uncond)
         self.prompts = replace(blank, cond=self._drawn(blank.cond), uncond=uncond)
+        if apart:
+            self.prompts = _and_shorter(self.prompts)
 
     def states(self, rows: int) -> Tensor:
         """States [rows, ...] drawn at random."""
@@ -77,8 +81,9 @@ class Passes:
     def velocity(self, x: Tensor) -> Tensor:
         """The velocity of states [B, ...]."""
         sigma = torch.full((len(x),), 0.5, device=self.device)
-        prompt = torch.zeros(len(x), dtype=torch.int64, device=self.device)
-        return self.runner.velocity(self.policy, x, sigma, self.prompts, prompt).v
+        on_host = np.arange(len(x)) % len(self.prompts)
+        prompt = to_device(torch.from_numpy(on_host), self.device)
+        return self.runner.velocity(self.policy, x, sigma, self.prompts, prompt, on_host).v
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> None:
@@ -92,7 +97,8 @@ class Passes:
         coef = step_coefficients("ode", half, less).to(self.device, non_blocking=True)
         prompt = torch.zeros(rows, dtype=torch.int64, device=self.device)
         states = States(x, to_device(half.float(), self.device), prompt, coef, None, None)
-        denoise(runner, self.policy, self.prompts, states, StepKind(1, 0.0, False), int(self.prompts.lengths[0]))
+        first = np.zeros(rows, dtype=np.int64)
+        denoise(runner, self.policy, self.prompts, states, StepKind(1, 0.0, False), first)
 
     def train(self, x: Tensor) -> None:
         """A training pass. Gradients are left behind."""
@@ -127,3 +133,17 @@ class Passes:
 
     def _normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self._draw)
+
+
+def _and_shorter(one: Prompts) -> Prompts:
+    """One prompt, and another whose masked sequences are a token shorter; their unconditional ones are shorter yet."""
+    if one.apart is None:
+        raise ValueError("these prompts are for a policy that does not split lengths")
+    apart = np.concatenate([one.apart, one.apart - 1])
+    if one.uncond is not None:
+        apart[:, apart.shape[1] // 2 :] -= 2
+    twice = torch.zeros(2, dtype=torch.int64, device=next(iter(one.cond.tensors.values())).device)
+    return Prompts(
+        one.texts * 2, one.cond[twice], one.uncond, None if one.uncond is None else twice,
+        one.lengths.repeat(2), one.tokens.repeat(2), np.maximum(apart, 1),
+    )  # fmt: skip

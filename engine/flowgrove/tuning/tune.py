@@ -7,6 +7,7 @@ Key after key: the candidates of one are measured in turn, A, B, A, B, …, with
 import os
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,7 +69,8 @@ def tune_recipe(
     # before blocks are compiled, which compiled ones stay
     asked = [tuner.checkpointing] * with_checkpointing + [tuner.rollout_attention] * with_attention
     asked += [tuner.precision] * with_precision
-    for measure in (tuner.token_budget, tuner.attention, *asked, tuner.compiled, tuner.cuda_graphs):
+    split = [tuner.split_lengths] * tuner.policy.adapter.splits_texts()
+    for measure in (tuner.token_budget, *split, tuner.attention, *asked, tuner.compiled, tuner.cuda_graphs):
         choice = measure()
         if choice.section != "engine" or choice.key not in fixed:
             choices.append(choice)
@@ -88,7 +90,7 @@ class _Tuner:
         self.setup = setup
         self.recipe, self.fixed, self.work, self.device = recipe, fixed, work, pick_device(recipe)
         self.measures_compile = with_compile and "compile" not in fixed
-        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | (
+        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False, "split_lengths": False} | (
             {"compile": False} if with_compile else {}
         )
         engine = recipe.engine.model_copy(update={key: value for key, value in plain.items() if key not in fixed})
@@ -117,6 +119,30 @@ class _Tuner:
         candidates = [Candidate(rows * row, f"{rows} × {row} tokens", self._timed(rows)) for rows in sizes]
         choice = choose("token_budget", candidates, self.work)
         self.runner.budget.resize(cast(int, choice.value))
+        return choice
+
+    def split_lengths(self) -> Choice:
+        """Every row of a full pass apart from the others, which is the most that different lengths can take."""
+        engine, why = self.recipe.engine, None
+        if "split_lengths" in self.fixed:
+            return Choice("split_lengths", engine.split_lengths, [])
+        if engine.distributed == "fsdp2" or self.recipe.rollout.cache is not None:
+            why = "not for engine.distributed: fsdp2 and rollout.cache"
+        elif self.fixed.get("cuda_graphs"):
+            why = "not for engine.cuda_graphs: true"
+        if why is not None:
+            return Choice("split_lengths", False, [f"not measured: {why}"])
+        split = replace(self.policy, splits_lengths=True)
+        apart = Passes(split, self.runner, apart=True)
+
+        def measure() -> Timed:
+            self.passes.release()
+            return apart.timed(self.rows)
+
+        whole = Candidate(False, "padded and masked", self._timed(self.rows))
+        choice = choose("split_lengths", [whole, Candidate(True, "every row apart", measure)], self.work)
+        if choice.value:
+            self.policy, self.passes = split, Passes(split, self.runner)
         return choice
 
     def attention(self) -> Choice:
@@ -175,7 +201,8 @@ class _Tuner:
                 if name == self._attention or missing(name, self.device, downloads=False) is not None:
                     continue
                 try:
-                    check_attention(self.policy.adapter, name, recipe.model, self.device, "rollout.attention")
+                    splits = self.policy.splits_lengths
+                    check_attention(self.policy.adapter, name, recipe.model, self.device, "rollout.attention", splits)
                     weights.quantise(None, False, name)
                     away = (Passes(self.policy.cheap(), self.runner).velocity(x) - expected).norm() / expected.norm()
                 except UserError:  # not for this model
@@ -270,6 +297,8 @@ class _Tuner:
         """The rollout's passes recorded and replayed."""
         if self.device.type != "cuda" or "cuda_graphs" in self.fixed:
             return Choice("cuda_graphs", False, ["not measured: needs a GPU"])
+        if self.policy.splits_lengths:
+            return Choice("cuda_graphs", False, ["not measured: not for engine.split_lengths: true"])
         launched, recorded = (PassRunner(self.runner.budget, each) for each in (None, Recordings(self.device)))
         candidates = [
             Candidate(False, "launched", lambda: self._rolled(launched)),
@@ -326,7 +355,8 @@ class _Tuner:
     def _use(self, attention: str) -> None:
         if self._processors:
             self.policy.transformer.set_attn_processor(dict(self._processors))
-        use_attention(self.policy.adapter, attention, self.recipe.model, self.device)
+        splits = self.policy.splits_lengths
+        use_attention(self.policy.adapter, attention, self.recipe.model, self.device, splits)
 
     def _differentiated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity of states, and the gradient of its product with them."""

@@ -93,7 +93,7 @@ class Rolled:
                 batch.sigma[rows],
                 self.prompts,
                 batch.prompt[rows],
-                self.prompts.longest(prompts),
+                prompts,
             )
 
 

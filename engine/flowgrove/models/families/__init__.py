@@ -10,7 +10,7 @@ from typing import Any, get_args
 from flowgrove.errors import UserError
 from flowgrove.models.folders import ARCHITECTURES, model_folder
 from flowgrove.models.geometry import Geometry
-from flowgrove.recipe.schema import AdapterName, Model
+from flowgrove.recipe.schema import AdapterName, Model, Recipe
 
 
 def family_names() -> tuple[str, ...]:
@@ -68,6 +68,14 @@ def boundary_of(folder: Path, model: Model) -> float | None:
             f"model.{given[0]} is for models with two experts, and {model.path} has one transformer: leave it out"
         )
     return found
+
+
+def check_split_lengths(recipe: Recipe) -> None:
+    """Raises UserError for engine.split_lengths with a family that has no mask to leave out."""
+    family, name = family_of(recipe.model.adapter), recipe.model.adapter
+    if recipe.engine.split_lengths and not family.splits_texts():
+        why = "attends to padding, too" if family.masks_prompts else "reads every text at one length"
+        raise UserError(f"engine.split_lengths is true, but the {name} transformer {why}: write false")
 
 
 def configuration_folder(model: Model) -> Path:

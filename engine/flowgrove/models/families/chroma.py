@@ -32,6 +32,7 @@ class Chroma(Flux):
         r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)|x_embedder|context_embedder|proj_out"
     )
     masks_prompts = True
+    attends_to_padding = True
     TEXT = ("text_encoder", "tokenizer")
 
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:

@@ -126,13 +126,13 @@ def _forward(
     x: Tensor,
     time: Tensor,
     encoder_hidden_states: Tensor,
-    encoder_hidden_states_mask: Tensor,
     source_glyphs: Tensor,
-    source_glyphs_mask: Tensor,
+    encoder_hidden_states_mask: Tensor | None = None,
+    source_glyphs_mask: Tensor | None = None,
 ) -> Tensor:
     """HunyuanVideo15Transformer3DModel.forward for latents [B, C, frames, h, w] at `time` [B] (0 … 1000), prompts
-    [B, L, D] and quoted texts [B, G, E] with their masks. A video from text has no first frame: the channels of the
-    condition and its mask are zeros, and no token of a picture is attended to.
+    [B, L, D] and quoted texts [B, G, E] with their masks, or without where all is text. A video from text has no first
+    frame: the channels of the condition and its mask are zeros, and no token of a picture is attended to.
     """
     patches = [size // patch for size, patch in zip(x.shape[2:], _patch(self.config), strict=True)]
     angles = self.rope(x)
@@ -141,8 +141,10 @@ def _forward(
     kinds = self.cond_type_embed.weight
     prompts = self.context_embedder(encoder_hidden_states, time, encoder_hidden_states_mask) + kinds[0]
     text = torch.cat([self.context_embedder_2(source_glyphs) + kinds[1], prompts], dim=1)
-    seen = torch.cat([source_glyphs_mask, encoder_hidden_states_mask], dim=1)
-    seen = pad(seen, (video.shape[1], 0), value=True)[:, None, None]
+    seen: Tensor | None = None
+    if source_glyphs_mask is not None and encoder_hidden_states_mask is not None:
+        seen = torch.cat([source_glyphs_mask, encoder_hidden_states_mask], dim=1)
+        seen = pad(seen, (video.shape[1], 0), value=True)[:, None, None]
     for block in self.transformer_blocks:
         video, text = run_block(self, block, video, text, temb, seen, angles)
     found = self.proj_out(self.norm_out(video, temb)).unflatten(1, patches).unflatten(-1, (-1, *_patch(self.config)))
@@ -158,7 +160,7 @@ class _Attention:
     _parallel_config = None
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None,
         image_rotary_emb: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What video and text attend to, [B, tokens, D] each."""

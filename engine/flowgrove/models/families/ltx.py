@@ -98,7 +98,7 @@ class LTX(Adapter):
             width=width,
             rope_interpolation_scale=(seconds, size.unit, size.unit),
             return_dict=False,
-            **cond.tensors,
+            **{"encoder_attention_mask": None, **cond.tensors},
         )[0]
 
     def _grid(self) -> tuple[int, int, int]:

@@ -95,10 +95,14 @@ FAMILY = ZImage
 
 
 def _forward(
-    self: Any, x: Tensor, time: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor
+    self: Any,
+    x: Tensor,
+    time: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None = None,
 ) -> Tensor:
     """ZImageTransformer2DModel.forward for latents [B, C, h, w] at `time` [B] and prompts [B, L, D] whose mask [B, L]
-    marks their tokens, which stand first.
+    marks their tokens, which stand first; None: all.
     """
     size = f"{PATCH}-1"
     _, channels, height, width = x.shape
@@ -106,9 +110,14 @@ def _forward(
 
     prompts = _filled_up(encoder_hidden_states)
     place = torch.arange(prompts.shape[1], device=x.device)
-    lengths = encoder_hidden_states_mask.sum(1, keepdim=True)
-    filled = (lengths + STEP - 1).div(STEP, rounding_mode="floor") * STEP  # [B, 1]
-    seen = place < filled
+    seen: Tensor | None = None
+    if encoder_hidden_states_mask is None:
+        lengths = place.new_full((len(x), 1), encoder_hidden_states.shape[1])
+        filled = torch.full_like(lengths, prompts.shape[1])
+    else:
+        lengths = encoder_hidden_states_mask.sum(1, keepdim=True)
+        filled = (lengths + STEP - 1).div(STEP, rounding_mode="floor") * STEP  # [B, 1]
+        seen = place < filled
     prompts = torch.where((place < lengths).unsqueeze(-1), self.cap_embedder(prompts), self.cap_pad_token)
     prompt_angles = _angles(self, place + 1, torch.zeros_like(place), torch.zeros_like(place)).unsqueeze(0)
     for block in self.context_refiner:
@@ -128,7 +137,7 @@ def _forward(
         pictures = run_block(self, block, pictures, None, angles, temb)
 
     both = torch.cat([pictures, prompts], dim=1)
-    seen = torch.cat([seen.new_ones(pictures.shape[:2]), seen], dim=1)
+    seen = None if seen is None else torch.cat([seen.new_ones(pictures.shape[:2]), seen], dim=1)
     angles = torch.cat([angles, prompt_angles.expand(len(x), -1, -1)], dim=1)
     for block in self.layers:
         both = run_block(self, block, both, seen, angles, temb)

@@ -51,6 +51,15 @@ class Engine(Section):
     Source: diffusers' attention dispatch.
     """
 
+    split_lengths: bool = False
+    """Whether a pass runs its texts of each length apart, without padding and without a mask.
+    For models that read prompts of any length under a mask (Qwen-Image, Z-Image, HunyuanVideo-1.5, LTX-Video). Without
+    one PyTorch's attention has its flash kernels, and engine.attention takes kernels that know no mask. The result is
+    the same up to rounding. It is for models that one row fills a device with: a pass of several lengths, such as those
+    of a prompt and of the negative one, runs the transformer once for each. `flowgrove tune` measures it.
+    Source: ours.
+    """
+
     compile: bool | Literal["max-autotune-no-cudagraphs"] = False
     """Whether torch.compile compiles each transformer block, and how.
     true: a handful of graphs, for passes of any rows and lengths, before the first iteration: minutes that pay in long
