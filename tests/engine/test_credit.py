@@ -224,8 +224,14 @@ def test_every_forest_gets_the_credit_of_the_formulas(recipe, iteration, weights
     ],
     ids=["none", "parent_top1", "extreme", "depth"],
 )
-@pytest.mark.parametrize("beta", [0.0, 1.5])
-@pytest.mark.parametrize("baseline", ["depth", "siblings"])
+@pytest.mark.parametrize(
+    ("beta", "baseline"),
+    [
+        (0.0, "depth"),
+        (1.5, "siblings"),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in [(1.5, "depth"), (0.0, "siblings")]),
+    ],
+)
 @pytest.mark.parametrize(("std", "shrinkage"), STDS)
 def test_the_published_tree(prune, beta, baseline, std, shrinkage):
     plan = make_plan(recipe_with(branch_tree(), prune=prune), 0)

@@ -82,11 +82,8 @@ with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
         print("all is told")
 """
 
-# what make test holds; the rest belongs to make test-long
-SAMPLE = [
-    (2, "ddp", "tree pruned by reward"),
-    (2, "fsdp2, kept gathered", "full fine-tuning, fewer prompts than ranks"),
-]
+# what make test holds, beside runs of divided weights that go on in one process; the rest belongs to make test-long
+SAMPLE = [(2, "ddp", "tree pruned by reward")]
 ALL = [(ranks, mode, case) for ranks in (2, 3) for mode in MODES for case in CASES]
 
 
@@ -373,6 +370,7 @@ def test_torchrun_starts_all_anew_when_one_is_killed_and_they_go_on(tmp_path):
     assert_same(out, tmp_path / "one")
 
 
+@pytest.mark.long
 def test_an_error_on_one_rank_is_told_once(tmp_path):
     (tmp_path / "picky.py").write_text(
         "import os\n\nif os.environ['RANK'] == '1':\n    raise ValueError('not these')\n\n"

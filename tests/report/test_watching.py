@@ -173,7 +173,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert "--port" in refuse("watch", run[0], "--port", taken.getsockname()[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_command_says_where_and_ends_quietly(run, number):
     command = [*FLOWGROVE, "watch", str(run[0]), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:

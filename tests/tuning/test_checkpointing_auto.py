@@ -106,6 +106,7 @@ def test_plan_prints_that_line(options, tmp_path, monkeypatch):
     assert "and shown as full here" in succeed("plan", recipe, *options).stdout
 
 
+@pytest.mark.long
 def test_a_run_trains_as_with_the_value_that_was_taken(tmp_path):
     lines = {}
     for kind in ("auto", "none"):
