@@ -234,6 +234,9 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
             ["--modes", modes, "--rows", "1", "--repeats", "1"] for modes in ("eager,int8,_native_math", "eager")
         )
     rows = [*bench, "rows", "--model", model]
+    masked = "tiny" if dry else "qwen_slim"
+    split = ["--modes", "eager,split" if dry else "eager,split,attention", "--rows", "1" if dry else "1,2,4"]
+    split += ["--repeats", "1" if dry else "5"]
     return [
         Step("ceilings", 40, [python, str(ROOT / "profiling" / "gpu_ceilings.py")]),
         *_op_steps([*bench, "ops", "--out", str(out)], dry, "sd35_512,wan_480p81,wide,row_64m", options.dtypes),
@@ -242,6 +245,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         Step("rows", 100, [*rows, *eager, "--out", str(out)]),
         Step("profile", 75, profile),
         Step("rows compiled", 120, [*rows, *compiled, "--json"]),
+        Step("rows of masked texts", 60, [*bench, "rows", "--model", masked, *split, "--out", str(out)]),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
 

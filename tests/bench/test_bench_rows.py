@@ -1,14 +1,16 @@
 """flowgrove bench rows: what a row costs, and FLUX.1-dev as a slim one's blocks make it."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from engine_cases import refuse, succeed
-from flowgrove.bench import row_times
+from flowgrove.bench import models, row_times
 from flowgrove.bench.engine import bench_recipe
 from flowgrove.bench.models import write_flux
+from flowgrove.models.families.qwen_image import QwenImage
 from flowgrove.models.policy import Policy
 from policy_cases import CPU, runner_of
 
@@ -146,3 +148,50 @@ def test_a_row_that_does_not_fit_says_so(flux, monkeypatch):
     (line,) = timer.lines("eager", 64)
     assert line["forward_ms"] is line["train_ms"] is None
     assert row_times._told(line) == "no room"
+
+
+@pytest.fixture
+def qwen(tmp_path, monkeypatch):
+    """The bench's Qwen-Image at a size for a CPU, in a bench that is told so."""
+    config = models._config
+
+    def small(architecture, part, file="config.json"):
+        return config(architecture, part, file) | ({"base_dim": 8, "num_res_blocks": 1} if part == "vae" else {})
+
+    monkeypatch.setattr(models, "_config", small)
+    models.write_qwen(
+        tmp_path / "pipeline", {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}, CPU
+    )
+    model = {"adapter": "qwen_image", "path": str(tmp_path / "pipeline"), "dtype": "fp32", "height": 32, "width": 32}
+    monkeypatch.setattr(row_times, "bench_model", lambda *_, **__: nullcontext({**model, "text_tokens": 16}))
+
+
+def test_texts_are_timed_with_and_without_their_mask_and_no_encoder_is_loaded(qwen, monkeypatch):
+    masked, inner = [], QwenImage.velocity
+
+    def velocity(self, x, sigma, cond, scale):
+        masked.append("encoder_hidden_states_mask" in cond.tensors)
+        return inner(self, x, sigma, cond, scale)
+
+    monkeypatch.setattr(QwenImage, "velocity", velocity)
+    told = succeed("bench", "rows", "--rows", "2", "--repeats", "1", "--device", "cpu", "--json", "--modes", "eager")
+    eager, whole = json.loads(told.stdout)
+    assert masked
+    assert all(masked)
+    assert (eager["blocks"], whole["blocks"], whole["derived"]) == ("2", "60", True)
+    masked.clear()
+    told = succeed("bench", "rows", "--rows", "2", "--repeats", "1", "--device", "cpu", "--json", "--modes", "split")
+    split, *_ = json.loads(told.stdout)
+    assert masked
+    assert not any(masked[1:]), "but for the row whose FLOPs are counted"
+    assert (split["mode"], split["forward_tflop"]) == ("split", eager["forward_tflop"])
+
+
+def test_models_without_a_mask_have_none_to_leave_out():
+    told = succeed("bench", "rows", "--rows", "1", "--repeats", "1", "--device", "cpu", "--modes", "split")
+    assert "split is left out: sd3 has no mask to leave out" in told.output
+
+
+def test_a_model_without_encoders_is_for_rows_alone():
+    assert "is for `flowgrove bench rows`" in refuse("bench", "engine", "--model", "qwen_slim", "--device", "cpu")
+    assert "which wants a GPU" in refuse("bench", "rows", "--model", "qwen_slim", "--device", "cpu")

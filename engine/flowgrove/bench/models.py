@@ -26,38 +26,39 @@ _MID = {
 # FLUX.1-dev's width at a seventh of its depth, with its ratio of double to single blocks about kept: 1.9 B weights.
 _SLIM = {"num_layers": 3, "num_single_layers": 6}
 _FLUXES: dict[str, dict[str, Any]] = {"flux": {}, "flux_slim": _SLIM}
+_SLIM_QWEN = {"num_layers": 6}  # a tenth of Qwen-Image's depth: 2.0 B weights
 NAMES = ("tiny", "sd3_mid", *_FLUXES)
+WITHOUT_ENCODERS = ("qwen_slim",)  # for passes of blank prompts alone
+_LORA = {"rank": 32, "alpha": 64}
 
 
 @contextmanager
-def bench_model(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The `model` section of a recipe for the model `name`; what it writes is gone after the block.
-    Raises UserError.
+def bench_model(name: str, device: torch.device, encodes: bool = True) -> Iterator[dict[str, Any]]:
+    """The `model` section of a recipe for the model `name`; what it writes is gone after the block. `encodes`: whether
+    its text encoders are needed. Raises UserError.
     """
+    if name in WITHOUT_ENCODERS and encodes:
+        raise UserError(
+            f"--model {name} has no text encoders and is for `flowgrove bench rows`: write --model flux_slim"
+        )
     plain = {"adapter": "sd3", "dtype": "fp32" if device.type == "cpu" else "bf16", "gradient_checkpointing": "none"}
     if name == "tiny":
         yield {**plain, "path": "tiny"}
     elif name == "sd3_mid":
         with _written(write_mid) as path:
             yield {**plain, "path": path, "height": 64, "width": 64}
-    elif name in _FLUXES and device.type == "cuda":
-        with _written(lambda folder: write_flux(folder, _FLUXES[name], device)) as path:
-            lora = {"rank": 32, "alpha": 64}
-            yield {
-                "adapter": "flux",
-                "path": path,
-                "dtype": "bf16",
-                "height": 720,
-                "width": 720,
-                "guidance_scale": 3.5,
-                "lora": lora,
-            }
+    elif name not in (*_FLUXES, *WITHOUT_ENCODERS):
+        raise UserError(f"--model is {name}: write one of {', '.join((*NAMES, *WITHOUT_ENCODERS))}")
+    elif device.type != "cuda":
+        raise UserError(f"--model {name} has billions of weights, which wants a GPU: write --model sd3_mid")
     elif name in _FLUXES:
-        raise UserError(
-            f"--model {name} has billions of weights, as FLUX.1-dev has, which wants a GPU: write --model sd3_mid"
-        )
+        with _written(lambda folder: write_flux(folder, _FLUXES[name], device)) as path:
+            sizes = {"height": 720, "width": 720, "guidance_scale": 3.5}
+            yield {"adapter": "flux", "path": path, "dtype": "bf16", **sizes, "lora": _LORA}
     else:
-        raise UserError(f"--model is {name}: write one of {', '.join(NAMES)}")
+        with _written(lambda folder: write_qwen(folder, _SLIM_QWEN, device)) as path:
+            sizes = {"height": 1024, "width": 1024, "text_tokens": 256}
+            yield {"adapter": "qwen_image", "path": path, "dtype": "bf16", **sizes, "lora": _LORA}
 
 
 @contextmanager
@@ -85,23 +86,15 @@ def write_flux(folder: Path, changes: dict[str, Any], device: torch.device) -> N
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    def config(part: str, file: str = "config.json") -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((ARCHITECTURES / "flux1_dev" / part / file).read_text(encoding="utf-8"))
-        return content
-
-    settings = {**config("transformer"), **changes}
-    with torch.device("meta"):
-        empty = FluxTransformer2DModel.from_config(settings)
-    transformer = empty.to(torch.bfloat16).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.normal_(std=0.02, generator=generator)
+    settings = {**_config("flux1_dev", "transformer"), **changes}
+    transformer = _random(FluxTransformer2DModel, settings, device)
     clip, t5 = (AutoTokenizer.from_pretrained(TINY / name) for name in ("tokenizer", "tokenizer_3"))
     width = settings["pooled_projection_dim"]
     FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(config("scheduler", "scheduler_config.json")),
-        vae=AutoencoderKL.from_config(config("vae")).to(torch.bfloat16),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(
+            _config("flux1_dev", "scheduler", "scheduler_config.json")
+        ),
+        vae=AutoencoderKL.from_config(_config("flux1_dev", "vae")).to(torch.bfloat16),
         text_encoder=CLIPTextModel(CLIPTextConfig(
             vocab_size=len(clip), hidden_size=width, intermediate_size=width, num_attention_heads=width // 64,
             num_hidden_layers=1, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
@@ -113,5 +106,39 @@ def write_flux(folder: Path, changes: dict[str, Any], device: torch.device) -> N
                 vocab_size=len(t5), d_model=settings["joint_attention_dim"], d_ff=64, d_kv=64, num_heads=1, num_layers=1
             )
         ),
-        tokenizer_2=t5, transformer=transformer.cpu(),
+        tokenizer_2=t5, transformer=transformer,
     ).save_pretrained(folder)  # fmt: skip
+
+
+def write_qwen(folder: Path, changes: dict[str, Any], device: torch.device) -> None:
+    """Qwen-Image with random weights: its transformer (with `changes` to its configuration) and VAE. Text encoders are
+    named and not there.
+    """
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    copytree(ARCHITECTURES / "qwen_image", folder)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["text_encoder"] = ["transformers", "Qwen2_5_VLForConditionalGeneration"]
+    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    settings = {**_config("qwen_image", "transformer"), **changes}
+    _random(QwenImageTransformer2DModel, settings, device).save_pretrained(folder / "transformer")
+    vae = AutoencoderKLQwenImage.from_config(_config("qwen_image", "vae"))
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+
+
+def _config(architecture: str, part: str, file: str = "config.json") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ARCHITECTURES / architecture / part / file).read_text(encoding="utf-8"))
+    return content
+
+
+def _random(kind: Any, settings: dict[str, Any], device: torch.device) -> Any:
+    """A transformer in bf16 whose weights are drawn on `device`, in host memory."""
+    with torch.device("meta"):
+        empty = kind.from_config(settings)
+    transformer = empty.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    return transformer.cpu()

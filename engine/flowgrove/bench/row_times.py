@@ -1,15 +1,17 @@
 """What a row of a transformer pass costs: at several batch sizes, eager, recorded as a CUDA graph, with compiled
-blocks, with other attention kernels, and with linear layers in 8 bits (rollout.precision), which have no backward.
+blocks, with other attention kernels, without masks (engine.split_lengths), and with linear layers in 8 bits
+(rollout.precision), which have no backward.
 
-A FLUX of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the cost of a
-double block, of a single block and of what lies around them come out, and with them the cost of FLUX.1-dev's 19 and 38.
-Such figures are derived and marked as that.
+A transformer of few blocks stands for the whole one: with blocks taken out the same pass is timed again, so that the
+cost of a block of each kind and of what lies around them come out, and with them the cost of FLUX.1-dev's 19 double and
+38 single blocks and of Qwen-Image's 60. Such figures are derived and marked as that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,13 +39,15 @@ COLUMNS = (
     "derived", "repeats", "device", "torch", "triton", "compiler", "date",
 )  # fmt: skip
 ATTENTION = "attention"  # a mode for each kernel that can be selected here
+SPLIT = "split"  # without masks, where a model has some; other kernels run so in any case
 MODES = (  # in this order: compiled blocks stay compiled
-    "eager", "recorded",
+    "eager", "recorded", SPLIT,
     *(f"{precision}{how}" for precision in PRECISIONS for how in ("", "+recorded")),
     "compiled",
     *(f"{precision}+compiled" for precision in PRECISIONS),
 )  # fmt: skip
-WHOLE_FLUX = (19, 38)  # double and single blocks of FLUX.1-dev
+# blocks of published models, by the class of their transformer
+WHOLE = {"FluxTransformer2DModel": (19, 38), "QwenImageTransformer2DModel": (60,)}
 
 
 @dataclass(frozen=True)
@@ -87,23 +91,31 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
     """Milliseconds per row, forward and with backward, as COLUMNS name them; with `out`, a CSV there."""
     where = {key: value for key, value in machine.describe(settings.device).items() if key in COLUMNS}
     found: list[Row] = []
-    with bench_model(settings.model, settings.device) as model:
+    with bench_model(settings.model, settings.device, encodes=False) as model, TemporaryDirectory() as folder:
         recipe = bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine})
-        policy = Policy.load(recipe, settings.device)
+        data = recipe.data.model_copy(update={"embedding_cache": folder})  # so that no encoder is loaded
+        policy = Policy.load(recipe.model_copy(update={"data": data}), settings.device)
+        splits = policy.adapter.splits_texts()
+        unmasked = replace(policy, splits_lengths=splits)
         runner = PassRunner.of(recipe, policy)
         timer = _Timer(policy, runner, settings.repeats)
         kernels = tuple(mode for mode in settings.modes if mode not in MODES)
         for mode in (mode for mode in (*MODES[:1], *kernels, *MODES[1:]) if mode in settings.modes):
             one = timer
-            if mode in kernels:
+            if mode == SPLIT:
+                if not splits:
+                    say(f"{mode} is left out: {recipe.model.adapter} has no mask to leave out")
+                    continue
+                one = _Timer(unmasked, runner, settings.repeats, timer.tflop)
+            elif mode in kernels:
                 try:
-                    check_attention(policy.adapter, mode, recipe.model, settings.device, "--modes")
+                    check_attention(policy.adapter, mode, recipe.model, settings.device, "--modes", splits)
                 except UserError as error:  # not for this model
                     say(f"{mode} is left out: {error}")
                     continue
                 policy.weights.quantise(None, attention=mode)
                 trains = trains_safely(mode)
-                one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop, trains=trains)
+                one = _Timer(unmasked.cheap(), runner, settings.repeats, timer.tflop, trains=trains)
             elif mode == "compiled":
                 compile_blocks(policy.transformer)
             elif (precision := precision_of(mode)) is not None:
@@ -160,10 +172,11 @@ class _Timer:
         return counted(lambda: self.passes.forward(self.passes.states(1))).get_total_flops() / 1e12
 
     def lines(self, mode: str, rows: int) -> list[Row]:
-        """The model as it is; and of one with blocks of two kinds, the whole of FLUX.1-dev as its blocks make it."""
+        """The model as it is; and of a published one with fewer blocks, the whole as its blocks make it."""
         whole = self._milliseconds(mode, rows)
         found = [self._line(self.sizes, mode, rows, whole)]
-        if whole is None or len(self.sizes) != 2 or min(self.sizes) < 2:
+        published = WHOLE.get(type(self.policy.adapter.transformer).__name__)
+        if whole is None or published is None or min(self.sizes) < 2:
             return found
         total = whole.copy()
         for place, size in enumerate(self.sizes):
@@ -171,9 +184,9 @@ class _Timer:
                 fewer = self._milliseconds(mode, rows)
             if fewer is None:
                 return found
-            total += (WHOLE_FLUX[place] - size) * (whole - fewer) / (size - 1)
+            total += (published[place] - size) * (whole - fewer) / (size - 1)
         total[total <= whole] = np.nan  # passes that wait for the host cost no more with more blocks
-        return found if np.isnan(total).all() else [*found, self._line(WHOLE_FLUX, mode, rows, total, derived=True)]
+        return found if np.isnan(total).all() else [*found, self._line(published, mode, rows, total, derived=True)]
 
     def _line(
         self, blocks: Sequence[int], mode: str, rows: int, spent: NDArray[np.float64] | None, *, derived: bool = False

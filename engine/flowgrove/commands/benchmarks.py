@@ -8,7 +8,9 @@ import typer
 from flowgrove.commands.shell import say
 
 RowsAsJson = Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")]
-Named = Annotated[str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux")]
+Named = Annotated[
+    str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux; for rows qwen_slim")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Drawn = Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")]
 
