@@ -19,9 +19,9 @@ from flowgrove.tuning.pass_times import Passes, Work
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, plan_and_coefficients, runner_of, small_recipe
-from tiny_families import MODELS
+from tiny_families import FAMILIES, MODELS
 
-NAMES = ["qwen_image", "z_image", "hunyuan_video15", "ltx"]
+NAMES = [name for name in ("qwen_image", "z_image", "hunyuan_video15", "ltx", "qwen_image21") if name in FAMILIES]
 TEXTS = ["a cat", 'a sign that says "open"', "", "a very long wall with one and two on it, " * 2, "a dog"]
 LORA = {"rank": 4, "alpha": 8}
 

@@ -94,6 +94,13 @@ class Adapter(ABC):
         return float(least + (most - least) / (high - low) * (tokens - low))
 
     @classmethod
+    def own_sigmas(cls, folder: Path) -> list[float] | None:
+        """The σ, without the last 0, that the pipeline in `folder` gives its scheduler to shift in place of
+        1 … 1/steps.
+        """
+        return None
+
+    @classmethod
     def pipeline_name(cls, folder: Path) -> str:
         """Which of the family's classes in diffusers the pipeline in `folder` is of."""
         named = str(read_index(folder).get("_class_name"))

@@ -44,7 +44,7 @@ def model_folder(model: Model) -> Path:
 def part_names(folder: Path) -> list[str]:
     """The parts that model_index.json names, without those that it leaves out as null."""
     named = read_index(folder).items()
-    return [name for name, value in named if isinstance(value, list) and value[:1] not in ([], [None])]
+    return [name for name, value in named if isinstance(value, list) and value and isinstance(value[0], str)]
 
 
 def read_index(folder: Path) -> dict[str, Any]:

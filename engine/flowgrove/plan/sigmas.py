@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.families import boundary_of, configuration_folder, family_of, read_geometry
@@ -62,14 +64,19 @@ def listed_sigmas(values: Sequence[float], source: str = "a given table") -> Sig
 
 
 def scheduler_sigmas(
-    folder: Path, steps: int, tokens: int, gives_table: bool = False, shift: DynamicShift = Adapter.dynamic_shift
-) -> SigmaTable:
+    folder: Path, steps: int, tokens: int, gives_table: bool = False, shift: DynamicShift = Adapter.dynamic_shift,
+    own: Sequence[float] | None = None,
+) -> SigmaTable:  # fmt: skip
     """The table of the scheduler in `folder`/scheduler, as its pipeline would set it for `tokens` picture tokens. Loads
     no model.
 
     `gives_table`: the pipeline hands its scheduler 1 … 1/steps to shift; else it leaves the
     unshifted table to the scheduler. `shift`: what it gives for mu, of the scheduler's configuration, tokens and steps.
+    `own`: σ of the pipeline's in place of 1 … 1/steps.
     """
+    if own is not None and len(own) != steps:
+        what = f"the pipeline's own table has {len(own)} steps, and rollout.steps is {steps}"
+        raise UserError(f"rollout.shift is null, but {what}: write rollout.steps: {len(own)}, or set rollout.shift")
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
@@ -93,7 +100,8 @@ def scheduler_sigmas(
             "set rollout.shift to a number"
         )
     try:
-        values, source = _scheduled(kind, config, steps, tokens, gives_table, shift)
+        table = np.linspace(1.0, 1.0 / steps, steps) if own is None else np.array(own)
+        values, source = _scheduled(kind, config, steps, tokens, table if gives_table else None, shift)
     except Exception as error:  # what libraries raise over foreign settings has many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"{config_file} does not give a table of {steps} steps ({name}: {reason})"
@@ -102,10 +110,8 @@ def scheduler_sigmas(
 
 
 def _scheduled(
-    kind: Any, config: dict[str, Any], steps: int, tokens: int, gives_table: bool, shift: DynamicShift
+    kind: Any, config: dict[str, Any], steps: int, tokens: int, table: Any, shift: DynamicShift
 ) -> tuple[list[float], str]:
-    import numpy as np
-
     name = kind.__name__
     scheduler = kind.from_config(config)
     keywords: dict[str, Any] = {}
@@ -113,8 +119,8 @@ def _scheduled(
     if config.get("use_dynamic_shifting"):
         keywords["mu"] = shift(config, tokens, steps)
         source = f"{name} of the pipeline, dynamic shift mu {keywords['mu']:.3g} for {tokens} picture tokens"
-    if gives_table:
-        keywords["sigmas"] = np.linspace(1.0, 1.0 / steps, steps)
+    if table is not None:
+        keywords["sigmas"] = table
     accepted = signature(scheduler.set_timesteps).parameters
     if foreign := [key for key in keywords if key not in accepted]:
         raise ValueError(f"it takes no {foreign[0]}, which the pipeline gives its scheduler")
@@ -139,7 +145,8 @@ def recipe_sigmas(recipe: Recipe) -> SigmaTable:
         return replace(shifted_sigmas(rollout.steps, rollout.shift), boundary=_boundary(recipe.model))
     folder, family = configuration_folder(recipe.model), family_of(recipe.model.adapter)
     tokens = read_geometry(folder, recipe.model).picture_tokens
-    table = scheduler_sigmas(folder, rollout.steps, tokens, family.gives_table, family.dynamic_shift)
+    own = family.own_sigmas(folder)
+    table = scheduler_sigmas(folder, rollout.steps, tokens, family.gives_table, family.dynamic_shift, own)
     return replace(table, boundary=boundary_of(folder, recipe.model))
 
 

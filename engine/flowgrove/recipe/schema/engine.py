@@ -53,10 +53,11 @@ class Engine(Section):
 
     split_lengths: bool = False
     """Whether a pass runs its texts of each length apart, without padding and without a mask.
-    For models that read prompts of any length under a mask (Qwen-Image, Z-Image, HunyuanVideo-1.5, LTX-Video). Without
-    one PyTorch's attention has its flash kernels, and engine.attention takes kernels that know no mask. The result is
-    the same up to rounding. It is for models that one row fills a device with: a pass of several lengths, such as those
-    of a prompt and of the negative one, runs the transformer once for each. `flowgrove tune` measures it.
+    For models that read prompts of any length under a mask (Qwen-Image and its successors, Z-Image, HunyuanVideo-1.5,
+    LTX-Video). Without one PyTorch's attention has its flash kernels, and engine.attention takes kernels that know no
+    mask. The result is the same up to rounding. It is for models that one row fills a device with: a pass of several
+    lengths, such as those of a prompt and of the negative one, runs the transformer once for each. `flowgrove tune`
+    measures it.
     Source: ours.
     """
 

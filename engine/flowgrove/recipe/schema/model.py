@@ -15,6 +15,7 @@ AdapterName = Literal[
     "flux_kontext",
     "qwen_image",
     "qwen_image_edit",
+    "qwen_image21",
     "wan",
     "wan_i2v",
     "wan_vace",
@@ -81,10 +82,10 @@ class Model(Section):
     adapter: AdapterName
     """The model family, which must be that of the pipeline in model.path.
     sd3: Stable Diffusion 3 and 3.5; flux: FLUX.1-dev and FLUX.1-schnell; flux_kontext: FLUX.1-Kontext-dev; qwen_image:
-    Qwen-Image; qwen_image_edit: Qwen-Image-Edit, -2509 and -2511; wan: Wan2.1 and Wan2.2 text-to-video; wan_i2v: their
-    image-to-video; wan_vace: Wan2.1 VACE, videos from videos; z_image: Z-Image and Z-Image-Turbo; flux2_klein:
-    FLUX.2-klein, distilled and base; flux2: FLUX.2-dev; chroma: Chroma; ltx: LTX-Video text-to-video; hunyuan_video15:
-    HunyuanVideo-1.5 text-to-video.
+    Qwen-Image; qwen_image_edit: Qwen-Image-Edit, -2509 and -2511; qwen_image21: Qwen-Image-2.1 from text; wan: Wan2.1
+    and Wan2.2 text-to-video; wan_i2v: their image-to-video; wan_vace: Wan2.1 VACE, videos from videos; z_image: Z-Image
+    and Z-Image-Turbo; flux2_klein: FLUX.2-klein, distilled and base; flux2: FLUX.2-dev; chroma: Chroma; ltx: LTX-Video
+    text-to-video; hunyuan_video15: HunyuanVideo-1.5 text-to-video.
     Source: diffusers' pipelines of these families.
     """
 
