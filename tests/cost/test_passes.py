@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrove.cost import passes
 from flowgrove.cost.passes import Engine, passes_of_evaluation, passes_of_iteration
 from flowgrove.evaluation import sample
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.budget import PassBudget
+from flowgrove.rewards import scoring
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.tuning.graph_room import NO_ROOM, GraphRoom
@@ -126,7 +126,7 @@ def test_an_evaluation_runs_the_passes_that_were_counted(guidance):
 def test_groups_that_are_scored_whole_are_decoded_whole(monkeypatch):
     recipe = small_recipe(model=FP32, rollout={"group_size": 6})
     plan, geometry = Setup(recipe).first_plan, Policy.load(recipe, CPU).adapter.geometry
-    monkeypatch.setattr(passes, "PIXELS_AT_ONCE", 8 * geometry.pixels)
+    monkeypatch.setattr(scoring, "PIXELS_AT_ONCE", 8 * geometry.pixels)
     engine = Engine(10_000, 1, 100 * geometry.pixels, beside=False)
     for whole, decodes in ((False, {8: 2, 2: 1}), (True, {6: 3})):
         (found,) = passes_of_iteration(recipe, plan, [3], [geometry], replace(engine, whole_groups=whole))

@@ -10,9 +10,9 @@ import torch
 from engine_cases import refuse, succeed
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
-from flowgrove.plan import memory
 from flowgrove.plan.memory import MemoryModel, predict_memory
 from flowgrove.plan.planner import make_plan
+from flowgrove.rewards import scoring
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.update.passes import _KeptVelocities
@@ -131,14 +131,14 @@ def test_pictures_of_a_prompt_that_are_scored_together_are_all_counted(reward, t
     pixels = model.geometry.pixels
 
     def decoding(at_once):
-        monkeypatch.setattr(memory, "PIXELS_AT_ONCE", at_once * pixels)
+        monkeypatch.setattr(scoring, "PIXELS_AT_ONCE", at_once * pixels)
         with model.running():
             return model._decoding(1)
 
-    few, two, many = (decoding(at_once) for at_once in (1, 2, 7))
+    few, two, many = (decoding(at_once) for at_once in (1, 2, 13))
     picture = 2 * 3 * 4 * pixels  # three colours in fp32, and what scoring takes beside them
     assert two - few == (picture if together == 2 else 0)
-    assert many - two == picture * (7 - together)
+    assert many - two == picture * ((13 if together == 2 else 12) - together)  # groups of 6 are never cut
 
 
 @pytest.mark.parametrize("keeps", [False, True])

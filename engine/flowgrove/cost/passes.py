@@ -16,7 +16,7 @@ from flowgrove.passes.packing import Ints, pack
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.recipe.schema import Recipe
-from flowgrove.rewards.scoring import PIXELS_AT_ONCE
+from flowgrove.rewards.scoring import PIXELS_AT_ONCE, samples_at_once
 from flowgrove.rollout.forest import edges_in_update
 from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 
@@ -174,8 +174,7 @@ def _edges(plan: RolloutPlan, step: Step, prompts: range, update: int) -> int:
 def _score(found: Passes, samples: int, geometry: Geometry, engine: Engine, group: int = 1) -> None:
     """Decoding and scoring, some samples at a time, whole groups of them."""
     found.samples += samples
-    some, together = (max(1, most // geometry.pixels) for most in (PIXELS_AT_ONCE, engine.pixels_per_decode))
-    some = max(group, some // group * group)
+    some, together = samples_at_once(geometry.pixels, group), max(1, engine.pixels_per_decode // geometry.pixels)
     for start in range(0, samples, some):
         part = min(some, samples - start)
         whole, rest = divmod(part, together)

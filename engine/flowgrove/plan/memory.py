@@ -22,7 +22,7 @@ from flowgrove.plan.unloaded import UnloadedModel
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
 from flowgrove.rewards.registry import is_groupwise
-from flowgrove.rewards.scoring import PIXELS_AT_ONCE
+from flowgrove.rewards.scoring import samples_at_once
 
 _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
 
@@ -285,7 +285,7 @@ class MemoryModel(UnloadedModel):
         )
         leaves, pixels = self.prompts * self.plan.leaves, self.geometry.pixels
         whole = self.plan.leaves if any(map(is_groupwise, self.recipe.reward)) else 1  # such a group is never cut
-        scored = min(leaves, max(whole, PIXELS_AT_ONCE // pixels)) * pixels * 3
+        scored = min(leaves, samples_at_once(pixels, whole)) * pixels * 3
         return decoded + 2 * scored * torch.float32.itemsize
 
     def _graph(self, _: int) -> int:

@@ -98,6 +98,11 @@ class Scoring:
                 return self._score(policy, leaves, prompts, each)
 
 
+def samples_at_once(pixels: int, group: int = 1) -> int:
+    """How many samples of so many pixels are decoded and scored together, whole groups of them."""
+    return max(1, PIXELS_AT_ONCE // pixels // group) * group
+
+
 def score_leaves(
     policy: Policy,
     runner: PassRunner,
@@ -111,7 +116,7 @@ def score_leaves(
     neighbours of one prompt; decoded and scored some at a time. With `faults` those of prompts that could not be scored
     are NaN (see `Rewards`).
     """
-    some, scores = max(1, PIXELS_AT_ONCE // policy.adapter.geometry.pixels), []
+    some, scores = samples_at_once(policy.adapter.geometry.pixels), []
 
     def score(mine: slice) -> Tensor:
         pictures = runner.decode(policy, leaves[mine])
