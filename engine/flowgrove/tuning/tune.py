@@ -6,7 +6,7 @@ Key after key: the candidates of one are measured in turn, A, B, A, B, …, with
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -149,27 +149,23 @@ class _Tuner:
         """What can be selected here for this model, trains, and computes what PyTorch's own attention does."""
         if "attention" in self.fixed:
             return Choice("attention", self.recipe.engine.attention, [])
-        x, notes, usable = self.passes.states(1), [], ["sdpa"]
+        x, usable = self.passes.states(1), ["sdpa"]
         self._use("sdpa")
         expected = self._differentiated(x)
-        for name in attention_names():
-            if name == "sdpa" or "hub" in name or missing(name, self.device) is not None:  # a hub's are downloads
-                continue
-            if name in UNSAFE:
-                notes.append(f"{name}: left out, its backward has ended runs with an illegal memory access")
-                continue
-            try:
-                self._use(name)
-                close = all(
-                    float((a - b).norm()) <= _DIFFERENCE * float(b.norm())
-                    for a, b in zip(self._differentiated(x), expected, strict=True)
-                )
-            except UserError:  # not for this model
-                continue
-            except Exception as error:  # whatever a kernel raises that does not take these tensors
-                notes.append(f"{name}: {reason(error)}")
-                continue
-            if close:
+
+        def away(name: str) -> float:
+            self._use(name)
+            return max(_relative(*pair) for pair in zip(self._differentiated(x), expected, strict=True))
+
+        found = [name for name in attention_names() if name != "sdpa" and "hub" not in name]  # a hub's are downloads
+        here = [name for name in found if missing(name, self.device) is None]
+        notes = [
+            f"{name}: left out, its backward has ended runs with an illegal memory access"
+            for name in here
+            if name in UNSAFE
+        ]
+        for name, distance in _that_run([name for name in here if name not in UNSAFE], away, notes):
+            if distance <= _DIFFERENCE:
                 usable.append(name)
             else:
                 notes.append(f"{name}: left out, its velocity or gradient is not that of sdpa")
@@ -193,29 +189,27 @@ class _Tuner:
             given = "not for engine.distributed: fsdp2"
         if given is not None:
             return Choice("attention", recipe.rollout.attention, [f"not measured: {given}"], "rollout")
-        x, notes = self.passes.states(1), []
+        x, notes = self.passes.states(1), list[str]()
         candidates = [Candidate(None, "null", self._cheapened(recipe.rollout.precision, None))]
         with torch.no_grad():
             expected = self.passes.velocity(x)
-            for name in attention_names():
-                if name == self._attention or missing(name, self.device, downloads=False) is not None:
-                    continue
-                try:
-                    splits = self.policy.splits_lengths
-                    check_attention(self.policy.adapter, name, recipe.model, self.device, "rollout.attention", splits)
-                    weights.quantise(None, False, name)
-                    away = (Passes(self.policy.cheap(), self.runner).velocity(x) - expected).norm() / expected.norm()
-                except UserError:  # not for this model
-                    continue
-                except Exception as error:  # whatever a kernel raises that does not take these tensors
-                    notes.append(f"{name}: {reason(error)}")
-                    continue
-                told = f"its velocity is {float(away):.2%} of its norm away"
-                if float(away) <= _CHEAP_DIFFERENCE:
-                    label = f"{name} ({told})"
-                    candidates.append(Candidate(name, label, self._cheapened(recipe.rollout.precision, name)))
-                else:
-                    notes.append(f"{name}: left out, {told}, and {_CHEAP_DIFFERENCE:.0%} are allowed")
+
+        @torch.no_grad()
+        def away(name: str) -> float:
+            splits = self.policy.splits_lengths
+            check_attention(self.policy.adapter, name, recipe.model, self.device, "rollout.attention", splits)
+            weights.quantise(None, False, name)
+            return _relative(Passes(self.policy.cheap(), self.runner).velocity(x), expected)
+
+        found = [name for name in attention_names() if name != self._attention]
+        here = [name for name in found if missing(name, self.device, downloads=False) is None]
+        for name, distance in _that_run(here, away, notes):
+            told = f"its velocity is {distance:.2%} of its norm away"
+            if distance <= _CHEAP_DIFFERENCE:
+                label = f"{name} ({told})"
+                candidates.append(Candidate(name, label, self._cheapened(recipe.rollout.precision, name)))
+            else:
+                notes.append(f"{name}: left out, {told}, and {_CHEAP_DIFFERENCE:.0%} are allowed")
         choice = choose("attention", candidates, self.work, tuple(notes), "rollout")
         self._cheap_attention = cast("str | None", choice.value)
         weights.quantise(None)
@@ -364,6 +358,22 @@ class _Tuner:
         v = self.passes.velocity(x)
         (gradient,) = torch.autograd.grad(v, x, x.detach().to(v.dtype))
         return v.detach(), gradient
+
+
+def _that_run(names: list[str], away: Callable[[str], float], notes: list[str]) -> Iterator[tuple[str, float]]:
+    """Kernels that take the model's tensors, each with how far `away` it is; `notes` say why others do not."""
+    for name in names:
+        try:
+            yield name, away(name)
+        except UserError:  # not for this model
+            continue
+        except Exception as error:  # whatever a kernel raises that does not take these tensors
+            notes.append(f"{name}: {reason(error)}")
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """The distance of two tensors over the norm of the second."""
+    return float((found - expected).norm() / expected.norm())
 
 
 def _given(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
