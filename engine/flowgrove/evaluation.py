@@ -21,7 +21,7 @@ from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from flowgrove.spans import span
 
-PROMPTS_AT_ONCE = 32
+_PROMPTS_AT_ONCE = 32
 COMPARED_PROMPTS = 4  # whose rollouts are run in both precisions
 EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 
@@ -61,6 +61,11 @@ class Evaluated:
         return estimates
 
 
+def prompts_at_once(pixels: int) -> int:
+    """How many prompts are drawn together, with so many pixels in all samples of one."""
+    return max(1, min(_PROMPTS_AT_ONCE, PIXELS_AT_ONCE // pixels))
+
+
 def draw(
     setup: Setup, policy: Policy, runner: PassRunner, prompts: list[str], first_prompt: int = 0
 ) -> Iterator[Tensor]:
@@ -74,7 +79,7 @@ def draw(
     coefficients = plan_coefficients(plan).to(policy.device, non_blocking=True)
     tuned_steps = None if settings.tuned_share == 1 else round_half_up(settings.tuned_share * len(plan.steps))
     policy = policy.guided_by(settings.guidance_scale)
-    some = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (policy.adapter.geometry.pixels * settings.samples)))
+    some = prompts_at_once(policy.adapter.geometry.pixels * settings.samples)
     for start in range(0, len(prompts), some):
         encoded = policy.encode(prompts[start : start + some])
         with span("rollout"):

@@ -10,7 +10,9 @@ from flowgrove.data import prompts
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.plan import memory
+from flowgrove.recipe.deciding import _OPERATION
 from flowgrove.recipe.loading import load_recipe
+from flowgrove.recipe.schema import Engine
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
@@ -101,3 +103,10 @@ def test_no_iteration_predicts_memory(calls, like_a_gpu, monkeypatch):
     monkeypatch.setattr(memory.MemoryModel, "at", lambda *_: pytest.fail("predicted inside an iteration"))
     monkeypatch.setattr(graph_room.GraphRoom, "of", lambda *_: pytest.fail("settled inside an iteration"))
     stages.run(list(TRAIN_PROMPTS), 0)
+
+
+def test_every_key_of_engine_decides_the_weights_or_does_not():
+    """A new one has its place in one of both lists."""
+    decide = {"share", "exact_replay"}  # other batches, which round otherwise
+    assert set(Engine.model_fields) == decide | set(_OPERATION["engine"])
+    assert not decide & set(_OPERATION["engine"])

@@ -10,9 +10,11 @@ import torch
 from diffusers import QwenImage21Transformer2DModel
 
 from flowgrove.errors import UserError
+from flowgrove.models import loading
 from flowgrove.models.families import family_of
 from flowgrove.models.policy import Policy
 from flowgrove.plan.sigmas import recipe_sigmas, scheduler_sigmas
+from flowgrove.recipe.schema import Model
 from policy_cases import CPU, small_recipe
 from tiny_families import FAMILIES, MODELS
 
@@ -74,6 +76,15 @@ def test_without_a_mask_rows_of_one_length_are_the_same_with_their_gradients(cau
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch):
+    """With stored embeddings, too: the pipeline asks its processor as it is made."""
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    model = Model(adapter=NAME, path="there")
+    for without in ((), family_of(NAME).TEXT):
+        with pytest.raises(UserError, match=rf"^model.adapter {NAME} .* pip install torchvision$"):
+            loading.load_adapter(family_of(NAME), tmp_path, model, CPU, torch.float32, without)
+
+
 @with_torchvision
 def test_a_pipelines_own_table_is_shifted_and_its_steps_are_named(folders, tmp_path):
     folder = shutil.copytree(folders[NAME], tmp_path / "pipeline")
@@ -88,9 +99,16 @@ def test_a_pipelines_own_table_is_shifted_and_its_steps_are_named(folders, tmp_p
     assert [table(place) for place in (0, 3)] == [1.0, 0.0]
     assert table(1) > linear(1), "0.7 in place of 2/3"
     assert table(2) < linear(2), "0.3 in place of 1/3"
-    with pytest.raises(UserError, match=r"table has 3 steps, .* is 4: write rollout.steps: 3, or set rollout.shift"):
+    with pytest.raises(UserError, match=r"table has 3 steps, not 4: write 3 as rollout.steps .*, or set rollout.shift"):
         recipe_sigmas(small_recipe(model=model, rollout={"steps": 4, "shift": None}))
     assert recipe_sigmas(small_recipe(model=model, rollout={"steps": 4, "shift": 3.0}))(4) == 0.0
+    for foreign, told in (("hi", "no list of numbers"), ({"a": 1}, "no list of numbers"), ([], None)):
+        (folder / "model_index.json").write_text(json.dumps({**index, "sample_sigmas": foreign}), encoding="utf-8")
+        if told is None:
+            assert recipe_sigmas(recipe)(1) == linear(1)
+        else:
+            with pytest.raises(UserError, match=told):
+                recipe_sigmas(recipe)
 
 
 @with_torchvision

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 
 from flowgrove.credit import assign_credit
 from flowgrove.errors import UserError
@@ -18,10 +19,12 @@ from flowgrove.tuning import tune
 from flowgrove.tuning.pass_times import Passes, Work
 from flowgrove.update.passes import Rolled
 from flowgrove.update.updater import Updater
+from host_reads import HostWaits
 from policy_cases import CPU, encoded, plan_and_coefficients, runner_of, small_recipe
 from tiny_families import FAMILIES, MODELS
 
-NAMES = [name for name in ("qwen_image", "z_image", "hunyuan_video15", "ltx", "qwen_image21") if name in FAMILIES]
+MASKED = ("qwen_image", "z_image", "hunyuan_video15", "ltx", "qwen_image21", "qwen_image_edit_plus")
+NAMES = [name for name in MASKED if name in FAMILIES]
 TEXTS = ["a cat", 'a sign that says "open"', "", "a very long wall with one and two on it, " * 2, "a dog"]
 LORA = {"rank": 4, "alpha": 8}
 
@@ -44,10 +47,9 @@ def watched(policy):
     return found
 
 
-def apart(prompts):
+def both(prompts):
     """The lengths of rows with guidance, the unconditional ones behind."""
-    half = prompts.apart.shape[1] // 2
-    return np.concatenate([prompts.apart[:, :half], prompts.apart[:, half:]])
+    return np.concatenate(np.split(prompts.masked_lengths, 2, axis=1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,7 +61,7 @@ def test_velocities_and_gradients_are_those_of_masked_rows(folders, name):
         for number, weight in enumerate(policy.weights.trainable().values()):
             torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(number))
         policy.weights.refresh()
-        prompts, forwards = policy.encode(TEXTS), watched(policy)
+        prompts, forwards = encoded(policy, TEXTS), watched(policy)
         x = torch.randn(7, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0))
         v = policy.velocity(x, torch.linspace(0.9, 0.1, 7), prompts, order, order.numpy())
         whole = v.v if v.uncond is None else torch.cat([v.v, v.uncond])
@@ -71,10 +73,9 @@ def test_velocities_and_gradients_are_those_of_masked_rows(folders, name):
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-9
-    lengths = apart(prompts)[np.concatenate([order, order + len(TEXTS)])]
-    runs = 1 + (lengths[1:] != lengths[:-1]).any(1).sum()
-    assert len({tuple(row) for row in lengths}) >= 3
-    assert len(forwards) == runs < 14
+    kinds = {tuple(row) for row in both(prompts)}
+    assert len(kinds) >= 3
+    assert len(forwards) == len(kinds), "one of all rows that are alike"
     assert sum(rows for rows, _ in forwards) == 14
     assert not any(masks for _, masks in forwards)
 
@@ -101,27 +102,56 @@ def test_rollout_and_update_are_those_of_masked_rows(folders, name):
     assert (before - after).abs().max() <= 1e-5
 
 
-def test_rows_of_one_length_stand_beside_each_other(folders):
-    """The packer sorts by what a row costs, which is then its own length, not a padded one."""
-    policy = Policy.load(recipe_of(folders, "qwen_image", True), CPU)
-    prompts = policy.encode([TEXTS[0], TEXTS[3], TEXTS[4], TEXTS[0]])
-    size = policy.adapter.geometry
-    assert prompts.apart[:, 0].tolist() == prompts.lengths.tolist()
-    assert prompts.tokens.tolist() == (size.picture_tokens + prompts.lengths).tolist()
-    (rows,) = runner_of(policy, recipe_of(folders, "qwen_image", True)).budget.passes(prompts.tokens)
-    lengths = prompts.lengths[rows].tolist()
-    assert lengths == sorted(lengths, reverse=True)
+@pytest.mark.parametrize("name", ["qwen_image", "ltx"])
+def test_passes_of_an_update_run_once_for_each_length(folders, monkeypatch, name):
+    """Rows of several steps stand prompt after prompt, and a negative prompt is longer than all, or counts for nothing
+    in what a row costs.
+    """
+    recipe = recipe_of(folders, name, True, guidance_scale=2.0, lora=LORA, negative_prompt="not that, " * 20)
+    policy = Policy.load(recipe, CPU)
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
+    plan, rows = plan_and_coefficients(recipe)
+    prompts = policy.encode([TEXTS[0], TEXTS[1], TEXTS[2]])
+    forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=0, iteration=0)
+    scores = np.random.default_rng(0).random((3, plan.leaves, 1))
+    forwards, alike, inner = watched(policy), [], Policy.velocity
+
+    def velocity(self, x, sigma, prompts, prompt_of, on_host):
+        lengths = np.concatenate(np.split(prompts.masked_lengths[on_host], 2, axis=1))
+        alike.append((len(x), len(np.unique(lengths, axis=0))))
+        return inner(self, x, sigma, prompts, prompt_of, on_host)
+
+    monkeypatch.setattr(Policy, "velocity", velocity)
+    updater.run([Rolled(policy, forest, prompts, assign_credit(plan, recipe.credit, scores, [1.0]), rows)])
+    assert len(forwards) == sum(kinds for _, kinds in alike)
+    assert max(rows for rows, _ in alike) >= 5, "of several steps and prompts"
+    assert max(kinds for _, kinds in alike) >= 3
+
+
+def test_a_row_costs_its_own_tokens(folders):
+    policy = Policy.load(recipe_of(folders, "qwen_image", True, guidance_scale=2.0), CPU)
+    prompts, size = policy.encode([TEXTS[0], TEXTS[3], TEXTS[4], TEXTS[0]]), policy.adapter.geometry
+    own, away = prompts.masked_lengths.T
+    assert prompts.tokens.tolist() == (2 * size.picture_tokens + own + away).tolist()
+    assert prompts.unguided().tokens.tolist() == (size.picture_tokens + own).tolist()
+    assert len(set(own)) == 2
+    assert policy.blank_prompt().tokens == [2 * size.tokens]
+    glyphs = Policy.load(recipe_of(folders, "hunyuan_video15", True), CPU)
+    prompts, size = glyphs.encode(TEXTS), glyphs.adapter.geometry
+    assert prompts.tokens.tolist() == (size.picture_tokens + prompts.masked_lengths.sum(1)).tolist()
+    ltx = Policy.load(recipe_of(folders, "ltx", True), CPU)
+    assert set(ltx.encode(TEXTS).tokens) == {ltx.adapter.geometry.picture_tokens}
 
 
 def test_prompts_keep_their_lengths_in_part_and_without_guidance(folders):
     policy = Policy.load(recipe_of(folders, "hunyuan_video15", True, guidance_scale=3.5), CPU)
     prompts = policy.encode(TEXTS)
-    assert prompts.apart.shape == (len(TEXTS), 4)  # of Qwen's text and of ByT5's, twice
-    assert (prompts.apart[:, 1] > 0).tolist() == [False, True, False, False, False]
-    assert np.array_equal(prompts[1:3].apart, prompts.apart[1:3])
-    assert np.array_equal(prompts.unguided().apart, prompts.apart[:, :2])
-    empty = prompts.apart[2, :2]
-    assert (prompts.apart[:, 2:] == empty).all()  # the negative prompt is the empty one
+    assert prompts.masked_lengths.shape == (len(TEXTS), 4)  # of Qwen's text and of ByT5's, twice
+    assert (prompts.masked_lengths[:, 1] > 0).tolist() == [False, True, False, False, False]
+    assert np.array_equal(prompts[1:3].masked_lengths, prompts.masked_lengths[1:3])
+    assert np.array_equal(prompts.unguided().masked_lengths, prompts.masked_lengths[:, :2])
+    empty = prompts.masked_lengths[2, :2]
+    assert (prompts.masked_lengths[:, 2:] == empty).all()  # the negative prompt is the empty one
 
 
 def test_conditioning_without_masks_is_cut_to_its_lengths():
@@ -177,45 +207,81 @@ def test_kernels_that_take_no_mask_are_for_split_lengths(folders, monkeypatch):
         with pytest.raises(UserError, match=text):
             Policy.load(recipe_of(folders, name, False, {"attention": "flash"}, **told), CPU)
     for wanted in ("flash", "sage", "flash_varlen"):
-        recipe = recipe_of(folders, "qwen_image", True, **told)
-        recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"attention": wanted})})
+        recipe = with_rollout(recipe_of(folders, "qwen_image", True, **told), attention=wanted)
         Policy.load(recipe, CPU)
+    seen = []
+    monkeypatch.setattr(QwenImageTransformer2DModel, "set_attention_backend", lambda self, name: seen.append(name))
+    for wanted in ("flash", "flash_varlen"):
+        Policy.load(recipe_of(folders, "qwen_image", True, {"attention": wanted}, **told), CPU)
+    assert seen == ["flash", "flash_varlen"]
+
+
+def with_rollout(recipe, **keys):
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=keys)})
 
 
 def test_tuning_measures_it_where_every_row_runs_apart(folders, monkeypatch):
     seen = []
 
     def seconds_per_row(self, run, rows, repeats=1):
-        seen.append((self.policy.splits_lengths, len(self.prompts), rows))
+        seen.append((self.policy.splits_lengths, len(self.prompts)))
         return 1.0 if self.policy.splits_lengths else 2.0
 
     monkeypatch.setattr(Passes, "seconds_per_row", seconds_per_row)
-    recipe = recipe_of(folders, "qwen_image", False)
-    tuner = tune._Tuner(Setup(recipe), {}, Work(8, 8, 8), False)
+    setup = Setup(recipe_of(folders, "qwen_image", False))
+    tuner = tune._Tuner(setup, {}, Work(8, 8, 8), False)
     choice = tuner.split_lengths()
     assert choice.value is True
     assert tuner.policy.splits_lengths
-    assert {(True, 2), (False, 1)} == {(splits, prompts) for splits, prompts, _ in seen}
-    fixed = tune._Tuner(Setup(recipe), {"cuda_graphs": True}, Work(8, 8, 8), False).split_lengths()
-    assert fixed.value is False
-    assert fixed.lines == ["not measured: not for engine.cuda_graphs: true"]
+    assert set(seen) == {(False, 1), (True, tuner.rows)}
+    assert tuner.rows > 1
+    fixed = tune._Tuner(setup, {"cuda_graphs": True}, Work(8, 8, 8), False).split_lengths()
+    assert fixed == ("split_lengths", False, ["not measured: not for engine.cuda_graphs: true"], "engine")
+
+
+@pytest.mark.parametrize("key", ["rollout.attention", "engine.attention"])
+def test_tuning_leaves_it_where_a_kernel_may_need_it(folders, monkeypatch, key):
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
+    engine = {"attention": "flash"} if key == "engine.attention" else {}
+    recipe = recipe_of(folders, "qwen_image", True, engine, dtype="bf16", lora=LORA)
+    monkeypatch.setattr(QwenImageTransformer2DModel, "set_attention_backend", lambda *_: None)
+    if key == "rollout.attention":
+        recipe = with_rollout(recipe, attention="flash")
+    choice = tune._Tuner(Setup(recipe), engine, Work(8, 8, 8), False).split_lengths()
+    line = "not measured: the recipe names a kernel of attention, which may need it as it is"
+    assert choice == ("split_lengths", True, [line], "engine")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
-def test_passes_for_tuning_run_each_row_apart(folders, guidance):
+def test_passes_for_tuning_run_rows_apart_and_can_be_recorded(folders, guidance):
     recipe = recipe_of(folders, "qwen_image", True, guidance_scale=guidance)
     policy = Policy.load(recipe, CPU)
-    passes, forwards = Passes(policy, runner_of(policy, recipe), apart=True), watched(policy)
-    passes.forward(passes.states(3))
-    assert [rows for rows, _ in forwards] == [1] * (3 if guidance == 1 else 6)
+    halves = 1 if guidance == 1 else 2
+    for lengths, expected in ((3, [1] * 3 * halves), (1, [3] * halves)):
+        passes, forwards = Passes(policy, runner_of(policy, recipe), lengths), watched(policy)
+        x = passes.states(3)
+        with HostWaits(recording=True) as waits:
+            passes.forward(x)
+        assert waits.noted == []
+        assert [rows for rows, _ in forwards] == expected
+        del policy.adapter.velocity
+
+
+def test_a_run_may_go_on_with_it_or_without(folders):
+    with_, without = (Setup(recipe_of(folders, "qwen_image", splits)) for splits in (True, False))
+    for setup in (with_, without):
+        setup.__dict__["prompts"] = ["a cat"]
+    assert with_.fingerprint == without.fingerprint
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen_image", "ltx"])
 @torch.no_grad()
-def test_compiled_blocks_hold_for_all_lengths(folders, monkeypatch, fresh_dynamo):
+def test_compiled_blocks_hold_for_all_lengths(folders, monkeypatch, fresh_dynamo, name):
+    """Of one token, too, which is LTX-Video's empty prompt."""
     graphs = []
     monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
-    recipe = recipe_of(folders, "qwen_image", True, {"compile": True}, guidance_scale=3.5)
+    recipe = recipe_of(folders, name, True, {"compile": True}, guidance_scale=3.5)
     policy = Policy.load(recipe, CPU)
     compile_ahead(policy, recipe, 8)
     before, prompts = len(graphs), policy.encode(TEXTS)
@@ -224,3 +290,4 @@ def test_compiled_blocks_hold_for_all_lengths(folders, monkeypatch, fresh_dynamo
         sigma, rows = torch.full((len(order),), 0.5), np.array(order)
         policy.velocity(x, sigma, prompts, torch.from_numpy(rows), rows)
     assert len(graphs) == before > 0
+    assert prompts.masked_lengths.min() == policy.adapter.shortest_text or name == "qwen_image"

@@ -178,7 +178,8 @@ def test_a_gpu_that_waits_for_launches_is_advised_recordings():
     found = advice.recorded_passes(facts(**known))
     assert (found.key, found.saves) == ("engine.cuda_graphs", pytest.approx(0.2 * 10.0))
     assert advice.recorded_passes(facts(device_type="cuda", idle=Idle(100.0, 99.0, {}))) is None
-    assert advice.recorded_passes(facts(sections={"engine": {"cuda_graphs": True}}, **known)) is None
+    for engine in ({"cuda_graphs": True}, {"split_lengths": True}, {"distributed": "fsdp2"}):
+        assert advice.recorded_passes(facts(sections={"engine": engine}, **known)) is None
     assert advice.recorded_passes(facts(device_type="cpu", idle=None)) is None
     assert advice.recorded_passes(facts(sections={"engine": {"distributed": "fsdp2"}}, **known)) is None
 

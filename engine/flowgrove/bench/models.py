@@ -38,9 +38,7 @@ def bench_model(name: str, device: torch.device, encodes: bool = True) -> Iterat
     its text encoders are needed. Raises UserError.
     """
     if name in WITHOUT_ENCODERS and encodes:
-        raise UserError(
-            f"--model {name} has no text encoders and is for `flowgrove bench rows`: write --model flux_slim"
-        )
+        raise UserError(f"--model {name} has no text encoders and is for `flowgrove bench rows`: write --model sd3_mid")
     plain = {"adapter": "sd3", "dtype": "fp32" if device.type == "cpu" else "bf16", "gradient_checkpointing": "none"}
     if name == "tiny":
         yield {**plain, "path": "tiny"}

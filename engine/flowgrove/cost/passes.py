@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flowgrove.evaluation import PROMPTS_AT_ONCE
+from flowgrove.evaluation import prompts_at_once
 from flowgrove.models.geometry import Geometry
 from flowgrove.passes.packing import Ints, pack
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.recipe.schema import Recipe
-from flowgrove.rewards.scoring import PIXELS_AT_ONCE, samples_at_once
+from flowgrove.rewards.scoring import samples_at_once
 from flowgrove.rollout.forest import edges_in_update
 from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 
@@ -89,7 +89,7 @@ def passes_of_iteration(
 def passes_of_evaluation(plan: RolloutPlan, prompts: int, geometry: Geometry, engine: Engine) -> Passes:
     """Those of a rank that evaluates so many `prompts` by the plan of evaluation; `engine` with its guidance."""
     found = Passes()
-    some = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (geometry.pixels * plan.leaves)))
+    some = prompts_at_once(geometry.pixels * plan.leaves)
     for start in range(0, prompts, some):
         count = min(some, prompts - start)
         for step in plan.steps:

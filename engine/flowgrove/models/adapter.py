@@ -53,6 +53,7 @@ class Adapter(ABC):
     source_video: ClassVar[bool] = False  # whether a prompt may have a video, as long as what is drawn
     masks_prompts: ClassVar[bool] = False  # whether prompts of different lengths stand under a mask
     attends_to_padding: ClassVar[bool] = False  # whether what that mask marks counts for less, not for nothing
+    shortest_text: ClassVar[int] = 2  # tokens of an empty prompt; 2: or more
     packages: ClassVar[tuple[str, ...]] = ()  # that the parts of TEXT need beside Flowgrove's own
     TEXT: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # encoders that a folder may leave out, text encoders with tokenizers

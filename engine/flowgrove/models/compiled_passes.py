@@ -19,16 +19,18 @@ def compile_ahead(policy: Policy, recipe: Recipe, most_rows: int) -> None:
         return
     transformer = policy.transformer
     experts, trained = (tuple(FOLDERS), transformer.trained) if isinstance(transformer, Experts) else ((None,), (None,))
-    for rows, expert in product(_rows(policy, recipe, most_rows), experts):
+    # one token has graphs of its own, as one row has
+    texts = (None, [1]) if policy.splits_lengths and policy.adapter.shortest_text == 1 else (None,)
+    for rows, expert, lengths in product(_rows(policy, recipe, most_rows), experts, texts):
         try:
-            policy.of_expert(expert).idle_pass(False, rows)
+            policy.of_expert(expert).idle_pass(False, rows, lengths)
             if expert in trained:
-                policy.of_expert(expert).idle_pass(True, rows)
+                policy.of_expert(expert).idle_pass(True, rows, lengths)
             if recipe.rollout.cheapens:
-                policy.cheap().of_expert(expert).idle_pass(False, rows)
+                policy.cheap().of_expert(expert).idle_pass(False, rows, lengths)
             if recipe.update.kl_weight > 0 or recipe.run.eval.tuned_share < 1:
                 with policy.reference() as reference:
-                    reference.of_expert(expert).idle_pass(False, rows)
+                    reference.of_expert(expert).idle_pass(False, rows, lengths)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -144,10 +144,10 @@ def load_adapter(
     one that does nothing else. `on_host`: the transformer stays in host memory, where it takes none of its own as long
     as it is in the dtype of its files, for whoever divides or rounds it.
     """
+    without = tuple(name for name in without if name not in family.ALWAYS)
     if not set(family.TEXT) <= set(without):
         _check_packages(family, model)
     geometry = read_geometry(folder, model)
-    without = tuple(name for name in without if name not in family.ALWAYS)
     dtypes = _dtypes(family, folder, model, weights, on_host)
     named, transformers = part_names(folder), transformer_folders(folder)
     _check_parts(family, folder, named)

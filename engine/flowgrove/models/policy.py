@@ -30,7 +30,7 @@ from flowgrove.models.quantised import Precision
 from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints, runs_of_equal
 from flowgrove.ranks import Ranks
-from flowgrove.recipe.schema import Expert, Model, Recipe
+from flowgrove.recipe.schema import Expert, Recipe
 from flowgrove.spans import span
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -41,8 +41,8 @@ class Prompts:
     """Encoded prompts: texts, their conditioning [P], and where guidance needs it the distinct unconditional ones [U]
     and which of them each prompt has, int64 [P] on the device; on the host [P], `lengths` of the texts in tokens (the
     longer of both), and `tokens` that a row of each costs, pictures and text, both rows of guidance. Where passes are
-    split by lengths, `apart` [P, ...]: of the masked sequences of each prompt's row, and behind them of its
-    unconditional one.
+    split by lengths, on the host `masked_lengths` [P, masks]: a row's tokens in each sequence that a mask marks, and
+    behind them those of its unconditional row.
     """
 
     texts: list[str]
@@ -51,7 +51,7 @@ class Prompts:
     uncond_of: Tensor | None
     lengths: Ints
     tokens: Ints
-    apart: Ints | None = None
+    masked_lengths: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,8 +60,11 @@ class Prompts:
         """The same for passes without guidance."""
         if self.uncond is None:
             return self
-        apart = None if self.apart is None else self.apart[:, : self.apart.shape[1] // 2]
-        return Prompts(self.texts, self.cond, None, None, self.lengths, self.tokens // 2, apart)
+        tokens, masked = self.tokens // 2, self.masked_lengths
+        if masked is not None:
+            own, away = np.split(masked, 2, axis=1)
+            tokens, masked = (self.tokens + own.sum(1) - away.sum(1)) // 2, own
+        return Prompts(self.texts, self.cond, None, None, self.lengths, tokens, masked)
 
     def uncond_rows(self, prompt_of: Tensor) -> Conditioning | None:
         """The unconditional conditioning of rows of these prompts."""
@@ -80,8 +83,8 @@ class Prompts:
     def __getitem__(self, some: slice) -> "Prompts":
         uncond_of = None if self.uncond_of is None else self.uncond_of[some]
         lengths, tokens = self.lengths[some], self.tokens[some]
-        apart = None if self.apart is None else self.apart[some]
-        return Prompts(self.texts[some], self.cond[some], self.uncond, uncond_of, lengths, tokens, apart)
+        masked = None if self.masked_lengths is None else self.masked_lengths[some]
+        return Prompts(self.texts[some], self.cond[some], self.uncond, uncond_of, lengths, tokens, masked)
 
 
 class Velocity(NamedTuple):
@@ -129,7 +132,7 @@ class Policy:
         Raises UserError for a missing or unsuitable model folder.
         """
         model, compute = recipe.model, COMPUTE_DTYPES[recipe.model.dtype]
-        _check_dtype(model)
+        _check_family(recipe)
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         divided = ranks is not None and ranks.mesh is not None
@@ -137,7 +140,6 @@ class Policy:
         adapter, encoder = load_model(recipe, device, compute, texts, on_host)
         use_attention(adapter, recipe.engine.attention, model, device, recipe.engine.split_lengths)
         _check_guidance_and_cache(recipe, adapter)
-        check_split_lengths(recipe)
         passes = texts is not None
         weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
@@ -162,7 +164,7 @@ class Policy:
     @classmethod
     def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
         """`load` on every rank, after they have divided the encoding of the texts. An error of one ends all."""
-        ranks.together(lambda: _check_dtype(recipe.model))
+        ranks.together(lambda: _check_family(recipe))
         encode_together(recipe, device, COMPUTE_DTYPES[recipe.model.dtype], texts or (), ranks)
         return ranks.together(lambda: cls.load(recipe, device, texts, ranks))
 
@@ -219,31 +221,32 @@ class Policy:
             whole = self.encoder([*distinct, *away])
         cond = whole[to_device(torch.tensor(rows), self.device)]
         lengths, size = cond.lengths(), self.adapter.geometry
-        uncond = uncond_of = apart = None
-        if self.splits_lengths:
-            each = whole.masked_lengths()
-            apart = np.concatenate([each[rows], each[len(distinct) :][away_rows]], axis=1) if away else each[rows]
+        uncond = uncond_of = masked = None
         if self.doubles:
             uncond = whole[len(distinct) :].without_padding()
             uncond_of = to_device(torch.tensor(away_rows), self.device)
             lengths = np.maximum(lengths, uncond.lengths()[away_rows])
         # what a pass need not pad, it need not run
-        shorter = self.adapter.masks_prompts and size.text_tokens > 0
-        needed = lengths if self.splits_lengths else padded_length(lengths)
-        beside = needed if shorter else np.full_like(lengths, size.text_tokens)
-        tokens = (size.picture_tokens + size.source_tokens + beside) * (2 if self.doubles else 1)
-        return Prompts(texts, cond, uncond, uncond_of, lengths, tokens, apart)
+        shorter, halves = self.adapter.masks_prompts and size.text_tokens > 0, 2 if self.doubles else 1
+        beside = padded_length(lengths) if shorter else np.full_like(lengths, size.text_tokens)
+        tokens = (size.picture_tokens + size.source_tokens + beside) * halves
+        if self.splits_lengths:
+            each = whole.masked_lengths()
+            masked = np.concatenate([each[rows], each[len(distinct) :][away_rows]], axis=1) if away else each[rows]
+            if shorter:
+                longest = self.adapter.blank(1, self.compute_dtype).masked_lengths().sum()
+                tokens = (size.tokens - longest) * halves + masked.sum(1)
+        return Prompts(texts, cond, uncond, uncond_of, lengths, tokens, masked)
 
     def blank_prompt(self) -> Prompts:
         """One prompt of the longest text, zeros in place of its embeddings: for passes that only cost."""
         size, blank = self.adapter.geometry, self.adapter.blank(1, self.compute_dtype).to(self.device)
         first = torch.zeros(1, dtype=torch.int64, device=self.device)
         uncond, uncond_of = (blank, first) if self.doubles else (None, None)
-        rows = 2 if self.doubles else 1
-        apart = np.tile(blank.masked_lengths(), (1, rows)) if self.splits_lengths else None
-        return Prompts(
-            [""], blank, uncond, uncond_of, np.array([size.prompt_tokens]), np.array([size.tokens * rows]), apart
-        )
+        halves = 2 if self.doubles else 1
+        masked = np.tile(blank.masked_lengths(), (1, halves)) if self.splits_lengths else None
+        lengths, tokens = np.array([size.prompt_tokens]), np.array([size.tokens * halves])
+        return Prompts([""], blank, uncond, uncond_of, lengths, tokens, masked)
 
     @property
     def weights_in_use(self) -> tuple[int, ...]:
@@ -265,8 +268,8 @@ class Policy:
         self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, on_host: Ints | None = None
     ) -> Velocity:
         """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows.
-        `on_host`: the same prompts there, by which texts are cut to the longest; with `splits_lengths` to their own,
-        one forward for each length.
+        `on_host`: the same prompts there, by which texts are cut to the longest; None: they stay as they are. With
+        `splits_lengths` rows run apart from those of other lengths, and without `on_host` the host asks for them.
         """
         longest = None if on_host is None else prompts.longest(on_host)
         with self._precision():
@@ -275,11 +278,13 @@ class Policy:
             if away is not None:
                 x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
                 cond = Conditioning.cat([cond, away.trimmed(longest)])
-            if prompts.apart is None:
+            if prompts.masked_lengths is None:
                 found = self.adapter.velocity(x, sigma, cond, self.guidance_scale)
             else:
                 rows = to_host(prompt_of).numpy() if on_host is None else on_host
-                found = self._velocity_by_lengths(x, sigma, cond, prompts.apart[rows])
+                lengths = prompts.masked_lengths[rows]
+                halves = np.split(lengths, len(x) // len(lengths), axis=1)
+                found = self._velocity_by_lengths(x, sigma, cond, np.concatenate(halves))
             if away is None:
                 return Velocity(found)
             v, uncond = found.chunk(2)
@@ -291,26 +296,32 @@ class Policy:
             return Velocity(_limited(guided, wide, self.guidance_norm))
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
 
-    def _velocity_by_lengths(self, x: Tensor, sigma: Tensor, cond: Conditioning, apart: Ints) -> Tensor:
-        """The velocity of rows whose masked sequences have the lengths `apart`, [B, masks], or [B/2, 2 · masks] where
-        the other half of the rows stands behind: a forward, without masks, of all that follow each other alike.
+    def _velocity_by_lengths(self, x: Tensor, sigma: Tensor, cond: Conditioning, lengths: Ints) -> Tensor:
+        """The velocity of rows whose masked sequences have these `lengths` [B, masks]: a forward, without masks, of all
+        rows that are alike.
         """
-        lengths = np.concatenate(np.split(apart, len(x) // len(apart), axis=1))
+        order = np.lexsort(lengths.T)  # stable
+        sorted_already = np.array_equal(order, np.arange(len(order)))
+        if not sorted_already:
+            index = to_device(torch.from_numpy(order), x.device)
+            x, sigma, cond, lengths = x[index], sigma[index], cond[index], lengths[order]
 
         def velocity(run: slice) -> Tensor:
             alike = cond[run].unmasked(lengths[run.start].tolist())
             return self.adapter.velocity(x[run], sigma[run], alike, self.guidance_scale)
 
-        return torch.cat([velocity(run) for run in runs_of_equal(lengths)])
+        found = torch.cat([velocity(run) for run in runs_of_equal(lengths)])
+        return found if sorted_already else found[to_device(torch.from_numpy(np.argsort(order)), x.device)]
 
-    def idle_pass(self, backward: bool, rows: int = 1) -> None:
+    def idle_pass(self, backward: bool, rows: int = 1, lengths: Sequence[int] | None = None) -> None:
         """A pass of blank rows that counts for nothing, its gradients being 0: ranks that have divided the weights run
-        their passes together, and one of them may have fewer.
+        their passes together, and one of them may have fewer. `lengths`: of the masked sequences, where passes are
+        split by them; None: of the longest texts.
         """
         x = torch.zeros(rows, *self.adapter.latent_shape, dtype=self.state_dtype, device=self.device)
         blank = self.adapter.blank(1, self.compute_dtype).to(self.device)
         blank = blank[torch.zeros(rows, dtype=torch.int64, device=self.device)]
-        blank = blank.unmasked() if self.splits_lengths else blank
+        blank = blank.unmasked(lengths) if self.splits_lengths else blank
         # an adapter of its own, since an adapter keeps what it finds of its transformer, which may lie in rows now
         adapter = self.adapter.on(self.adapter.transformer)
         with self._precision(), torch.set_grad_enabled(backward):
@@ -349,7 +360,10 @@ def _limited(guided: Tensor, v: Tensor, most: float) -> Tensor:
     return guided * shrunk.view(-1, *[1] * (guided.ndim - 1))
 
 
-def _check_dtype(model: Model) -> None:
+def _check_family(recipe: Recipe) -> None:
+    """Raises UserError for what the family does not take, before anything is loaded."""
+    check_split_lengths(recipe)
+    model = recipe.model
     if model.dtype not in family_of(model.adapter).dtypes:
         why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
         raise UserError(f"model.dtype is {model.dtype}: {why}")

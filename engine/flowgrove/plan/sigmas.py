@@ -75,8 +75,9 @@ def scheduler_sigmas(
     `own`: σ of the pipeline's in place of 1 … 1/steps.
     """
     if own is not None and len(own) != steps:
-        what = f"the pipeline's own table has {len(own)} steps, and rollout.steps is {steps}"
-        raise UserError(f"rollout.shift is null, but {what}: write rollout.steps: {len(own)}, or set rollout.shift")
+        what = f"the pipeline's own table has {len(own)} steps, not {steps}"
+        steps_too = f"write {len(own)} as rollout.steps and leave run.eval.steps out"
+        raise UserError(f"rollout.shift is null, but {what}: {steps_too}, or set rollout.shift")
     config_file = folder / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))

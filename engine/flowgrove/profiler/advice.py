@@ -91,7 +91,7 @@ def recomputation(facts: Facts) -> Suggestion | None:
 def recorded_passes(facts: Facts) -> Suggestion | None:
     """A GPU that waits for launches."""
     engine = facts.recipe.engine
-    if facts.device_type != "cuda" or engine.cuda_graphs or engine.distributed == "fsdp2":
+    if facts.device_type != "cuda" or engine.cuda_graphs or engine.split_lengths or engine.distributed == "fsdp2":
         return None
     if facts.idle is None or not facts.idle.span:
         return None

@@ -15,6 +15,7 @@ _OPERATION = {
         "device",
         "backend",
         "attention",
+        "split_lengths",
         "compile",
         "cuda_graphs",
         "reuse_rollout_graph",

@@ -60,19 +60,19 @@ def first_near_best(seconds: Mapping[Key, float]) -> Key:
 
 class Passes:
     """Passes of a policy's transformer on rows of the longest prompt, states and embeddings drawn at random. `tokens`:
-    what a row costs, with guidance both of its rows. `apart`: every other row is a token shorter, so that a policy that
-    splits lengths runs each by itself.
+    what a row costs, with guidance both of its rows. `lengths`: of the rows' texts, where a policy splits them; with
+    guidance the unconditional ones have others.
     """
 
-    def __init__(self, policy: Policy, runner: PassRunner, apart: bool = False) -> None:
+    def __init__(self, policy: Policy, runner: PassRunner, lengths: int = 1) -> None:
         self.policy, self.runner, self.device = policy, runner, policy.device
         self._draw = torch.Generator(policy.device).manual_seed(0)
         blank = policy.blank_prompt()
         self.tokens = int(blank.tokens[0])
         uncond = None if blank.uncond is None else self._drawn(blank.uncond)
         self.prompts = replace(blank, cond=self._drawn(blank.cond), uncond=uncond)
-        if apart:
-            self.prompts = _and_shorter(self.prompts)
+        if policy.splits_lengths:
+            self.prompts = _of_lengths(self.prompts, lengths)
 
     def states(self, rows: int) -> Tensor:
         """States [rows, ...] drawn at random."""
@@ -81,8 +81,8 @@ class Passes:
     def velocity(self, x: Tensor) -> Tensor:
         """The velocity of states [B, ...]."""
         sigma = torch.full((len(x),), 0.5, device=self.device)
-        on_host = np.arange(len(x)) % len(self.prompts)
-        prompt = to_device(torch.from_numpy(on_host), self.device)
+        kinds = len(self.prompts)
+        on_host, prompt = np.arange(len(x)) % kinds, torch.arange(len(x), device=self.device) % kinds
         return self.runner.velocity(self.policy, x, sigma, self.prompts, prompt, on_host).v
 
     @torch.no_grad()
@@ -135,15 +135,17 @@ class Passes:
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self._draw)
 
 
-def _and_shorter(one: Prompts) -> Prompts:
-    """One prompt, and another whose masked sequences are a token shorter; their unconditional ones are shorter yet."""
-    if one.apart is None:
+def _of_lengths(one: Prompts, count: int) -> Prompts:
+    """Prompts like `one`, each with masked sequences a token shorter than the one before, and unconditional ones that
+    are shorter than all of them.
+    """
+    if one.masked_lengths is None:
         raise ValueError("these prompts are for a policy that does not split lengths")
-    apart = np.concatenate([one.apart, one.apart - 1])
+    row = torch.zeros(count, dtype=torch.int64, device=next(iter(one.cond.tensors.values())).device)
+    lengths = one.masked_lengths - np.arange(count)[:, None]
     if one.uncond is not None:
-        apart[:, apart.shape[1] // 2 :] -= 2
-    twice = torch.zeros(2, dtype=torch.int64, device=next(iter(one.cond.tensors.values())).device)
+        lengths[:, lengths.shape[1] // 2 :] -= count
     return Prompts(
-        one.texts * 2, one.cond[twice], one.uncond, None if one.uncond is None else twice,
-        one.lengths.repeat(2), one.tokens.repeat(2), np.maximum(apart, 1),
+        one.texts * count, one.cond[row], one.uncond, None if one.uncond is None else row,
+        one.lengths.repeat(count), one.tokens.repeat(count), np.maximum(lengths, 1),
     )  # fmt: skip

@@ -5,7 +5,6 @@ Key after key: the candidates of one are measured in turn, A, B, A, B, …, with
 """
 
 import os
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
-from flowgrove.machine import describe
 from flowgrove.models.attention import UNSAFE, attention_names, check_attention, missing, use_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.compiling import compile_blocks
@@ -29,14 +27,14 @@ from flowgrove.passes.recordings import Recordings
 from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.checks import checkpointing_with
 from flowgrove.recipe.loading import load_recipe
-from flowgrove.recipe.schema import Checkpointing, Recipe
-from flowgrove.recipe.yaml_files import write_yaml
+from flowgrove.recipe.schema import Checkpointing
 from flowgrove.setup import Setup
 from flowgrove.tuning.checkpointing import settled
 from flowgrove.tuning.choosing import Candidate, Choice, Value, choose, reason
 from flowgrove.tuning.model_times import keep_times
-from flowgrove.tuning.pass_times import NEAR, Passes, Timed, Work
+from flowgrove.tuning.pass_times import Passes, Timed, Work
 from flowgrove.tuning.token_budget import room_beside
+from flowgrove.tuning.written import given_keys, header, written
 
 # of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or
 # cannot train by more
@@ -61,7 +59,7 @@ def tune_recipe(
         raise UserError(f"{target} exists: give another file with --out, or remove it")
     keep_freed_memory()  # as a run does
     recipe = load_recipe(path, overrides)
-    given = _given(recipe, overrides)
+    given = given_keys(recipe, overrides)
     setup = settled(Setup(recipe), pick_device(recipe))
     work, fixed = Work.of(setup), given.pop("engine", {})
     tuner = _Tuner(setup, fixed, work, with_compile)
@@ -77,7 +75,7 @@ def tune_recipe(
             say("\n  ".join([f"{choice.section}.{choice.key}: {choice.value}", *choice.lines]))
     target.parent.mkdir(parents=True, exist_ok=True)
     base = os.path.relpath(path.resolve(), target.parent.resolve())
-    write_text(target, _text({"extends": base, **given}, fixed, choices, _header(tuner.device, work)))
+    write_text(target, written({"extends": base, **given}, fixed, choices, header(tuner.device, work)))
     tuner.keep(setup, choices, say)  # last: the recipe is there, whatever ends it
     return target
 
@@ -90,9 +88,13 @@ class _Tuner:
         self.setup = setup
         self.recipe, self.fixed, self.work, self.device = recipe, fixed, work, pick_device(recipe)
         self.measures_compile = with_compile and "compile" not in fixed
-        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False, "split_lengths": False} | (
+        plain = {"token_budget": "auto", "attention": "auto", "cuda_graphs": False} | (
             {"compile": False} if with_compile else {}
         )
+        # a kernel that is asked for may take no mask
+        self._keeps_split = recipe.rollout.attention is not None or "attention" in fixed
+        if not self._keeps_split:
+            plain["split_lengths"] = False
         engine = recipe.engine.model_copy(update={key: value for key, value in plain.items() if key not in fixed})
         plainly = recipe.model_copy(update={"engine": engine})
         self.policy = Policy.load(plainly, self.device)
@@ -126,14 +128,16 @@ class _Tuner:
         engine, why = self.recipe.engine, None
         if "split_lengths" in self.fixed:
             return Choice("split_lengths", engine.split_lengths, [])
-        if engine.distributed == "fsdp2" or self.recipe.rollout.cache is not None:
+        if self._keeps_split:
+            why = "the recipe names a kernel of attention, which may need it as it is"
+        elif engine.distributed == "fsdp2" or self.recipe.rollout.cache is not None:
             why = "not for engine.distributed: fsdp2 and rollout.cache"
         elif self.fixed.get("cuda_graphs"):
             why = "not for engine.cuda_graphs: true"
         if why is not None:
-            return Choice("split_lengths", False, [f"not measured: {why}"])
+            return Choice("split_lengths", self.policy.splits_lengths, [f"not measured: {why}"])
         split = replace(self.policy, splits_lengths=True)
-        apart = Passes(split, self.runner, apart=True)
+        apart = Passes(split, self.runner, self.rows)
 
         def measure() -> Timed:
             self.passes.release()
@@ -374,43 +378,3 @@ def _that_run(names: list[str], away: Callable[[str], float], notes: list[str]) 
 def _relative(found: Tensor, expected: Tensor) -> float:
     """The distance of two tensors over the norm of the second."""
     return float((found - expected).norm() / expected.norm())
-
-
-def _given(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """What `overrides` have set, each value as the whole recipe has it: sections in full, files found."""
-    given: dict[str, Any] = {}
-    for override in overrides:
-        place, value = given, recipe.model_dump(mode="json")
-        *sections, last = override.partition("=")[0].strip().split(".")
-        for section in sections:
-            if isinstance(value[section], list):  # whole, whichever entry was set
-                last = section
-                break
-            place, value = place.setdefault(section, {}), value[section]
-        place[last] = value[last]
-    return given
-
-
-def _header(device: torch.device, work: Work) -> list[str]:
-    machine = describe(device)
-    place = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
-    passes = f"{work.forwards} forwards and {work.passes} training passes"
-    return [
-        f"`flowgrove tune` on {place}: ms per row of a rollout's",
-        f"pass + of a training pass (forward and backward), and the seconds that the {passes} of iteration 0",
-        f"should take. Of settings within {NEAR:.0%} of the fastest the first is taken.",
-    ]
-
-
-def _text(content: dict[str, Any], fixed: dict[str, Any], choices: list[Choice], header: list[str]) -> str:
-    """YAML with the measurements as comments."""
-    engine = [f"{write_yaml(fixed)}"] if fixed else []
-    for choice in choices:
-        if choice.section == "engine":
-            engine.append("".join(f"# {line}\n" for line in choice.lines) + write_yaml({choice.key: choice.value}))
-        else:
-            name = f"{choice.section}.{choice.key}"
-            header = [*header, *(f"{name}: {line}" for line in choice.lines)]
-            content = {**content, choice.section: {**content.get(choice.section, {}), choice.key: choice.value}}
-    top = "".join(f"# {line}\n" for line in header)
-    return top + write_yaml(content, allow_unicode=True) + "engine:\n" + textwrap.indent("".join(engine), "  ")

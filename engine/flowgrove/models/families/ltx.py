@@ -39,6 +39,7 @@ class LTX(Adapter):
     gives_table = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     masks_prompts = True
+    shortest_text = 1
     TEXT = ("text_encoder", "tokenizer")
     LATENTS = ("scaling_factor",)
 

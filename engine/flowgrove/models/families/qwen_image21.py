@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.folders import read_index
@@ -55,8 +56,12 @@ class QwenImage21(Adapter):
 
     @classmethod
     def own_sigmas(cls, folder: Path) -> list[float] | None:
-        """The table of a model that is made for some steps."""
-        return read_index(folder).get("sample_sigmas")
+        """The table of a model that is made for some steps. Raises UserError for what is none."""
+        own = read_index(folder).get("sample_sigmas")
+        if own and not (isinstance(own, list) and all(isinstance(sigma, int | float) for sigma in own)):
+            file = folder / "model_index.json"
+            raise UserError(f"{file} has sample_sigmas that are no list of numbers: download the file anew")
+        return own or None
 
     @classmethod
     def text_parts(cls) -> list[tuple[str, str]]:

@@ -185,7 +185,8 @@ class Rollout(Section):
     shift: Annotated[float, Field(ge=1e-6, le=100)] | None = 3.0  # beyond it steps fall together
     """The shift of the noise levels, σ = shift·t/((1 - t) + shift·t); null: the table of the pipeline's scheduler.
     Above 1 more steps are spent at high noise, as large pictures need; 1 is uniform. Take null where the trained model
-    is to be drawn with the pipeline's own schedule.
+    is to be drawn with the pipeline's own schedule; a pipeline that lists its σ (Qwen-Image-2.1 may) then has as many
+    steps as it lists.
     Source: Esser et al. (2403.03206), resolution-dependent shift.
     """
 
