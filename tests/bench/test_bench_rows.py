@@ -62,7 +62,7 @@ def test_kernels_of_attention_are_timed_or_left_out_with_a_reason(tmp_path):
 
 
 def test_a_kernel_without_a_backward_is_timed_without_one(flux):
-    flux.weights.quantise(None, attention="_native_math")
+    flux.weights.cheapen(None, attention="_native_math")
     forward, train = (
         row_times._Timer(flux.cheap(), runner_of(flux), 1, 1.0, trains=trains) for trains in (False, True)
     )
@@ -74,7 +74,7 @@ def test_a_kernel_without_a_backward_is_timed_without_one(flux):
 
 def test_blocks_are_taken_out_of_the_transformer_that_is_timed(flux):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
-    flux.weights.quantise("int8")
+    flux.weights.cheapen("int8")
     cheap = flux.cheap()
     timer = row_times._Timer(cheap, runner_of(flux), 1, 1.0)
     with row_times._cut(timer.lists[0], 1):

@@ -135,11 +135,11 @@ def test_files_are_of_an_expert_by_a_word_of_their_own(tmp_path, names, found):
 def test_only_the_expert_that_trains_is_rounded_anew(folders, monkeypatch):
     recipe = recipe_of(folders, {**WINDOW, "precision": "int8"}, trained_experts="low", lora=None)
     weights, rounded = Policy.load(recipe, CPU).weights, []
-    names = {id(layer): name for name, layer in weights.quantised.layers.items()}
+    names = {id(layer): name for name, layer in weights.cheap.layers.items()}
     assert {expert_of(name)[0] for name in names.values()} == {"high", "low"}
     monkeypatch.setattr(QuantisedLinear, "follow", lambda layer: rounded.append(names[id(layer)]))
     weights.refresh()
-    assert weights.quantised is not None
+    assert weights.cheap is not None
     assert sorted(rounded) == sorted(name for name in names.values() if expert_of(name)[0] == "low")
 
 

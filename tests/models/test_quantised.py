@@ -102,7 +102,7 @@ def test_lora_layers_are_shared_and_run_as_they_are():
     own = {id(p) for p in policy.transformer.parameters()}
     assert all(id(p) in own for p in cheap.adapter.transformer.parameters())
     before = velocity(cheap)
-    codes = {name: layer.codes.clone() for name, layer in policy.weights._quantised.layers.items()}
+    codes = {name: layer.codes.clone() for name, layer in policy.weights._cheap.layers.items()}
     with torch.no_grad():
         for weight in policy.weights.trainable().values():
             weight.add_(0.05)
@@ -110,13 +110,13 @@ def test_lora_layers_are_shared_and_run_as_they_are():
     after, full = velocity(policy.cheap()), velocity(policy)
     assert apart(after, before) > 0.1
     assert apart(after, full) < 0.05
-    assert all(torch.equal(layer.codes, codes[name]) for name, layer in policy.weights._quantised.layers.items())
+    assert all(torch.equal(layer.codes, codes[name]) for name, layer in policy.weights._cheap.layers.items())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_rounded_weights_follow_those_that_train_in_place(dtype):
     policy = Policy.load(recipe_of("sd3", "tiny", dtype=dtype), CPU, TEXTS)
-    copy = policy.weights._quantised
+    copy = policy.weights._cheap
     places = {name: (layer.codes.data_ptr(), layer.scale.data_ptr()) for name, layer in copy.layers.items()}
     transformer = policy.cheap().adapter.transformer
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_rounded_weights_follow_those_that_train_in_place(dtype):
 def test_weights_that_change_places_are_followed_too():
     """As with the averaged weights that an evaluation draws with."""
     policy = Policy.load(recipe_of("sd3", "tiny", dtype="fp32"), CPU, TEXTS)
-    layer = next(iter(policy.weights._quantised.layers.values()))
+    layer = next(iter(policy.weights._cheap.layers.values()))
     scale = layer.scale.clone()
     others = {name: 2 * weight.detach() for name, weight in policy.weights.trainable().items()}
     policy.weights.exchange(others)
@@ -236,7 +236,7 @@ def test_weights_that_a_folder_holds_quantised_stay_as_they_are():
 
 
 def test_a_policy_without_a_precision_has_no_cheap_one():
-    with pytest.raises(ValueError, match="not quantised"):
+    with pytest.raises(ValueError, match="no cheap copy"):
         policy_of("fp32").cheap()
 
 
@@ -260,7 +260,7 @@ def test_a_copy_is_compiled_by_itself():
     policy = Policy.load(recipe_of("sd3", "tiny", dtype="fp32"), CPU, TEXTS)
     for block in blocks_of(policy.transformer):
         block.compile(backend="eager")
-    policy.weights.quantise("int8")
+    policy.weights.cheapen("int8")
     assert all(block._compiled_call_impl is None for block in blocks_of(policy.cheap().adapter.transformer))
 
 
@@ -290,6 +290,6 @@ def test_velocities_on_a_gpu_are_nearly_those_of_full_precision(precision):
     if precision == "fp8" and not has_fp8(cuda):
         pytest.skip("no float8 on this GPU")
     policy = Policy.load(recipe_of("sd3", "tiny", dtype="bf16", lora={"rank": 4, "alpha": 8}), cuda, TEXTS)
-    policy.weights.quantise(precision)
+    policy.weights.cheapen(precision)
     for rows in (1, 3):
         assert 0 < apart(velocity(policy.cheap(), rows), velocity(policy, rows)) < 0.1

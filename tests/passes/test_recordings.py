@@ -270,7 +270,7 @@ def test_a_gpu_goes_on_after_a_failed_capture():
 def test_recordings_are_of_one_precision_each_and_follow_rounded_weights(device):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     policy, graphs, plain, recording = policy_on(device)
-    policy.weights.quantise("int8")
+    policy.weights.cheapen("int8")
     recipe = small_recipe(rollout={"precision": "int8"})
     for factor in (1.0, 1.02, 0.97):
         with torch.no_grad():

@@ -436,7 +436,7 @@ def test_rollouts_in_8_bits_are_compared_compiled_alike_and_with_their_attention
     asked = []
     monkeypatch.setattr("flowgrove.models.policy.compile_blocks", lambda *_: None)
     monkeypatch.setattr("flowgrove.models.policy.check_attention", lambda *_: None)  # sd3 has no other kernel
-    monkeypatch.setattr(Weights, "quantise", lambda self, *arguments: asked.append(arguments))
+    monkeypatch.setattr(Weights, "cheapen", lambda self, *arguments: asked.append(arguments))
     monkeypatch.setattr(Policy, "cheap", lambda self: replace(self, precision="int8"))
     monkeypatch.setattr(Passes, "seconds_per_row", lambda self, *_, **__: 1.0 if self.policy.precision else 3.0)
     recipe = small_recipe(
@@ -505,7 +505,7 @@ def test_attention_of_steps_that_do_not_train_is_chosen_where_it_is_near_and_fas
         assert ("left out" in told) == (allowed < 0)
         assert "its velocity is 0.00% of its norm away" in told
         assert tuner._cheap_attention == expected
-        with pytest.raises(ValueError, match="not quantised"):
+        with pytest.raises(ValueError, match="no cheap copy"):
             tuner.policy.cheap()
 
 
@@ -539,7 +539,7 @@ def test_forwards_in_8_bits_are_kept_beside_full_ones(fits, monkeypatch):
     else:
         assert (curves, said) == ({}, ["not kept: a forward in int8, which does not fit into the memory"])
     assert measuring.cheap(small_recipe(), flops, 3) == {}
-    with pytest.raises(ValueError, match="not quantised"):
+    with pytest.raises(ValueError, match="no cheap copy"):
         policy.cheap()
 
 

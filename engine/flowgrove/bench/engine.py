@@ -313,7 +313,7 @@ class _Bench:
         self.runner = PassRunner.of(first, self.policy)
         self.own = self.runner.budget.tokens
         if settings.precision is not None:
-            self.policy.weights.quantise(settings.precision, settings.compiled)
+            self.policy.weights.cheapen(settings.precision, settings.compiled)
         self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy, self.runner)
         self.warm: set[str] = set()  # levers that keep nothing per shape, and have run
         short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})

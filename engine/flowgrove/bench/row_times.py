@@ -113,13 +113,13 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
                 except UserError as error:  # not for this model
                     say(f"{mode} is left out: {error}")
                     continue
-                policy.weights.quantise(None, attention=mode)
+                policy.weights.cheapen(None, attention=mode)
                 trains = trains_safely(mode)
                 one = _Timer(unmasked.cheap(), runner, settings.repeats, timer.tflop, trains=trains)
             elif mode == "compiled":
                 compile_blocks(policy.transformer)
             elif (precision := precision_of(mode)) is not None:
-                policy.weights.quantise(precision, compiled="compiled" in mode)
+                policy.weights.cheapen(precision, compiled="compiled" in mode)
                 one = _Timer(policy.cheap(), runner, settings.repeats, timer.tflop)
             for rows in settings.rows:
                 try:

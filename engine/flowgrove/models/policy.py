@@ -151,7 +151,7 @@ class Policy:
             splits = recipe.engine.split_lengths
             check_attention(adapter, rolled.attention, model, device, "rollout.attention", splits)
         if rolled.cheapens and passes:
-            weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
+            weights.cheapen(rolled.precision, recipe.engine.compile, rolled.attention)
         loaded = allocated_memory(device)
         negative, trains = adapter.default_negative(model), not recipe.update.detach_unconditional
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
@@ -208,7 +208,7 @@ class Policy:
 
     def cheap(self) -> "Policy":
         """This policy in rollout.precision and with rollout.attention, for passes that nothing differentiates."""
-        copy = self.weights.quantised
+        copy = self.weights.cheap
         return replace(self, adapter=copy.adapter(self.adapter), precision=copy.precision)
 
     def encode(self, texts: list[str]) -> Prompts:

@@ -78,7 +78,7 @@ class Weights:
         self._masters = Masters(transformer, compute) if copies else None
         self._first = next(iter(self.trainable().values()))
         self._compute = compute
-        self._quantised: Twin | None = None
+        self._cheap: Twin | None = None
         # of layers that start from others, what the reference model has in their place
         self.initial: dict[str, Tensor] = {}
         if initial and lora is not None and recipe.model.trains_initial_lora:
@@ -125,24 +125,24 @@ class Weights:
     def _divided(self) -> dict[str, nn.Parameter]:
         return self.sharded[0].masters if self.sharded else {}
 
-    def quantise(self, precision: Precision | None, compiled: bool | str = False, attention: str | None = None) -> None:
-        """Keeps the transformer a second time, with linear layers in this precision and this attention, as
-        `check_attention` has let it; None of both: no more. Raises UserError.
+    def cheapen(self, precision: Precision | None, compiled: bool | str = False, attention: str | None = None) -> None:
+        """Keeps the transformer a second time for passes that nothing differentiates, with linear layers in this
+        precision and this attention, as `check_attention` has let it; None of both: no more. Raises UserError.
         """
-        self._quantised = None  # first, for its memory
+        self._cheap = None  # first, for its memory
         gc.collect()  # a transformer with a forward of its own refers to itself
         if precision is not None:
-            self._quantised = QuantisedCopy(self.transformer, precision, self._compute, compiled, attention)
+            self._cheap = QuantisedCopy(self.transformer, precision, self._compute, compiled, attention)
         elif attention is not None:
-            self._quantised = Twin(with_attention(self.transformer, attention), compiled)
+            self._cheap = Twin(with_attention(self.transformer, attention), compiled)
 
     @property
-    def quantised(self) -> Twin:
+    def cheap(self) -> Twin:
         """That copy, of the weights as they are now. Raises ValueError where there is none."""
-        if self._quantised is None:
-            raise ValueError("these weights were not quantised")
-        self._quantised.follow()
-        return self._quantised
+        if self._cheap is None:
+            raise ValueError("there is no cheap copy of these weights: call cheapen")
+        self._cheap.follow()
+        return self._cheap
 
     @contextmanager
     def gathered(self, reference: bool = False) -> Iterator[None]:
@@ -203,8 +203,8 @@ class Weights:
             self._masters.refresh()
         if self.sharded:
             self.sharded[0].free()
-        if self._quantised is not None:
-            self._quantised.changed()
+        if self._cheap is not None:
+            self._cheap.changed()
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -129,14 +129,14 @@ class _Measuring:
             return {}
 
         def measure() -> dict[int, float]:
-            weights.quantise(rolled.precision, recipe.engine.compile, rolled.attention)
+            weights.cheapen(rolled.precision, recipe.engine.compile, rolled.attention)
             cheap = Passes(self.policy.cheap(), self.runner)
             return {rows: self._median(partial(cheap.roll, self.runner, cheap.states(rows))) for rows in _sizes(most)}
 
         try:
             seconds = self.fitting(f"a {name}", measure)
         finally:
-            weights.quantise(None)
+            weights.cheapen(None)
         return {name: Curve(flops=flops.doubled * flops.forward, seconds=seconds)} if seconds else {}
 
     def _trained(self, x: Tensor) -> tuple[float, float]:

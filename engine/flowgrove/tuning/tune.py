@@ -202,7 +202,7 @@ class _Tuner:
         def away(name: str) -> float:
             splits = self.policy.splits_lengths
             check_attention(self.policy.adapter, name, recipe.model, self.device, "rollout.attention", splits)
-            weights.quantise(None, False, name)
+            weights.cheapen(None, False, name)
             return _relative(Passes(self.policy.cheap(), self.runner).velocity(x), expected)
 
         found = [name for name in attention_names() if name != self._attention]
@@ -216,7 +216,7 @@ class _Tuner:
                 notes.append(f"{name}: left out, {told}, and {_CHEAP_DIFFERENCE:.0%} are allowed")
         choice = choose("attention", candidates, self.work, tuple(notes), "rollout")
         self._cheap_attention = cast("str | None", choice.value)
-        weights.quantise(None)
+        weights.cheapen(None)
         return choice
 
     def checkpointing(self) -> Choice:
@@ -246,7 +246,7 @@ class _Tuner:
             if precision == "int8" or has_fp8(self.device):
                 candidates.append(Candidate(precision, precision, self._cheapened(precision, self._cheap_attention)))
         choice = choose("precision", candidates, self.work, section="rollout")
-        self.policy.weights.quantise(None)
+        self.policy.weights.cheapen(None)
         return choice
 
     def _cheapened(self, precision: Precision | None, attention: str | None) -> Callable[[], Timed]:
@@ -265,7 +265,7 @@ class _Tuner:
         def measure() -> Timed:
             self.passes.release()
             full = self.passes.timed(self.rows)
-            self.policy.weights.quantise(precision, compiled, attention)
+            self.policy.weights.cheapen(precision, compiled, attention)
             cheap = Passes(self.policy.cheap(), self.runner)
             spent = cheap.seconds_per_row(cheap.forward, self.rows)
             return full._replace(forward=full.forward + part * (spent - full.forward))
