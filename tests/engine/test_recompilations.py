@@ -17,6 +17,7 @@ SHORT = {  # of bench engine's recipes, in 8 steps; windows move, so that other 
     "tree": {"splits": [0, 2], "fanout": 2},
     "progressive": {"strategy": "progressive", "size": 2, "start": 0, "every": 1},
     "random": {"strategy": "random", "size": 2, "range": [0, 4]},
+    "frozen": {"strategy": "frozen", "size": 2, "start": 0},
     "all": {"strategy": "all"},
 }
 
@@ -87,5 +88,6 @@ def test_every_family_compiles_in_the_first_iteration_alone(graphs, folders, tmp
     rollout = {"cache": {"interval": 2}} if name == "flux" else {}
     more = {"reward": [{"name": "jpeg_size"}], "rollout": rollout, "data": data}
     first, later = compiled_in(graphs, tmp_path, "mix", told, **more)
-    assert 4 <= first <= 16
+    # what a cache hooks is another module to the compiler from then on
+    assert 4 <= first <= (24 if rollout else 16)
     assert later == 0

@@ -44,7 +44,11 @@ def test_all_blocks_are_compiled_and_nothing_else(folders, monkeypatch, name):
     assert len(found) == BLOCKS[name]
     assert all(options == {"dynamic": True, "backend": "inductor", "mode": None} for _, options in found)
     blocks = {id(module) for module, _ in found}
-    attention = [module for module in policy.transformer.modules() if hasattr(module, "to_q")]
+    attention = [
+        module
+        for place, module in policy.transformer.named_modules()
+        if hasattr(module, "to_q") and not place.startswith("context_embedder")  # HunyuanVideo's reads texts alone
+    ]
     inside = {id(part) for module, _ in found for part in module.modules()}
     assert attention
     assert all(id(module) in inside for module in attention)
