@@ -140,9 +140,15 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(monkeypatch, tmp_path):
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
+WRITTEN = ("sd3", "flux", "qwen_image", "wan")  # what inductor writes of a block takes half a minute to compile
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", sampled("sd3", "flux", "qwen_image", "wan"))
-def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dynamo, name):
+@pytest.mark.parametrize("name", ["sd3", *FAMILIES])
+def test_compiled_velocities_and_gradients_are_the_eager_ones(folders, fresh_dynamo, monkeypatch, name):
+    """Of the other families all that torch takes from their code, without what inductor makes of it."""
+    if name not in WRITTEN:
+        monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     results = []
     for compiled in (False, True):
         policy = policy_with(folders, name, compiled, lora={"rank": 4, "alpha": 8}, gradient_checkpointing=True)
