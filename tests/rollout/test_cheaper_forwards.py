@@ -131,6 +131,18 @@ def test_training_after_a_cached_rollout_equals_training_after_a_plain_one(flux)
     assert torch.equal(*gradients)
 
 
+def test_a_cache_leaves_no_forward_behind(flux):
+    """Which torch.compile would take for other modules, and compile their blocks anew."""
+    policy, recipe = flux_policy(flux, cache={"interval": 2})
+    own = {name for name, module in policy.transformer.named_modules() if "forward" in vars(module)}
+    attention = {name for name, _ in policy.transformer.named_modules() if name.endswith(".attn")}
+    with runner_of(policy, recipe).caching(policy, recipe.rollout.cache):
+        hooked = {name for name, module in policy.transformer.named_modules() if "forward" in vars(module)}
+    assert hooked - own == attention != set()
+    rows_seen(policy, recipe)
+    assert {name for name, module in policy.transformer.named_modules() if "forward" in vars(module)} == own
+
+
 def test_cached_steps_follow_the_last_stochastic_one():
     plan = make_plan(small_recipe(rollout={**ROLLOUT, "cache": {"interval": 3}}), 0)
     assert [step.index for step in plan.steps if plan.extrapolates(step)] == [6, 8, 9]

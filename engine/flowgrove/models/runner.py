@@ -4,6 +4,7 @@ evaluation and tuning are handed one, and every pass of a run goes through it.
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any, Self
 
 from diffusers import TaylorSeerCacheConfig
@@ -114,6 +115,7 @@ class PassRunner:
             cached, self._cached = self._cached, []
             for part in cached:
                 part.disable_cache()
+                _take_back_forwards(part)
 
     @contextmanager
     def cache_name(self, name: str) -> Iterator[None]:
@@ -131,3 +133,13 @@ class PassRunner:
         if self.recordings is not None:
             self.recordings.clear()
         return True
+
+
+def _take_back_forwards(transformer: Any) -> None:
+    """diffusers' hooks, once removed, leave modules the forward of their class as an attribute of their own, for which
+    torch.compile would compile blocks anew.
+    """
+    for module in transformer.modules():
+        own, of_class = vars(module).get("forward"), getattr(type(module), "forward", None)
+        if isinstance(own, MethodType) and own.__self__ is module and own.__func__ is of_class:
+            delattr(module, "forward")
