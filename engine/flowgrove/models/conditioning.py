@@ -127,6 +127,15 @@ class Conditioning:
         }
 
 
+def blank_texts(rows: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zeros [rows, tokens, width] in place of texts that stand under a mask, all tokens marked."""
+    embeds = torch.zeros(rows, tokens, width, dtype=dtype)
+    return {
+        "encoder_hidden_states": embeds,
+        "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool),
+    }
+
+
 def _is_text(name: str, tensor: Tensor) -> bool:
     """Whether the dimension 1 is the text."""
     return _is_mask(name) or (tensor.ndim > 2 and not name.startswith("source_"))

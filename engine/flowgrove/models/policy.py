@@ -300,18 +300,19 @@ class Policy:
         """The velocity of rows whose masked sequences have these `lengths` [B, masks]: a forward, without masks, of all
         rows that are alike.
         """
-        order = np.lexsort(lengths.T)  # stable
-        sorted_already = np.array_equal(order, np.arange(len(order)))
-        if not sorted_already:
+        runs, order = runs_of_equal(lengths), None
+        if len(runs) > len(np.unique(lengths, axis=0)):  # some stand apart
+            order = np.lexsort(lengths.T)
             index = to_device(torch.from_numpy(order), x.device)
             x, sigma, cond, lengths = x[index], sigma[index], cond[index], lengths[order]
+            runs = runs_of_equal(lengths)
 
         def velocity(run: slice) -> Tensor:
             alike = cond[run].unmasked(lengths[run.start].tolist())
             return self.adapter.velocity(x[run], sigma[run], alike, self.guidance_scale)
 
-        found = torch.cat([velocity(run) for run in runs_of_equal(lengths)])
-        return found if sorted_already else found[to_device(torch.from_numpy(np.argsort(order)), x.device)]
+        found = torch.cat([velocity(run) for run in runs])
+        return found if order is None else found[to_device(torch.from_numpy(np.argsort(order)), x.device)]
 
     def idle_pass(self, backward: bool, rows: int = 1, lengths: Sequence[int] | None = None) -> None:
         """A pass of blank rows that counts for nothing, its gradients being 0: ranks that have divided the weights run

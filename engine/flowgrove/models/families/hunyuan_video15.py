@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range, text_tokenizer
-from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.conditioning import Conditioning, blank_texts
 from flowgrove.models.geometry import Geometry, multiple_of, part_config, video_frames
-from flowgrove.models.own_forward import replace_forward, run_block
+from flowgrove.models.own_forward import replace_attention, replace_forward, run_block
 from flowgrove.recipe.schema import Model
 
 FRAMES, FPS = 121, 24
@@ -41,10 +41,7 @@ class HunyuanVideo15(Adapter):
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         super().__init__(geometry, transformer, pipe, folder)
         replace_forward(transformer, _forward)
-        if transformer is not None:
-            for block in transformer.transformer_blocks:
-                if type(block.attn.processor).__name__ == "HunyuanVideo15AttnProcessor2_0":
-                    block.attn.set_processor(_Attention())
+        replace_attention(transformer, "HunyuanVideo15AttnProcessor2_0", _Attention)
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
@@ -89,12 +86,10 @@ class HunyuanVideo15(Adapter):
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings, nothing masked."""
         config = self.transformer.config
-        embeds = torch.zeros(rows, self.geometry.prompt_tokens, config.text_embed_dim, dtype=dtype)
         glyphs = torch.zeros(rows, GLYPHS, config.text_embed_2_dim, dtype=dtype)
         return Conditioning(
             {
-                "encoder_hidden_states": embeds,
-                "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool),
+                **blank_texts(rows, self.geometry.prompt_tokens, config.text_embed_dim, dtype),
                 "source_glyphs": glyphs,
                 "source_glyphs_mask": torch.ones(glyphs.shape[:2], dtype=torch.bool),
             }

@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from flowgrove.models.adapter import JOINT_ATTENTION, Adapter, in_unit_range, normalised_latents
 from flowgrove.models.comfyui import ATTENTION
-from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.conditioning import Conditioning, blank_texts
 from flowgrove.models.geometry import Geometry, packed_geometry, part_config
 from flowgrove.recipe.schema import Model
 
@@ -72,15 +72,8 @@ class QwenImage(Adapter):
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings, nothing masked."""
-        embeds = torch.zeros(
-            rows, self.geometry.prompt_tokens, self.transformer.config.joint_attention_dim, dtype=dtype
-        )
-        return Conditioning(
-            {
-                "encoder_hidden_states": embeds,
-                "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool),
-            }
-        )
+        width = self.transformer.config.joint_attention_dim
+        return Conditioning(blank_texts(rows, self.geometry.prompt_tokens, width, dtype))
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, 4·C] in the transformer's dtype."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, in_unit_range, normalised_latents
-from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.conditioning import Conditioning, blank_texts
 from flowgrove.models.folders import read_index
 from flowgrove.models.geometry import Geometry, drawn_size, part_config
-from flowgrove.models.own_forward import replace_forward, run_block
+from flowgrove.models.own_forward import replace_attention, replace_forward, run_block
 from flowgrove.recipe.schema import Model
 
 _TEXT_TOKENS = 1024  # the pipeline itself reads prompts of any length
@@ -40,10 +40,7 @@ class QwenImage21(Adapter):
     def __init__(self, geometry: Geometry, transformer: Any, pipe: Any = None, folder: Path | None = None) -> None:
         super().__init__(geometry, transformer, pipe, folder)
         replace_forward(transformer, _forward)
-        if transformer is not None:
-            for block in transformer.transformer_blocks:
-                if type(block.attn.processor).__name__ == "QwenImage21AttnProcessor":
-                    block.attn.set_processor(_Attention())
+        replace_attention(transformer, "QwenImage21AttnProcessor", _Attention)
 
     @classmethod
     def read_geometry(cls, folder: Path, model: Model) -> Geometry:
@@ -84,13 +81,8 @@ class QwenImage21(Adapter):
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings, nothing masked."""
-        embeds = torch.zeros(rows, self.geometry.prompt_tokens, self.transformer.config.context_in_dim, dtype=dtype)
-        return Conditioning(
-            {
-                "encoder_hidden_states": embeds,
-                "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool),
-            }
-        )
+        width = self.transformer.config.context_in_dim
+        return Conditioning(blank_texts(rows, self.geometry.prompt_tokens, width, dtype))
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, tokens, C] in the transformer's dtype; σ reaches the model unrounded."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import unit_latents
-from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.conditioning import Conditioning, blank_texts
 from flowgrove.models.families.qwen_image import QwenImage
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.sources import SOURCE_LATENTS, source_pictures
@@ -89,8 +89,7 @@ class QwenImageEdit(QwenImage):
         size, width = self.geometry, self.transformer.config.joint_attention_dim
         return Conditioning(
             {
-                "encoder_hidden_states": torch.zeros(rows, size.text_tokens, width, dtype=dtype),
-                "encoder_hidden_states_mask": torch.ones(rows, size.text_tokens, dtype=torch.bool),
+                **blank_texts(rows, size.text_tokens, width, dtype),
                 SOURCE_LATENTS: torch.zeros(rows, size.source_tokens, self.latent_shape[1], dtype=dtype),
             }
         )

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter, scaled_and_decoded
-from flowgrove.models.conditioning import Conditioning
+from flowgrove.models.conditioning import Conditioning, blank_texts
 from flowgrove.models.geometry import Geometry, autoencoder_scale, drawn_size, part_config
 from flowgrove.models.own_forward import replace_forward, run_block
 from flowgrove.recipe.schema import Model
@@ -72,13 +72,8 @@ class ZImage(Adapter):
 
     def blank(self, rows: int, dtype: torch.dtype) -> Conditioning:
         """Zeros in the shape of the longest prompts' embeddings, nothing masked."""
-        embeds = torch.zeros(rows, self.geometry.prompt_tokens, self.transformer.config.cap_feat_dim, dtype=dtype)
-        return Conditioning(
-            {
-                "encoder_hidden_states": embeds,
-                "encoder_hidden_states_mask": torch.ones(embeds.shape[:2], dtype=torch.bool),
-            }
-        )
+        width = self.transformer.config.cap_feat_dim
+        return Conditioning(blank_texts(rows, self.geometry.prompt_tokens, width, dtype))
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance_scale: float) -> Tensor:
         """v [B, C, h, w] in the transformer's dtype; its time runs from 0 to 1, and it predicts −v."""
