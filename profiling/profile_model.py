@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from flowgrove.bench.engine import RECIPES, bench_prompts, bench_recipe
 from flowgrove.bench.models import NAMES, bench_model
+from flowgrove.bench.recipes import RECIPES, bench_prompts, bench_recipe
 from flowgrove.machine import pick_device
 from flowgrove.profiler.command import profile_recipe
 from flowgrove.profiler.show import draw_profile

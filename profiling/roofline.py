@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from flowgrove.bench.engine import RECIPES
 from flowgrove.bench.models import NAMES
 from flowgrove.bench.ops import bench_ops, settings_of
+from flowgrove.bench.recipes import RECIPES
 from flowgrove.bench.table import read_columns, write_results
 from flowgrove.machine import describe, file_stem, pick_device
 from flowgrove.plan.unloaded import UnloadedModel

@@ -21,14 +21,13 @@ from typing import Any
 import torch
 
 from flowgrove import machine, spans
-from flowgrove.bench.engine import RECIPES, bench_prompts, bench_recipe
 from flowgrove.bench.models import NAMES, bench_model
+from flowgrove.bench.recipes import RECIPES, bench_prompts, bench_recipe, bench_rewards
 from flowgrove.bench.table import write_columns
 from flowgrove.device import pick_backend
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy, Prompts
 from flowgrove.models.runner import PassRunner
-from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater
 
@@ -78,7 +77,7 @@ def measure(model: str, prompts: int, pairs: int, device_name: str = "auto") -> 
         )
         policy = Policy.load(recipe, device)
         updater = Updater(recipe, policy, PassRunner.of(recipe, policy))
-        stages, texts = Stages(Setup(recipe), policy, updater, Rewards(recipe, device)), bench_prompts(prompts)
+        stages, texts = Stages(Setup(recipe), policy, updater, bench_rewards(recipe, device)), bench_prompts(prompts)
 
         def seconds() -> float:
             _wait(device)

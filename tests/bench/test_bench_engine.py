@@ -15,13 +15,11 @@ from flowgrove.bench.engine import (
     LEVERS,
     LOOP,
     PUBLISHED,
-    RECIPES,
     REUSED,
-    bench_prompts,
-    bench_recipe,
     compare,
 )
 from flowgrove.bench.models import write_flux
+from flowgrove.bench.recipes import RECIPES, bench_prompts, bench_recipe, bench_rewards
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
@@ -155,7 +153,7 @@ def batches_of(lever, name):
     policy, texts = Policy.load(recipe, CPU), bench_prompts(1)
     runner, seen = PassRunner.of(recipe, policy), ([], [])
     lever.set_budget(PUBLISHED[name], policy, runner.budget, texts, 4096)
-    stages = lever.stages(recipe, PUBLISHED[name], policy, runner, Rewards(recipe, CPU))
+    stages = lever.stages(recipe, PUBLISHED[name], policy, runner, bench_rewards(recipe, CPU))
 
     def watch(_, inputs, output):
         seen[torch.is_grad_enabled()].append(len(output[0]))
@@ -195,6 +193,14 @@ def test_unknown_names_are_refused(arguments, text):
     assert text in refuse("bench", "engine", "--device", "cpu", *arguments)
 
 
+def test_pictures_of_one_file_size_have_different_scores():
+    """Else which edges train, and so what is measured, would hang on how a machine rounds."""
+    recipe = bench_recipe({"adapter": "sd3", "path": "tiny"}, 1, RECIPES["mix"], {"device": "cpu"})
+    pictures, texts = torch.linspace(0.5, 0.5 + 1e-4, 5).view(5, 1, 1, 1).expand(5, 3, 32, 32), bench_prompts(5)
+    assert len(Rewards(recipe, CPU)(pictures, texts).unique()) == 1
+    assert bench_rewards(recipe, CPU)(pictures, texts).diff(dim=0).min() > 1e-5  # more than what counts as alike
+
+
 def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     """Its architecture at a size for a CPU."""
     changes = {
@@ -215,9 +221,8 @@ def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     }
     recipe = bench_recipe(model, 1, {"group_size": 16, **RECIPES["branch_mix_flash"]}, {"device": "cpu"})
     policy = Policy.load(recipe, CPU)
-    line = Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), Rewards(recipe, CPU)).run(
-        bench_prompts(1), 0
-    )
+    updater = Updater(recipe, policy, runner_of(policy, recipe))
+    line = Stages(Setup(recipe), policy, updater, bench_rewards(recipe, CPU)).run(bench_prompts(1), 0)
     assert (line["rollout_forwards"], line["train_passes"]) == COUNTS["branch_mix_flash"][2]
     assert line["grad_norm"] > 0
 

@@ -8,8 +8,8 @@ import pytest
 
 from engine_cases import refuse, succeed
 from flowgrove.bench import models, row_times
-from flowgrove.bench.engine import bench_recipe
 from flowgrove.bench.models import write_flux
+from flowgrove.bench.recipes import bench_recipe
 from flowgrove.models.families.qwen_image import QwenImage
 from flowgrove.models.policy import Policy
 from policy_cases import CPU, runner_of

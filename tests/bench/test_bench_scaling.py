@@ -12,7 +12,6 @@ from engine_cases import refuse, succeed
 from flowgrove.bench.scaling import COLUMNS, PROMPTS, Point, point_recipe
 from flowgrove.bench.scaling_fit import exponent, upper_half
 from flowgrove.plan.planner import make_plan
-from flowgrove.rewards.jpeg_size import JpegSizeReward
 
 # leaves → distinct states that the rollout runs, states that train, nodes of the forest, per prompt. Splits at 0, 3, 6,
 # 9 of 20 steps, window 0 … 3. A lone trajectory has no advantage; 6 leaves are three trees of 2.
@@ -22,24 +21,10 @@ BRANCHES = {1: (20, 0, 21), 2: (1 + 2 * 19, 1 + 2 * 3, 1 + 2 * 20), 6: (3 * 39, 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    # small pictures have few sizes, and leaves that score alike do not train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JpegSizeReward, "__call__", lambda self, pictures, prompts: pictures.mean((1, 2, 3)).cpu())
-        told = succeed(
-            "bench",
-            "scaling",
-            "--leaves",
-            "1,2,6",
-            "--prompts",
-            "1,2,3",
-            "--rounds",
-            "1",
-            "--device",
-            "cpu",
-            "--json",
-            "--out",
-            folder,
-        )
+    told = succeed(
+        "bench", "scaling", "--leaves", "1,2,6", "--prompts", "1,2,3", "--rounds", "1", "--device", "cpu", "--json",
+        "--out", folder,
+    )  # fmt: skip
     return json.loads(told.stdout), folder
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from engine_cases import tiny_recipe
-from flowgrove.bench.engine import RECIPES
+from flowgrove.bench.recipes import RECIPES
 from flowgrove.models import compiling
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.setup import Setup

@@ -21,6 +21,7 @@ import torch
 
 from flowgrove import machine
 from flowgrove.bench.models import bench_model
+from flowgrove.bench.recipes import LEAVES, RECIPES, bench_prompts, bench_recipe, bench_rewards
 from flowgrove.bench.table import write_columns, write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
@@ -32,7 +33,6 @@ from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.recordings import Recordings
-from flowgrove.recipe.loading import parse_recipe
 from flowgrove.recipe.schema import Checkpointing, Recipe
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
@@ -48,25 +48,6 @@ COLUMNS = (
     "percent_outside", "predicted_s", "row_forward_s", "row_train_s", "samples_per_second", "peak_memory_bytes",
     "rounds", "device", "threads", "torch", "triton", "compiler", "date",
 )  # fmt: skip
-
-_LEAVES = 16
-_TREE = {"splits": [0, 3, 6, 9], "fanout": 2}
-_DANCE = {"dynamics": "dance_sde", "noise_level": 0.3}
-_WINDOW = {"strategy": "progressive", "size": 4, "start": 0}
-_FLASH = {"tail": {"compress": 0.4}}
-_EVERY = {"window": {"strategy": "all"}}
-_FAST = {"strategy": "random", "size": 3, "range": [0, 10]}  # in the first half of the steps
-RECIPES: dict[str, dict[str, Any]] = {  # 20 steps and 16 leaves, as BranchGRPO compares them
-    "dance": {**_DANCE, **_EVERY},
-    "flow": {"dynamics": "flow_sde", "noise_level": 0.7, "shared_initial_noise": False, **_EVERY},
-    "flow_fast": {"dynamics": "cps", "noise_level": 0.8, "window": _FAST},
-    "mix": {"window": _WINDOW},
-    "mix_flash": {"window": _WINDOW, **_FLASH},
-    "branch": {**_DANCE, "tree": _TREE, **_EVERY},
-    "branch_mix": {**_DANCE, "tree": _TREE, "window": _WINDOW},
-    "branch_mix_flash": {**_DANCE, "tree": _TREE, "window": _WINDOW, **_FLASH},
-    "grove": {"tree": {"splits": [0, 1], "fanout": 4}, "window": {"strategy": "frozen", "size": 2}, **_FLASH},
-}
 
 
 class Published(NamedTuple):
@@ -140,7 +121,7 @@ class Lever(NamedTuple):
         """
         if not self.paced:
             budget.resize(own)
-            return min(budget.rows, _LEAVES * len(texts))
+            return min(budget.rows, LEAVES * len(texts))
         budget.resize(published.rows * int(policy.encode(texts).tokens.max()))
         return published.rows
 
@@ -162,7 +143,8 @@ CHOICES = ("all", "ends", "published", "ours")
 
 _REPEATS = 3  # of a pass whose rows are timed
 _LONG = 0.5  # seconds of a pass, forward and backward, from which it is timed once
-_SHORT = {"steps": 3, "group_size": 2, **_EVERY}  # of the iteration in which a process does what it does once
+# the iteration in which a process does what it does once
+_SHORT = {"steps": 3, "group_size": 2, "window": {"strategy": "all"}}
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -249,27 +231,9 @@ def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[
     return rows
 
 
-def bench_recipe(model: dict[str, Any], prompts: int, rollout: dict[str, Any], engine: dict[str, Any]) -> Recipe:
-    """20 steps and one update per iteration, with the sections `model` and `engine` and the rest of
-    `rollout` as given. Raises UserError.
-    """
-    return parse_recipe({
-        "model": model,
-        "data": {"prompts": "unused.txt", "prompts_per_iteration": prompts, "embedding_cache": "none"},
-        "rollout": {"steps": 20, "shift": 3.0, **rollout},
-        "reward": [{"name": "jpeg_size"}],
-        "update": {"lr": 1e-6, "clip_range": 1e-3, "updates_per_iteration": 1},
-        "engine": engine,
-    })  # fmt: skip
-
-
 def _with(recipe: Recipe, engine: dict[str, Any]) -> Recipe:
     """`recipe` with these keys of its `engine` section."""
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine)})
-
-
-def bench_prompts(count: int) -> list[str]:
-    return [f"a picture number {number}" for number in range(count)]
 
 
 def compare(rows: list[Row], planned: dict[str, tuple[int, int]]) -> None:
@@ -314,7 +278,7 @@ class _Bench:
         self.own = self.runner.budget.tokens
         if settings.precision is not None:
             self.policy.weights.cheapen(settings.precision, settings.compiled)
-        self.rewards, self.passes = Rewards(first, self.device), Passes(self.policy, self.runner)
+        self.rewards, self.passes = bench_rewards(first, self.device), Passes(self.policy, self.runner)
         self.warm: set[str] = set()  # levers that keep nothing per shape, and have run
         short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})
         stages = LOOP.stages(short, Published(), self.policy, self.runner, self.rewards)
@@ -366,7 +330,7 @@ class _Bench:
             return GraphRoom.of(Setup(recipe), self.policy, self.runner)
 
     def _recipe(self, name: str) -> Recipe:
-        rollout = {"group_size": _LEAVES, **RECIPES[name]}
+        rollout = {"group_size": LEAVES, **RECIPES[name]}
         return bench_recipe(self.model, self.settings.prompts, rollout, {"device": self.device.type})
 
     @contextmanager

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flowgrove import machine
-from flowgrove.bench.engine import REUSED, Row, Say, bench_recipe
+from flowgrove.bench.engine import REUSED, Row, Say
 from flowgrove.bench.models import bench_model
+from flowgrove.bench.recipes import bench_recipe
 from flowgrove.bench.table import write_columns
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError

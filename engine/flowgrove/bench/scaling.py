@@ -4,8 +4,7 @@ outside the transformer.
 Every plan is that of BranchGRPO-Mix: binary trees of 16 leaves, as many as the group has room for (a smaller group is
 one smaller tree, one leaf is a lone trajectory), with four noisy steps at the start. So forwards are known exactly, and
 from 16 leaves on in proportion to leaves as well as to prompts. A group of one leaf has nothing to be compared with:
-its advantages are 0, the rollout runs and the update has no edge to train. In larger groups ties of rewards (small
-pictures differ by few bytes) leave out a few edges now and then: `train_passes` are those that ran.
+its advantages are 0, the rollout runs and the update has no edge to train.
 """
 
 import statistics
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from flowgrove import machine
-from flowgrove.bench.engine import RECIPES, Row, Say, bench_prompts, bench_recipe
+from flowgrove.bench.engine import Row, Say
 from flowgrove.bench.models import bench_model
+from flowgrove.bench.recipes import RECIPES, bench_prompts, bench_recipe, bench_rewards
 from flowgrove.bench.scaling_fit import exponent
 from flowgrove.bench.table import write_results
 from flowgrove.device import pick_backend
@@ -27,7 +27,6 @@ from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.recipe.schema import Recipe
-from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
 from flowgrove.spans import span_totals
 from flowgrove.update.updater import Updater
@@ -131,7 +130,7 @@ def _interleave(setups: list[Setup], points: list[Point], settings: Settings, sa
     first = setups[0].recipe  # the others differ in their rollouts only
     policy = Policy.load(first, settings.device)
     updater = Updater(first, policy, PassRunner.of(first, policy))
-    rewards = Rewards(first, settings.device)
+    rewards = bench_rewards(first, settings.device)
     stages = [Stages(setup, policy, updater, rewards) for setup in setups]
     runs: list[list[Run]] = [[] for _ in points]
     for number in range(settings.rounds + 1):
