@@ -26,7 +26,8 @@ from flowgrove.bench.recipes import RECIPES, bench_prompts, bench_recipe, bench_
 from flowgrove.bench.table import write_columns
 from flowgrove.device import pick_backend
 from flowgrove.iteration import Stages
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.setup import Setup
 from flowgrove.update.updater import Updater

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flowgrove.device import to_host
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan

@@ -11,7 +11,8 @@ from torch import Tensor
 from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_of
 from flowgrove.device import to_host
 from flowgrove.models.compiled_passes import compile_ahead
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.division import Division
 from flowgrove.plan.planner import RolloutPlan

@@ -7,7 +7,7 @@ import pytest
 
 import flowgrove.rollout.loop
 from flowgrove import spans
-from flowgrove.models.policy import Prompts
+from flowgrove.models.prompts import Prompts
 from flowgrove.rollout.loop import rollout
 from flowgrove.spans import listening
 from policy_cases import encoded, plan_and_coefficients, policy_of, runner_of, small_recipe

@@ -7,7 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from flowgrove.data.prompt import pictures_of
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import RolloutPlan, make_plan

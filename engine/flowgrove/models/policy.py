@@ -17,15 +17,16 @@ from torch.linalg import vector_norm
 
 from flowgrove.data.prompt import conditional, unconditional
 from flowgrove.device import allocated_memory, to_device, to_host
-from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.attention import check_attention, use_attention
+from flowgrove.models.checks import check_family, check_guidance_and_cache
 from flowgrove.models.compiling import compile_blocks
 from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
-from flowgrove.models.families import check_split_lengths, family_of, read_geometry
+from flowgrove.models.families import read_geometry
 from flowgrove.models.folders import model_folder
 from flowgrove.models.loading import encode_together, load_model
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.quantised import Precision
 from flowgrove.models.weights import Weights
 from flowgrove.passes.packing import Ints, runs_of_equal
@@ -34,57 +35,6 @@ from flowgrove.recipe.schema import Expert, Recipe
 from flowgrove.spans import span
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Encoded prompts: texts, their conditioning [P], and where guidance needs it the distinct unconditional ones [U]
-    and which of them each prompt has, int64 [P] on the device; on the host [P], `lengths` of the texts in tokens (the
-    longer of both), and `tokens` that a row of each costs, pictures and text, both rows of guidance. Where passes are
-    split by lengths, on the host `masked_lengths` [P, masks]: a row's tokens in each sequence that a mask marks, and
-    behind them those of its unconditional row.
-    """
-
-    texts: list[str]
-    cond: Conditioning
-    uncond: Conditioning | None
-    uncond_of: Tensor | None
-    lengths: Ints
-    tokens: Ints
-    masked_lengths: Ints | None = None
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def unguided(self) -> "Prompts":
-        """The same for passes without guidance."""
-        if self.uncond is None:
-            return self
-        tokens, masked = self.tokens // 2, self.masked_lengths
-        if masked is not None:
-            own, away = np.split(masked, 2, axis=1)
-            tokens, masked = (self.tokens + own.sum(1) - away.sum(1)) // 2, own
-        return Prompts(self.texts, self.cond, None, None, self.lengths, tokens, masked)
-
-    def uncond_rows(self, prompt_of: Tensor) -> Conditioning | None:
-        """The unconditional conditioning of rows of these prompts."""
-        if self.uncond is None or self.uncond_of is None:
-            return None
-        return self.uncond[self.uncond_of[prompt_of]]
-
-    def longest(self, prompts: Ints) -> int:
-        """Tokens of the longest text of these prompts."""
-        return int(self.lengths[prompts].max())
-
-    def tokens_of(self, prompts: Ints) -> int:
-        """Tokens that a row of each of these prompts costs together."""
-        return int(self.tokens[prompts].sum())
-
-    def __getitem__(self, some: slice) -> "Prompts":
-        uncond_of = None if self.uncond_of is None else self.uncond_of[some]
-        lengths, tokens = self.lengths[some], self.tokens[some]
-        masked = None if self.masked_lengths is None else self.masked_lengths[some]
-        return Prompts(self.texts[some], self.cond[some], self.uncond, uncond_of, lengths, tokens, masked)
 
 
 class Velocity(NamedTuple):
@@ -132,14 +82,14 @@ class Policy:
         Raises UserError for a missing or unsuitable model folder.
         """
         model, compute = recipe.model, COMPUTE_DTYPES[recipe.model.dtype]
-        _check_family(recipe)
+        check_family(recipe)
         if model.dtype == "fp32":  # TF32 would make a state's velocity depend on its batch
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         divided = ranks is not None and ranks.mesh is not None
         on_host = divided or model.base_precision is not None
         adapter, encoder = load_model(recipe, device, compute, texts, on_host)
         use_attention(adapter, recipe.engine.attention, model, device, recipe.engine.split_lengths)
-        _check_guidance_and_cache(recipe, adapter)
+        check_guidance_and_cache(recipe, adapter)
         passes = texts is not None
         weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
         if recipe.engine.compile:
@@ -164,7 +114,7 @@ class Policy:
     @classmethod
     def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
         """`load` on every rank, after they have divided the encoding of the texts. An error of one ends all."""
-        ranks.together(lambda: _check_family(recipe))
+        ranks.together(lambda: check_family(recipe))
         encode_together(recipe, device, COMPUTE_DTYPES[recipe.model.dtype], texts or (), ranks)
         return ranks.together(lambda: cls.load(recipe, device, texts, ranks))
 
@@ -359,33 +309,3 @@ def _limited(guided: Tensor, v: Tensor, most: float) -> Tensor:
     norm, limit = (vector_norm(one.flatten(1), dim=1) for one in (guided, v))
     shrunk = torch.where(norm > most * limit, most * limit / norm, 1.0)
     return guided * shrunk.view(-1, *[1] * (guided.ndim - 1))
-
-
-def _check_family(recipe: Recipe) -> None:
-    """Raises UserError for what the family does not take, before anything is loaded."""
-    check_split_lengths(recipe)
-    model = recipe.model
-    if model.dtype not in family_of(model.adapter).dtypes:
-        why = f"the {model.adapter} transformer computes positions and norms in fp32; write fp32"
-        raise UserError(f"model.dtype is {model.dtype}: {why}")
-
-
-def _check_guidance_and_cache(recipe: Recipe, adapter: Adapter) -> None:
-    scale, evaluated = recipe.model.guidance_scale, recipe.run.eval.guidance_scale
-    if evaluated is not None and adapter.folder is not None:
-        adapter.check_guidance(adapter.folder, "run.eval.guidance_scale", evaluated)
-    guided = adapter.needs_uncond(recipe.largest_guidance)
-    if not adapter.needs_uncond(scale):
-        why = (
-            "the model takes guidance as an input" if adapter.embeds_guidance else f"model.guidance_scale is {scale:g}"
-        )
-        if recipe.rollout.guidance_range is not None:
-            raise UserError(f"rollout.guidance_range: {why}, so that no step has a second pass to leave out: remove it")
-        if recipe.model.negative_prompt is not None and not guided:
-            raise UserError(f"model.negative_prompt: {why}, so that nothing leads away from it: remove it")
-        if recipe.model.cfg_normalization is not None and not guided:
-            raise UserError(f"model.cfg_normalization: {why}, so that no velocity is guided: remove it")
-        if recipe.update.detach_unconditional:
-            raise UserError(f"update.detach_unconditional: {why}, so that there is no unconditional half: remove it")
-    if recipe.rollout.cache is not None and not hasattr(adapter.running, "enable_cache"):
-        raise UserError(f"rollout.cache: diffusers has no cache for the {recipe.model.adapter} transformer: remove it")

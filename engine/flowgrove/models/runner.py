@@ -14,7 +14,8 @@ from flowgrove.errors import UserError
 from flowgrove.models.adapter import PIXELS_PER_DECODE
 from flowgrove.models.compiling import eager_blocks
 from flowgrove.models.experts import parts_of
-from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.models.policy import Policy, Velocity
+from flowgrove.models.prompts import Prompts
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.out_of_memory import FEWER_SAMPLES, Shrink, retry_smaller
 from flowgrove.passes.packing import Ints

@@ -12,7 +12,8 @@ from torch import Tensor
 from flowgrove.device import pick_backend, to_host
 from flowgrove.evaluation import evaluate
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.models.policy import Policy, Velocity
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.budget import PassBudget
 from flowgrove.passes.packing import Ints

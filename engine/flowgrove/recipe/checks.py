@@ -3,6 +3,8 @@
 For recipes from files; the planner itself takes any of these.
 """
 
+from typing import NamedTuple
+
 from flowgrove.errors import UserError
 from flowgrove.recipe.schema import Checkpointing, Engine, Prune, Recipe
 from flowgrove.recipe.windows import pruned_depths, window_steps
@@ -50,11 +52,13 @@ def check_meaning(recipe: Recipe) -> None:
             f"model.gradient_checkpointing: selective does not go with engine.compile: {mode} and "
             "engine.distributed: fsdp2, whose gathering no compiled checkpoint takes in: write full or none"
         )
-    if rollout.precision is not None and recipe.model.dtype == "fp64":
-        raise UserError(
-            f"rollout.precision: {rollout.precision} does not go with model.dtype: fp64, which computes everything in "
-            "float64: write null, or another dtype"
-        )
+    _refuse_beside(
+        "model.dtype: fp64", "another dtype",
+        _Beside(
+            f"rollout.precision: {rollout.precision}",
+            rollout.precision is not None and recipe.model.dtype == "fp64", "null", "it computes everything in float64",
+        ),
+    )  # fmt: skip
 
 
 def shards_of(engine: Engine, ranks: int) -> int:
@@ -73,6 +77,23 @@ def checkpointing_with(engine: Engine) -> tuple[Checkpointing, ...]:
     return ("full", "none") if hides else ("full", "selective", "none")
 
 
+class _Beside(NamedTuple):
+    """A key that is set beside another that it does not go with."""
+
+    key: str
+    set_: bool
+    instead: str
+    why: str = ""
+
+
+def _refuse_beside(key: str, without: str, *others: _Beside) -> None:
+    """Raises UserError for the first of `others` that is set. `without`: what to write in place of `key`."""
+    for other in others:
+        if other.set_:
+            what = f"{other.key} does not go with {key}{other.why and f' ({other.why})'}"
+            raise UserError(f"{what}: write {other.instead}, or {without}")
+
+
 def _check_base_precision(recipe: Recipe) -> None:
     model = recipe.model
     if model.base_precision is None:
@@ -80,17 +101,16 @@ def _check_base_precision(recipe: Recipe) -> None:
     key = f"model.base_precision: {model.base_precision}"
     if model.lora is None:
         raise UserError(f"{key} rounds frozen weights, and with model.lora: null all of them train: write a model.lora")
-    for other, set_, instead in (
-        ("model.dtype: fp64", model.dtype == "fp64", "fp32 or bf16"),
-        ("engine.distributed: fsdp2", recipe.engine.distributed == "fsdp2", "ddp"),
-        (f"rollout.precision: {recipe.rollout.precision}", recipe.rollout.precision is not None, "null there"),
-    ):
-        if set_:
-            raise UserError(f"{key} does not go with {other}: write {instead}, or model.base_precision: null")
+    _refuse_beside(
+        key, "model.base_precision: null",
+        _Beside("model.dtype: fp64", model.dtype == "fp64", "fp32 or bf16"),
+        _Beside("engine.distributed: fsdp2", recipe.engine.distributed == "fsdp2", "ddp"),
+        _Beside(f"rollout.precision: {recipe.rollout.precision}", recipe.rollout.precision is not None, "null"),
+    )  # fmt: skip
 
 
 def _check_sharding(recipe: Recipe) -> None:
-    engine = recipe.engine
+    engine, rollout, optimizer = recipe.engine, recipe.rollout, recipe.update.optimizer
     if engine.distributed != "fsdp2":
         if engine.shard_degree is not None:
             raise UserError(
@@ -98,31 +118,27 @@ def _check_sharding(recipe: Recipe) -> None:
                 "write fsdp2, or remove it"
             )
         return
-    for key, set_, instead in (
-        ("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
-        ("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
-        (f"rollout.precision: {recipe.rollout.precision}", recipe.rollout.precision is not None, "null"),
-        (f"rollout.attention: {recipe.rollout.attention}", recipe.rollout.attention is not None, "null"),
-        (f"update.optimizer: {recipe.update.optimizer}", recipe.update.optimizer != "adamw", "adamw"),
-    ):
-        if set_:
-            raise UserError(f"{key} does not go with engine.distributed: fsdp2: write {instead}, or ddp")
+    _refuse_beside(
+        "engine.distributed: fsdp2", "ddp",
+        _Beside("engine.cuda_graphs: true", engine.cuda_graphs, "false"),
+        _Beside("engine.reuse_rollout_graph: true", engine.reuse_rollout_graph is True, "auto"),
+        _Beside(f"rollout.precision: {rollout.precision}", rollout.precision is not None, "null"),
+        _Beside(f"rollout.attention: {rollout.attention}", rollout.attention is not None, "null"),
+        _Beside(f"update.optimizer: {optimizer}", optimizer != "adamw", "adamw"),
+    )  # fmt: skip
 
 
 def _check_split_lengths(recipe: Recipe) -> None:
     if not recipe.engine.split_lengths:
         return
-    for key, set_, why, instead in (
-        ("engine.cuda_graphs: true", recipe.engine.cuda_graphs, "each length would be a recording", "false"),
-        ("rollout.cache", recipe.rollout.cache is not None, "a cache follows whole passes from step to step", "null"),
-        (
-            "engine.distributed: fsdp2", recipe.engine.distributed == "fsdp2",
-            "ranks that divide weights run forwards together, each as many as the others", "ddp",
-        ),
-    ):  # fmt: skip
-        if set_:
-            what = f"{key} does not go with engine.split_lengths: true ({why})"
-            raise UserError(f"{what}: write {instead}, or engine.split_lengths: false")
+    cached, divided = recipe.rollout.cache is not None, recipe.engine.distributed == "fsdp2"
+    together = "ranks that divide weights run forwards together, each as many as the others"
+    _refuse_beside(
+        "engine.split_lengths: true", "engine.split_lengths: false",
+        _Beside("engine.cuda_graphs: true", recipe.engine.cuda_graphs, "false", "each length would be a recording"),
+        _Beside("rollout.cache", cached, "null", "a cache follows whole passes from step to step"),
+        _Beside("engine.distributed: fsdp2", divided, "ddp", together),
+    )  # fmt: skip
 
 
 def _check_open_splits(recipe: Recipe) -> None:

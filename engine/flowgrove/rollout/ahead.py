@@ -10,7 +10,8 @@ import torch
 
 from flowgrove.models.conditioning import Conditioning
 from flowgrove.models.embeddings import OffloadedEncoder
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 
 
 class Ahead:

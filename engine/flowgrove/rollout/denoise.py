@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flowgrove.models.conditioning import Conditioning, padded_length
-from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.models.policy import Policy, Velocity
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.packing import Ints
 from flowgrove.passes.recordings import Tensors

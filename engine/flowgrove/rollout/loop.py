@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowgrove.device import to_device
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import DROP_GRAPHS, FORGET_RECORDINGS, HALVE_PASSES, Shrink, retry_smaller
 from flowgrove.passes.packing import Ints

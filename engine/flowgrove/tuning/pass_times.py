@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowgrove.device import release_memory, to_device
 from flowgrove.models.conditioning import Conditioning
-from flowgrove.models.policy import Policy, Prompts
+from flowgrove.models.policy import Policy
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.rollout.denoise import States, StepKind, denoise
 from flowgrove.setup import Setup

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowgrove.credit import EdgeCredit
-from flowgrove.models.policy import Policy, Prompts, Velocity
+from flowgrove.models.policy import Policy, Velocity
+from flowgrove.models.prompts import Prompts
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.out_of_memory import DROP_GRAPHS, FORGET_RECORDINGS, HALVE_PASSES, Shrink
 from flowgrove.passes.packing import Ints
