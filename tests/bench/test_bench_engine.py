@@ -4,12 +4,16 @@ and the numbers of a lever come from that lever.
 
 import csv
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from bench_models import small_qwen
 from engine_cases import refuse, succeed
-from flowgrove.bench import engine
+from flowgrove.bench import engine, engine_plot
 from flowgrove.bench.engine import (
     COLUMNS,
     LEVERS,
@@ -252,6 +256,46 @@ def test_rollouts_in_8_bits_are_a_lever():
     assert rows[0]["rows_speedup"] == rows[1]["rows_speedup"]
 
 
+def test_masked_texts_and_another_attention_are_levers(tmp_path, monkeypatch):
+    """Where a model masks texts, rows of one length run apart without it, and so does an attention that may take none.
+    Nothing else changes: the rows and passes are those of the lever before.
+    """
+    model, unmasked, told = small_qwen(tmp_path / "pipeline", text_tokens=64), [], []
+    inner = Policy._velocity_by_lengths
+    monkeypatch.setattr(engine, "bench_model", lambda *_: nullcontext(model))
+    monkeypatch.setattr(
+        Policy,
+        "_velocity_by_lengths",
+        lambda self, x, sigma, cond, lengths: (
+            unmasked.append(len(np.unique(lengths))) or inner(self, x, sigma, cond, lengths)
+        ),
+    )
+    settings = engine.settings_of("tiny", "mix_flash", "all", 2, 1, False, "cpu", attention="_native_math")
+    rows = engine.bench_engine(settings, told.append, tmp_path / "out")
+    assert [row["lever"] for row in rows[len(LEVERS) :]] == ["+ split lengths", "+ _native_math rollouts"]
+    assert len({tuple(count) for count in counts(rows[-3:])}) == 1
+    assert len(unmasked) > 20
+    assert max(unmasked) == 2, "prompts of two lengths"
+    assert all(row["row_train_s"] > row["row_forward_s"] > 0 for row in rows)
+
+
+def test_cheap_levers_are_measured_alone_and_together():
+    """Without masks where their attention may take none; every lever has a colour."""
+    settings = engine.settings_of("tiny", "mix", "all", 1, 1, True, "cpu", "int8", True, "_native_math")
+    levers = {lever.name: lever.engine for lever in replace(settings, device=torch.device("cuda")).levers("all", True)}
+    assert [(name, levers[name]) for name in list(levers)[-3:]] == [
+        ("+ int8 rollouts", {"compile": True}),
+        ("+ _native_math rollouts", {"compile": True, "split_lengths": True}),
+        ("+ int8 _native_math rollouts", {"compile": True, "split_lengths": True}),
+    ]
+    assert len(set(engine_plot._COLOURS)) == len(engine_plot._COLOURS) == len(levers)
+    assert "+ split lengths" not in [lever.name for lever in settings.levers("all")]
+
+
+def test_an_attention_that_cannot_run_here_is_refused():
+    assert "--attention is flash" in refuse("bench", "engine", "--device", "cpu", "--attention", "flash")
+
+
 def test_the_lever_runs_its_untrained_steps_in_8_bits(monkeypatch):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     cheap = []
@@ -259,7 +303,7 @@ def test_the_lever_runs_its_untrained_steps_in_8_bits(monkeypatch):
     monkeypatch.setattr(Policy, "cheap", lambda policy: cheap.append(1) or quantised(policy))
     settings = engine.settings_of("tiny", "mix_flash:ours", "all", 1, 1, False, "cpu", "int8")
     bench = engine._Bench({"adapter": "sd3", "path": "tiny", "dtype": "fp32"}, settings, lambda _: None)
-    lever = engine.Lever.rounded("int8", False)
+    lever = engine.Lever.cheap("int8", None, {})
     stages = lever.stages(bench._recipe("mix_flash"), PUBLISHED["mix_flash"], bench.policy, bench.runner, bench.rewards)
     assert cheap == []
     with bench._ready(lever, PUBLISHED["mix_flash"], stages):

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
+from bench_models import small_qwen
 from engine_cases import refuse, succeed
-from flowgrove.bench import models, row_times
+from flowgrove.bench import row_times
 from flowgrove.bench.models import write_flux
 from flowgrove.bench.recipes import bench_recipe
 from flowgrove.models.families.qwen_image import QwenImage
@@ -152,18 +153,8 @@ def test_a_row_that_does_not_fit_says_so(flux, monkeypatch):
 
 @pytest.fixture
 def qwen(tmp_path, monkeypatch):
-    """The bench's Qwen-Image at a size for a CPU, in a bench that is told so."""
-    config = models._config
-
-    def small(architecture, part, file="config.json"):
-        return config(architecture, part, file) | ({"base_dim": 8, "num_res_blocks": 1} if part == "vae" else {})
-
-    monkeypatch.setattr(models, "_config", small)
-    models.write_qwen(
-        tmp_path / "pipeline", {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}, CPU
-    )
-    model = {"adapter": "qwen_image", "path": str(tmp_path / "pipeline"), "dtype": "fp32", "height": 32, "width": 32}
-    monkeypatch.setattr(row_times, "bench_model", lambda *_, **__: nullcontext({**model, "text_tokens": 16}))
+    model = small_qwen(tmp_path / "pipeline", text_tokens=16)
+    monkeypatch.setattr(row_times, "bench_model", lambda *_: nullcontext(model))
 
 
 def test_texts_are_timed_with_and_without_their_mask_and_no_encoder_is_loaded(qwen, monkeypatch):
@@ -192,6 +183,5 @@ def test_models_without_a_mask_have_none_to_leave_out():
     assert "split is left out: sd3 has no mask to leave out" in told.output
 
 
-def test_a_model_without_encoders_is_for_rows_alone():
-    assert "is for `flowgrove bench rows`" in refuse("bench", "engine", "--model", "qwen_slim", "--device", "cpu")
+def test_billions_of_weights_want_a_gpu():
     assert "which wants a GPU" in refuse("bench", "rows", "--model", "qwen_slim", "--device", "cpu")

@@ -13,7 +13,7 @@ less than its passes shows.
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ import torch
 
 from flowgrove import machine
 from flowgrove.bench.models import bench_model
-from flowgrove.bench.recipes import LEAVES, RECIPES, bench_prompts, bench_recipe, bench_rewards
+from flowgrove.bench.recipes import LEAVES, LENGTHS, RECIPES, bench_prompts, bench_recipe, bench_rewards
 from flowgrove.bench.table import write_columns, write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
+from flowgrove.models.attention import check_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, check_precision
@@ -79,7 +80,7 @@ class Lever(NamedTuple):
     """What is switched on besides the levers before it, as the whole `engine` section of the recipe.
 
     `paced`: passes of the published loop's size; `alone`: states shared where that loop shares them and nowhere else;
-    `precision`: rollout.precision.
+    `precision` and `attention`: those of `rollout`.
     """
 
     name: str
@@ -87,12 +88,19 @@ class Lever(NamedTuple):
     paced: bool = False
     alone: bool = False
     precision: Precision | None = None
+    attention: str | None = None
     checkpointing: Checkpointing = "none"
 
     @classmethod
-    def rounded(cls, precision: Precision, compiled: bool) -> "Lever":
-        """Steps that do not train in 8 bits; with compiled blocks where those are measured too."""
-        return cls(f"+ {precision}{ROUNDED}", COMPILED.engine if compiled else {}, precision=precision)
+    def cheap(cls, precision: Precision | None, attention: str | None, engine: dict[str, Any]) -> "Lever":
+        """Steps that do not train in 8 bits, with another attention, or both."""
+        name = " ".join(one for one in (precision, attention) if one is not None)
+        return cls(f"+ {name}{CHEAP}", engine, precision=precision, attention=attention)
+
+    @property
+    def cheapens(self) -> bool:
+        """Whether steps that do not train have passes of their own."""
+        return self.precision is not None or self.attention is not None
 
     @property
     def retains(self) -> bool:
@@ -103,16 +111,22 @@ class Lever(NamedTuple):
         self, recipe: Recipe, published: Published, policy: Policy, runner: PassRunner, rewards: Rewards,
         room: GraphRoom | None = None,
     ) -> Stages:  # fmt: skip
-        """The stages of `recipe` with this lever, in passes of `runner`; an optimiser of their own. `room`: for graphs,
-        if it retains any; None: predicted here.
+        """The stages of `recipe` with this lever, in passes of `policy_of` it and `runner`; an optimiser of their own.
+        `room`: for graphs, if it retains any; None: predicted here.
         """
+        policy = self.policy_of(policy)
         rollout = update = self.engine
         if self.alone:
             unshared = {**self.engine, "share": False, "reuse_rollout_graph": False}
             rollout, update = {**unshared, "share": published.shares}, unshared
         updater = Updater(_with(recipe, update), policy, runner)
-        rolled = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"precision": self.precision})})
+        cheap = {"precision": self.precision, "attention": self.attention}
+        rolled = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=cheap)})
         return Stages(Setup(_with(rolled, rollout)), policy, updater, rewards, room if self.retains else NO_ROOM)
+
+    def policy_of(self, policy: Policy) -> Policy:
+        """`policy`, which runs the rows of a pass as this lever says."""
+        return replace(policy, splits_lengths=self.engine.get("split_lengths", False))
 
     def set_budget(self, published: Published, policy: Policy, budget: PassBudget, texts: list[str], own: int) -> int:
         """Makes passes as large as the lever wants them, `own` tokens or the published loop's rows.
@@ -122,11 +136,11 @@ class Lever(NamedTuple):
         if not self.paced:
             budget.resize(own)
             return min(budget.rows, LEAVES * len(texts))
-        budget.resize(published.rows * int(policy.encode(texts).tokens.max()))
+        budget.resize(published.rows * int(self.policy_of(policy).encode(texts).tokens.max()))
         return published.rows
 
 
-ROUNDED = " rollouts"  # how such levers' names end
+CHEAP = " rollouts"  # how such levers' names end
 LOOP = Lever("published loop", {"backend": "reference"}, paced=True, alone=True)
 REUSED = Lever("+ reused graphs", {})
 LEVERS = (
@@ -138,6 +152,7 @@ LEVERS = (
 )
 GRAPHS = Lever("+ CUDA graphs", {"cuda_graphs": True})
 COMPILED = Lever("+ compiled blocks", {"compile": True})
+SPLIT = Lever("+ split lengths", {"split_lengths": True})
 CHECKPOINTED = tuple(Lever(f"{kind} checkpointing", {}, checkpointing=kind) for kind in ("full", "selective"))
 CHOICES = ("all", "ends", "published", "ours")
 
@@ -153,8 +168,8 @@ Say = Callable[[str], None]
 class Settings:
     """What is measured: `model` of bench.models, recipes by name with one of CHOICES each, iterations timed of each.
 
-    `compiled`: the lever that takes minutes to warm up too; `precision`: that of rollouts in 8 bits; `checkpointed`:
-    those that compute activations again too.
+    `compiled`: the lever that takes minutes to warm up too; `precision` and `attention`: those of rollouts, each alone
+    and both together; `checkpointed`: those that compute activations again too.
     """
 
     device: torch.device
@@ -165,10 +180,12 @@ class Settings:
     compiled: bool = False
     precision: Precision | None = None
     checkpointed: bool = False
+    attention: str | None = None
 
-    def levers(self, choice: str) -> tuple[Lever, ...]:
-        """all: on a GPU with CUDA graphs; ends: the published loop and the last default lever; published, ours: one of
-        these. Compiled blocks without CUDA graphs, beside ours, and rollouts in 8 bits; checkpoints before ours."""
+    def levers(self, choice: str, splits: bool = False) -> tuple[Lever, ...]:
+        """all: on a GPU with CUDA graphs, and where a model `splits` texts by lengths that; ends: the published loop
+        and the last default lever; published, ours: one of these. Compiled blocks without CUDA graphs, beside ours, and
+        cheap rollouts, without masks where their attention may take none; checkpoints before ours."""
         recorded = [GRAPHS] if self.device.type == "cuda" else []
         chosen = {"all": (*LEVERS, *recorded), "ends": (LOOP, REUSED), "published": (LOOP,), "ours": (REUSED,)}[choice]
         if choice == "published":
@@ -176,13 +193,23 @@ class Settings:
         if self.checkpointed:
             ours = chosen.index(REUSED)
             chosen = (*chosen[:ours], *CHECKPOINTED, *chosen[ours:])
-        rounded = [] if self.precision is None else [Lever.rounded(self.precision, self.compiled)]
-        return (*chosen, *([COMPILED] if self.compiled else []), *rounded)
+        split = [SPLIT] if splits and choice == "all" else []
+        return (*chosen, *split, *([COMPILED] if self.compiled else []), *self._cheap(splits))
+
+    def _cheap(self, splits: bool) -> Iterator[Lever]:
+        engine = COMPILED.engine if self.compiled else {}
+        unmasked = {**engine, **(SPLIT.engine if splits else {})}
+        if self.precision is not None:
+            yield Lever.cheap(self.precision, None, engine)
+        if self.attention is not None:
+            yield Lever.cheap(None, self.attention, unmasked)
+        if self.precision is not None and self.attention is not None:
+            yield Lever.cheap(self.precision, self.attention, unmasked)
 
 
 def settings_of(
     model: str, recipes: str, levers: str, prompts: int, rounds: int, compiled: bool, device: str,
-    precision: str | None = None, checkpointed: bool = False,
+    precision: str | None = None, checkpointed: bool = False, attention: str | None = None,
 ) -> Settings:  # fmt: skip
     """Settings from the options of the command; a recipe may name its levers: dance:published. Raises UserError."""
     if levers not in CHOICES:
@@ -202,7 +229,7 @@ def settings_of(
         raise UserError(f"--precision is {precision}: write {' or '.join(PRECISIONS)}, or leave it out")
     if precision is not None:
         check_precision(precision, place)
-    return Settings(place, model, chosen, prompts, rounds, compiled, precision, checkpointed)
+    return Settings(place, model, chosen, prompts, rounds, compiled, precision, checkpointed, attention)
 
 
 def bench_engine(settings: Settings, say: Say, out: Path | None = None) -> list[Row]:
@@ -243,7 +270,7 @@ def compare(rows: list[Row], planned: dict[str, tuple[int, int]]) -> None:
     where that loop was not run, and what its seconds would be divided by is None.
     """
     loops = {row["recipe"]: row for row in rows if row["lever"] == LOOP.name}
-    last = {row["recipe"]: row for row in rows if not row["lever"].endswith(ROUNDED)}  # of one row at one cost
+    last = {row["recipe"]: row for row in rows if not row["lever"].endswith(CHEAP)}  # of one row at one cost
     dance = loops.get("dance")
     for row in rows:
         loop, final = loops.get(row["recipe"]), last[row["recipe"]]
@@ -272,12 +299,16 @@ class _Bench:
     def __init__(self, model: dict[str, Any], settings: Settings, say: Say) -> None:
         self.model, self.settings, self.say, self.device = model, settings, say, settings.device
         self.texts = bench_prompts(settings.prompts)
+        self.lengths = min(settings.prompts, LENGTHS)
         first = self._recipe(next(iter(settings.recipes)))
         self.policy = Policy.load(_with(first, COMPILED.engine) if settings.compiled else first, self.device)
         self.runner = PassRunner.of(first, self.policy)
-        self.own = self.runner.budget.tokens
-        if settings.precision is not None:
-            self.policy.weights.cheapen(settings.precision, settings.compiled)
+        self.own, self.splits = self.runner.budget.tokens, self.policy.adapter.splits_texts()
+        if settings.attention is not None:
+            check_attention(
+                self.policy.adapter, settings.attention, first.model, self.device, "--attention", self.splits
+            )
+        self.cheapened: Lever | None = None  # whose copy of the transformer there is
         self.rewards, self.passes = bench_rewards(first, self.device), Passes(self.policy, self.runner)
         self.warm: set[str] = set()  # levers that keep nothing per shape, and have run
         short = bench_recipe(model, settings.prompts, _SHORT, {"device": self.device.type})
@@ -297,7 +328,8 @@ class _Bench:
         Levers with passes of our own size warm up in a round before; if not all are measured, since an iteration then
         is long, the default one does once for all recipes, as it keeps nothing per shape.
         """
-        levers, published, rounds = self.settings.levers(choice), PUBLISHED[name], self.settings.rounds
+        levers = self.settings.levers(choice, self.splits)
+        published, rounds = PUBLISHED[name], self.settings.rounds
         recipe = self._recipe(name)
         # no lever changes what the room is predicted from, and predicting takes seconds that no iteration may count
         room = self._room(recipe) if any(lever.retains for lever in levers) else NO_ROOM
@@ -312,7 +344,7 @@ class _Bench:
             if not lever.paced and (choice == "all" or lever.name not in self.warm):
                 with self._ready(lever, published, stages[lever.name]):
                     stages[lever.name].run(self.texts, 0)
-                if lever == REUSED or lever.precision is not None:
+                if lever == REUSED or lever.cheapens:
                     self.warm.add(lever.name)
         self.say(f"{name}: warm")
         found: dict[str, list[Row]] = {lever.name: [] for lever in levers}
@@ -337,6 +369,9 @@ class _Bench:
     def _ready(self, lever: Lever, published: Published, stages: Stages) -> Iterator[int]:
         """Inside, `stages` run as the lever wants them; yields the rows of a pass."""
         rows = lever.set_budget(published, self.policy, self.runner.budget, self.texts, self.own)
+        if lever.cheapens and lever != self.cheapened:
+            self.policy.weights.cheapen(lever.precision, lever.engine.get("compile", False), lever.attention)
+            self.cheapened = lever
         checkpoint_blocks(self.policy.transformer, lever.checkpointing, stages.recipe.engine.compile)
         # on a GPU the rounding of activations is compiled, whether the blocks are or not
         with pick_backend(stages.recipe), _stance(bool(stages.recipe.engine.compile) or lever.precision is not None):
@@ -344,27 +379,31 @@ class _Bench:
 
     def _iteration(self, lever: Lever, published: Published, stages: Stages) -> Row:
         with self._ready(lever, published, stages) as rows:
-            per_row = self._row_times(rows)
-            if lever.precision is not None:
-                per_row = per_row._replace(forward=self._mixed(rows, per_row.forward, stages))
-            self.passes.release()
+            policy = lever.policy_of(self.policy)
+            passes = Passes(policy, self.runner, self.lengths) if policy.splits_lengths else self.passes
+            per_row = _row_times(passes, rows)
+            if lever.cheapens:
+                cheap = Passes(policy.cheap(), self.runner, self.lengths)
+                per_row = per_row._replace(forward=_mixed(cheap, rows, per_row.forward, stages))
+            passes.release()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             with span_totals(self.device) as totals:
                 line = stages.run(self.texts, 0)
         return {"lever": lever.name, "rows_per_pass": rows, **_row(line, totals.seconds, per_row)}
 
-    def _row_times(self, rows: int) -> Timed:
-        once = self.passes.timed(rows)
-        return once if rows * sum(once) >= _LONG else self.passes.timed(rows, _REPEATS)
 
-    def _mixed(self, rows: int, full: float, stages: Stages) -> float:
-        """Seconds of an average forward of a row, of which some run in 8 bits; `full`: of one that does not."""
-        plan, share = stages.sizes[0][1].first_plan, stages.recipe.engine.share
-        cheap = Passes(self.policy.cheap(), self.runner)
-        spent = cheap.seconds_per_row(cheap.forward, rows, _REPEATS)
-        forwards = plan.counts.rollout_forwards if share else plan.counts.unshared_rollout_forwards
-        return full + (spent - full) * plan.cheap_forwards(share) / forwards
+def _row_times(passes: Passes, rows: int) -> Timed:
+    once = passes.timed(rows)
+    return once if rows * sum(once) >= _LONG else passes.timed(rows, _REPEATS)
+
+
+def _mixed(cheap: Passes, rows: int, full: float, stages: Stages) -> float:
+    """Seconds of an average forward of a row, of which some are `cheap`; `full`: of one that is not."""
+    plan, share = stages.sizes[0][1].first_plan, stages.recipe.engine.share
+    spent = cheap.seconds_per_row(cheap.forward, rows, _REPEATS)
+    forwards = plan.counts.rollout_forwards if share else plan.counts.unshared_rollout_forwards
+    return full + (spent - full) * plan.cheap_forwards(share) / forwards
 
 
 def _stance(compiled: bool) -> AbstractContextManager[None]:

@@ -10,7 +10,10 @@ from matplotlib.axes import Axes
 from flowgrove.report.figures import pyplot, save_figure
 
 Row = dict[str, Any]
-_COLOURS = ("#b9b9b9", "#d9a441", "#8fa8c8", "#1f4e8c", "#5b9a55", "#8c5b9a", "#c46a5a", "#4aa3a2")
+_COLOURS = (
+    "#b9b9b9", "#d9a441", "#8fa8c8", "#1f4e8c", "#5b9a55", "#8c5b9a", "#c46a5a", "#4aa3a2", "#a8763e", "#d78fb3",
+    "#6b6b6b", "#b5bd4c", "#2f3b52",
+)  # fmt: skip
 _ROWS, _DANCE = "#1f4e8c", "#8fa8c8"
 _MUTED = "#666666"
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a number that a tick would cross

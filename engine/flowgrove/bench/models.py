@@ -4,7 +4,7 @@ the embedded pipeline, and larger transformers with random weights.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -27,26 +27,30 @@ _MID = {
 _SLIM = {"num_layers": 3, "num_single_layers": 6}
 _FLUXES: dict[str, dict[str, Any]] = {"flux": {}, "flux_slim": _SLIM}
 _SLIM_QWEN = {"num_layers": 6}  # a tenth of Qwen-Image's depth: 2.0 B weights
-NAMES = ("tiny", "sd3_mid", *_FLUXES)
-WITHOUT_ENCODERS = ("qwen_slim",)  # for passes of blank prompts alone
+# Qwen-Image's architecture at the size of sd3_mid
+_MID_QWEN = {
+    "num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 64, "axes_dims_rope": [8, 28, 28],
+    "joint_attention_dim": 64,
+}  # fmt: skip
+_MID_VAE = {"base_dim": 8, "num_res_blocks": 1}
+NAMES = ("tiny", "sd3_mid", "qwen_mid", *_FLUXES, "qwen_slim")
 _LORA = {"rank": 32, "alpha": 64}
 
 
 @contextmanager
-def bench_model(name: str, device: torch.device, encodes: bool = True) -> Iterator[dict[str, Any]]:
-    """The `model` section of a recipe for the model `name`; what it writes is gone after the block. `encodes`: whether
-    its text encoders are needed. Raises UserError.
-    """
-    if name in WITHOUT_ENCODERS and encodes:
-        raise UserError(f"--model {name} has no text encoders and is for `flowgrove bench rows`: write --model sd3_mid")
+def bench_model(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The `model` section of a recipe for the model `name`; what it writes is gone after it. Raises UserError."""
     plain = {"adapter": "sd3", "dtype": "fp32" if device.type == "cpu" else "bf16", "gradient_checkpointing": "none"}
     if name == "tiny":
         yield {**plain, "path": "tiny"}
     elif name == "sd3_mid":
         with _written(write_mid) as path:
             yield {**plain, "path": path, "height": 64, "width": 64}
-    elif name not in (*_FLUXES, *WITHOUT_ENCODERS):
-        raise UserError(f"--model is {name}: write one of {', '.join((*NAMES, *WITHOUT_ENCODERS))}")
+    elif name == "qwen_mid":
+        with _written(lambda folder: write_qwen(folder, _MID_QWEN, device, _MID_VAE)) as path:
+            yield {**plain, "adapter": "qwen_image", "path": path, "height": 128, "width": 128, "text_tokens": 64}
+    elif name not in NAMES:
+        raise UserError(f"--model is {name}: write one of {', '.join(NAMES)}")
     elif device.type != "cuda":
         raise UserError(f"--model {name} has billions of weights, which wants a GPU: write --model sd3_mid")
     elif name in _FLUXES:
@@ -108,21 +112,57 @@ def write_flux(folder: Path, changes: dict[str, Any], device: torch.device) -> N
     ).save_pretrained(folder)  # fmt: skip
 
 
-def write_qwen(folder: Path, changes: dict[str, Any], device: torch.device) -> None:
-    """Qwen-Image with random weights: its transformer (with `changes` to its configuration) and VAE. Text encoders are
-    named and not there.
+def write_qwen(folder: Path, changes: dict[str, Any], device: torch.device, vae: dict[str, Any] | None = None) -> None:
+    """Qwen-Image with random weights: its transformer and VAE (with `changes` and `vae` to their configurations), and a
+    text encoder of one layer.
     """
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    copytree(ARCHITECTURES / "qwen_image", folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index["text_encoder"] = ["transformers", "Qwen2_5_VLForConditionalGeneration"]
-    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     settings = {**_config("qwen_image", "transformer"), **changes}
-    _random(QwenImageTransformer2DModel, settings, device).save_pretrained(folder / "transformer")
-    vae = AutoencoderKLQwenImage.from_config(_config("qwen_image", "vae"))
-    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+    width, words = settings["joint_attention_dim"], 1024
+    head = width // 2
+    text = {
+        "vocab_size": words, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "rope_theta": 1e6,
+        "rope_scaling": {"mrope_section": [head // 8, head // 8, head // 4], "rope_type": "default", "type": "default"},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(
+            _config("qwen_image", "scheduler", "scheduler_config.json")
+        ),
+        vae=AutoencoderKLQwenImage.from_config({**_config("qwen_image", "vae"), **(vae or {})}).to(torch.bfloat16),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, hidden_size=width, vocab_size=words)
+        ),
+        tokenizer=None,
+        transformer=_random(QwenImageTransformer2DModel, settings, device),
+    )
+    # words of what stands around a prompt are tokens, as Qwen's own tokenizer has them: the pipeline counts them
+    pipe.register_modules(tokenizer=byte_tokenizer([pipe.prompt_template_encode], words))
+    pipe.save_pretrained(folder)
+
+
+def byte_tokenizer(texts: Sequence[str] = (), words: int = 258, **options: Any) -> Any:
+    """Qwen's kind of tokenizer: bytes, two markers of a chat, and up to `words` tokens with what stands in `texts`.
+    `options`: of transformers' Qwen2Tokenizer.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    found, markers = Tokenizer(models.BPE()), ["<|im_start|>", "<|im_end|>"]
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = words - len(markers)
+    found.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet))
+    merges = [tuple(pair) for pair in json.loads(found.to_str())["model"]["merges"]]
+    return Qwen2Tokenizer(vocab=found.get_vocab(), merges=merges, extra_special_tokens=markers, **options)
 
 
 def _config(architecture: str, part: str, file: str = "config.json") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from flowgrove.rewards.jpeg_size import JpegSizeReward
 from flowgrove.rewards.registry import Rewards
 
 LEAVES = 16
+LENGTHS = 3  # of prompts, in words
 _TREE = {"splits": [0, 3, 6, 9], "fanout": 2}
 _DANCE = {"dynamics": "dance_sde", "noise_level": 0.3}
 _WINDOW = {"strategy": "progressive", "size": 4, "start": 0}
@@ -46,7 +47,8 @@ def bench_recipe(model: dict[str, Any], prompts: int, rollout: dict[str, Any], e
 
 
 def bench_prompts(count: int) -> list[str]:
-    return [f"a picture number {number}" for number in range(count)]
+    """Prompts of LENGTHS lengths in turn."""
+    return [f"a picture number {number}{' of a long row' * (number % LENGTHS)}" for number in range(count)]
 
 
 def bench_rewards(recipe: Recipe, device: torch.device) -> Rewards:

@@ -92,7 +92,7 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
     """Milliseconds per row, forward and with backward, as COLUMNS name them; with `out`, a CSV there."""
     where = {key: value for key, value in machine.describe(settings.device).items() if key in COLUMNS}
     found: list[Row] = []
-    with bench_model(settings.model, settings.device, encodes=False) as model, TemporaryDirectory() as folder:
+    with bench_model(settings.model, settings.device) as model, TemporaryDirectory() as folder:
         recipe = bench_recipe(model, 1, {"group_size": 16}, {"device": settings.device.type, **REUSED.engine})
         data = recipe.data.model_copy(update={"embedding_cache": folder})  # so that no encoder is loaded
         policy = Policy.load(recipe.model_copy(update={"data": data}), settings.device)

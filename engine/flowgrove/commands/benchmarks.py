@@ -9,7 +9,7 @@ from flowgrove.commands.shell import say
 
 RowsAsJson = Annotated[bool, typer.Option("--json", help="the rows as JSON on stdout")]
 Named = Annotated[
-    str, typer.Option(help="tiny; with random weights sd3_mid, or on a GPU flux_slim or flux; for rows qwen_slim")
+    str, typer.Option(help="tiny; with random weights sd3_mid or qwen_mid, or on a GPU flux_slim, flux or qwen_slim")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Drawn = Annotated[Path | None, typer.Option(help="folder for a CSV and a plot named after model and device")]
@@ -62,6 +62,9 @@ def engine(
         bool, typer.Option("--compiled", help="also with engine.compile, which takes minutes to warm up")
     ] = False,
     precision: Annotated[str | None, typer.Option(help="also with rollout.precision: fp8 or int8")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="also with rollout.attention: a kernel, alone and with --precision")
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="also with model.gradient_checkpointing: full and selective")
     ] = False,
@@ -71,7 +74,9 @@ def engine(
     from flowgrove.bench.engine import bench_engine, settings_of
     from flowgrove.bench.table import draw_engine, print_rows
 
-    settings = settings_of(model, recipes, levers, prompts, rounds, compiled, device, precision, checkpointing)
+    settings = settings_of(
+        model, recipes, levers, prompts, rounds, compiled, device, precision, checkpointing, attention
+    )
     print_rows(bench_engine(settings, say, out), as_json, draw_engine)
 
 

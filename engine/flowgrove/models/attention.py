@@ -35,6 +35,7 @@ _ASKED = {
     "engine.attention": ("engine.attention is", "auto"),
     "rollout.attention": ("rollout.attention is", "null"),
     "--modes": ("--modes names", None),
+    "--attention": ("--attention is", None),
 }
 
 

@@ -15,7 +15,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tiny_families.parts import bytes_tokenizer, chat_tokenizer, lively, qwen3_config
+from flowgrove.bench.models import byte_tokenizer
+from tiny_families.parts import chat_tokenizer, lively, qwen3_config
 from tiny_families.record import TinyFamily
 
 MODEL = {"height": 32, "width": 32, "text_tokens": 64}
@@ -40,7 +41,7 @@ def _shared(guidance_embeds):
 
 def _dev():
     """With the processor's tokenizer alone: the processor itself needs torchvision."""
-    tokenizer = bytes_tokenizer(pad_token="<|im_end|>")
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}[I]{{ m.content[0].text }}[/I]{% endif %}{% endfor %}"
     )

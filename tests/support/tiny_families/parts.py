@@ -2,9 +2,9 @@
 
 import torch
 from diffusers import AutoencoderKL
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config
+from transformers import AutoTokenizer, Qwen3Config
 
+from flowgrove.bench.models import byte_tokenizer
 from flowgrove.models.folders import TINY
 
 VIDEO_STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
@@ -35,19 +35,9 @@ def autoencoder():
     )  # fmt: skip
 
 
-def bytes_tokenizer(**options):
-    """Qwen's kind of tokenizer without merges: every byte a token, and the template's markers."""
-    bytes_ = Tokenizer(models.BPE())
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bytes_.train_from_iterator([], trainer)
-    special = ["<|im_start|>", "<|im_end|>"]
-    return Qwen2Tokenizer(vocab=bytes_.get_vocab(), merges=[], extra_special_tokens=special, **options)
-
-
 def chat_tokenizer():
     """The same with a chat template as Qwen3 has one."""
-    tokenizer = bytes_tokenizer(pad_token="<|im_end|>", eos_token="<|im_end|>")
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>", eos_token="<|im_end|>")
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

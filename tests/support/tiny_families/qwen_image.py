@@ -8,7 +8,8 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tiny_families.parts import VIDEO_STATISTICS, bytes_tokenizer, lively
+from flowgrove.bench.models import byte_tokenizer
+from tiny_families.parts import VIDEO_STATISTICS, lively
 from tiny_families.record import TinyFamily
 
 
@@ -58,7 +59,7 @@ FAMILIES = (
         "qwen_image",
         QwenImagePipeline,
         {"adapter": "qwen_image", "height": 32, "width": 32, "text_tokens": 64},
-        lambda: QwenImagePipeline(**parts(bytes_tokenizer())),
+        lambda: QwenImagePipeline(**parts(byte_tokenizer())),
         true_guidance,
         guidance=4.0,
         blocks=2,

@@ -9,7 +9,8 @@ from diffusers import (
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import is_torchvision_available
 
-from tiny_families.parts import VIDEO_STATISTICS, bytes_tokenizer, lively
+from flowgrove.bench.models import byte_tokenizer
+from tiny_families.parts import VIDEO_STATISTICS, lively
 from tiny_families.record import TinyFamily
 
 _MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -32,7 +33,7 @@ class _OnWhite(QwenImage21Pipeline):
 def _tiny():
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    tokenizer = bytes_tokenizer(pad_token="<|im_end|>")
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
     tokenizer.add_special_tokens({"extra_special_tokens": list(_MARKS)})
     processor = Qwen3VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen3VLVideoProcessor(), chat_template=_TEMPLATE)
     ids = dict(zip(_MARKS, tokenizer.convert_tokens_to_ids(list(_MARKS)), strict=True))

@@ -9,7 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from transformers.utils import is_torchvision_available
 
-from tiny_families.parts import bytes_tokenizer
+from flowgrove.bench.models import byte_tokenizer
 from tiny_families.qwen_image import UNUSED, parts, true_guidance
 from tiny_families.record import TinyFamily
 
@@ -65,7 +65,7 @@ class _sizes:
 def _tiny(kind, zero_cond_t=False):
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
-    tokenizer = bytes_tokenizer(pad_token="<|im_end|>")
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *_PICTURE, _HEAD]})
     sizes = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 6}
     processor = Qwen2VLProcessor(Qwen2VLImageProcessor(size=sizes), tokenizer, Qwen2VLVideoProcessor())
