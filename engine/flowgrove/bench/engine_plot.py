@@ -23,7 +23,7 @@ def plot_engine(rows: list[Row], path: Path) -> None:
     """Above, per recipe, the gain by rows alone of its last lever; below a bar per lever, with a tick where the counted
     passes would put it."""
     recipes, levers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("recipe", "lever"))
-    size = (1.9 * len(recipes) + 2, 7)
+    size = (max(1.9 * len(recipes) + 2, 7), 7)  # titles want as much for one recipe
     figure, (above, below) = pyplot.subplots(2, 1, figsize=size, layout="constrained", height_ratios=[2, 3])
     _rows_alone(above, list({row["recipe"]: row for row in rows}.values()))
     _levers(below, [row for row in rows if row["speedup"] is not None], recipes, levers)
