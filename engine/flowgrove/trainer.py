@@ -16,9 +16,9 @@ from flowgrove.evaluation import Evaluated, evaluate, rollout_distance
 from flowgrove.files import is_full, remove_left_behind, write_text
 from flowgrove.iteration import Look, NothingScoredError, Stages
 from flowgrove.models.initial_lora import check_initial_lora
+from flowgrove.models.loading import check_prompts
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
-from flowgrove.models.sources import check_sources
 from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.out_of_memory import PassTooLargeError
 from flowgrove.plan.division import Division
@@ -117,7 +117,7 @@ class Trainer:
         if self.recipe.model.init_lora is not None:
             check_initial_lora(self.recipe.model)
         texts = self._texts()
-        check_sources(self.recipe.model, texts[self.ranks.share(len(texts))])
+        check_prompts(self.recipe, texts[self.ranks.share(len(texts))])
         return checked_rewards(self.setup)
 
     def _load(self, resume: str, say: Say, force: bool) -> None:

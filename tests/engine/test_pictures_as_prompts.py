@@ -8,11 +8,17 @@ import pytest
 from PIL import Image
 
 from engine_cases import metrics_of, refuse, succeed
+from flowgrove.data.sources import Picture, Video
+from flowgrove.models.loading import check_prompts
 from flowgrove.models.policy import Policy
 from flowgrove.models.sources import fitted
+from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.grids import load_grid
+from flowgrove.setup import Setup
 from model_recipes import write_recipe
 from pictured import drawn_picture, write_prompts
+from planner_cases import user_error
+from policy_cases import CPU
 
 TEXTS = ["make it red", "make it blue"]
 
@@ -84,6 +90,29 @@ def test_a_bad_picture_ends_a_run_before_its_model_loads(folders, tmp_path, monk
     said = refuse("train", recipe, "--out", tmp_path / "run")
     assert "train_1_0.png" in said
     assert told in said
+
+
+@pytest.mark.parametrize(
+    ("name", "sources", "first"), [("flux_kontext", 1, "train_0_0.png"), ("wan_vace", 2, "train_0.gif")]
+)
+def test_sources_whose_embeddings_are_stored_are_not_read_again(folders, tmp_path, monkeypatch, name, sources, first):
+    """All of a large set's videos would be decoded at every start. A file that has changed is read anew."""
+    recipe = load_recipe(write_recipe(tmp_path, name, folders[name], "mix"), ())
+    texts, read = Setup(recipe).prompts, []
+    for kind, method in ((Picture, "load"), (Video, "each")):
+        inner = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda self, inner=inner: read.append(self.name) or inner(self))
+    check_prompts(recipe, texts)
+    assert len(read) == sources * len(texts)
+    Policy.load(recipe, CPU, texts)
+    read.clear()
+    check_prompts(recipe, texts)
+    assert read == []
+    (tmp_path / first).write_bytes(b"something else")
+    texts = Setup(recipe).prompts
+    assert first in user_error(check_prompts, recipe, texts)
+    without = recipe.model_copy(update={"data": recipe.data.model_copy(update={"embedding_cache": "none"})})
+    assert first in user_error(check_prompts, without, texts)
 
 
 def test_a_prompt_file_without_pictures_is_one_line(folders, tmp_path):

@@ -29,6 +29,7 @@ from flowgrove.models.families import family_of, read_geometry
 from flowgrove.models.folders import model_folder, part_names
 from flowgrove.models.geometry import part_config
 from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, is_quantised, load_part
+from flowgrove.models.sources import check_sources
 from flowgrove.models.stored import all_bf16
 from flowgrove.process import is_first, rank_here, share_of, started_here
 from flowgrove.ranks import Ranks
@@ -57,6 +58,19 @@ def load_model(
     except TooManyPromptsError:
         encoder = OffloadedEncoder(stored.load, device)
     return _load(recipe.model, device, dtype, family.TEXT, on_host), encoder
+
+
+def check_prompts(recipe: Recipe, texts: Sequence[str]) -> None:
+    """Raises UserError for source pictures and videos that do not suit the model or cannot be read. Those of prompts
+    whose embeddings are stored were read then.
+    """
+    if not family_of(recipe.model.adapter).sources_of(recipe.model):
+        check_sources(recipe.model, texts)
+        return
+    check_sources(recipe.model, texts, ())  # how many they are, before any is read
+    stored = _stored_encoder(recipe, torch.device("cpu"), torch.float32)
+    wanted = [conditional(text) for text in texts]
+    check_sources(recipe.model, texts, wanted if stored is None else stored.missing(wanted))
 
 
 def encode_together(

@@ -44,9 +44,9 @@ def fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
-def check_sources(model: Model, prompts: Iterable[str]) -> None:
+def check_sources(model: Model, prompts: Iterable[str], unread: Iterable[str] | None = None) -> None:
     """Raises UserError unless every prompt has as many source pictures as the model takes, or a video instead of none,
-    and all can be read.
+    and those of `unread` can be read; None: of all.
     """
     family = family_of(model.adapter)
     count, (fewest, most) = family.source_count(model), family.source_pictures
@@ -54,7 +54,7 @@ def check_sources(model: Model, prompts: Iterable[str]) -> None:
         return
     if model.sizes is not None:
         raise UserError("model.sizes: source pictures are encoded at one size: write model.height and model.width")
-    sources: dict[str, Picture | Video] = {}
+    prompts = list(prompts)
     for prompt in prompts:
         found, video = pictures_of(prompt), video_of(prompt)
         if len(found) != count:
@@ -68,7 +68,9 @@ def check_sources(model: Model, prompts: Iterable[str]) -> None:
         if video is None and mask_of(prompt) is not None:
             what = f"the prompt {one_line(prompt, 60)!r} has a mask and no video that it is of"
             raise UserError(f"{what}: write the video's path in a column video")
-        every = (*found, video, mask_of(prompt))
+    sources: dict[str, Picture | Video] = {}
+    for prompt in prompts if unread is None else unread:
+        every = (*pictures_of(prompt), video_of(prompt), mask_of(prompt))
         sources |= {source.identity: source for source in every if source is not None}
     with ThreadPoolExecutor() as threads:  # decoders let go of the interpreter
         for _ in threads.map(_check, sources.values()):

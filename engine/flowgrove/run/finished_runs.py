@@ -18,10 +18,10 @@ from flowgrove.joining import joined
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.experts import trained_parts
 from flowgrove.models.families import family_of
+from flowgrove.models.loading import check_prompts
 from flowgrove.models.lora_files import FORMATS, how_to_load, layers_of, write_lora
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
-from flowgrove.models.sources import check_sources
 from flowgrove.models.stored import DTYPES, all_in, bf16_in
 from flowgrove.process import started
 from flowgrove.ranks import Ranks
@@ -115,7 +115,7 @@ def open_model(
     }
     untrained, ranks = recipe.model_copy(update=without), ranks or Ranks()
     mine = (texts or ())[ranks.share(len(texts or ()))]
-    ranks.together(lambda: check_sources(recipe.model, mine))
+    ranks.together(lambda: check_prompts(recipe, mine))
     policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks)
     return Model(recipe, policy, checkpoint)
 
