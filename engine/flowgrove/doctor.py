@@ -24,7 +24,7 @@ _PACKAGES = (
     "flash-attn",
     "xformers",
 )
-_OPTIONAL = ("pyarrow", "torchao", "apex")
+_OPTIONAL = ("pyarrow", "torchvision", "torchao", "bitsandbytes", "apex", "av", "rapidocr")
 
 
 def findings() -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """The one rule for paths that a user writes, and reading files that may be anything.
 
 `~` is the home folder, and an absolute path is itself. A relative path in a recipe is sought beside the recipe that
-says it, then beside the one that was given, then in the working folder. What a run writes (run.out,
-data.embedding_cache) and what a command line says are relative to the working folder.
+says it, then beside the one that was given, then in the working folder; one of `--set` as if the given recipe said it.
+What a run writes (run.out, data.embedding_cache) and options of a command line are relative to the working folder.
 """
 
 import os

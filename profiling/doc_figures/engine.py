@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from doc_figures.registry import Row, Rows, block, numbers, only, table, version
 
 TINY, SD3, FLUX = "engine_tiny_cpu.csv", "engine_sd3_mid_cpu.csv", "engine_flux_slim_nvidia_h200.csv"
-_LOOP, _FUSED, _FULL, _SHARED, _REUSED = (
-    "published loop", "+ fused ops", "+ full batches", "+ shared states", "+ reused graphs",
+QWEN = "engine_qwen_mid_cpu.csv"
+_LOOP, _FUSED, _FULL, _SHARED, _REUSED, _SPLIT = (
+    "published loop", "+ fused ops", "+ full batches", "+ shared states", "+ reused graphs", "+ split lengths",
 )  # fmt: skip
 _NAMES = {
     "dance": "DanceGRPO, the published loop",
@@ -135,6 +136,19 @@ def sd3_mid(rows: Rows) -> str:
             for name, (loop, ours) in _pairs(rows).items()
         ),
     )
+
+
+@block("docs/performance.md", QWEN)
+def masked_texts(rows: Rows) -> str:
+    heads = ("", *(row["lever"] for row in rows))
+    return table(heads, [("`branch_mix_flash`", *(f"{row['seconds']:.1f}" for row in rows))])
+
+
+@numbers("docs/performance.md", QWEN)
+def masked(rows: Rows) -> Iterator[tuple[str, ...]]:
+    gain = only(rows, lever=_REUSED)["seconds"] / only(rows, lever=_SPLIT)["seconds"]
+    yield "a small model on two CPU cores: × {} |", f"{gain:.2f}"
+    yield "{} prompts of three lengths, medians of {} rounds", *(f"{rows[0][key]}" for key in ("prompts", "rounds"))
 
 
 @numbers("docs/performance.md", TINY, SD3, FLUX)

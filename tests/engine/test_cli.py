@@ -290,6 +290,17 @@ def test_a_run_draws_with_its_newest_weights_and_a_recipe_with_the_base_model(ru
         assert all(np.array_equal(picture, grid[number, 0]) for number, picture in enumerate(drawn.values()))
 
 
+def test_prompts_of_samples_stand_in_the_column_that_the_recipe_names(recipe, tmp_path):
+    write_lines(tmp_path / "p.csv", ["caption,mine", f"a photo,{TRAIN_PROMPTS[0]}"])
+    shared = ("sample", recipe, "--prompts", tmp_path / "p.csv", "--set", "run.eval={samples: 1, steps: 2}", "--set")
+    succeed(*shared, "data.prompt_key=mine", "--out", tmp_path / "out")
+    line = strict_json((tmp_path / "out" / "prompts.jsonl").read_text(encoding="utf-8"))
+    assert line["prompt"] == TRAIN_PROMPTS[0]
+    assert "write data.prompt_key: one of caption, mine" in refuse(
+        *shared, "data.prompt_key=other", "--out", tmp_path / "no"
+    )
+
+
 def test_samples_of_many_prompts_are_numbered_and_listed(recipe, tmp_path):
     prompts = write_lines(tmp_path / "p.txt", TRAIN_PROMPTS * 4)  # more than one batch of prompts
     for name in ("first", "second"):

@@ -111,15 +111,16 @@ def rows(
     modes: Annotated[
         str | None,
         typer.Option(
-            help="eager, recorded (CUDA graphs), compiled, fp8, int8 (rollout.precision), fp8+recorded, fp8+compiled, "
-            "…, attention (every kernel of it that runs here) or one by name; default: eager, and recorded on a GPU"
+            help="eager, recorded (CUDA graphs), split (without masks), compiled, fp8, int8 (rollout.precision), "
+            "fp8+recorded, fp8+compiled, …, attention (every kernel of it that runs here) or one by name; default: "
+            "eager, and recorded on a GPU"
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
     device: Device = "auto",
 ) -> None:
     """Time passes of a transformer: milliseconds of a row over rows in a pass;
-    of a slim FLUX also what all of FLUX.1-dev would take.
+    of a slim FLUX or Qwen-Image also what the whole one would take.
     """
     from flowgrove.bench.row_times import bench_rows, settings_of
     from flowgrove.bench.table import draw_row_times, print_rows

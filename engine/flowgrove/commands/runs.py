@@ -71,7 +71,8 @@ def sample(
     checkpoint: Which = None,
     set_: Overrides = None,
 ) -> None:
-    """Draw with a trained or a base model: NNNN_K.png (or .mp4) for sample K of prompt N, and prompts.jsonl.
+    """Draw with a trained or a base model: NNNN_K.png (or .mp4) for sample K of prompt N, as many as run.eval.samples
+    says, and prompts.jsonl; with --compare also NNNN_K_base.png and pages compare_PP.png.
 
     `--set run.eval.tuned_share=0.8` lets the trained model run the first 80 % of the steps and the base model the rest.
     """
@@ -105,7 +106,10 @@ def export(
     checkpoint: Which = None,
     form: Annotated[str, typer.Option("--format", help="diffusers; or comfyui, for a LoRA")] = "diffusers",
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; default: as trained; bf16 where a bf16 run found bf16 files")
+        str | None,
+        typer.Option(
+            help="bf16, fp16 or fp32; default: a LoRA in fp32, a pipeline in bf16 where a bf16 run found it so"
+        ),
     ] = None,
     set_: Overrides = None,
 ) -> None:

@@ -52,7 +52,10 @@ def write_samples(
     ranks.together(check)
     recipe, checkpoint = open_recipe(source, overrides, which, ranks)
     setup = Setup(recipe)
-    prompts = wanted if isinstance(wanted, list) else ranks.together(lambda: setup.read_prompts(wanted, "--prompts"))
+    column = recipe.data.prompt_key
+    prompts = (
+        wanted if isinstance(wanted, list) else ranks.together(lambda: setup.read_prompts(wanted, "--prompts", column))
+    )
     model = open_model(recipe, checkpoint, prompts, ranks)
     runner = ranks.together(lambda: PassRunner.of(model.recipe, model.policy))
     with ranks.together(lambda: pick_backend(model.recipe)):

@@ -165,8 +165,8 @@ def export_run(
 ) -> str:
     """Writes a checkpoint (None: the newest) for diffusers or ComfyUI; returns a line that says how to load it.
 
-    A LoRA needs no base model. `dtype`: bf16, fp16 or fp32; None: as it was trained, which is bf16 for weights that a
-    run with model.dtype bf16 found in bf16, and fp32 for all others.
+    A LoRA needs no base model. `dtype`: bf16, fp16 or fp32; None: as it was trained, which is fp32, but bf16 for
+    weights of a whole pipeline that a run with model.dtype bf16 found in bf16.
     """
     for option, value, known in (("format", form, FORMATS), ("dtype", dtype, tuple(DTYPES))):
         if value is not None and value not in known:

@@ -32,14 +32,16 @@ class Data(Section):
 
     prompt_key: str | None = None
     """The column or field that holds the prompt; null: prompt, caption or text, whichever comes first.
-    Text files and public sets have no use for it. It holds for data.prompts and data.eval_prompts.
+    Text files and public sets have no use for it. It holds for data.prompts and data.eval_prompts, and for the prompts
+    of `flowgrove sample`.
     Source: ours.
     """
 
     metadata: list[Text] | Literal["all"] | None = None
     """The other columns of a prompt's row that reach its rewards: names, or all; null: none.
-    Rewards that take them say which they read; GenEval's are tag, include and exclude. Columns that hold pictures or
-    negative prompts are no metadata. It holds for data.prompts and data.eval_prompts.
+    Rewards that take them say which they read; GenEval's are tag, include and exclude. all leaves out the columns that
+    hold the prompt, pictures, videos and negative prompts. Text files and public sets have none. It holds for
+    data.prompts and data.eval_prompts.
     Source: ours.
     """
 

@@ -46,8 +46,8 @@ class Engine(Section):
     attention: str = "auto"
     """The attention kernel: auto, sdpa, flash, flash3, xformers, cudnn, or another name of diffusers' dispatch.
     auto and sdpa are PyTorch's own without cuDNN's kernels, whose backward has read outside its memory on an H200;
-    cudnn asks for them all the same. `flowgrove doctor` says which can run here, `flowgrove tune` measures them and
-    refuses those whose results differ.
+    cudnn asks for them all the same. sd3 takes sdpa and xformers alone. `flowgrove doctor` says which can run here,
+    `flowgrove tune` measures them and refuses those whose results differ.
     Source: diffusers' attention dispatch.
     """
 
@@ -56,8 +56,8 @@ class Engine(Section):
     For models that read prompts of any length under a mask (Qwen-Image and its successors, Z-Image, HunyuanVideo-1.5,
     LTX-Video). Without one PyTorch's attention has its flash kernels, and engine.attention takes kernels that know no
     mask. The result is the same up to rounding. It is for models that one row fills a device with: a pass of several
-    lengths, such as those of a prompt and of the negative one, runs the transformer once for each. `flowgrove tune`
-    measures it.
+    lengths, such as those of a prompt and of the negative one, runs the transformer once for each. Not with
+    engine.cuda_graphs, engine.distributed: fsdp2 and rollout.cache. `flowgrove tune` measures it.
     Source: ours.
     """
 

@@ -44,10 +44,10 @@ class Lora(Section):
 
     targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """The names of the transformer's modules that get LoRA layers, as peft matches them: whole names or their ends.
-    null takes the adapter's: attn.to_q, attn.to_k, attn.to_v, attn.to_out.0, for sd3 and qwen_image also
-    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out; for wan and z_image the first four without attn;
-    for flux2 and flux2_klein also attn.to_qkv_mlp_proj. Add feed-forward layers where attention alone does not learn
-    what the reward asks for.
+    null takes the adapter's: attn.to_q, attn.to_k, attn.to_v, attn.to_out.0; of sd3, qwen_image, qwen_image_edit and
+    hunyuan_video15 also attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out, of flux2 and flux2_klein
+    also attn.to_qkv_mlp_proj. Of z_image, qwen_image21, ltx and all wan the first four without attn. Add feed-forward
+    layers where attention alone does not learn what the reward asks for.
     Source: the published configurations of Flow-GRPO (2505.05470) and DanceGRPO (2505.07818).
     """
 
@@ -180,8 +180,8 @@ class Model(Section):
 
     height: Pixels | None = None
     """The height of a picture or frame, in pixels; null: the pipeline's default.
-    It must be a multiple of the pixels per token and side, which is 16 for the published models. The cost of a pass
-    grows with height × width: published runs train at 512 or 720.
+    It must be a multiple of the pixels per token and side: 16 of most published models, 32 of LTX-Video, Wan2.2's
+    TI2V-5B and Qwen-Image-2.1. The cost of a pass grows with height × width: published runs train at 512 or 720.
     Source: the pipeline's configuration.
     """
 
@@ -192,10 +192,11 @@ class Model(Section):
     """
 
     frames: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """The frames of a video; null: 81, of Wan2.2's TI2V-5B 121. Only models of videos take it.
-    It must be a multiple of 4 plus one, since the autoencoder joins 4 frames. Cost grows linearly with it, attention
-    faster: Flow-GRPO trains Wan2.1 on 33.
-    Source: Wan2.1's pipeline in diffusers.
+    """The frames of a video; null: the pipeline's default. Only models of videos take it.
+    That is 81 of Wan, 121 of its TI2V-5B and of HunyuanVideo-1.5, 161 of LTX-Video. It must be a multiple of 4 plus
+    one, of LTX-Video of 8, since the autoencoder joins so many frames. Cost grows linearly with it, attention faster:
+    Flow-GRPO trains Wan2.1 on 33.
+    Source: the pipelines in diffusers.
     """
 
     sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)] | None = None
@@ -207,8 +208,8 @@ class Model(Section):
 
     text_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """The longest prompt that the model reads, in tokens of its last text encoder; null: the pipeline's own limit.
-    That is 512, for sd3 256. What is longer is cut, with a warning where prompts become equal by it. Lower it to save
-    tokens of every pass where all prompts are short.
+    That is 512 of most, 256 of sd3, 128 of ltx, 1000 of hunyuan_video15, 1024 of qwen_image21. What is longer is cut,
+    with a warning where prompts become equal by it. Lower it to save tokens of every pass where all prompts are short.
     Source: the pipelines' max_sequence_length in diffusers.
     """
 

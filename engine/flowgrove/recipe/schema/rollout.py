@@ -258,7 +258,7 @@ class Rollout(Section):
     transformer's blocks per output channel and activations per token, by torchao and torch's own kernels. The rounded
     weights take a byte each beside the others. It changes training pictures a little (rollout_distance of metrics);
     steps with a gradient or a log-probability that counts, evaluation and samples are in full precision. Not for
-    model.dtype fp64 and engine.distributed: fsdp2.
+    model.dtype fp64, model.base_precision and engine.distributed: fsdp2.
     Source: torchao's dynamic quantisation; LLM.int8 (2208.07339) and FP8 formats (2209.05433).
     """
 
