@@ -245,7 +245,7 @@ def _second(options: argparse.Namespace, python: str, out: Path) -> list[Step]:
         Step("rows", 100, [*rows, *eager, "--out", str(out)]),
         Step("profile", 75, profile),
         Step("rows compiled", 120, [*rows, *compiled, "--json"]),
-        Step("rows of masked texts", 60, [*bench, "rows", "--model", masked, *split, "--out", str(out)]),
+        Step("rows of masked texts", 90, [*bench, "rows", "--model", masked, *split, "--out", str(out)]),
         Step("scaling", 40, [*bench, "scaling", *scaling, "--rounds", "1" if dry else "3", "--out", str(out)]),
     ]
 

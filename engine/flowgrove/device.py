@@ -13,8 +13,12 @@ from flowgrove.recipe.schema import Recipe
 from flowgrove_kernels import available_backends, use_backend
 from flowgrove_kernels.backends import BACKENDS, missing, takes
 
-# What CUDA, Triton and libraries that allocate for themselves say; of cuDNN's internal errors the failed allocations.
-_OUT_OF_MEMORY = re.compile(r"_ALLOC(ATION)?_FAILED\b|(CUDA|driver|HIP) error: out of memory|\[CUDA\]: out of memory")
+# What CUDA, Triton and libraries that allocate for themselves say (cuBLAS, cuDNN, NCCL); of cuDNN's internal errors the
+# failed allocations.
+_OUT_OF_MEMORY = re.compile(
+    r"_ALLOC(ATION)?_FAILED\b|(CUDA|driver|HIP) error: out of memory|\[CUDA\]: out of memory"
+    r"|(Cuda|HIP) failure( \d+)? 'out of memory'"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

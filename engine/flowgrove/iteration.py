@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowgrove.credit import EdgeCredit, advantage_by_step, assign_credit, part_of
 from flowgrove.device import to_host
+from flowgrove.models.attention import runs_alone
 from flowgrove.models.compiled_passes import compile_ahead
 from flowgrove.models.policy import Policy
 from flowgrove.models.prompts import Prompts
@@ -91,8 +92,10 @@ class Stages:
         # one for the run: the allocator keeps freed memory per stream; of high priority, so that it is none of those
         # that passes are recorded in
         self._stream = torch.cuda.Stream(policy.device, priority=-1) if policy.device.type == "cuda" else None
-        self.scores_on_a_thread = True  # where that gains something; a profiler sees only the iteration's own
-        self._ahead = Ahead(policy.device) if self.recipe.engine.ahead else None
+        alone = runs_alone(self.recipe)
+        # where that gains something; a profiler sees only the iteration's own
+        self.scores_on_a_thread = not alone
+        self._ahead = Ahead(policy.device) if self.recipe.engine.ahead and not alone else None
         self._setup = setup
         self.evidence = self._no_evidence()
         self.sizes = [(policy.sized(each.recipe), each) for each in setup.sizes]
@@ -124,6 +127,11 @@ class Stages:
                 compile_ahead(self.policy, self.recipe, self.runner.budget.rows)
         with span(f"iteration {iteration}"):
             return self._run(texts, iteration, look, upcoming or [])
+
+    def settle(self) -> None:
+        """Waits until nothing is encoded beside what comes next: encoders and autoencoders serve one at a time."""
+        if self._ahead is not None:
+            self._ahead.settle()
 
     def _run(self, texts: list[str], iteration: int, look: Look | None, upcoming: list[str]) -> dict[str, Any]:
         clock, ranks = Clock(self.device), self.ranks

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
 from flowgrove.process import share_of
 from flowgrove.pulse import ENDED, GONE, NOTES, OTHER, USER, gone_line
@@ -249,8 +250,9 @@ def _gone(error: BaseException) -> "LostError":
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether a collective has failed because another rank has gone."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    """Whether a collective has failed because another rank has gone, and not for want of memory here."""
+    lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return lost and not is_out_of_memory(error)
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)

@@ -435,6 +435,7 @@ class Trainer:
         """
         if not self.setup.eval_prompts:
             return None
+        self.stages.settle()
         with self.updater.ema.swapped_in() if self.updater.ema is not None else nullcontext():
             between = self.stopping.check if self.ranks.size == 1 else lambda: None
             held_out = self.setup.eval_prompts

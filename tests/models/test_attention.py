@@ -1,15 +1,21 @@
 """engine.attention: what is usable, what is refused, and that a backend computes the same velocity."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
 
 from flowgrove.doctor import findings
 from flowgrove.errors import UserError
+from flowgrove.iteration import Stages
 from flowgrove.models import attention
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
+from flowgrove.rewards.registry import Rewards
 from flowgrove.rollout.loop import rollout
+from flowgrove.setup import Setup
+from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, plan_and_coefficients, runner_of, small_recipe
 from tiny_families import MODELS
 
@@ -54,6 +60,64 @@ def test_another_backend_gives_the_same_velocity(folders, name):
         assert used == {"None"} if wanted == "auto" else used != {"None"}
     assert torch.equal(found[0], found[1])
     assert (found[0] - found[2]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("section", ["engine", "rollout"])
+@torch.no_grad()
+def test_a_kernel_gets_queries_and_keys_in_the_dtype_of_its_values(folders, monkeypatch, section):
+    """CUDA's autocast computes RMSNorm in fp32, a CPU's does not: flash would meet fp32 beside bf16 on a GPU alone."""
+    seen, flash = [], dispatch.AttentionBackendName.FLASH
+
+    def kernel(query, key, value):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return query
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
+    monkeypatch.setattr(dispatch, "_check_attention_backend_requirements", lambda *_: None)
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", forward)
+    registry = dispatch._AttentionBackendRegistry
+    monkeypatch.setitem(registry._backends, flash, kernel)
+    monkeypatch.setitem(registry._supported_arg_names, flash, {"query", "key", "value"})
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "bf16", "lora": {"rank": 4, "alpha": 8}}
+    policy = Policy.load(small_recipe(model=model, **{section: {"attention": "flash"}}), CPU)
+    policy = policy if section == "engine" else policy.cheap()
+    x = torch.randn(1, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    policy.velocity(x, torch.tensor([0.7]), encoded(policy), torch.tensor([0]))
+    assert set(seen) == {(torch.bfloat16,) * 3}
+
+
+@pytest.mark.parametrize(
+    ("engine", "rollout", "alone"),
+    [
+        ("auto", None, False), ("sdpa", "sage", False), ("flash3", None, False), ("sdpa_flash", None, True),
+        ("auto", "cudnn", True), ("_native_math", "flash", True), ("auto", "_native_efficient", True),
+    ],
+)  # fmt: skip
+def test_nothing_runs_beside_kernels_that_are_chosen_for_the_whole_process(engine, rollout, alone):
+    """While such a kernel runs, an autoencoder's or a reward's attention in another thread finds no other."""
+    plain = small_recipe(engine={"ahead": True})
+    policy = Policy.load(plain, CPU)
+    recipe = plain.model_copy(
+        update={
+            "engine": plain.engine.model_copy(update={"attention": engine}),
+            "rollout": plain.rollout.model_copy(update={"attention": rollout}),
+        }
+    )
+    stages = Stages(Setup(recipe), policy, Updater(recipe, policy, runner_of(policy, recipe)), Rewards(recipe, CPU))
+    assert (stages.scores_on_a_thread, stages._ahead is None) == (not alone, alone)
+
+
+def test_kernels_that_set_flags_of_the_process_are_known():
+    """diffusers' own functions call PyTorch's attention inside a context that sets them."""
+    found = {
+        name.value
+        for name, kernel in dispatch._AttentionBackendRegistry._backends.items()
+        if "sdpa_kernel(" in inspect.getsource(getattr(kernel, "kernel", kernel))
+    }
+    assert found == set(attention._FLAGGED)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from engine_cases import refuse, tiny_recipe
+from flowgrove import ranks
 from flowgrove.credit import assign_credit
 from flowgrove.device import is_out_of_memory
 from flowgrove.models.policy import Policy
@@ -189,6 +191,7 @@ MEMORY = {
     "cudnn 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     "cuda": torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     "driver": RuntimeError("CUDA driver error: out of memory"),
+    "nccl": DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed.\nCuda failure 2 'out of memory'"),
     "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
 }
 OTHERS = {
@@ -198,6 +201,11 @@ OTHERS = {
     "resources": RuntimeError("out of resource: shared memory, Required: 300000"),
     "another kind": ValueError("CUDA error: out of memory"),
 }
+
+
+def test_full_memory_in_a_collective_is_no_lost_rank():
+    assert not ranks._is_lost(MEMORY["nccl"])
+    assert ranks._is_lost(DistBackendError("NCCL communicator was aborted on rank 0"))
 
 
 @pytest.mark.parametrize("name", MEMORY)

@@ -16,16 +16,11 @@ def session_of(**parts):
     return session
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_passes_recorded_while_compiled_blocks_ran_eagerly_are_forgotten(compiled):
+def test_passes_recorded_while_what_is_compiled_ran_eagerly_are_forgotten():
     done = []
-    session = session_of(
-        setup=SimpleNamespace(recipe=SimpleNamespace(engine=SimpleNamespace(compile=compiled))),
-        runner=SimpleNamespace(forget=lambda: done.append("forgotten")),
-        run=done.append,
-    )
+    session = session_of(runner=SimpleNamespace(forget=lambda: done.append("forgotten")), run=done.append)
     assert session.counted(3) == {}
-    assert done == ([3, "forgotten"] if compiled else [3])
+    assert done == [3, "forgotten"]
 
 
 def test_only_the_traced_iterations_score_on_their_own_thread(tmp_path):

@@ -29,3 +29,18 @@ def test_an_op_moves_the_bytes_of_its_tensors_once(case, dtype):
     found = traffic_of(run)
     assert set(found) == {"iteration 0/op"}, "PyTorch's own ops do not count"
     assert case.traffic(inputs) <= found["iteration 0/op"] <= case.traffic(inputs) + 400
+
+
+def test_what_is_compiled_is_compiled_after_it_was_counted():
+    """Under a dispatch mode torch.compile would give it up for good, and later passes would run eagerly."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    traffic_of(lambda: compiled(torch.ones(3)))
+    assert graphs == []
+    compiled(torch.ones(3))
+    assert len(graphs) == 1

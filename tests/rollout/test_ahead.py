@@ -1,12 +1,14 @@
 """engine.ahead: the next prompts are encoded beside the update, and nothing that is trained changes."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from engine_cases import metrics_of, succeed, tiny_recipe, weights_of
+from flowgrove import trainer
 from flowgrove.models.embeddings import OffloadedEncoder
 from flowgrove.models.policy import Policy
 from flowgrove.rollout.ahead import Ahead
@@ -41,6 +43,28 @@ def test_it_is_encoded_in_another_thread_and_its_failure_is_left_to_whoever_take
     ahead.start(policy, TEXTS)
     assert same(ahead.take(policy, TEXTS), encoded(policy, TEXTS))
     assert [thread is threading.main_thread() for thread in threads] == [False, True]
+
+
+def test_an_evaluation_waits_for_what_is_encoded(tmp_path, monkeypatch):
+    """It asks the same encoders and the same autoencoder."""
+    waiting, inner, encode = [], trainer.evaluate, Policy.encode
+
+    def slow(self, texts):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        return encode(self, texts)
+
+    def evaluate(*parts):
+        waiting.append([future.done() for ahead in made for future in ahead._waiting.values()])
+        return inner(*parts)
+
+    made, begin = [], Ahead.__init__
+    monkeypatch.setattr(Ahead, "__init__", lambda self, device: made.append(self) or begin(self, device))
+    monkeypatch.setattr(Policy, "encode", slow)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    recipe = tiny_recipe(tmp_path, engine={"ahead": True}, run={"iterations": 2, "eval_every": 1})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    assert waiting == [[], [True], []], "the second one begins while the next prompts are encoded"
 
 
 def test_encoders_in_host_memory_stay_there():

@@ -10,6 +10,8 @@ from engine_cases import succeed, tiny_recipe
 from flowgrove.credit import assign_credit
 from flowgrove.errors import UserError
 from flowgrove.models.policy import Policy
+from flowgrove.models.runner import cached_layers
+from flowgrove.plan.memory import MemoryModel
 from flowgrove.plan.planner import make_plan
 from flowgrove.rollout.loop import rollout
 from flowgrove.update.passes import Rolled
@@ -141,6 +143,35 @@ def test_a_cache_leaves_no_forward_behind(flux):
     assert hooked - own == attention != set()
     rows_seen(policy, recipe)
     assert {name for name, module in policy.transformer.named_modules() if "forward" in vars(module)} == own
+
+
+def cached_tensors(policy):
+    states = (
+        state
+        for layer in cached_layers(policy.transformer)
+        for hook in layer._diffusers_hook.hooks.values()
+        for state in hook.state_manager._state_cache.values()
+    )
+    return [factor for state in states for factors in state.taylor_factors.values() for factor in factors.values()]
+
+
+def test_a_cache_takes_what_is_predicted_and_gives_it_back_after_a_failure(flux):
+    policy, recipe = flux_policy(flux, cache={"interval": 2, "order": 1})
+    plan, _ = plan_and_coefficients(recipe)
+    plain = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"cache": None})})
+    with_cache, without = (MemoryModel(each, plan, "cpu").at(4096).stages["rollout"] for each in (recipe, plain))
+    rows = recipe.data.prompts_per_iteration * plan.leaves
+    x, prompts = torch.randn(rows, *policy.adapter.latent_shape), policy.encode(TEXTS[:1])
+    prompt_of = torch.zeros(rows, dtype=torch.int64)
+    runner = runner_of(policy, recipe)
+    with torch.no_grad(), runner.caching(policy, recipe.rollout.cache):
+        for sigma in (0.9, 0.7):
+            with runner.cache_name("rows"):
+                runner.velocity(policy, x, torch.full((rows,), sigma), prompts, prompt_of)
+        held = cached_tensors(policy)
+        assert sum(factor.nbytes for factor in held) == with_cache - without > 0
+        runner.forget()
+        assert cached_tensors(policy) == []
 
 
 def test_cached_steps_follow_the_last_stochastic_one():

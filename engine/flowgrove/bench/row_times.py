@@ -131,13 +131,21 @@ def bench_rows(settings: Settings, say: Say, out: Path | None = None) -> list[Ro
                     say(f"{mode} is left out: {' '.join(str(error).split())[:150]}")
                     break
                 found += [{"model": settings.model, **line, "repeats": settings.repeats, **where} for line in lines]
+                _write(found, settings, out)  # what has been measured stays if what comes next is stopped
                 say("; ".join(f"{line['blocks']} blocks, {rows} rows, {mode}: {_told(line)}" for line in lines))
-    if out is not None:
-        path = out / f"{machine.file_stem(f'rows_{settings.model}', settings.device)}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_columns(found, COLUMNS, path)
+    if (path := _write(found, settings, out)) is not None:
         say(f"wrote {path}")
     return found
+
+
+def _write(found: list[Row], settings: Settings, out: Path | None) -> Path | None:
+    """The CSV in `out`, so far."""
+    if out is None:
+        return None
+    path = out / f"{machine.file_stem(f'rows_{settings.model}', settings.device)}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_columns(found, COLUMNS, path)
+    return path
 
 
 def _told(line: Row) -> str:

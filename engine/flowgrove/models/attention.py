@@ -3,17 +3,18 @@ All of them come through diffusers' attention dispatch.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention_processor import XFormersJointAttnProcessor
-from torch import nn
+from torch import Tensor, nn
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import Adapter
 from flowgrove.models.twins import twin
-from flowgrove.recipe.schema import Model
+from flowgrove.recipe.schema import Model, Recipe
 
 # ours for diffusers'; all others are diffusers' own
 _NAMES = {"sdpa": "native", "flash3": "_flash_3", "cudnn": "_native_cudnn", "sdpa_flash": "_native_flash"}
@@ -30,6 +31,8 @@ _INSTALL = {
     "xformers": "pip install xformers",
     "sage": "pip install sageattention",
 }
+# Chosen by flags of the whole process while they run, which any other attention then meets, in whichever thread.
+_FLAGGED = ("_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 # where a backend is asked for → how an error begins, and what to write there instead, if anything
 _ASKED = {
     "engine.attention": ("engine.attention is", "auto"),
@@ -55,6 +58,7 @@ def use_attention(
     check_attention(adapter, wanted, recipe, device, splits_lengths=splits_lengths)
     name = _NAMES.get(wanted, wanted)
     if _switchable(adapter):
+        _take_one_dtype(name)
         adapter.transformer.set_attention_backend(name)
     elif name == "xformers":
         adapter.transformer.set_attn_processor(XFormersJointAttnProcessor())
@@ -106,14 +110,43 @@ def with_attention(transformer: Any, wanted: str) -> Any:
     diffusers' own setter would set it for the whole process.
     """
     instead: dict[nn.Module, nn.Module] = {}
+    name = _NAMES.get(wanted, wanted)
+    _take_one_dtype(name)
     for module in transformer.modules():
         if hasattr(getattr(module, "processor", None), "_attention_backend"):
             one = copy.copy(module)
             one._modules = dict(module._modules)
             one.processor = copy.copy(module.processor)
-            one.processor._attention_backend = dispatch.AttentionBackendName(_NAMES.get(wanted, wanted))
+            one.processor._attention_backend = dispatch.AttentionBackendName(name)
             instead[module] = one
     return twin(transformer, instead)
+
+
+def runs_alone(recipe: Recipe) -> bool:
+    """Whether nothing may compute attention beside a recipe's passes: no decoding, no reward, no text encoder."""
+    wanted = (recipe.engine.attention, recipe.rollout.attention)
+    return any(_NAMES.get(name, name) in _FLAGGED for name in wanted if name is not None)
+
+
+def _take_one_dtype(name: str) -> None:
+    """Has a kernel compute in the dtype of its values. CUDA's autocast computes norms in fp32, and many families norm
+    queries and keys; PyTorch's own attention is cast by autocast, others refuse tensors of two dtypes.
+    """
+    kernels: dict[Any, Any] = dispatch._AttentionBackendRegistry._backends
+    kernel = kernels[dispatch.AttentionBackendName(name)]
+    if name == "native" or isinstance(kernel, _OfOneDtype):
+        return
+    kernels[dispatch.AttentionBackendName(name)] = _OfOneDtype(kernel)
+
+
+class _OfOneDtype:
+    """A kernel whose queries and keys are cast to the dtype of the values."""
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        self.kernel = kernel
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Any:
+        return self.kernel(query=query.to(value.dtype), key=key.to(value.dtype), value=value, **others)
 
 
 def _switchable(adapter: Adapter) -> bool:

@@ -2,13 +2,14 @@
 evaluation and tuning are handed one, and every pass of a run goes through it.
 """
 
+import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, Self
 
 from diffusers import TaylorSeerCacheConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgrove.errors import UserError
 from flowgrove.models.adapter import PIXELS_PER_DECODE
@@ -131,9 +132,16 @@ class PassRunner:
         counts. Returns True, as a remedy for full memory does.
         """
         self._failed += 1
+        for part in self._cached:
+            part._reset_stateful_cache()
         if self.recordings is not None:
             self.recordings.clear()
         return True
+
+
+def cached_layers(transformer: nn.Module) -> list[nn.Module]:
+    """The layers that rollout.cache extrapolates, of one transformer."""
+    return [layer for name, layer in transformer.named_modules() if re.fullmatch(CACHED_ATTENTION, name)]
 
 
 def _take_back_forwards(transformer: Any) -> None:

@@ -8,11 +8,11 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowgrove.models.experts import trained_parts
+from flowgrove.models.experts import parts_of, trained_parts
 from flowgrove.models.quantised import Precision, copy_bytes, quantisable, unloaded_copy
-from flowgrove.models.runner import tokens_per_pass
+from flowgrove.models.runner import cached_layers, tokens_per_pass
 from flowgrove.passes.packing import pack
 from flowgrove.plan.allocations import graph_bytes, peak_bytes
 from flowgrove.plan.division import ALONE, Division
@@ -89,7 +89,7 @@ class MemoryModel(UnloadedModel):
         training = self.sizes.at_once * self.compute.itemsize if reshard else self.gathered
         counted = {
             "training": self._once("training", trained, self._training) + training + self._gradients_on_their_way(),
-            "rollout": self._rollout(rolled) + self.gathered,
+            "rollout": self._rollout(rolled) + self._cached() + self.gathered,
             "decoding": self._once("decoding", self._pictures(), self._decoding) + self.gathered,
         }
         if self.device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
@@ -232,6 +232,31 @@ class MemoryModel(UnloadedModel):
         if self.plan.precision is not None:
             largest = max(largest, self._once("cheap rollout", states, self._rolling_cheaply))
         return largest + widest
+
+    def _cached(self) -> int:
+        """Bytes that rollout.cache holds: of every leaf what the extrapolated layers gave, and its differences."""
+        cache = self.recipe.rollout.cache
+        if cache is None:
+            return 0
+        given = self._once("cache", 1, lambda states: sum(self._outputs_of_attention(states)))
+        return self.prompts * self.plan.leaves * (cache.order + 1) * given * self.compute.itemsize
+
+    @torch.no_grad()
+    def _outputs_of_attention(self, states: int) -> list[int]:
+        """Elements of each."""
+        found: list[int] = []
+
+        def count(module: nn.Module, inputs: object, outputs: Tensor | tuple[Tensor, ...]) -> None:
+            found.extend(one.numel() for one in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+
+        layers = [layer for part in parts_of(self.transformer) for layer in cached_layers(part)]
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            self.velocity(states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     def _rolling(self, states: int) -> int:
         @torch.no_grad()

@@ -66,10 +66,8 @@ class Session(Generic[Runner]):
 
     def counted(self, iterations: int) -> dict[str, int]:
         """Bytes that the fused ops move by path of the range (see `traffic_of`)."""
-        compiled = bool(self.setup.recipe.engine.compile)
-        found = traffic_of(lambda: self.run(iterations), compiled)
-        if compiled:  # blocks ran eagerly, and so do the passes recorded of them
-            self.runner.forget()
+        found = traffic_of(lambda: self.run(iterations))
+        self.runner.forget()  # what was compiled ran eagerly, and so do the passes recorded of it
         return found
 
     def timed(self, iterations: int) -> tuple[float, list[Spent]]:
@@ -95,12 +93,12 @@ class Session(Generic[Runner]):
         with profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], profile_memory=True
         ) as profiler:
+            before, self.stages.scores_on_a_thread = self.stages.scores_on_a_thread, False
             try:
-                self.stages.scores_on_a_thread = False
                 self.run(iterations)
                 self._wait()
             finally:
-                self.stages.scores_on_a_thread = True
+                self.stages.scores_on_a_thread = before
         most = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         profiler.export_chrome_trace(str(path))
         return most

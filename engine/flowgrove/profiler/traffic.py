@@ -3,7 +3,7 @@
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,12 +44,11 @@ class Traffic(TorchDispatchMode):
             self._path = before
 
 
-def traffic_of(run: Callable[[], object], compiled: bool = False) -> dict[str, int]:
-    """Bytes by path of the ranges of `run` in whose calls they move, on the thread that calls this. Blocks that are
-    `compiled` run eagerly meanwhile.
+def traffic_of(run: Callable[[], object]) -> dict[str, int]:
+    """Bytes by path of the ranges of `run` in whose calls they move, on the thread that calls this. What is compiled
+    runs eagerly meanwhile: under a dispatch mode torch.compile gives up what it meets first, for good.
     """
     traffic = Traffic()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with listening(traffic.follow), stance, traffic:
+    with listening(traffic.follow), torch.compiler.set_stance("force_eager"), traffic:
         run()
     return dict(traffic.bytes_of)

@@ -4,7 +4,7 @@ encoded (engine.ahead).
 Nothing else may: states, velocities and rewards of the next iteration depend on the weights that are being trained.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -44,6 +44,10 @@ class Ahead:
         if future is not None and future.exception() is None:
             return self._handed_over(future.result())
         return policy.encode(texts)
+
+    def settle(self) -> None:
+        """Waits for what has been begun."""
+        wait(self._waiting.values())
 
     @torch.no_grad()
     def _encode(self, policy: Policy, texts: list[str]) -> Prompts:
