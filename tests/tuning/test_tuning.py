@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo import eval_frame
 
 from checkpoint_cases import save_checkpoint
 from engine_cases import refuse, succeed, tiny_recipe
 from flowgrove.errors import UserError
+from flowgrove.models.blocks import blocks_of
 from flowgrove.models.families.sd3 import SD3
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
@@ -580,7 +582,7 @@ def test_selective_checkpoints_are_compiled_with_their_blocks_but_not_where_rank
     choice = tuner.compiled()
     if distributed == "ddp":
         assert len(compiled) == 1
-        assert modes == [("selective", True)]
+        assert modes == [("selective", True), ("selective", False)], "blocks that gain nothing are eager again"
         return
     line = "not measured: gradient_checkpointing: selective does not go with it and fsdp2; give --checkpointing, too"
     assert choice == ("compile", False, [line], "engine")
@@ -589,6 +591,28 @@ def test_selective_checkpoints_are_compiled_with_their_blocks_but_not_where_rank
     assert "selective" not in dict(modes)
     tuner.compiled()
     assert len(compiled) == 1, "another value was chosen"
+
+
+@pytest.mark.parametrize("wins", [False, True])
+def test_blocks_stay_compiled_where_that_is_faster_and_else_are_eager_again(monkeypatch, wins):
+    """By themselves, not by the compiler's stance: what a run compiles besides is timed compiled in either case."""
+    setup = Setup(small_recipe(model={"gradient_checkpointing": "none"}, engine={"token_budget": 70}))
+    stances = []
+
+    def seconds(self, function, rows, *others):
+        stances.append(eval_frame._stance.stance)
+        return 2.0 if (stances[-1] == "force_eager") == wins else 1.0
+
+    monkeypatch.setattr(Passes, "seconds_per_row", seconds)
+    tuner = tune._Tuner(setup, {"token_budget": 70, "attention": "sdpa"}, WORK, True)
+    assert tuner.compiled().value is wins
+    assert {*stances} == {"force_eager", "default"}
+    blocks = blocks_of(tuner.policy.transformer)
+    assert [block._compiled_call_impl is not None for block in blocks] == [wins] * len(blocks)
+    stances.clear()
+    monkeypatch.setattr(tune, "keep_times", lambda *_: stances.append(eval_frame._stance.stance))
+    tuner.keep(setup, [], print)
+    assert stances == ["default"]
 
 
 def test_an_existing_file_stays_as_it_is(tmp_path):

@@ -33,6 +33,12 @@ def compile_blocks(transformer: nn.Module, mode: bool | str = True) -> int:
     return len(blocks)
 
 
+def leave_uncompiled(transformer: nn.Module) -> None:
+    """Takes back `compile_blocks`."""
+    for block in blocks_of(transformer):
+        block._compiled_call_impl = None
+
+
 def compiled(call: Callable[..., Any], mode: bool | str = True) -> Callable[..., Any]:
     """A function that runs blocks, compiled as they are."""
     settle_compiler()

@@ -18,7 +18,7 @@ from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.models.attention import UNSAFE, attention_names, check_attention, missing, use_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
-from flowgrove.models.compiling import compile_blocks
+from flowgrove.models.compiling import compile_blocks, leave_uncompiled
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, has_fp8
 from flowgrove.models.runner import PassRunner, tokens_per_pass
@@ -106,7 +106,6 @@ class _Tuner:
         self._attention = "sdpa" if engine.attention == "auto" else engine.attention
         self._cheap_attention = recipe.rollout.attention
         self._recomputed = recipe.model.gradient_checkpointing
-        self._stance = "default"  # of torch.compile, once the blocks are compiled
 
     @property
     def rows(self) -> int:
@@ -288,7 +287,9 @@ class _Tuner:
                 return plain()
 
         choice = choose("compile", [Candidate(False, "eager", eager), Candidate(True, "compiled", plain)], self.work)
-        self._stance = "default" if choice.value else "force_eager"
+        if not choice.value:  # not by the compiler's stance: what else a run compiles is timed as it runs
+            leave_uncompiled(self.policy.transformer)
+            self._checkpoint(self._recomputed)
         return choice
 
     def cuda_graphs(self) -> Choice:
@@ -302,8 +303,7 @@ class _Tuner:
             Candidate(False, "launched", lambda: self._rolled(launched)),
             Candidate(True, "recorded", lambda: self._rolled(recorded)),
         ]
-        with torch.compiler.set_stance(self._stance):
-            return choose("cuda_graphs", candidates, self.work)
+        return choose("cuda_graphs", candidates, self.work)
 
     def _timed(
         self, rows: int, attention: str | None = None, checkpointing: Checkpointing | None = None
@@ -346,9 +346,8 @@ class _Tuner:
         runner = PassRunner(self.runner.budget, Recordings(self.device) if engine.cuda_graphs else None)
         largest = max(self.rows, tokens_per_pass(self.recipe, self.device.type) // self.passes.tokens)
         tuned = self.recipe.model_copy(update={"engine": engine, "model": model, "rollout": rollout})
-        with torch.compiler.set_stance(self._stance):
-            rows = max(1, min(largest, self.work.widest))
-            keep_times(setup, tuned, self.policy, runner, self.passes, rows, say)
+        rows = max(1, min(largest, self.work.widest))
+        keep_times(setup, tuned, self.policy, runner, self.passes, rows, say)
 
     def _use(self, attention: str) -> None:
         if self._processors:
