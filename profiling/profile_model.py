@@ -1,4 +1,5 @@
-"""`flowgrove profile` of a benchmark's recipe on one of its models, which need no download.
+"""`flowgrove profile` of a benchmark's recipe on one of its models, which need no download. Pictures are judged by
+their file size alone: leaves that score alike do not train, so that passes may be a few less than the benchmark's.
 
 python profiling/profile_model.py --model flux_slim --prompts 1 --out profiles/flux_slim
 """

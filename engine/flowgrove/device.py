@@ -17,12 +17,14 @@ from flowgrove_kernels.backends import BACKENDS, missing, takes
 # failed allocations.
 _OUT_OF_MEMORY = re.compile(
     r"_ALLOC(ATION)?_FAILED\b|(CUDA|driver|HIP) error: out of memory|\[CUDA\]: out of memory"
-    r"|(Cuda|HIP) failure( \d+)? 'out of memory'"
+    r"|(Cuda|HIP) failure( \d+)? 'out of memory'|Failed to CUDA (c|m)alloc\b"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory is exhausted, as PyTorch's allocator or as cuBLAS, cuDNN, Triton and CUDA say it."""
+    """Whether the device's memory is exhausted, as PyTorch's allocator or as cuBLAS, cuDNN, NCCL, Triton and CUDA
+    say it.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

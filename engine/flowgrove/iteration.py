@@ -20,7 +20,7 @@ from flowgrove.plan.planner import RolloutPlan
 from flowgrove.ranks import Ranks
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
-from flowgrove.rewards.scoring import Scoring
+from flowgrove.rewards.scoring import Scoring, rolled_together
 from flowgrove.rollout.ahead import Ahead
 from flowgrove.rollout.forest import Forest, leaf_path_logp
 from flowgrove.rollout.loop import rollout
@@ -274,8 +274,8 @@ class Stages:
         return torch.cat(self.ranks.gather_parts(parts, counts, each))
 
     def _roll_out(self, buckets: list[Bucket], scoring: Scoring, iteration: int) -> list[Forest]:
-        """One forest per bucket. Where scoring runs beside it, some prompts at a time: as many as fill half a pass at
-        the forest's narrowest. A replay repeats whole levels, so there the rollout runs them whole.
+        """One forest per bucket. Where scoring runs beside it, some prompts at a time, but whole levels where a replay
+        repeats them.
         """
         seed = self.recipe.run.seed
         share = self.recipe.engine.share
@@ -285,7 +285,7 @@ class Stages:
             policy, plan, leaves = bucket.policy, bucket.plan, bucket.plan.leaves
             narrowest = int(bucket.prompts.tokens.min()) * (plan.roots if share else leaves)
             together = (
-                -(-self.runner.budget.tokens // (2 * narrowest))
+                rolled_together(self.runner.budget.tokens, narrowest)
                 if scoring.beside and not self.recipe.engine.exact_replay
                 else len(bucket.prompts)
             )

@@ -280,14 +280,15 @@ def test_masked_texts_and_another_attention_are_levers(tmp_path, monkeypatch):
     assert all(row["row_train_s"] > row["row_forward_s"] > 0 for row in rows)
 
 
-def test_cheap_levers_are_measured_alone_and_together():
-    """Without masks where their attention may take none; every lever has a colour."""
-    settings = engine.settings_of("tiny", "mix", "all", 1, 1, True, "cpu", "int8", True, "_native_math")
+@pytest.mark.parametrize(("attention", "split"), [("_native_math", {}), ("flash", {"split_lengths": True})])
+def test_cheap_levers_are_measured_alone_and_together(attention, split):
+    """Without masks where their attention takes none; every lever has a colour."""
+    settings = engine.settings_of("tiny", "mix", "all", 1, 1, True, "cpu", "int8", True, attention)
     levers = {lever.name: lever.engine for lever in replace(settings, device=torch.device("cuda")).levers("all", True)}
     assert [(name, levers[name]) for name in list(levers)[-3:]] == [
         ("+ int8 rollouts", {"compile": True}),
-        ("+ _native_math rollouts", {"compile": True, "split_lengths": True}),
-        ("+ int8 _native_math rollouts", {"compile": True, "split_lengths": True}),
+        (f"+ {attention} rollouts", {"compile": True, **split}),
+        (f"+ int8 {attention} rollouts", {"compile": True, **split}),
     ]
     assert len(set(engine_plot._COLOURS)) == len(engine_plot._COLOURS) == len(levers)
     assert "+ split lengths" not in [lever.name for lever in settings.levers("all")]

@@ -268,20 +268,24 @@ def test_sd3_takes_sdpa_or_xformers(monkeypatch):
     assert kinds == {"XFormersJointAttnProcessor"}
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "text"),
-    [("qwen_image", {}, "takes no mask"), ("flux", {"dtype": "bf16"}, "norms train in fp32")],
-)
-def test_backends_without_masks_or_mixed_precision_are_refused_where_those_are_needed(
-    folders, monkeypatch, name, changes, text
-):
+def test_backends_without_masks_are_refused_where_those_are_needed(folders, monkeypatch):
     monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
-    model = {**MODELS[name], "path": str(folders[name]), "dtype": "fp32", **changes}
-    masked = ("flash_varlen",) if name == "qwen_image" else ()
-    text = "and qwen_image masks prompts" if masked else text
-    for wanted in ("flash", "flash3", "sdpa_flash", "_native_flash", "sage", *masked):
-        with pytest.raises(UserError, match=f"engine.attention is {wanted}.*{text}"):
+    model = {**MODELS["qwen_image"], "path": str(folders["qwen_image"]), "dtype": "fp32"}
+    for wanted in ("flash", "flash3", "sdpa_flash", "_native_flash", "sage", "flash_varlen"):
+        with pytest.raises(UserError, match=f"engine.attention is {wanted}.*and qwen_image masks prompts"):
             policy_with(model, wanted)
+
+
+def test_all_weights_train_in_bf16_with_any_backend_but_the_one_that_nothing_casts_for(folders, monkeypatch):
+    """Norms train in fp32 then. What the dispatch calls gets one dtype; sd3's processor calls xformers itself."""
+    monkeypatch.setattr(attention, "missing", lambda *_, **__: None)
+    monkeypatch.setattr(dispatch, "_check_attention_backend_requirements", lambda *_: None)
+    model = {**MODELS["flux"], "path": str(folders["flux"]), "dtype": "bf16"}
+    for wanted in ("flash", "flash3", "sdpa_flash", "xformers"):
+        policy_with(model, wanted)
+    with pytest.raises(UserError, match=r"engine.attention is xformers, .*norms train in fp32; write sdpa, or a model"):
+        policy_with({**SD3, "dtype": "bf16"}, "xformers")
+    policy_with({**SD3, "dtype": "bf16", "lora": {"rank": 2, "alpha": 4}}, "xformers")
 
 
 def test_doctor_says_which_are_usable():

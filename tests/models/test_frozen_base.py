@@ -18,6 +18,7 @@ from flowgrove.plan.memory import MemoryModel, predict_memory
 from flowgrove.plan.planner import make_plan
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.setup import Setup
+from planner_cases import user_error
 from policy_cases import CPU, encoded, small_recipe
 from subprocesses import ROOT
 
@@ -168,18 +169,19 @@ def test_a_run_trains_over_rounded_weights_and_goes_on_with_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (("model.lora=null",), "model.lora: null all of them train: write a model.lora"),
-        (("engine.distributed=fsdp2",), "does not go with engine.distributed: fsdp2: write ddp"),
-        (("rollout.precision=int8",), "does not go with rollout.precision: int8: write null there"),
-        (("model.dtype=fp64",), "does not go with model.dtype: fp64"),
-    ],
+    ("other", "instead"),
+    [("engine.distributed: fsdp2", "ddp"), ("rollout.precision: int8", "null"), ("model.dtype: fp64", "fp32 or bf16")],
 )
-def test_what_does_not_go_with_it_is_one_line(tmp_path, changes, message):
+def test_what_does_not_go_with_it_is_one_line(tmp_path, other, instead):
     recipe = tiny_recipe(tmp_path, model={"lora": LORA, "base_precision": "int8"})
-    with pytest.raises(UserError, match=f"model.base_precision: int8 .*{message}"):
-        load_recipe(recipe, changes)
+    told = f"{other} does not go with model.base_precision: int8: write {instead}, or model.base_precision: null"
+    assert told in user_error(load_recipe, recipe, (other.replace(": ", "="),))
+
+
+def test_it_is_for_a_lora(tmp_path):
+    recipe = tiny_recipe(tmp_path, model={"lora": LORA, "base_precision": "int8"})
+    told = user_error(load_recipe, recipe, ("model.lora=null",))
+    assert "model.base_precision: int8 rounds frozen weights, and with model.lora: null all of them train" in told
 
 
 @pytest.mark.parametrize(("precision", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])

@@ -191,7 +191,11 @@ MEMORY = {
     "cudnn 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     "cuda": torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     "driver": RuntimeError("CUDA driver error: out of memory"),
-    "nccl": DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed.\nCuda failure 2 'out of memory'"),
+    "nccl": DistBackendError(
+        "NCCL error, unhandled cuda error, NCCL version 2.18.1\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\nFailed to CUDA calloc async 1920 bytes"
+    ),
+    "nccl's cuda": DistBackendError("ncclUnhandledCudaError: …\nLast error:\nCuda failure 2 'out of memory'"),
     "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
 }
 OTHERS = {
@@ -204,7 +208,7 @@ OTHERS = {
 
 
 def test_full_memory_in_a_collective_is_no_lost_rank():
-    assert not ranks._is_lost(MEMORY["nccl"])
+    assert not any(ranks._is_lost(MEMORY[name]) for name in ("nccl", "nccl's cuda"))
     assert ranks._is_lost(DistBackendError("NCCL communicator was aborted on rank 0"))
 
 

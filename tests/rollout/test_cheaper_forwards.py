@@ -174,6 +174,31 @@ def test_a_cache_takes_what_is_predicted_and_gives_it_back_after_a_failure(flux)
         assert cached_tensors(policy) == []
 
 
+def predicted_cache(device, model, **keys):
+    """Bytes that the prediction adds for a cache, with prompts of 8 leaves."""
+    data = {"prompts": "unused.txt", "prompts_per_iteration": 6}
+    found = []
+    for cache in (None, {"interval": 2}):
+        recipe = small_recipe(model=model, data=data, rollout={**ROLLOUT, "group_size": 8, "cache": cache, **keys})
+        found.append(MemoryModel(recipe, make_plan(recipe, 0), device).at(400).stages)
+    plain, cached = found
+    (stage,) = (name for name in plain if name.startswith("rollout"))
+    return cached[stage] - plain[stage]
+
+
+def test_the_cache_of_prompts_that_roll_out_together_is_predicted_of_each_expert(flux, folders):
+    """On a GPU scoring runs beside a rollout of some prompts: half a pass of 400 tokens at the root's one row."""
+    model = {**MODELS["flux"], "path": str(flux), "dtype": "fp32", "lora": {"rank": 2, "alpha": 4}}
+    row = Policy.load(small_recipe(model=model), CPU).adapter.geometry.tokens
+    together = -(-400 // (2 * row))
+    assert 1 < together < 6
+    assert predicted_cache("cuda", model) * 6 == predicted_cache("cpu", model) * together
+    model = {**MODELS["wan_a14b"], "path": str(folders["wan_a14b"]), "dtype": "fp32", "lora": {"rank": 2, "alpha": 4}}
+    frozen = {"strategy": "frozen", "size": 1}
+    both = predicted_cache("cpu", model, steps=12, shift=3.0, window={**frozen, "start": 0})
+    assert both == 2 * predicted_cache("cpu", model, steps=12, shift=3.0, window={**frozen, "start": 5})
+
+
 def test_cached_steps_follow_the_last_stochastic_one():
     plan = make_plan(small_recipe(rollout={**ROLLOUT, "cache": {"interval": 3}}), 0)
     assert [step.index for step in plan.steps if plan.extrapolates(step)] == [6, 8, 9]

@@ -26,7 +26,7 @@ from flowgrove.bench.table import write_columns, write_results
 from flowgrove.device import pick_backend
 from flowgrove.errors import UserError
 from flowgrove.iteration import Stages
-from flowgrove.models.attention import check_attention
+from flowgrove.models.attention import check_attention, takes_no_mask
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.models.quantised import PRECISIONS, Precision, check_precision
@@ -198,13 +198,14 @@ class Settings:
 
     def _cheap(self, splits: bool) -> Iterator[Lever]:
         engine = COMPILED.engine if self.compiled else {}
-        unmasked = {**engine, **(SPLIT.engine if splits else {})}
+        unmasked = splits and self.attention is not None and takes_no_mask(self.attention)
+        beside = {**engine, **(SPLIT.engine if unmasked else {})}
         if self.precision is not None:
             yield Lever.cheap(self.precision, None, engine)
         if self.attention is not None:
-            yield Lever.cheap(None, self.attention, unmasked)
+            yield Lever.cheap(None, self.attention, beside)
         if self.precision is not None and self.attention is not None:
-            yield Lever.cheap(self.precision, self.attention, unmasked)
+            yield Lever.cheap(self.precision, self.attention, beside)
 
 
 def settings_of(

@@ -16,7 +16,7 @@ from flowgrove.passes.packing import Ints, pack
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.recipe.schema import Recipe
-from flowgrove.rewards.scoring import samples_at_once
+from flowgrove.rewards.scoring import rolled_together, samples_at_once
 from flowgrove.rollout.forest import edges_in_update
 from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 
@@ -125,8 +125,8 @@ def _parts(recipe: Recipe, plan: RolloutPlan, prompts: range, geometry: Geometry
     together = len(prompts)
     if engine.beside and not recipe.engine.exact_replay:
         narrowest = geometry.tokens * engine.doubled * (plan.roots if recipe.engine.share else plan.leaves)
-        together = -(-engine.tokens // (2 * narrowest))
-    for start in range(0, len(prompts), max(1, together)):
+        together = rolled_together(engine.tokens, narrowest)
+    for start in range(0, len(prompts), together or 1):
         yield prompts[start : start + together]
 
 

@@ -85,9 +85,6 @@ def check_attention(
         why = "which takes no mask" if _takes_no_mask(name) else "which takes a mask for a number of first tokens"
         split = ("engine.split_lengths: true",) if adapter.splits_texts() else ()
         raise error(f", {why}, and {recipe.adapter} masks prompts of different lengths: ", "sdpa", *split)
-    if _takes_no_mask(name) and recipe.dtype == "bf16" and recipe.lora is None:
-        why = ", which wants bf16 throughout: with model.lora: null norms train in fp32; "
-        raise error(why, "sdpa", "a model.lora")
     if not _switchable(adapter):
         if not trains:
             raise error(f": diffusers' {recipe.adapter} transformer takes one attention kernel for all passes: ")
@@ -96,6 +93,9 @@ def check_attention(
                 f"{says} {wanted}: the {recipe.adapter} transformer of diffusers takes sdpa (which itself "
                 "runs flash kernels) or xformers"
             )
+        if name == "xformers" and recipe.dtype == "bf16" and recipe.lora is None:
+            why = ", which wants queries and values in one dtype: with model.lora: null norms train in fp32; "
+            raise error(why, "sdpa", "a model.lora")
     if trains and "sage" in name:
         raise UserError(
             f"{says} {wanted}, which has no backward: write sage for rollout.attention, whose steps do not train, and "
@@ -125,7 +125,12 @@ def with_attention(transformer: Any, wanted: str) -> Any:
 def runs_alone(recipe: Recipe) -> bool:
     """Whether nothing may compute attention beside a recipe's passes: no decoding, no reward, no text encoder."""
     wanted = (recipe.engine.attention, recipe.rollout.attention)
-    return any(_NAMES.get(name, name) in _FLAGGED for name in wanted if name is not None)
+    return any(alone(name) for name in wanted if name is not None)
+
+
+def alone(wanted: str) -> bool:
+    """Whether no other attention may run while this one does."""
+    return _NAMES.get(wanted, wanted) in _FLAGGED
 
 
 def _take_one_dtype(name: str) -> None:
@@ -174,6 +179,11 @@ def missing(wanted: str, device: torch.device, downloads: bool = True) -> str | 
     if device.type == "cpu" and name not in ("_native_math", "flex"):
         return "it needs a GPU"
     return None
+
+
+def takes_no_mask(wanted: str) -> bool:
+    """Whether a kernel is for rows without a mask alone."""
+    return _takes_no_mask(_NAMES.get(wanted, wanted))
 
 
 def _takes_no_mask(name: str) -> bool:

@@ -35,9 +35,10 @@ FP8_FROM = (8, 9)  # compute capability
 _MOST = {"fp8": 448.0, "int8": 127.0}
 _LEAST_SCALE = torch.finfo(torch.float32).eps  # of a row of zeros
 _LEAST_ROWS = 17  # of torch._int_mm on a GPU
-_BYTES = torch.full((8, 64), 127, dtype=torch.int8)
-# CPUs without instructions for it (VNNI) add products of bytes up in 16 bits, which overflow
-_EXACT = bool((torch._int_mm(_BYTES, _BYTES.t()) == 64 * 127**2).all())
+_LARGEST = torch.full((8, 64), 127, dtype=torch.int8, device="cpu")
+# Whether this CPU's product of bytes is right: some kernels add products up in 16 bits, which overflow, and what a CPU
+# says of its instructions does not tell which one runs.
+ADDS_EXACTLY = bool((torch._int_mm(_LARGEST, _LARGEST.t()) == 64 * 127**2).all())
 _NOT_PER_TOKEN = re.compile(r"(^|\.)(norm\w*|\w+_mod|\w*modulation\w*)(\.|$)")
 _LORA = re.compile(r"(^|\.)lora_")
 
@@ -240,7 +241,7 @@ def _integer_product(x: Tensor, codes: Tensor) -> Tensor:
         few = _LEAST_ROWS - x.shape[0]
         if few > 0:
             return torch._int_mm(nn.functional.pad(x, (0, 0, 0, few)), codes.t())[: x.shape[0]].float()
-    elif not _EXACT:
+    elif not ADDS_EXACTLY:
         return x.float() @ codes.float().t()
     return torch._int_mm(x, codes.t()).float()
 

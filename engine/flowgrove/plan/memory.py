@@ -21,8 +21,8 @@ from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.plan.unloaded import UnloadedModel
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
-from flowgrove.rewards.registry import is_groupwise
-from flowgrove.rewards.scoring import samples_at_once
+from flowgrove.rewards.registry import is_groupwise, is_remote
+from flowgrove.rewards.scoring import rolled_together, samples_at_once
 
 _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
 
@@ -87,9 +87,10 @@ class MemoryModel(UnloadedModel):
         """
         rolled, trained = self._largest_passes(tokens)
         training = self.sizes.at_once * self.compute.itemsize if reshard else self.gathered
+        cached = self._cached(tokens)
         counted = {
             "training": self._once("training", trained, self._training) + training + self._gradients_on_their_way(),
-            "rollout": self._rollout(rolled) + self._cached() + self.gathered,
+            "rollout": self._rollout(rolled) + cached + self.gathered,
             "decoding": self._once("decoding", self._pictures(), self._decoding) + self.gathered,
         }
         if self.device_type == "cuda":  # there pictures are decoded and scored beside the next rollout
@@ -98,7 +99,8 @@ class MemoryModel(UnloadedModel):
             flat = self.sizes.trained_whole * self.master.itemsize
             counted["adding gradients up"] = flat + (0 if reshard else self.gathered)
         if self.copies and self.recipe.run.eval.tuned_share < 1 and self.gathered:
-            counted["evaluation"] = max(counted[name] for name in counted if name.startswith("rollout")) + self.gathered
+            rollout = max(counted[name] for name in counted if name.startswith("rollout"))
+            counted["evaluation"] = rollout - cached + self.gathered
         return Memory(self.resident(tokens, reshard), counted, self.graph, trained * self.doubled)
 
     def fitting(self, total: int, foreign: int = 0) -> "Fit | None":
@@ -233,13 +235,21 @@ class MemoryModel(UnloadedModel):
             largest = max(largest, self._once("cheap rollout", states, self._rolling_cheaply))
         return largest + widest
 
-    def _cached(self) -> int:
-        """Bytes that rollout.cache holds: of every leaf what the extrapolated layers gave, and its differences."""
-        cache = self.recipe.rollout.cache
+    def _cached(self, tokens: int) -> int:
+        """Bytes that rollout.cache holds of the prompts that are rolled out together, in passes of `tokens`: of every
+        leaf what the extrapolated layers of each expert gave, and its differences.
+        """
+        cache, recipe, plan = self.recipe.rollout.cache, self.recipe, self.plan
         if cache is None:
             return 0
+        together = self.prompts
+        beside = self.device_type == "cuda" or any(is_remote(reward.name) for reward in recipe.reward)
+        if beside and not recipe.engine.exact_replay:
+            narrowest = self.geometry.tokens * self.doubled * (plan.roots if recipe.engine.share else plan.leaves)
+            together = min(together, rolled_together(tokens, narrowest))
         given = self._once("cache", 1, lambda states: sum(self._outputs_of_attention(states)))
-        return self.prompts * self.plan.leaves * (cache.order + 1) * given * self.compute.itemsize
+        experts = len({step.expert for step in plan.steps if plan.caches(step)})
+        return together * plan.leaves * experts * (cache.order + 1) * given * self.compute.itemsize
 
     @torch.no_grad()
     def _outputs_of_attention(self, states: int) -> list[int]:

@@ -103,6 +103,13 @@ def samples_at_once(pixels: int, group: int = 1) -> int:
     return max(1, PIXELS_AT_ONCE // pixels // group) * group
 
 
+def rolled_together(tokens: int, narrowest: int) -> int:
+    """How many prompts are rolled out together where scoring runs beside it: as many as fill half a pass of `tokens` at
+    the forest's narrowest, where a prompt has so many.
+    """
+    return max(1, -(-tokens // (2 * narrowest)))
+
+
 def score_leaves(
     policy: Policy,
     runner: PassRunner,

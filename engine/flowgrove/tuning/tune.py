@@ -16,7 +16,7 @@ from torch import Tensor
 from flowgrove.device import pick_device
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
-from flowgrove.models.attention import UNSAFE, attention_names, check_attention, missing, use_attention
+from flowgrove.models.attention import UNSAFE, alone, attention_names, check_attention, missing, use_attention
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.compiling import compile_blocks, leave_uncompiled
 from flowgrove.models.policy import Policy
@@ -39,6 +39,7 @@ from flowgrove.tuning.written import given_keys, header, written
 # of a backend's velocity or gradient from sdpa's, of its norm; bf16 kernels differ by less, those that quantise or
 # cannot train by more
 _DIFFERENCE = 0.05
+_ALONE = "chosen for the whole process: with it nothing is decoded, scored or encoded beside passes"
 _CHEAP_DIFFERENCE = 0.1  # the same of a velocity that neither trains nor has a ratio
 
 Say = Callable[[str], None]
@@ -170,6 +171,7 @@ class _Tuner:
         for name, distance in _that_run([name for name in here if name not in UNSAFE], away, notes):
             if distance <= _DIFFERENCE:
                 usable.append(name)
+                notes += [f"{name}: {_ALONE}"] if alone(name) else []
             else:
                 notes.append(f"{name}: left out, its velocity or gradient is not that of sdpa")
         choice = choose(
@@ -209,6 +211,7 @@ class _Tuner:
         for name, distance in _that_run(here, away, notes):
             told = f"its velocity is {distance:.2%} of its norm away"
             if distance <= _CHEAP_DIFFERENCE:
+                notes += [f"{name}: {_ALONE}"] if alone(name) else []
                 label = f"{name} ({told})"
                 candidates.append(Candidate(name, label, self._cheapened(recipe.rollout.precision, name)))
             else:

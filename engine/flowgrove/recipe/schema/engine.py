@@ -88,7 +88,9 @@ class Engine(Section):
     """Whether the next iteration's prompts are encoded while this one's updates run.
     Its states and rewards must wait for the new weights; texts and source pictures need not. It helps where encoders
     stay loaded (data.embedding_cache) and `flowgrove profile` shows time in encode; what a prompt's encoding takes then
-    comes on top of an update's memory. Encoders that wait in host memory stay there. The result is the same.
+    comes on top of an update's memory. Encoders that wait in host memory stay there, and beside attention kernels that
+    are chosen for the whole process (sdpa_flash, cudnn, _native_math, _native_efficient) nothing is encoded ahead. The
+    result is the same.
     Source: ours.
     """
 
