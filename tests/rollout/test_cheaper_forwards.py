@@ -180,7 +180,7 @@ def predicted_cache(device, model, **keys):
     found = []
     for cache in (None, {"interval": 2}):
         recipe = small_recipe(model=model, data=data, rollout={**ROLLOUT, "group_size": 8, "cache": cache, **keys})
-        found.append(MemoryModel(recipe, make_plan(recipe, 0), device).at(400).stages)
+        found.append(MemoryModel(recipe, plan_and_coefficients(recipe)[0], device).at(400).stages)
     plain, cached = found
     (stage,) = (name for name in plain if name.startswith("rollout"))
     return cached[stage] - plain[stage]
