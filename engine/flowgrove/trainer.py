@@ -1,5 +1,7 @@
 """The training loop: iterations, and what is kept of each: metrics, checkpoints, evaluations."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -9,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgrove.data.prompt import described
 from flowgrove.data.prompts import prompts_of_iteration, prompts_of_run
 from flowgrove.device import pick_backend, pick_device
 from flowgrove.errors import UserError, one_line
@@ -32,7 +35,7 @@ from flowgrove.report.split_view import choice_sentence
 from flowgrove.rewards.faults import Faults
 from flowgrove.rewards.registry import Rewards
 from flowgrove.run.checkpoint import load_checkpoint
-from flowgrove.run.finding import Say, best_checkpoint, mark_best, remove_older, remove_unfinished
+from flowgrove.run.finding import Say, best_checkpoint, leave_later, mark_best, remove_older, remove_unfinished
 from flowgrove.run.folder_lock import FolderLock
 from flowgrove.run.manifest import read_state
 from flowgrove.run.metrics import MetricsLog
@@ -45,6 +48,7 @@ from flowgrove.run.tracking import Trackers
 from flowgrove.setup import Setup
 from flowgrove.tuning.checkpointing import settled
 from flowgrove.tuning.token_budget import settle_meetings, settle_token_budget
+from flowgrove.update.micro_batches import MicroBatch
 from flowgrove.update.passes import Rolled, Whole
 from flowgrove.update.updater import Updater, UpdateStats
 
@@ -77,6 +81,11 @@ class _HeldUpdater(Updater):
         """All updates of an iteration, whose checkpoint then is the next that can be written."""
         self.stopping.hold()
         return super().run(parts, whole)
+
+    def gradient(self, batches: list[tuple[Rolled, MicroBatch]]) -> int:
+        """Which compares with the reference model, whose weights take the place of these meanwhile."""
+        self.stopping.hold()
+        return super().gradient(batches)
 
 
 class Trainer:
@@ -137,6 +146,8 @@ class Trainer:
         self.last_line: dict[str, Any] | None = None
         self.skipped = 0  # updates in a row
         self.writer = CheckpointWriter(self.out, recipe.run.keep_last, ranks, self._check_lock)
+        self.went_back = resume not in ("auto", "never")
+        self.again = "the same command without --resume" if self.went_back else "the same command"
         self.saved: Path | None = None  # the checkpoint of `completed`, if one in this folder is or is being written
         self.changes = False  # whether the checkpoints in the folder are of another recipe than this one
         if checkpoint is not None:
@@ -244,6 +255,8 @@ class Trainer:
         for iteration, forest in forest_files(self.out).items():
             if iteration >= self.completed:
                 remove_forest(forest)
+        if self.went_back and self.saved is not None:
+            leave_later(self.out, self.saved)
         return MetricsLog(self.out, self._first_line())
 
     def _first_line(self) -> int:
@@ -331,7 +344,7 @@ class Trainer:
         def end() -> None:
             raise UserError(
                 f"{self.skipped} updates in a row were skipped, as their gradients were not finite "
-                f"(run.most_skipped_updates): saved {saved} with the weights before them: the same command tries on "
+                f"(run.most_skipped_updates): saved {saved} with the weights before them: {self.again} tries on "
                 "from it, or resume an earlier one with a lower update.lr and another --out"
             )
 
@@ -368,18 +381,29 @@ class Trainer:
         }
 
     def _keep_if_best(self, reward: float) -> None:
-        """A checkpoint of the model that has just been evaluated, if no trained one has scored higher."""
+        """A checkpoint of the model that has just been evaluated, if no trained one has scored higher under the same
+        judge.
+        """
+        judge = self._judge()
         best = best_checkpoint(self.out) if self.ranks.first else None
-        known = best is not None and int(best[0].name[5:]) < self.completed and best[1] >= reward
+        comparable = best is not None and best.judge in ("", judge) and int(best.folder.name[5:]) < self.completed
+        known = best is not None and comparable and best.reward >= reward
         if self.ranks.most(int(known)):
             return
         folder = self._saved()
 
         def keep() -> None:
-            mark_best(folder, reward)
+            mark_best(folder, reward, judge)
             remove_older(self.out, folder, self.recipe.run.keep_last)
 
         self.ranks.by_first(keep)
+
+    def _judge(self) -> str:
+        """A hash of what gives a model its held-out reward: prompts, rewards, how it draws."""
+        rewards = [reward.model_dump(mode="json") for reward in self.recipe.reward]
+        prompts = [described(text) for text in self.setup.eval_prompts]
+        content = json.dumps([prompts, rewards, self.recipe.run.eval.model_dump(mode="json")])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _write_grid(self, place: Path, completed: int, evaluated: Evaluated) -> None:
         """A sample grid, in the folder and for the trackers."""
@@ -424,7 +448,7 @@ class Trainer:
             if self.last_line is None or not isinstance(nothing.reason, UserError):
                 raise nothing.reason from None
             self.stopping.hold()
-            ended = UserError(f"{nothing.reason}; saved {self._saved()}: the same command goes on from it")
+            ended = UserError(f"{nothing.reason}; saved {self._saved()}: {self.again} goes on from it")
             ended.everywhere = nothing.reason.everywhere
             raise ended from None
 

@@ -44,6 +44,17 @@ def test_steps_outside_the_range_run_one_row_for_one_unless_they_have_noise(inte
     assert seen == [len(TEXTS) * step.nodes_in * (2 if step.index in guided else 1) for step in plan.steps]
 
 
+def test_a_step_of_a_compressed_tail_is_guided_by_where_it_begins_in_the_schedule():
+    """The tail's 3 steps stand for steps 4 to 9: they begin at 4, 6 and 8."""
+    tail = {"tail": {"compress": 0.5}}
+    guided = {}
+    for last in (5, 7, 9):
+        plan, _ = plan_and_coefficients(small_recipe(rollout={**ROLLOUT, **tail, "guidance_range": (4, last)}))
+        guided[last] = [step.index for step in plan.steps if step.index > 3 and plan.guided(step)]
+    assert [step.position for step in plan.steps] == [0, 1, 2, 3, 4, 6, 8]
+    assert guided == {5: [4], 7: [4, 5], 9: [4, 5, 6]}
+
+
 def test_an_unguided_step_is_the_step_of_a_model_without_guidance():
     recipe = small_recipe(
         rollout={**ROLLOUT, "window": {"strategy": "none"}, "shared_initial_noise": False, "guidance_range": [9, 10]}

@@ -23,9 +23,11 @@ from engine_cases import (
     tiny_recipe,
     weights_of,
 )
+from flowgrove.errors import UserError
+from flowgrove.iteration import Stages
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.report.grids import load_grid
-from flowgrove.run.finding import best_checkpoint, find_checkpoint
+from flowgrove.run.finding import best_checkpoint, find_checkpoint, mark_best
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from subprocesses import FLOWGROVE, environment
@@ -437,6 +439,51 @@ def test_the_best_held_out_checkpoint_stays_beside_the_newest(recipe, tmp_path):
     assert find_checkpoint(run, "best").name == f"step_{best:06d}"
     assert checkpoints(run) == sorted({f"step_{best:06d}", f"step_{ITERATIONS:06d}"})
     assert best_checkpoint(run)[1] == pytest.approx(scores[best])
+
+
+def test_the_best_under_another_judge_is_no_best(recipe, tmp_path):
+    """Rewards of other prompts say nothing of each other."""
+    run = tmp_path / "run"
+    told = ("run.keep_best=true", "run.eval_every=1", "run.checkpoint_every=1", "run.keep_last=9")
+    options = [part for one in told for part in ("--set", one)]
+    succeed("train", recipe, "--out", run, *options, "--set", "run.iterations=2")
+    first = best_checkpoint(run)
+    mark_best(run / "checkpoints" / "step_000001", 100.0, first.judge)
+    succeed("train", recipe, "--out", run, *options, "--set", "run.iterations=3")
+    assert best_checkpoint(run).reward == 100.0, "the same judge"
+    other = tmp_path / "other.txt"
+    other.write_text("a red circle at the centre\n")
+    succeed("train", recipe, "--out", run, *options, "--set", f"data.eval_prompts={other}", "--set", "run.iterations=4")
+    best = best_checkpoint(run)
+    assert best.judge != first.judge
+    assert best.reward == max(line["eval_reward"] for line in metrics_of(run)[3:])
+
+
+def test_a_branch_that_was_left_is_gone_before_anything_is_saved(recipe, tmp_path, monkeypatch):
+    """Else a start after an error would go on from it, behind metrics that are no longer there."""
+    run = tmp_path / "run"
+    options = ["--set", "run.checkpoint_every=1", "--set", "run.keep_last=4", "--set", "run.eval_every=0"]
+    succeed("train", recipe, "--out", run, *options, "--set", "run.iterations=3")
+
+    def fails(*_):
+        raise UserError("the reward is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, "run", fails)
+        back = run / "checkpoints" / "step_000001"
+        assert "the reward is gone" in refuse("train", recipe, "--out", run, *options, "--resume", back)
+    assert checkpoints(run) == ["step_000001"]
+    assert (run / "latest").resolve().name == "step_000001"
+    succeed("train", recipe, "--out", run, *options, "--set", "run.iterations=3")
+    assert [line["iteration"] for line in metrics_of(run)] == [0, 1, 2]
+
+
+def test_a_checkpoint_without_averages_is_not_called_damaged(whole, recipe, tmp_path):
+    told = refuse(
+        "train", recipe, "--out", tmp_path / "new", "--resume", whole / "latest", "--set", "update.ema_decay=0.9"
+    )
+    assert "holds no averaged weights: write null" in told
+    assert "damaged" not in told
 
 
 def test_the_folder_of_a_run_can_be_moved(whole, recipe, tmp_path):

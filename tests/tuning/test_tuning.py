@@ -193,6 +193,8 @@ def test_the_cache_tells_recipes_and_devices_apart(cache):
     mine, other = cache_key(small_recipe(), "GPU A"), cache_key(small_recipe(), "GPU B")
     assert mine == cache_key(small_recipe(run={"iterations": 7}), "GPU A")
     assert len({mine, other, cache_key(small_recipe(engine={"compile": True}), "GPU A")}) == 3
+    hybrid = small_recipe(run={"eval": {"tuned_share": 0.8}})
+    assert cache_key(hybrid, "GPU A") != mine, "it holds a copy of the untouched model"
     assert cached_budget(mine) is None
     cache_budget(mine, 100)
     cache_budget(other, 200)

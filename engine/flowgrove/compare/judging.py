@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowgrove.data.prompt import described
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.models.families import configuration_folder, read_geometry
@@ -21,14 +22,22 @@ _NAME = "evaluation.json"
 
 def judged(setup: Setup) -> dict[str, Any]:
     """What decides the held-out reward of given weights, by the recipe key that changes it, as JSON values: null in a
-    recipe is what it stands for, and prompts are a hash of their text. Raises UserError for files that cannot be read.
+    recipe is what it stands for, and prompts are a hash of their rows. Raises UserError for files that cannot be read.
     """
     recipe, settings = setup.recipe, setup.recipe.run.eval
     geometry = read_geometry(configuration_folder(recipe.model), recipe.model)
     steps = setup.eval_plan.steps
-    guidance = recipe.model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    model = recipe.model
+    guidance = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    guided = guidance > 1  # else nothing reads what is said of it
+    initial = model.init_lora
     return {
-        "model.path": recipe.model.path,
+        "model.path": model.path,
+        "model.init_lora": None if initial is None else initial.model_dump(mode="json"),
+        "model.base_precision": model.base_precision,
+        "model.negative_prompt": model.negative_prompt if guided else None,
+        "model.cfg_normalization": model.cfg_normalization if guided else None,
+        "model.guidance_scale_2": model.guidance_scale_2 if settings.guidance_scale is None else None,
         "model.height": geometry.height,
         "model.width": geometry.width,
         "model.frames": geometry.frames,
@@ -38,7 +47,7 @@ def judged(setup: Setup) -> dict[str, Any]:
         "run.eval.guidance_scale": guidance,
         "run.eval.samples": settings.samples,
         "run.eval.tuned_share": settings.tuned_share,
-        _PROMPTS: hashlib.sha256(json.dumps(setup.eval_prompts).encode()).hexdigest(),
+        _PROMPTS: hashlib.sha256(json.dumps([described(text) for text in setup.eval_prompts]).encode()).hexdigest(),
         "reward": [reward.model_dump(mode="json") for reward in recipe.reward],
     }
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from flowgrove.errors import UserError
 from flowgrove.plan.sigmas import SigmaTable, round_half_up, shifted_sigmas, tail_steps
@@ -31,6 +31,7 @@ class Step:
 
     `coefficients` names its row in flowgrove_kernels.coefficients, which is its solver's, or of the first steps of a
     solver with history the one that starts it. `expert`: that runs it, None: the model has one transformer.
+    `position`: where it begins in the schedule of rollout.steps, which is its index, but in a compressed tail.
     `takes_estimate`: that row uses the clean estimate of the step before;
     `leaves_estimate`: the step after takes this one's.
     """
@@ -47,6 +48,7 @@ class Step:
     trained: bool
     nodes_in: int
     nodes_out: int
+    position: float
     expert: Expert | None = None
 
 
@@ -113,7 +115,7 @@ class RolloutPlan:
         return (
             self.guidance_range is None
             or step.stochastic
-            or self.guidance_range[0] <= step.index < self.guidance_range[1]
+            or self.guidance_range[0] <= step.position < self.guidance_range[1]
         )
 
     def cheap(self, step: Step) -> bool:
@@ -282,9 +284,9 @@ def make_plan(
     roots = _roots(rollout, fanouts, stochastic)
     pruned = pruned_depths(prune, iteration)
     levels = _levels(rollout, table, stochastic)
-    takes = history([solver for _, _, solver in levels])
+    takes = history([level.solver for level in levels])
     steps, nodes = [], roots
-    for index, (sigma, sigma_next, name) in enumerate(levels):
+    for index, (position, sigma, sigma_next, name) in enumerate(levels):
         solver, fanout, expert = SOLVERS[name], fanouts.get(index, 1), expert_at(sigma, table)
         steps.append(
             Step(
@@ -300,6 +302,7 @@ def make_plan(
                 trained=solver.stochastic and index not in pruned and _trains(recipe, expert),
                 nodes_in=nodes,
                 nodes_out=nodes * fanout,
+                position=position,
                 expert=expert,
             )
         )
@@ -418,8 +421,15 @@ def _roots(rollout: Rollout, fanouts: dict[int, int], stochastic: set[int]) -> i
     return rollout.group_size // below
 
 
-def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[tuple[float, float, str]]:
-    """(σ, σ', solver) of every step: the table, and after the last stochastic step the compressed tail,
+class _Level(NamedTuple):
+    position: float
+    sigma: float
+    sigma_next: float
+    solver: str
+
+
+def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[_Level]:
+    """Every step: the table, and after the last stochastic step the compressed tail,
     if there is one.
     """
     total = rollout.steps
@@ -433,4 +443,4 @@ def _levels(rollout: Rollout, table: SigmaTable, stochastic: set[int]) -> list[t
         rollout.dynamics if i in stochastic else rollout.tail.solver if rollout.tail and i >= head else PLAIN
         for i in range(len(sigmas) - 1)
     ]
-    return list(zip(sigmas, sigmas[1:], solvers, strict=False))
+    return [_Level(*level) for level in zip(positions, sigmas, sigmas[1:], solvers, strict=False)]

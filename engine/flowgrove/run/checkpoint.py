@@ -11,7 +11,7 @@ from flowgrove.errors import UserError
 from flowgrove.models.masters import Piece
 from flowgrove.models.policy import Policy
 from flowgrove.ranks import Ranks
-from flowgrove.run.manifest import DamagedError, read_state, verify
+from flowgrove.run.manifest import MANIFEST, DamagedError, read_state, verify
 from flowgrove.run.tensor_files import TensorFiles, holds, piece_of, weight_of
 from flowgrove.update.optimizers import load_state_tensors, state_tensors
 from flowgrove.update.updater import Updater
@@ -53,6 +53,8 @@ def _load(folder: Path, policy: Policy, updater: Updater | None) -> tuple[int, d
     kind = "ema" if updater is None and holds(folder, "ema") else "weights"
     weights = _fitting(folder, kind, parameters, pieces, "trains")
     if updater is not None:
+        if updater.ema is not None and not holds(folder, "ema") and (folder / MANIFEST).is_file():  # which misses none
+            raise UserError(f"update.ema_decay: {folder} holds no averaged weights: write null, or begin a new run")
         averages = None if updater.ema is None else _fitting(folder, "ema", parameters, pieces, "averages")
         _load_moments(folder, parameters, pieces, updater)
         if updater.ema is not None and averages is not None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from flowgrove.errors import UserError
 from flowgrove.files import partial_name, write_text
@@ -89,21 +90,28 @@ def pointed_at(path: Path) -> Path:
     return target
 
 
-def best_checkpoint(run: Path) -> tuple[Path, float] | None:
-    """The checkpoint that scored best on the held-out prompts, and its score; None without `run.keep_best`, or if it is
-    gone."""
+class Best(NamedTuple):
+    """The checkpoint that scored best on the held-out prompts, its score, and a hash of what judged it; "": unknown."""
+
+    folder: Path
+    reward: float
+    judge: str
+
+
+def best_checkpoint(run: Path) -> Best | None:
+    """None without `run.keep_best`, or if it is gone."""
     try:
         told = json.loads((run / _BEST).read_text(encoding="utf-8"))
         folder = run / "checkpoints" / f"step_{int(told['completed_iterations']):06d}"
-        reward = float(told["eval_reward"])
+        reward, judge = float(told["eval_reward"]), str(told.get("judge", ""))
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
-    return (folder, reward) if folder.is_dir() else None
+    return Best(folder, reward, judge) if folder.is_dir() else None
 
 
-def mark_best(folder: Path, reward: float) -> None:
+def mark_best(folder: Path, reward: float, judge: str = "") -> None:
     """From now on this checkpoint of a run is its best."""
-    told = {"completed_iterations": int(folder.name[5:]), "eval_reward": reward}
+    told = {"completed_iterations": int(folder.name[5:]), "eval_reward": reward, "judge": judge}
     write_text(folder.parents[1] / _BEST, json.dumps(told) + "\n")
 
 
@@ -118,6 +126,19 @@ def remove_older(run: Path, newest: Path, keep_last: int) -> None:
     older = [folder for folder in checkpoints[: max(0, place + 1 - keep_last)] if best is None or folder != best[0]]
     for other in (*older, *checkpoints[place + 1 :]):
         remove(other)
+
+
+def leave_later(run: Path, newest: Path) -> None:
+    """Removes checkpoints after `newest`, from which the user has gone back to it: else the next start would go on from
+    the branch that was left.
+    """
+    checkpoints = valid_checkpoints(run)
+    if newest not in checkpoints:  # the user has named it otherwise
+        return
+    point_latest(run, newest.name)
+    for other in checkpoints:
+        if int(other.name[5:]) > int(newest.name[5:]):
+            remove(other)
 
 
 def point_latest(run: Path, name: str) -> None:

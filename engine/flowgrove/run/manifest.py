@@ -21,7 +21,7 @@ from flowgrove.errors import UserError
 from flowgrove.files import why_unreadable
 
 WHOLE, SHARDED = 2, 3  # formats that are written
-_MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
+MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
 _ADDED_LATER = frozenset({"token_budget"})  # keys that a state of format 1 or 2 may lack
 Files = dict[str, dict[str, int | str]]  # name in the checkpoint's folder → bytes and sha256
 _RACY = 2.0  # seconds: a file changed twice within a clock's tick bears the same times
@@ -46,7 +46,7 @@ def write_manifest(folder: Path, state: dict[str, Any], files: Files) -> None:
     """Adds state.json and manifest.json to a folder that holds its tensor files."""
     (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
     manifest = {"format": 1, "files": files, "state": state}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def verify(folder: Path) -> dict[str, Any]:
     if known is not None and known[0] == seen:
         return known[1]
     state = read_state(folder)
-    manifest = _read_json(folder / _MANIFEST, missing_ok=state["format"] == 1)
+    manifest = _read_json(folder / MANIFEST, missing_ok=state["format"] == 1)
     try:
         if manifest is None:
             _check_headers(folder)
@@ -96,14 +96,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _check_manifest(folder: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
     told, files = manifest.get("state"), manifest.get("files")
     if not (isinstance(told, dict) and isinstance(files, dict) and all(isinstance(f, dict) for f in files.values())):
-        raise DamagedError(folder, f"{_MANIFEST} says too little")
+        raise DamagedError(folder, f"{MANIFEST} says too little")
     if _text(state) != _text({key: value for key, value in told.items() if key in state or key not in _ADDED_LATER}):
-        raise DamagedError(folder, f"{_STATE} and {_MANIFEST} contradict each other")
+        raise DamagedError(folder, f"{_STATE} and {MANIFEST} contradict each other")
     there, sharded = set(tensor_files(folder)), state["format"] == SHARDED
     needed = "weights/rank_00000.safetensors" if sharded else "weights.safetensors"
     if needed not in files or there != set(files) or any(("/" in name) != sharded for name in files):
         odd = sorted((there ^ set(files)) or {needed})
-        raise DamagedError(folder, f"{', '.join(odd[:4])}: missing, or not in {_MANIFEST}")
+        raise DamagedError(folder, f"{', '.join(odd[:4])}: missing, or not in {MANIFEST}")
     for name, entry in files.items():
         _check_is_file(folder / name)
         if (folder / name).stat().st_size != entry.get("bytes"):

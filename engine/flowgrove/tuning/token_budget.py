@@ -132,8 +132,11 @@ def room_beside(setup: Setup, policy: Policy, division: Division = ALONE) -> Ten
 
 
 def cache_key(recipe: Recipe, device_name: str) -> str:
-    """Names what was measured: the recipe without `run`, on this device with this torch."""
-    content = [recipe.model_dump(mode="json", exclude={"run"}), torch.__version__, device_name]
+    """Names what was measured: the recipe without `run`, but for the copy of the untouched model that it may ask for,
+    on this device with this torch.
+    """
+    recipe_part = recipe.model_dump(mode="json", exclude={"run"})
+    content = [recipe_part, recipe.uses_reference, torch.__version__, device_name]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -239,9 +239,10 @@ class Rollout(Section):
     """
 
     guidance_range: tuple[Index, Count] | None = None
-    """The steps [lo, hi) with guidance; other steps of the ODE run unguided. null: all are guided.
-    Stochastic steps are always guided. It halves the cost of a step without guidance, changes training pictures, and is
-    for models whose guidance takes a second row. Evaluation is guided throughout. Not together with rollout.cache.
+    """The steps [lo, hi) of rollout.steps with guidance; other steps of the ODE run unguided. null: all are guided.
+    A step of a compressed tail counts by where it begins in that schedule. Stochastic steps are always guided. It
+    halves the cost of a step without guidance, changes training pictures, and is for models whose guidance takes a
+    second row. Evaluation is guided throughout. Not together with rollout.cache.
     Source: Kynkäänniemi et al. (2404.07724).
     """
 
