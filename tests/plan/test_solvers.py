@@ -53,11 +53,11 @@ def test_another_row_is_another_solver(twin, monkeypatch):
     monkeypatch.setitem(SOLVERS, "another", Solver(*SOLVERS[twin]))
     monkeypatch.setitem(table, "another", table[twin])
     levels = planner._levels
-    monkeypatch.setattr(
-        planner,
-        "_levels",
-        lambda *given: [(here, there, "another" if name == twin else name) for here, there, name in levels(*given)],
-    )
+
+    def renamed(*given):
+        return [level._replace(solver="another") if level.solver == twin else level for level in levels(*given)]
+
+    monkeypatch.setattr(planner, "_levels", renamed)
     assert "another" in {step.solver for step in make_plan(recipe, 0).steps}
     assert torch.equal(rolled(recipe), expected)
 
