@@ -108,7 +108,7 @@ def test_evaluation_takes_the_averages(tmp_path):
 
 def test_other_shapes_and_averages_that_are_missing_are_refused(tmp_path, monkeypatch):
     folder = save(tmp_path, 1, 2, average=False)
-    with pytest.raises(UserError, match="update.ema_decay: .* holds no averaged weights"):
+    with pytest.raises(UserError, match=r"update.ema_decay: .* holds no averaged weights"):
         load(folder, 2)
     assert load(folder, 3, average=False) == [True] * 3
     monkeypatch.setitem(SHAPES, "a.weight", (8, 3))
