@@ -256,6 +256,7 @@ def test_rollouts_in_8_bits_are_a_lever():
     assert rows[0]["rows_speedup"] == rows[1]["rows_speedup"]
 
 
+@pytest.mark.long
 def test_masked_texts_and_another_attention_are_levers(tmp_path, monkeypatch):
     """Where a model masks texts, rows of one length run apart without it, and so does an attention that may take none.
     Nothing else changes: the rows and passes are those of the lever before.

@@ -218,6 +218,7 @@ def test_learning_rates_that_differ_little_have_folders_of_their_own(recipes, tm
     assert len({run.title for run in runs}) == 2
 
 
+@pytest.mark.long
 def test_a_run_that_fails_is_named_and_the_others_count(recipes, tmp_path):
     """Its training prompts are no sentences about shapes, which its process finds out."""
     window, tree = recipes
