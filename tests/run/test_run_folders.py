@@ -22,6 +22,7 @@ from flowgrove.run.metrics import read_metrics
 from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
+from flowgrove.update.updater import Updater
 from subprocesses import PYTHON, environment
 
 HOLD = """
@@ -126,6 +127,21 @@ def test_a_finished_run_leaves_no_lock(tmp_path):
 
 
 # Signals in this process
+
+
+def test_a_signal_waits_for_the_measurement_of_gradients_too(tmp_path, monkeypatch):
+    """It compares with the reference model, whose weights may stand in the policy's meanwhile."""
+    seen, measured = [], Updater.gradient
+    overrides = ("run.gradient_noise_every=1", "run.iterations=1", "run.eval_every=0")
+    setup = Setup(load_recipe(tiny_recipe(tmp_path), overrides))
+    with Stopping() as stop:
+        monkeypatch.setattr(
+            Updater, "gradient", lambda *given: seen.append((stop.holding, stop.let_go())) or measured(*given)
+        )
+        trainer = Trainer(setup, tmp_path / "run", "auto", stop, print)
+        trainer.run(lambda line: None)
+    assert seen
+    assert {holding for holding, _ in seen} == {True}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
