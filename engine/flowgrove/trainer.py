@@ -39,7 +39,7 @@ from flowgrove.run.finding import Say, best_checkpoint, leave_later, mark_best, 
 from flowgrove.run.folder_lock import FolderLock
 from flowgrove.run.manifest import read_state
 from flowgrove.run.metrics import MetricsLog
-from flowgrove.run.resume import choose_checkpoint, remember_budget, remembered_budget, stored_budget
+from flowgrove.run.resume import choose_checkpoint, command_again, remember_budget, remembered_budget, stored_budget
 from flowgrove.run.saving import CheckpointWriter
 from flowgrove.run.stopping import Stopped, Stopping
 from flowgrove.run.trackers.interface import Status
@@ -147,7 +147,7 @@ class Trainer:
         self.skipped = 0  # updates in a row
         self.writer = CheckpointWriter(self.out, recipe.run.keep_last, ranks, self._check_lock)
         self.went_back = resume not in ("auto", "never")
-        self.again = "the same command without --resume" if self.went_back else "the same command"
+        self.again = command_again(resume)
         self.saved: Path | None = None  # the checkpoint of `completed`, if one in this folder is or is being written
         self.changes = False  # whether the checkpoints in the folder are of another recipe than this one
         if checkpoint is not None:

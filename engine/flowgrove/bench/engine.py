@@ -185,7 +185,7 @@ class Settings:
     def levers(self, choice: str, splits: bool = False) -> tuple[Lever, ...]:
         """all: on a GPU with CUDA graphs, and where a model `splits` texts by lengths that; ends: the published loop
         and the last default lever; published, ours: one of these. Compiled blocks without CUDA graphs, beside ours, and
-        cheap rollouts, without masks where their attention may take none; checkpoints before ours."""
+        cheap rollouts, without masks where their attention takes none; checkpoints before ours."""
         recorded = [GRAPHS] if self.device.type == "cuda" else []
         chosen = {"all": (*LEVERS, *recorded), "ends": (LOOP, REUSED), "published": (LOOP,), "ours": (REUSED,)}[choice]
         if choice == "published":

@@ -30,7 +30,7 @@ def train(
     from flowgrove.joining import joined
     from flowgrove.report.page import write_report
     from flowgrove.run.progress import TrainingDisplay
-    from flowgrove.run.resume import finished
+    from flowgrove.run.resume import command_again, finished
     from flowgrove.run.stopping import Stopped, Stopping
     from flowgrove.setup import Setup
     from flowgrove.trainer import Trainer
@@ -40,7 +40,6 @@ def train(
     if resume == "auto" and started() == 1 and finished(setup, folder):
         say(done)
         return
-    again = "the same command" if resume == "auto" else "the same command without --resume"
     with joined(settings.engine, pick_device(settings)) as ranks, Stopping() as stopping:
         # other machines may not see the folder: the first rank looks for all
         if ranks.size > 1 and resume == "auto" and ranks.most(int(ranks.first and finished(setup, folder))):
@@ -52,7 +51,11 @@ def train(
                 trainer.run(display.update if display is not None else lambda line: None)
         except Stopped:
             with suppress(OSError):
-                say(f"saved {stopping.saved}: {again} goes on from it" if stopping.saved else "nothing to save yet")
+                say(
+                    f"saved {stopping.saved}: {command_again(resume)} goes on from it"
+                    if stopping.saved
+                    else "nothing to save yet"
+                )
             raise
     if ranks.first:
         say(f"report: {write_report(settings, trainer.out)}")

@@ -18,7 +18,7 @@ from flowgrove.plan.memory import GPU_SHARE
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.rates.kept import rates_of
 from flowgrove.rates.published import UTILISATION, published
-from flowgrove.rewards.registry import is_groupwise, is_remote
+from flowgrove.rewards.registry import is_groupwise, scored_beside
 from flowgrove.setup import Setup
 from flowgrove.tuning.graph_room import GraphRoom, room_of_cpu
 from flowgrove.tuning.token_budget import cache_key, cached_budget
@@ -171,7 +171,7 @@ class _Predictor:
             tokens=self.tokens,
             doubled=model.doubled,
             pixels_per_decode=PIXELS_PER_DECODE[self.kind],
-            beside=self.kind == "cuda" or any(is_remote(reward.name) for reward in self.recipe.reward),
+            beside=scored_beside(self.recipe, self.kind),
             whole_groups=any(map(is_groupwise, self.recipe.reward)),
             graphs=lambda: room.graphs(full),
             divided=self.division.shards is not None,

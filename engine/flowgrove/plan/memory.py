@@ -21,7 +21,7 @@ from flowgrove.plan.reference_velocities import keeps_reference_velocities
 from flowgrove.plan.unloaded import UnloadedModel
 from flowgrove.plan.weight_sizes import WeightSizes
 from flowgrove.recipe.schema import Recipe
-from flowgrove.rewards.registry import is_groupwise, is_remote
+from flowgrove.rewards.registry import is_groupwise, scored_beside
 from flowgrove.rewards.scoring import rolled_together, samples_at_once
 
 _OPTIMIZER_BYTES = {"adamw": 8, "apex_fused_adam": 8, "adamw_8bit": 2}  # per trained weight
@@ -243,8 +243,7 @@ class MemoryModel(UnloadedModel):
         if cache is None:
             return 0
         together = self.prompts
-        beside = self.device_type == "cuda" or any(is_remote(reward.name) for reward in recipe.reward)
-        if beside and not recipe.engine.exact_replay:
+        if scored_beside(recipe, self.device_type) and not recipe.engine.exact_replay:
             narrowest = self.geometry.tokens * self.doubled * (plan.roots if recipe.engine.share else plan.leaves)
             together = min(together, rolled_together(tokens, narrowest))
         given = self._once("cache", 1, lambda states: sum(self._outputs_of_attention(states)))

@@ -83,6 +83,13 @@ def is_remote(name: str) -> bool:
     return bool(getattr(_REWARDS.get(name), "remote", False))
 
 
+def scored_beside(recipe: Recipe, device_type: str) -> bool:
+    """Whether a thread that decodes and scores beside the rollout gains something: on a GPU, and where a reward waits
+    for a server.
+    """
+    return device_type == "cuda" or any(is_remote(reward.name) for reward in recipe.reward)
+
+
 def is_groupwise(reward: Reward) -> bool:
     """Whether an entry of a recipe is a reward that needs all samples of a prompt in one call. Raises UserError for one
     that does not exist.

@@ -49,6 +49,13 @@ def finished(setup: Setup, out: Path) -> bool:
     return any(line["iteration"] == done - 1 for line in read_metrics(out))
 
 
+def command_again(resume: str) -> str:
+    """How errors call the command that goes on from what a run has saved: another start from the same place, or a fresh
+    one, is not meant.
+    """
+    return "the same command" if resume == "auto" else "the same command without --resume"
+
+
 def choose_checkpoint(
     setup: Setup, out: Path, resume: str, say: Say = _log.warning, force: bool = False
 ) -> Path | None:
