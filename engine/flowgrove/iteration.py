@@ -224,12 +224,12 @@ class Stages:
         """This rank's share of the prompts of each size: its number, its policy, the texts, and the first one's number.
         None of a size that leaves it nothing.
         """
+        of_sizes = [texts[size :: len(self.sizes)] for size in range(len(self.sizes))]
+        shares = self.ranks.shares([len(some) for some in of_sizes])
         first = 0
-        for size, (policy, _) in enumerate(self.sizes):
-            some = texts[size :: len(self.sizes)]
-            share = self.ranks.share(len(some))
+        for size, (some, share) in enumerate(zip(of_sizes, shares, strict=True)):
             if some[share]:
-                yield size, policy, some[share], first + share.start
+                yield size, self.sizes[size][0], some[share], first + share.start
             first += len(some)
 
     def _roll_out_and_score(

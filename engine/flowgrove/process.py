@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
 # torch's names of its allocator's settings; PYTORCH_ALLOC_CONF is the newer one for every kind of device
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -33,7 +34,21 @@ def started() -> int:
 
 def share_of(count: int, rank: int, size: int) -> slice:
     """The part of `count` things that is rank `rank`'s of `size`: in order, each within one of the rest."""
-    return slice(count * rank // size, count * (rank + 1) // size)
+    return shares_of([count], rank, size)[0]
+
+
+def shares_of(counts: Sequence[int], rank: int, size: int) -> list[slice]:
+    """The same of several lists of things: of each list, and of all together, what the ranks have is within one of the
+    rest. What a list leaves over is dealt to the ranks before those that the list before has dealt its own to.
+    """
+    shares, dealt_to = [], size
+    for count in counts:
+        each, over = divmod(count, size)
+        dealt_to -= over
+        more = [(of_rank - dealt_to) % size < over for of_rank in range(rank + 1)]
+        start = each * rank + sum(more[:rank])
+        shares.append(slice(start, start + each + more[rank]))
+    return shares
 
 
 def is_first() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowgrove.device import is_out_of_memory
 from flowgrove.errors import UserError, one_line
-from flowgrove.process import share_of
+from flowgrove.process import shares_of
 from flowgrove.pulse import ENDED, GONE, NOTES, OTHER, USER, gone_line
 from flowgrove.spans import COMMUNICATION, span
 
@@ -57,9 +57,15 @@ class Ranks:
         """Whether this is the rank that writes files and talks to the user."""
         return self.rank == 0
 
-    def share(self, count: int, rank: int | None = None) -> slice:
-        """The part of `count` things that is a rank's, by default this one's: in order, each within one of the rest."""
-        return share_of(count, self.rank if rank is None else rank, self.size)
+    def share(self, count: int) -> slice:
+        """The part of `count` things that is this rank's: in order, each within one of the rest."""
+        return self.shares([count])[0]
+
+    def shares(self, counts: Sequence[int], rank: int | None = None) -> list[slice]:
+        """The share of every part of an iteration that is a rank's, by default this one's: of all parts together, too,
+        each rank's is within one of the rest.
+        """
+        return shares_of(counts, self.rank if rank is None else rank, self.size)
 
     def gather(self, mine: Tensor) -> list[Tensor]:
         """The tensors [n, ...] of all ranks, in host memory, in their order; n may differ, the rest may not."""
@@ -83,14 +89,14 @@ class Ranks:
     def gather_parts(self, mine: Sequence[Tensor], counts: Sequence[int], each: int = 1) -> list[Tensor]:
         """For every part of an iteration the whole tensor, from the ranks' shares of it.
 
-        `mine`: this rank's share [share(count) · each, ...] of every part, whose `counts` all ranks know.
+        `mine`: this rank's share [shares(counts)[part] · each, ...] of every part, whose `counts` all ranks know.
         """
         if self.size == 1:
             return list(mine)
         found = self.gather(torch.cat(list(mine)))
         parts: list[list[Tensor]] = [[] for _ in counts]
         for rank, tensor in enumerate(found):
-            lengths = [each * (share.stop - share.start) for share in (self.share(count, rank) for count in counts)]
+            lengths = [each * (share.stop - share.start) for share in self.shares(counts, rank)]
             for part, piece in zip(parts, tensor.split(lengths), strict=True):
                 part.append(piece)
         return [torch.cat(part) for part in parts]

@@ -8,9 +8,12 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine_cases import checkpoints, metrics_of, refuse, succeed
 from flowgrove.joining import agreed_name, joined
@@ -46,7 +49,7 @@ with joined(Engine(distributed="ddp"), torch.device("cpu")) as ranks:
     assert [part.tolist() for part in ranks.gather(torch.full((me, 2), me))] == [[], [[1, 1]], [[2, 2], [2, 2]]]
     counts = [2, 5]
     whole = [torch.arange(2 * count).double() for count in counts]
-    share = [ranks.share(count) for count in counts]
+    share = ranks.shares(counts)
     mine = [part[2 * some.start : 2 * some.stop] for part, some in zip(whole, share)]
     assert all(torch.equal(a, b) for a, b in zip(ranks.gather_parts(mine, counts, 2), whole, strict=True))
     assert (ranks.most(me), ranks.total(me)) == (2, 3)
@@ -94,6 +97,26 @@ def test_shares_are_in_order_and_within_one_of_each_other():
             assert [number for share in shares for number in range(count)[share]] == list(range(count))
             lengths = [share.stop - share.start for share in shares]
             assert max(lengths) - min(lengths) <= 1
+
+
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    size=st.integers(1, 8),
+)
+def test_shares_of_several_sizes_are_within_one_of_each_other_alone_and_together(counts, size):
+    shares = [Ranks(rank, size).shares(counts) for rank in range(size)]
+    lengths = np.array([[part.stop - part.start for part in of_rank] for of_rank in shares])
+    for part, count in enumerate(counts):
+        assert [number for of_rank in shares for number in range(count)[of_rank[part]]] == list(range(count))
+    for some in (*lengths.T, lengths.sum(1)):
+        assert max(some) - min(some) <= 1
+
+
+def test_as_many_sizes_as_prompts_leave_no_rank_idle():
+    assert [Ranks(rank, 2).shares([1, 1, 1, 1]) for rank in range(2)] == [
+        [slice(0, 0), slice(0, 1), slice(0, 0), slice(0, 1)],
+        [slice(0, 1), slice(1, 1), slice(0, 1), slice(1, 1)],
+    ]
 
 
 def test_ranks_tell_each_other_values_errors_and_gradients(tmp_path):

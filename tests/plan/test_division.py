@@ -38,10 +38,14 @@ def model_of(division=ALONE, update=None, engine=None, device="cpu", prompts=6, 
 @pytest.mark.parametrize("sizes", [None, [[32, 32], [32, 16]], [[32, 32], [32, 16], [16, 16]]])
 def test_every_rank_gets_the_prompts_that_a_run_gives_it(ranks, sizes):
     recipe = small_recipe(model={**SD3, "sizes": sizes}, data={"prompts": "unused.txt", "prompts_per_iteration": 11})
-    texts, count = list(range(11)), len(sizes or [None])
-    for rank, prompts in enumerate(Division(ranks).prompts(recipe)):
-        shares = [texts[size::count][Ranks(rank, ranks).share(len(texts[size::count]))] for size in range(count)]
-        assert prompts == sum(map(len, shares))
+    count = len(sizes or [None])
+    counts = [len(range(11)[size::count]) for size in range(count)]
+    found = Division(ranks).prompts(recipe)
+    assert sum(found) == 11
+    assert max(found) - min(found) <= 1
+    for rank, prompts in enumerate(found):
+        shares = Ranks(rank, ranks).shares(counts)
+        assert prompts == sum(len(range(some)[share]) for some, share in zip(counts, shares, strict=True))
 
 
 def test_the_work_of_the_ranks_is_that_of_the_iteration():

@@ -154,7 +154,11 @@ class _Predictor:
             budget = cached_budget(cache_key(recipe, self.device)) if auto else None
         self.tokens = budget or tokens_per_pass(recipe, self.kind)
         self.engine = self._engine(memory)
-        self.prompts = max(division.prompts_by_size(recipe), key=sum)
+        self.prompts = max(division.prompts_by_size(recipe), key=self._tokens)
+
+    def _tokens(self, prompts: list[int]) -> int:
+        """Of a picture of each of these prompts, whose numbers are those of each size."""
+        return sum(some * size.geometry.tokens for some, size in zip(prompts, self.flops, strict=True))
 
     def _engine(self, memory: int) -> Engine:
         model = self.model

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from flowgrove.errors import UserError
 from flowgrove.plan.planner import RolloutPlan
-from flowgrove.process import share_of
+from flowgrove.process import shares_of
 from flowgrove.recipe.checks import shards_of
 from flowgrove.recipe.schema import Engine, Recipe
 
@@ -37,7 +37,7 @@ class Division:
         """The same for each of model.sizes."""
         sizes = len(recipe.model.sizes or [None])
         counts = [len(range(size, recipe.data.prompts_per_iteration, sizes)) for size in range(sizes)]
-        shares = [[share_of(count, rank, self.ranks) for count in counts] for rank in range(self.ranks)]
+        shares = [shares_of(counts, rank, self.ranks) for rank in range(self.ranks)]
         return [[share.stop - share.start for share in of_rank] for of_rank in shares]
 
     def work(self, recipe: Recipe, plan: RolloutPlan) -> tuple["Work", "Work"]:
