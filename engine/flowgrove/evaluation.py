@@ -16,7 +16,7 @@ from flowgrove.plan.sigmas import round_half_up
 from flowgrove.ranks import Ranks
 from flowgrove.rewards.faults import Faults, numbered
 from flowgrove.rewards.pixels import shrink
-from flowgrove.rewards.registry import Rewards
+from flowgrove.rewards.registry import WEIGHTED_SUM, Rewards
 from flowgrove.rewards.scoring import PIXELS_AT_ONCE
 from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
@@ -53,7 +53,7 @@ class Evaluated:
         if not len(found):
             return {}
         columns = dict(zip(names, found.T, strict=True))
-        columns["weighted_sum"] = found @ torch.tensor(weights, dtype=torch.float64)
+        columns[WEIGHTED_SUM] = found @ torch.tensor(weights, dtype=torch.float64)
         estimates = {}
         for name, scores in columns.items():
             per_prompt = scores.view(-1, samples).mean(1)

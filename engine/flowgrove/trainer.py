@@ -26,6 +26,7 @@ from flowgrove.passes.allocator import keep_freed_memory
 from flowgrove.passes.out_of_memory import PassTooLargeError
 from flowgrove.plan.division import Division
 from flowgrove.ranks import LostError, Ranks
+from flowgrove.recipe.deciding import judges
 from flowgrove.recipe.loading import dump_recipe
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.forest_capture import capture_forest
@@ -33,7 +34,7 @@ from flowgrove.report.forests import forest_files, remove_forest, save_forest
 from flowgrove.report.grids import grid_files, load_grid, save_grid
 from flowgrove.report.split_view import choice_sentence
 from flowgrove.rewards.faults import Faults
-from flowgrove.rewards.registry import Rewards
+from flowgrove.rewards.registry import WEIGHTED_SUM, Rewards
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import Say, best_checkpoint, leave_later, mark_best, remove_older, remove_unfinished
 from flowgrove.run.folder_lock import FolderLock
@@ -60,7 +61,9 @@ def checked_rewards(setup: Setup) -> Rewards:
     """The rewards of a recipe. Raises UserError for what is wrong with it and its files, before a model is loaded."""
     recipe = setup.recipe
     rewards = Rewards(recipe, pick_device(recipe))
-    rewards.check(setup.prompts + setup.eval_prompts)
+    rewards.check(setup.prompts)
+    if setup.eval_prompts:
+        rewards.of_evaluations.check(setup.eval_prompts)
     if not any(step.stochastic for step in setup.first_plan.steps):
         raise UserError(
             "rollout.window.strategy is none and there is no tree: no step is stochastic, so nothing would train; "
@@ -371,11 +374,12 @@ class Trainer:
 
     def _held_out(self, evaluated: Evaluated) -> dict[str, Any]:
         """What a line tells of an evaluation."""
-        names, weights = list(self.rewards.scorers), self.rewards.weights
+        rewards = self.rewards.of_evaluations
+        names, weights = list(rewards.scorers), rewards.weights
         found = evaluated.estimates(names, weights, self.recipe.run.eval.samples)
         return {
             "eval_reward": evaluated.weighted(weights),
-            "eval_reward_confidence": found["weighted_sum"]["confidence"] if found else None,
+            "eval_reward_confidence": found[WEIGHTED_SUM]["confidence"] if found else None,
             "eval_rewards": {name: found[name] for name in names if found},
             **({} if evaluated.distance is None else {"rollout_distance": evaluated.distance}),
         }
@@ -400,14 +404,14 @@ class Trainer:
 
     def _judge(self) -> str:
         """A hash of what gives a model its held-out reward: prompts, rewards, how it draws."""
-        rewards = [reward.model_dump(mode="json") for reward in self.recipe.reward]
         prompts = [described(text) for text in self.setup.eval_prompts]
-        content = json.dumps([prompts, rewards, self.recipe.run.eval.model_dump(mode="json")])
+        drawn = self.recipe.run.eval.model_dump(mode="json", exclude={"rewards"})
+        content = json.dumps([prompts, judges(self.recipe), drawn])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _write_grid(self, place: Path, completed: int, evaluated: Evaluated) -> None:
         """A sample grid, in the folder and for the trackers."""
-        grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
+        grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.of_evaluations.weights)
         if self.trackers is not None:
             self.trackers.pictures(completed, grid)
 
@@ -464,11 +468,11 @@ class Trainer:
             between = self.stopping.check if self.ranks.size == 1 else lambda: None
             held_out = self.setup.eval_prompts
             faults = Faults()
-            model = (self.setup, self.policy, self.runner)
-            evaluated = evaluate(*model, self.rewards, held_out, between, self.ranks, faults)
+            model, rewards = (self.setup, self.policy, self.runner), self.rewards.of_evaluations
+            evaluated = evaluate(*model, rewards, held_out, between, self.ranks, faults)
             if self.recipe.rollout.cheapens:
                 evaluated = replace(evaluated, distance=rollout_distance(*model, held_out, self.ranks))
-        reward = evaluated.weighted(self.rewards.weights)
+        reward = evaluated.weighted(rewards.weights)
         lost = int(evaluated.scores.isnan().any(1).sum()) // self.recipe.run.eval.samples
         faults.tell(f"the evaluation after {iteration} iterations", lost)
         place = self.out / "samples" / f"iteration_{iteration:06d}.png"

@@ -1,8 +1,11 @@
 """What an evaluation amounts to: means over prompts, and their confidence intervals."""
 
+import json
+
 import pytest
 import torch
 
+from engine_cases import metrics_of, succeed, tiny_recipe
 from flowgrove.evaluation import Evaluated
 
 NAN = float("nan")
@@ -33,3 +36,26 @@ def test_prompts_without_a_score_are_left_out():
 def test_of_one_prompt_the_spread_is_not_known_and_of_none_nothing():
     assert evaluated([[1.0], [2.0]]).estimates(["one"], [1.0], 2)["one"] == {"mean": 1.5, "confidence": 0}
     assert evaluated([[NAN], [NAN]]).estimates(["one"], [1.0], 2) == {}
+
+
+def test_rewards_that_only_evaluations_give_are_told_and_decide_nothing(tmp_path):
+    rewards = [{"name": "shapes"}, {"name": "jpeg_size", "label": "kilobytes", "weight": -0.01}]
+    judges = [{"name": "jpeg_size", "label": "judge", "quality": 50}]
+    written = {}
+    for name, judging in (("with", judges), ("without", [])):
+        recipe = tiny_recipe(tmp_path, reward=rewards, run={"iterations": 1, "eval": {"rewards": judging}})
+        succeed("train", recipe, "--out", tmp_path / name)
+        written[name] = metrics_of(tmp_path / name)[-1]
+    there, alone = (line["eval_rewards"] for line in written.values())
+    assert (list(there), list(alone)) == (["shapes", "kilobytes", "judge"], ["shapes", "kilobytes"])
+    assert list(written["with"]["reward"]) == ["shapes", "kilobytes"]
+    assert there["judge"]["mean"] > there["kilobytes"]["mean"]  # minus kilobytes: more quality takes more
+    for key in ("reward", "eval_reward", "grad_norm", "approx_kl"):
+        assert written["with"][key] == written["without"][key]
+    expected = there["shapes"]["mean"] - 0.01 * there["kilobytes"]["mean"]
+    assert written["with"]["eval_reward"] == pytest.approx(expected)
+    told = succeed("eval", tmp_path / "with").stdout
+    assert "judge" in told
+    found = json.loads((tmp_path / "with" / "eval.json").read_text())
+    assert found["judge"] == pytest.approx(there["judge"])
+    assert found["weighted_sum"]["mean"] == pytest.approx(expected)

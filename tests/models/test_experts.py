@@ -23,6 +23,7 @@ from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import expert_at, make_plan
 from flowgrove.plan.sigmas import listed_sigmas, recipe_sigmas
 from flowgrove.recipe.schema import Lora
+from flowgrove.report.series import unshared_passes
 from flowgrove.rollout.loop import rollout
 from flowgrove.setup import Setup
 from flowgrove.update.passes import Rolled
@@ -95,6 +96,18 @@ def test_a_plan_says_which_expert_runs_each_step(folders, tmp_path):
     recipe = recipe_of(folders, {"steps": 6, "window": {"strategy": "none"}, "tree": auto}, trained_experts="low")
     with pytest.raises(UserError, match=r"rollout\.tree\.splits: auto may choose"):
         Setup(recipe).first_plan  # noqa: B018
+
+
+def test_a_report_counts_the_passes_of_the_expert_that_trains_or_does_not_compare_them(folders, tmp_path):
+    every_step = {"steps": 6, "window": {"strategy": "frozen", "size": 5}}
+    recipe = recipe_of(folders, every_step, trained_experts="low")
+    counts, prompts = Setup(recipe).first_plan.counts, recipe.data.prompts_per_iteration
+    both = Setup(recipe_of(folders, every_step)).first_plan.counts
+    assert counts.unshared_train_passes < both.unshared_train_passes
+    expected = counts.unshared_rollout_forwards * prompts, counts.unshared_train_passes * prompts
+    assert unshared_passes(recipe, [{"iteration": 0}]) == [expected]
+    moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "moved")})})
+    assert unshared_passes(moved, [{"iteration": 0}]) == []
 
 
 @pytest.mark.parametrize(("sigma", "expert"), [(0.875, "high"), (0.875 - 1e-7, "high"), (0.874, "low"), (1.0, "high")])

@@ -117,7 +117,7 @@ DEFAULTS = {
         "eval_every": 25,
         "forest_every": None,
         "gradient_noise_every": None,
-        "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0},
+        "eval": {"steps": None, "guidance_scale": None, "samples": 1, "tuned_share": 1.0, "rewards": []},
         "log": ["jsonl", "tensorboard"],
         "tracking": {"project": None, "name": None, "entity": None, "group": None, "tags": [], "mode": None},
     },
@@ -156,7 +156,7 @@ def dumped(content):
 
 def test_defaults_are_those_of_the_design():
     told = dumped(recipe_content())
-    assert told.pop("reward") == [{"name": "shapes", "weight": 1.0}]
+    assert told.pop("reward") == [{"name": "shapes", "label": None, "weight": 1.0}]
     assert (told["model"].pop("adapter"), told["model"].pop("path"), told["data"].pop("prompts")) == (
         "sd3",
         "tiny",
@@ -256,7 +256,7 @@ def test_the_reward_at_fault_is_named():
 
 def test_rewards_take_options_of_their_own():
     reward = {"name": "http", "weight": 0.5, "url": "http://localhost:8000"}
-    assert dumped(recipe_content(reward=[reward]))["reward"] == [reward]
+    assert dumped(recipe_content(reward=[reward]))["reward"] == [{"label": None, **reward}]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "recipe")

@@ -92,6 +92,13 @@ def test_unshared_passes_are_those_of_the_plan_of_each_iteration(tmp_path, chang
     assert saved.startswith(f"{sum(2 * each.unshared_rollout_forwards for each in counts) / (9 * 20):.1f}×")
 
 
+def test_a_run_of_one_expert_whose_model_has_gone_is_not_compared_with_the_unshared_loop(tmp_path):
+    model = {"adapter": "wan", "path": str(tmp_path / "gone"), "trained_experts": "low"}
+    _, content = run_of(tmp_path, [LINE], model=model)
+    assert content["unshared"] is None
+    assert "Rows" in {name for name, _, _ in content["facts"]}
+
+
 def test_a_long_run_has_points_that_stand_for_several_iterations(tmp_path):
     count = 2 * MOST_POINTS + 100
     rng = np.random.default_rng(0)

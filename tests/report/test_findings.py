@@ -141,3 +141,29 @@ def test_a_real_healthy_run_has_no_warning(recipe, lines):
     """Of 40 iterations of MixGRPO on the embedded pipeline, whose clip range is 1e-3 too."""
     texts = (ROOT / "tests" / "fixtures" / "quickstart_metrics.jsonl").read_text().splitlines()
     assert find(recipe, [json.loads(text) for text in texts][:lines]) == []
+
+
+def judged(n, before, after, confidence=0.02):
+    """What evaluations tell of `judge`, which nothing trains on: it goes from one mean to the other."""
+    mean = before + (after - before) * n / COUNT
+    return {} if n % 10 else {"eval_rewards": {"judge": {"mean": mean, "confidence": confidence}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "trained", "found"),
+    [
+        (0.6, 0.4, {}, ["hacked"]),
+        (0.4, 0.6, {}, []),
+        (0.6, 0.58, {}, []),  # within its intervals
+        (0.6, 0.4, {"eval_reward": 0.5}, []),  # what is trained on has not risen either
+    ],
+)
+def test_a_reward_that_nothing_trains_on_and_that_falls_is_told(tmp_path, before, after, trained, found):
+    rewards = [{"name": "jpeg_size", "label": "judge"}]
+    recipe = load_recipe(tiny_recipe(tmp_path, run={"eval": {"rewards": rewards}}))
+    lines = run_of(lambda n: judged(n, before, after) | (trained if n % 10 == 0 else {}))
+    findings = find(recipe, lines)
+    assert [finding.name for finding in findings] == found
+    assert find(recipe, lines, changed=True) == []
+    for finding in findings:
+        assert f"judge was {before:g} after 0 iterations" in finding.text

@@ -163,6 +163,20 @@ def test_signal_and_noise_of_the_gradient_are_drawn_where_they_are_measured(page
     assert [plot(page, key).count() for key in charts] == [0, 0, 0]
 
 
+def test_a_reward_that_only_evaluations_give_has_a_curve_of_held_out_means_alone(page, tmp_path):
+    told = {"shapes": {"mean": 0.5, "confidence": 0.1}, "judge": {"mean": 0.75, "confidence": 0.25}}
+    lines = [line | {"eval_reward": 0.5, "eval_rewards": told} for line in lines_of(2)]
+    judge = [{"name": "jpeg_size", "label": "judge"}]
+    recipe = synthetic_run(tmp_path / "run", lines, run={"iterations": 2, "eval": {"rewards": judge}})
+    draw(page, run_content(recipe, tmp_path / "run"))
+    curves = "element => element._fullData.filter(each => each.hoverinfo !== 'skip').map(each => [...each.y])"
+    assert [plot(page, f"reward of {name}").count() for name in ("shapes", "judge")] == [1, 1]
+    assert plot(page, "reward of judge").evaluate(curves) == [[0.75, 0.75]]
+    assert "nothing trains on" in page.locator('[data-key="reward of judge"]').text_content()
+    assert len(plot(page, "reward of shapes").evaluate(curves)) == 2
+    draw_own(page)
+
+
 def test_what_users_wrote_stays_text(page, page_file):
     assert page.evaluate("window.hacked") is None
     assert page.locator("#samples .prompt").first.inner_text() == NASTY

@@ -9,6 +9,7 @@ from engine_cases import error_line, flowgrove, metrics_of, refuse, succeed, tin
 from flowgrove.rewards import registry
 from flowgrove.rewards.jpeg_size import JpegSizeReward
 from planner_cases import user_error
+from policy_cases import small_recipe
 from reward_cases import clip_folder, pictures, reward_of, rewards_of, serving
 
 SENTENCES = ["a red circle at the centre", "a blue square at the top left"]
@@ -66,6 +67,36 @@ def test_a_mistake_in_the_last_entry_comes_before_the_first_ones_weights():
     assert "qualiti" in user_error(
         rewards_of, {"name": "clip_score", "path": "/no/such/folder"}, {"name": "jpeg_size", "qualiti": 3}
     )
+
+
+def test_rewards_of_one_name_are_told_apart_by_labels():
+    rewards = rewards_of({"name": "brightness"}, {"name": "brightness", "label": "twice", "scale": 2.0, "weight": 0.5})
+    scores = rewards(pictures(2, 6, 10), SENTENCES)
+    assert list(rewards.scorers) == ["brightness", "twice"]
+    torch.testing.assert_close(scores[:, 1], 2 * scores[:, 0])
+    assert "label" in user_error(rewards_of, {"name": "brightness"}, {"name": "brightness", "scale": 2.0})
+    assert "label" in user_error(rewards_of, {"name": "shapes", "label": "brightness"}, {"name": "brightness"})
+    assert "weighted_sum" in user_error(rewards_of, {"name": "brightness", "label": "weighted_sum"})
+    for label in ("a/b", "", " a", "a\n"):
+        assert "label" in user_error(rewards_of, {"name": "brightness", "label": label})
+
+
+def test_rewards_of_evaluations_are_beside_those_that_train_and_weigh_nothing():
+    recipe = small_recipe(
+        reward=[{"name": "brightness", "weight": 0.5}],
+        run={"eval": {"rewards": [{"name": "brightness", "label": "twice", "scale": 2.0}, {"name": "jpeg_size"}]}},
+    )
+    rewards = registry.Rewards(recipe)
+    both, some = rewards.of_evaluations, pictures(2, 6, 10)
+    assert (list(rewards.scorers), list(both.scorers)) == (["brightness"], ["brightness", "twice", "jpeg_size"])
+    assert both.weights == [0.5, 0.0, 0.0]
+    assert both.scorers["brightness"] is rewards.scorers["brightness"]
+    assert both.of_evaluations is both is rewards.of_evaluations
+    torch.testing.assert_close(both(some, SENTENCES)[:, 1], 2 * rewards(some, SENTENCES)[:, 0])
+    of_training = {"reward": [{"name": "shapes"}], "run": {"eval": {"rewards": [{"name": "shapes"}]}}}
+    assert "label" in user_error(lambda: registry.Rewards(small_recipe(**of_training)))
+    weighted = {"run": {"eval": {"rewards": [{"name": "shapes", "weight": 2.0}]}}}
+    assert "run.eval.rewards" in user_error(lambda: small_recipe(**weighted))
 
 
 def test_frames_are_averaged():

@@ -11,6 +11,7 @@ from flowgrove.data.prompt import described
 from flowgrove.errors import UserError
 from flowgrove.files import write_text
 from flowgrove.models.families import configuration_folder, read_geometry
+from flowgrove.recipe.deciding import judges
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.finding import valid_checkpoints
 from flowgrove.run.resume import phrase
@@ -48,7 +49,7 @@ def judged(setup: Setup) -> dict[str, Any]:
         "run.eval.samples": settings.samples,
         "run.eval.tuned_share": settings.tuned_share,
         _PROMPTS: hashlib.sha256(json.dumps([described(text) for text in setup.eval_prompts]).encode()).hexdigest(),
-        "reward": [reward.model_dump(mode="json") for reward in recipe.reward],
+        "reward": judges(recipe),
     }
 
 

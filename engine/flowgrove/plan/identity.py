@@ -68,7 +68,7 @@ def cheap_forward(rollout: Rollout) -> str | None:
 
 def score_key(recipe: Recipe, pixels: int) -> str:
     """Names what scoring a sample takes: the rewards with their options, and the sample's pixels."""
-    return _hash([[reward.model_dump(mode="json", exclude={"weight"}) for reward in recipe.reward], pixels])
+    return _hash([[reward.model_dump(mode="json", exclude={"label", "weight"}) for reward in recipe.reward], pixels])
 
 
 def _hash(content: Any) -> str:

@@ -155,12 +155,12 @@ def rewards(facts: Facts) -> Suggestion | None:
     if waited < _WAITS * facts.seconds:
         return None
     scored = [phase for phase in facts.phases if phase.kind == REWARD]
-    names = [reward.name for reward in facts.recipe.reward]
+    entries = facts.recipe.reward
     slowest = max(scored, key=lambda phase: phase.seconds, default=None)
-    name = names[0] if slowest is None else next((n for n in names if slowest.name.endswith(f"/{n}")), names[0])
-    place = f"reward.{names.index(name)}"
-    given = facts.recipe.reward[names.index(name)].model_extra or {}
-    reason = f"the iteration waits {waited:.2g} s for rewards, of which {name} takes the most"
+    called = [slowest is not None and slowest.name.endswith(f"/{reward.title}") for reward in entries]
+    number = called.index(True) if any(called) else 0
+    place, name, given = f"reward.{number}", entries[number].name, entries[number].model_extra or {}
+    reason = f"the iteration waits {waited:.2g} s for rewards, of which {entries[number].title} takes the most"
     if name in _SERVERS:
         twice = 2 * given.get("concurrency", _SERVERS[name])
         return Suggestion(f"{place}.concurrency", str(twice), f"{reason}, with half as many requests at once", waited)

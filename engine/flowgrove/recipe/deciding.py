@@ -31,6 +31,11 @@ _REWARD_OPERATION = (
 )  # fmt: skip
 
 
+def judges(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the held-out reward is the sum of, as JSON values, whatever its parts are called."""
+    return [reward.model_dump(mode="json", exclude={"label"}) for reward in recipe.reward]
+
+
 def deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
     """What decides the weights, as JSON values, without the prompts' text."""
     content = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)

@@ -83,15 +83,17 @@ def _paths_in(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
 
     `tiny` is a model, not a path.
     """
-    rewards = content.get("reward")
     places: list[tuple[Any, tuple[str, ...], str]] = [
         (content.get("data"), ("prompts", "eval_prompts"), "data"),
         (content.get("model"), ("path",), "model"),
     ]
-    model = content.get("model")
-    places.append((model.get("init_lora") if isinstance(model, dict) else None, ("path",), "model.init_lora"))
-    entries = rewards if isinstance(rewards, list) else []
-    places += [(reward, _REWARD_PATHS, f"reward.{index}") for index, reward in enumerate(entries)]
+    places.append((_at(content, "model", "init_lora"), ("path",), "model.init_lora"))
+    for name, rewards in (
+        ("reward", content.get("reward")),
+        ("run.eval.rewards", _at(content, "run", "eval", "rewards")),
+    ):
+        entries = rewards if isinstance(rewards, list) else []
+        places += [(reward, _REWARD_PATHS, f"{name}.{index}") for index, reward in enumerate(entries)]
     return [
         (place, key, f"{name}.{key}")
         for place, keys, name in places
@@ -99,6 +101,13 @@ def _paths_in(content: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
         for key in keys
         if isinstance(place.get(key), str) and place[key] and (name, place[key]) != ("model", "tiny")
     ]
+
+
+def _at(content: Any, *keys: str) -> Any:
+    """What lies there; None: there are no such sections."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
 
 
 def _merge(base: Any, change: Any) -> Any:

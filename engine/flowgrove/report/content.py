@@ -109,12 +109,12 @@ def _facts(recipe: Recipe, lines: list[Line], prompts_changed: bool) -> list[lis
     facts.append(["Iterations", f"{len(lines):,} of {recipe.run.iterations:,}", f"{seconds / len(lines):.2f} s each"])
     facts.append(["Time in stages", _duration(seconds), "without evaluations and checkpoints"])
     forwards, passes = ([line[key] for line in lines] for key in ("rollout_forwards", "train_passes"))
-    unshared = unshared_passes(recipe, lines)
-    saved = [sum(loop[place] for loop in unshared) / max(1, sum(own)) for place, own in enumerate((forwards, passes))]
-    facts.append([
-        "Fewer rows than unshared", f"{saved[0]:.1f}× and {saved[1]:.1f}×",
-        f"{mean(forwards):,.0f} rollout forwards and {mean(passes):,.0f} train passes an iteration",
-    ])  # fmt: skip
+    each = f"{mean(forwards):,.0f} rollout forwards and {mean(passes):,.0f} train passes an iteration"
+    if unshared := unshared_passes(recipe, lines):
+        saved = [sum(loop[i] for loop in unshared) / max(1, sum(own)) for i, own in enumerate((forwards, passes))]
+        facts.append(["Fewer rows than unshared", f"{saved[0]:.1f}× and {saved[1]:.1f}×", each])
+    else:
+        facts.append(["Rows", each, "without the model's folder not compared with the unshared loop"])
     facts += splits_fact(recipe, lines)
     facts.append(["Peak memory", f"{max(line['peak_memory_bytes'] for line in lines) / 2**30:.2f} GiB", ""])
     return facts

@@ -22,7 +22,7 @@ def find(recipe: Recipe, lines: list[Line], changed: bool = False) -> list[Findi
     """
     if len(lines) < FEWEST:
         return []
-    looks = [look for look in _LOOKS if not (changed and look is held_out_falls)]
+    looks = [look for look in _LOOKS if not (changed and look in (held_out_falls, others_fall))]
     found = [finding for look in looks if (finding := look(recipe, lines)) is not None]
     return sorted(found, key=lambda finding: finding.kind != "warning")
 
@@ -62,6 +62,37 @@ def held_out_falls(recipe: Recipe, lines: list[Line]) -> Finding | None:
         "collapse", "warning", "eval_reward", "The held-out reward falls",
         f"{fall} The reward on training prompts does not rise either: updates are too large or too noisy.",
         "Go back to the best checkpoint (run.keep_best keeps it) and lower update.lr, or raise rollout.group_size.",
+    )  # fmt: skip
+
+
+def others_fall(recipe: Recipe, lines: list[Line]) -> Finding | None:
+    """A reward that only evaluations give has fallen, by more than both confidence intervals allow, while eval_reward
+    has risen.
+    """
+    held_out = evaluated_lines(lines, recipe.run.iterations)
+    fallen = []
+    for reward in recipe.run.eval.rewards:
+        told = [
+            (done, line["eval_rewards"][reward.title])
+            for done, line in held_out
+            if reward.title in (line.get("eval_rewards") or {})
+        ]
+        if len(told) < 3 or held_out[-1][1]["eval_reward"] <= held_out[0][1]["eval_reward"]:
+            continue
+        done, best = max(told, key=lambda each: each[1]["mean"])
+        last = told[-1][1]
+        if best["mean"] - last["mean"] > (best["confidence"] ** 2 + last["confidence"] ** 2) ** 0.5:
+            fallen.append(
+                f"{reward.title} was {best['mean']:.4g} after {done} iterations and is {last['mean']:.4g} now"
+            )
+    if not fallen:
+        return None
+    return Finding(
+        "hacked", "warning", "eval_rewards", "A reward that nothing trains on falls",
+        f"{'; '.join(fallen)}, beyond its uncertainty, while what is trained on has risen: the model has begun to "
+        "exploit its reward.",
+        "Look at the pictures. Go back to an earlier checkpoint, set update.kl_weight, add that reward to reward, or "
+        "draw with run.eval.tuned_share 0.8.",
     )  # fmt: skip
 
 
@@ -106,7 +137,7 @@ def without_spread(recipe: Recipe, lines: list[Line]) -> Finding | None:
     idle = sum(line["train_passes"] == 0 for line in late)
     strengths = [_strength(line) for line in lines]
     was, now = _early(strengths) or 0, _late(strengths) or 0
-    spreads = [[line["reward"][reward.name]["std"] for line in lines] for reward in recipe.reward]
+    spreads = [[line["reward"][reward.title]["std"] for line in lines] for reward in recipe.reward]
     alike = all((_late(spread) or 0) < 0.1 * (_early(spread) or 0) for spread in spreads)
     if 2 * idle > len(late):
         seen = f"{idle} of the latest {len(late)} iterations trained nothing, as no group had a difference in reward."
@@ -188,7 +219,7 @@ def saturated(recipe: Recipe, lines: list[Line]) -> Finding | None:
         return None
     rise = fmean(rewards[-quarter:]) - fmean(rewards[:quarter])
     gain = fmean(rewards[-quarter:]) - fmean(rewards[-2 * quarter : -quarter])
-    spreads = [[line["reward"][reward.name]["std"] for line in lines] for reward in recipe.reward]
+    spreads = [[line["reward"][reward.title]["std"] for line in lines] for reward in recipe.reward]
     left = [(_late(spread) or 0) / first for spread in spreads if (first := _early(spread))]
     if not _rises(rewards) or gain > rise / 20 or not left or max(left) >= 0.4:
         return None
@@ -207,8 +238,8 @@ def clip_range(recipe: Recipe) -> tuple[float, float]:
 
 
 _LOOKS: tuple[Callable[[Recipe, list[Line]], Finding | None], ...] = (
-    held_out_falls, kl_runs_away, ratio_drifts, mostly_clipped, without_spread, drifts_at_once, often_skipped,
-    often_dropped, mostly_noise, silent_steps, two_nodes, little_noise, saturated,
+    held_out_falls, others_fall, kl_runs_away, ratio_drifts, mostly_clipped, without_spread, drifts_at_once,
+    often_skipped, often_dropped, mostly_noise, silent_steps, two_nodes, little_noise, saturated,
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def _of_prompt(forest: Forest, column: Tensor, level: int, prompt: int) -> Tenso
 
 
 def _numbers(recipe: Recipe, part: Rolled, prompt: int, scores: Tensor, whole: Whole) -> ForestNumbers:
-    plan, rewards = part.forest.plan, [(reward.name, reward.weight) for reward in recipe.reward]
+    plan, rewards = part.forest.plan, [(reward.title, reward.weight) for reward in recipe.reward]
     return ForestNumbers(
         iteration=plan.iteration,
         prompt=part.prompts.texts[prompt],

@@ -3,7 +3,6 @@ learns slowly. Nothing is judged before 5 measurements, and only what their 95 %
 """
 
 from flowgrove.plan.planner import make_plan
-from flowgrove.plan.sigmas import shifted_sigmas
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.finding import Finding
 from flowgrove.report.gradient import (
@@ -16,6 +15,7 @@ from flowgrove.report.gradient import (
     pooled_steps,
 )
 from flowgrove.report.lines import Line
+from flowgrove.report.series import counting_table
 from flowgrove.report.split_view import splits_of
 
 FEWEST = 5  # measurements before anything is judged
@@ -93,7 +93,9 @@ def two_nodes(recipe: Recipe, lines: list[Line]) -> Finding | None:
     """
     if recipe.rollout.tree is None or recipe.credit.std != "group" or recipe.credit.std_shrinkage:
         return None
-    table = shifted_sigmas(recipe.rollout.steps, 1.0)
+    table = counting_table(recipe)
+    if table is None:
+        return None
     plan = make_plan(recipe, lines[-1]["iteration"], table, splits_of(recipe, lines[-1]))
     steps = pooled_steps(recipe, measured(lines)[-LATEST:])
     known = {step: one for step, one in steps.items() if one.measurements >= FEWEST}

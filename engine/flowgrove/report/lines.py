@@ -16,7 +16,7 @@ def whole_lines(recipe: Recipe, folder: Path) -> list[Line]:
 
 def total_reward(recipe: Recipe, line: Line) -> float:
     """The weighted sum of an iteration's mean rewards."""
-    return sum(reward.weight * line["reward"][reward.name]["mean"] for reward in recipe.reward)
+    return sum(reward.weight * line["reward"][reward.title]["mean"] for reward in recipe.reward)
 
 
 def evaluated_lines(lines: list[Line], planned: int | None = None) -> list[tuple[int, Line]]:
@@ -42,7 +42,7 @@ def _is_whole(line: Line, recipe: Recipe) -> bool:
     numbers = [line.get(key) for key in ("rollout_forwards", "train_passes", "peak_memory_bytes")]
     numbers += [*seconds.values(), *steps.values()]
     for reward in recipe.reward:
-        told = rewards.get(reward.name)
+        told = rewards.get(reward.title)
         if not isinstance(told, dict):
             return False
         numbers += [told.get("mean"), told.get("std")]

@@ -16,7 +16,7 @@ def draw_reward_curve(lines: list[Line], recipe: Recipe, path: Path) -> None:
     """Training and held-out reward of a run."""
     training = [(line["iteration"], total_reward(recipe, line)) for line in lines]
     draw_rewards(
-        training, evaluations(lines, recipe.run.iterations), " + ".join(reward.name for reward in recipe.reward), path
+        training, evaluations(lines, recipe.run.iterations), " + ".join(reward.title for reward in recipe.reward), path
     )
 
 

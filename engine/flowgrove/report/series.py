@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from flowgrove.errors import UserError
 from flowgrove.plan.planner import make_plan
-from flowgrove.plan.sigmas import shifted_sigmas
+from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas, shifted_sigmas
 from flowgrove.recipe.schema import Recipe
 from flowgrove.recipe.windows import pruned_depths, window_steps
 from flowgrove.report.gradient import gradient_content
@@ -67,7 +68,8 @@ def curves(recipe: Recipe, lines: list[Line]) -> dict[str, Any]:
             "seconds": [rounded(seconds) for seconds in before[: len(lines) : buckets.each]],
         },
         "series": series,
-        "rewards": [_of_reward(reward.name, reward.weight, column) for reward in recipe.reward],
+        "rewards": [_of_reward(reward.title, reward.weight, column) for reward in recipe.reward],
+        "eval_rewards": [reward.title for reward in recipe.run.eval.rewards],
         "stages": {stage: column(of("seconds", stage)) for stage in stages},
         "advantage": {
             "steps": steps,
@@ -76,7 +78,9 @@ def curves(recipe: Recipe, lines: list[Line]) -> dict[str, Any]:
         "unshared": {
             name: buckets.merge([passes[place] for passes in unshared], mean)
             for place, name in enumerate(("rollout_forwards", "train_passes"))
-        },
+        }
+        if unshared
+        else None,
         "held_out": _held_out(recipe, lines, before),
         "gradient": gradient_content(recipe, lines, before),
     }
@@ -87,13 +91,29 @@ def seconds_before(lines: list[Line]) -> list[float]:
     return list(accumulate((sum(line["seconds"].values()) for line in lines), initial=0.0))
 
 
+def counting_table(recipe: Recipe) -> SigmaTable | None:
+    """A table by which a run's steps are counted. They do not hang on σ but where one of two experts trains, whose
+    steps its pipeline's boundary divides: None where that is not on this machine.
+    """
+    if recipe.model.trained_experts == "both":
+        return shifted_sigmas(recipe.rollout.steps, 1.0)
+    try:
+        table = recipe_sigmas(recipe)
+    except UserError:
+        return None
+    return None if table.boundary is None else table
+
+
 def unshared_passes(recipe: Recipe, lines: Iterable[Line]) -> list[tuple[int, int]]:
-    """(rollout forwards, train passes) of each line's iteration in the loop that shares nothing, for all its prompts.
-    They hang on where the window stands, on what is pruned and on splits that were chosen, not on σ.
+    """(rollout forwards, train passes) of each line's iteration in the loop that shares nothing, for all its prompts;
+    none where they cannot be counted here. They hang on where the window stands, on what is pruned and on splits that
+    were chosen.
     """
     rollout, prompts = recipe.rollout, recipe.data.prompts_per_iteration
-    table, known = shifted_sigmas(rollout.steps, 1.0), {}
-    found = []
+    table, known = counting_table(recipe), {}
+    found: list[tuple[int, int]] = []
+    if table is None:
+        return found
     for line in lines:
         iteration, splits = line["iteration"], splits_of(recipe, line)
         window = window_steps(rollout.window, rollout.steps, iteration, recipe.run.seed)
@@ -124,7 +144,9 @@ def _of_reward(name: str, weight: float, column: Callable[..., Column]) -> dict[
 
 
 def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[str, Any]:
-    """The evaluations, at most as many as points; `confidence` and `rewards` hold null where a line does not tell."""
+    """The evaluations, at most as many as points; `confidence` and `rewards`, of those that train and then of
+    those that only evaluations give, hold null where a line does not tell.
+    """
     found = evaluated_lines(lines, recipe.run.iterations)
     chosen = [found[place] for place in spread(len(found), MOST_POINTS)]
     seconds = {line["iteration"]: before[place] for place, line in enumerate(lines)}
@@ -141,8 +163,8 @@ def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[st
         "confidence": [_number(line.get("eval_reward_confidence")) for _, line in chosen],
         "distance": [_number(line.get("rollout_distance")) for _, line in chosen],
         "rewards": [
-            {key: [part(line, reward.name, key) for _, line in chosen] for key in ("mean", "confidence")}
-            for reward in recipe.reward
+            {key: [part(line, reward.title, key) for _, line in chosen] for key in ("mean", "confidence")}
+            for reward in (*recipe.reward, *recipe.run.eval.rewards)
         ],
     }
 

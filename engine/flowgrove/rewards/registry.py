@@ -6,6 +6,8 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +78,7 @@ _REWARDS: dict[str, Callable[..., Scorer]] = {
     "python": PythonReward,
 }
 _CPU = torch.device("cpu")
+WEIGHTED_SUM = "weighted_sum"  # what that of all rewards is called beside them
 
 
 def is_remote(name: str) -> bool:
@@ -104,16 +107,33 @@ class Rewards:
     """
 
     def __init__(self, recipe: Recipe, device: torch.device = _CPU) -> None:
-        names = [reward.name for reward in recipe.reward]
-        if len(set(names)) < len(names):
-            raise UserError(f"reward lists {', '.join(names)}: give each name once")
-        self.weights = [reward.weight for reward in recipe.reward]
+        training, evaluating = recipe.reward, recipe.run.eval.rewards
+        _check_titles([*training, *evaluating])
+        self.weights = [reward.weight for reward in training]
         # a mistake in the last entry is told before the first one's model is read
-        prepared = [(reward.name, _options(reward)) for reward in recipe.reward]
-        for name, _ in prepared:
-            _check_evaluation(name, recipe)
-        self.scorers = {name: _build(name, options, device) for name, options in prepared}
+        prepared = [(reward, _options(reward)) for reward in (*training, *evaluating)]
+        for reward, _ in prepared:
+            _check_evaluation(reward.name, recipe)
+        self._device = device
+        self.scorers = self._built(prepared[: len(training)])
+        self._evaluating = prepared[len(training) :]
         self.remote = any(getattr(scorer, "remote", False) for scorer in self.scorers.values())
+
+    def _built(self, prepared: list[tuple[Reward, dict[str, Any]]]) -> dict[str, Scorer]:
+        return {reward.title: _build(reward.name, options, self._device) for reward, options in prepared}
+
+    @cached_property
+    def of_evaluations(self) -> "Rewards":
+        """These and those that only evaluations give, which weigh nothing and whose models are read when first asked
+        for.
+        """
+        if not self._evaluating:
+            return self
+        rewards = copy(self)
+        rewards.scorers = self.scorers | self._built(self._evaluating)
+        rewards.weights = [*self.weights, *(0.0 for _ in self._evaluating)]
+        rewards._evaluating = []
+        return rewards
 
     @property
     def groupwise(self) -> bool:
@@ -214,6 +234,16 @@ def _checked(name: str, scorer: Scorer, pictures: Tensor, prompts: list[str]) ->
     return scores
 
 
+def _check_titles(rewards: Sequence[Reward]) -> None:
+    """Raises UserError where two rewards are called alike."""
+    titles = [reward.title for reward in rewards]
+    twice = next((title for number, title in enumerate(titles) if title in titles[:number]), None)
+    if twice is not None:
+        raise UserError(f"two rewards are called {twice}: write label: ... beside name, another for each")
+    if WEIGHTED_SUM in titles:
+        raise UserError(f"a reward is called {WEIGHTED_SUM}, as their sum is: write another label")
+
+
 def _check_evaluation(name: str, recipe: Recipe) -> None:
     """Raises UserError where evaluations draw fewer pictures of a prompt than a reward compares."""
     fewest, drawn = getattr(_REWARDS[name], "fewest", 1), recipe.run.eval.samples
@@ -234,8 +264,8 @@ def _options(reward: Reward) -> dict[str, Any]:
     }
     for option in given:
         if option not in known:
-            near = difflib.get_close_matches(option, ("weight", *known), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(('weight', *known))}"
+            near = difflib.get_close_matches(option, ("label", "weight", *known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(('label', 'weight', *known))}"
             raise UserError(f"reward {reward.name} does not take {option}: {hint}")
     fields: dict[str, Any] = {
         name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in known.items()

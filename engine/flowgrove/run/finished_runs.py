@@ -137,7 +137,7 @@ def evaluate_run(
     def scored_by() -> Rewards:
         if not setup.eval_prompts:
             raise UserError(f"{run}: its recipe has no data.eval_prompts, so there is nothing to evaluate on")
-        return Rewards(recipe, pick_device(recipe))
+        return Rewards(recipe, pick_device(recipe)).of_evaluations
 
     rewards = ranks.together(scored_by)
     model = open_model(recipe, checkpoint, setup.eval_prompts, ranks)

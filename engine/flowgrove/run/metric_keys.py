@@ -69,9 +69,11 @@ METRICS = (
     ),
     Metric(
         "eval_rewards",
-        "The same of every reward by itself, as {name: {mean, confidence}}: raw scores, not weighted.",
-        "Every reward rises, or stays level where its weight is small.",
-        "One rises and another falls: the model trades one for the other; change the weights of reward.",
+        "The same of every reward by itself, as {name: {mean, confidence}}: raw scores, not weighted; and of those "
+        "that run.eval.rewards names, which nothing trains on.",
+        "Every reward rises, or stays level where its weight is small, or nothing trains on it.",
+        "One rises and another falls: the model trades one for the other; change the weights of reward. One that "
+        "nothing trains on falls: the others are being hacked; set update.kl_weight, or end earlier.",
     ),
     Metric(
         "rollout_distance",

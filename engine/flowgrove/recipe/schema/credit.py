@@ -1,10 +1,11 @@
 """What a recipe says of rewards and of what they become: `reward` and `credit`."""
 
+import re
 from typing import Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, field_validator, model_validator
 
-from flowgrove.recipe.schema.values import Count, Index, NotNegative, Positive, Said, Section
+from flowgrove.recipe.schema.values import Count, Index, NotNegative, Positive, Said, Section, Text
 
 
 class Reward(Said):
@@ -12,7 +13,7 @@ class Reward(Said):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str
-    """The reward, each at most once; what else it takes stands beside name and weight.
+    """The reward; what else it takes stands beside name, label and weight.
     aesthetic (path, clip, batch_size, dtype): LAION's aesthetic predictor. clip_score (path, batch_size, dtype): 100 ·
     cosine of CLIP ViT-L/14. clip_similarity (source, path, batch_size, dtype): the same of result and source picture.
     diversity (path, batch_size, dtype): how far pictures of a prompt are apart, by CLIP. geneval (url, batch_size,
@@ -30,12 +31,32 @@ class Reward(Said):
     shapes, diversity: ours.
     """
 
+    label: Text | None = None
+    """What metrics, reports and pictures call the reward; null: its name.
+    It tells rewards of one name apart: two servers, two functions, one judge with two instructions.
+    Source: ours.
+    """
+
     weight: float = 1.0
     """The weight of the reward in the sum of several; negative: less of it is better.
     With credit.normalise per_reward it weighs advantages, whose scale is the same for all rewards; with weighted_sum it
     weighs raw scores, whose scales differ. eval_reward is the weighted sum of raw scores under both.
     Source: DanceGRPO (2505.07818) and MixGRPO (2507.21802), several rewards.
     """
+
+    @field_validator("label")
+    @classmethod
+    def _plain(cls, label: str | None) -> str | None:
+        if label is not None and not re.fullmatch(r"\w([\w. -]*\w)?", label):
+            raise ValueError(
+                f"{label!r} is no label: write letters and digits, with spaces, dots, - and _ between them"
+            )
+        return label
+
+    @property
+    def title(self) -> str:
+        """What it is called: no two rewards of a recipe are called alike."""
+        return self.label or self.name
 
 
 class Prune(Section):

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from flowgrove.recipe.schema.credit import Reward
 from flowgrove.recipe.schema.values import MOST_LEAVES, Count, Index, NotNegative, Section, Steps, Text
 
 
@@ -33,6 +34,21 @@ class Evaluation(Section):
     LoRA a frozen copy of the transformer is held.
     Source: MixGRPO (2507.21802), hybrid inference.
     """
+
+    rewards: list[Reward] = []
+    """Rewards of evaluations beside those that train, given as there, without a weight.
+    They stand in eval_rewards and in the report, and enter neither eval_reward nor what keep_best keeps. A reward that
+    nothing is trained on shows whether those that are have been hacked.
+    Source: PickScore, ImageReward and others on held-out prompts in Flow-GRPO (2505.05470) and MixGRPO (2507.21802).
+    """
+
+    @field_validator("rewards")
+    @classmethod
+    def _without_weights(cls, rewards: list[Reward]) -> list[Reward]:
+        for reward in rewards:
+            if reward.weight != 1:
+                raise ValueError(f"{reward.title} has a weight, and is not summed: leave it out, or put it into reward")
+        return rewards
 
 
 class Tracking(Section):

@@ -61,7 +61,7 @@ function rewardTraces(ctx, run, i, train, trainHalf, heldOut, heldOutHalf, words
   const group = `train${i}`, other = `held${i}`, traces = [];
   if (trainHalf && ctx.one) traces.push(...band(group, x, around(train, trainHalf, -1), around(train, trainHalf, 1), quiet, 0.12));
   const soft = { ...PLUS_MINUS(trainHalf), line: { width: 1.4, ...(ctx.one ? {} : { dash: "dot" }) } };
-  traces.push(line(tag(ctx, run, words[0]), x, train, quiet, { ...soft, trace: { ...soft.trace, legendgroup: group } }));
+  if (train) traces.push(line(tag(ctx, run, words[0]), x, train, quiet, { ...soft, trace: { ...soft.trace, legendgroup: group } }));
   if (known(heldOut)) {
     if (known(heldOutHalf)) traces.push(...band(other, at, around(heldOut, heldOutHalf, -1), around(heldOut, heldOutHalf, 1), loud, 0.2));
     const told = PLUS_MINUS(known(heldOutHalf) ? heldOutHalf : null);
@@ -81,13 +81,16 @@ function reward(ctx) {
   return { traces, layout: { height: 380 } };
 }
 
+// Those that train, and then those that only evaluations give.
+const rewardNames = (run) => [...run.rewards.map((each) => each.name), ...run.eval_rewards];
+
 function oneReward(name) {
   return (ctx) => {
     const traces = ctx.runs.flatMap((run, i) => {
-      const at = run.rewards.findIndex((each) => each.name === name);
+      const at = rewardNames(run).indexOf(name);
       if (at < 0) return [];
-      const told = run.held_out.rewards[at];
-      return rewardTraces(ctx, run, i, run.rewards[at].mean, run.rewards[at].std, told.mean, told.confidence, ["training prompts", "held-out prompts"]);
+      const told = run.held_out.rewards[at], trained = run.rewards[at] || { mean: null, std: null };
+      return rewardTraces(ctx, run, i, trained.mean, trained.std, told.mean, told.confidence, ["training prompts", "held-out prompts"]);
     });
     return { traces };
   };
@@ -207,7 +210,7 @@ function passes(ctx) {
   const traces = ctx.runs.flatMap((run, i) => [["rollout_forwards", "rollout forwards"], ["train_passes", "train passes"]].flatMap(([key, name], j) => {
     const colour = ctx.look.colours[(ctx.one ? j : i) % MANY], x = ctx.x.of(run.x);
     const own = line(tag(ctx, run, name), x, run.series[key], colour, { says: "%{y:,.0f}", line: { dash: ctx.one || !j ? "solid" : "dot" } });
-    if (!ctx.one) return [own];
+    if (!ctx.one || !run.unshared) return [own];
     return [own, line(`${name}, nothing shared`, x, run.unshared[key], colour, { says: "%{y:,.0f}", line: { dash: "dash", width: 1.2 } })];
   }));
   return { traces, layout: { yaxis: { rangemode: "tozero" } } };
@@ -226,9 +229,12 @@ function trouble(ctx) {
 // All charts of some runs by section: id, heading, what it says, the metric whose healthy values stand below it, and
 // what draws it. One without traces is left out.
 page.charts = function (runs) {
-  const names = [...new Set(runs.flatMap((run) => run.rewards.map((each) => each.name)))];
+  const names = [...new Set(runs.flatMap(rewardNames))];
+  const weight = (name) => runs[0].rewards.find((one) => one.name === name);
+  const trains = (name) => runs.some((run) => run.rewards.some((one) => one.name === name));
   const each = names.length > 1 ? names.map((name) => ({ id: `reward of ${name}`, title: name, metric: "eval_rewards", build: oneReward(name),
-    says: `Raw score${runs.length > 1 ? "" : `, weight ${runs[0].rewards.find((one) => one.name === name).weight}`}: mean of an iteration, band of one standard deviation; held-out mean with its 95 % interval.` })) : [];
+    says: !trains(name) ? "Raw score that nothing trains on: held-out mean with its 95 % interval."
+      : `Raw score${runs.length > 1 ? "" : `, weight ${weight(name).weight}`}: mean of an iteration, band of one standard deviation; held-out mean with its 95 % interval.` })) : [];
   return {
     reward: [{ id: "reward", wide: true, metric: "eval_reward", title: "Reward on training and held-out prompts", build: reward,
       says: "Training pictures are drawn with exploration noise and other prompts each time; held-out pictures with the same prompts, seeds and sampler throughout." }, ...each],
