@@ -246,7 +246,7 @@ def test_what_is_left_out_enters_no_number_of_the_iteration(tmp_path, picky, cap
     succeed("train", recipe, "--out", tmp_path / "run")
     for line in metrics_of(tmp_path / "run"):
         assert line["dropped_prompts"] == 1
-        assert line["reward"]["python"] == {"mean": 0.0, "std": 0.0}
+        assert line["reward"]["python"] == {"mean": 0.0, "std": 0.0, "group_std": 0.0}
         assert line["train_passes"] > 0
         assert math.isfinite(line.get("eval_reward", 0.0))
     told = [message for message in caplog.messages if "leaves out" in message]

@@ -177,6 +177,19 @@ def test_a_reward_that_only_evaluations_give_has_a_curve_of_held_out_means_alone
     draw_own(page)
 
 
+def test_prompts_whose_samples_score_alike_are_drawn_where_there_are_any(page, tmp_path):
+    contents = [
+        run_content(
+            synthetic_run(tmp_path / name, [line | {"zero_std_ratio": ratio} for line in lines_of(3)]), tmp_path / name
+        )
+        for name, ratio in (("some", 0.25), ("none", 0.0))
+    ]
+    for content, charts in zip(contents, (1, 0), strict=True):
+        draw(page, content)
+        assert plot(page, "alike").count() == charts
+    draw_own(page)
+
+
 def test_what_users_wrote_stays_text(page, page_file):
     assert page.evaluate("window.hacked") is None
     assert page.locator("#samples .prompt").first.inner_text() == NASTY

@@ -130,8 +130,8 @@ def mostly_clipped(recipe: Recipe, lines: list[Line]) -> Finding | None:
 
 
 def without_spread(recipe: Recipe, lines: list[Line]) -> Finding | None:
-    """Half of the latest iterations trained nothing, or the advantages have fallen below 0.4 of what they were, or the
-    standard deviation of every reward below a tenth.
+    """Half of the latest iterations trained nothing, or half of their prompts, or the advantages have fallen below 0.4
+    of what they were, or the standard deviation of every reward below a tenth.
     """
     late = lines[-_some(lines) :]
     idle = sum(line["train_passes"] == 0 for line in late)
@@ -141,6 +141,8 @@ def without_spread(recipe: Recipe, lines: list[Line]) -> Finding | None:
     alike = all((_late(spread) or 0) < 0.1 * (_early(spread) or 0) for spread in spreads)
     if 2 * idle > len(late):
         seen = f"{idle} of the latest {len(late)} iterations trained nothing, as no group had a difference in reward."
+    elif (same := _late(line.get("zero_std_ratio") for line in lines)) is not None and 2 * same > 1:
+        seen = f"Of the latest iterations' prompts {same:.0%} have samples that all score alike: they train nothing."
     elif now < 0.4 * was:
         seen = f"The mean |advantage| was {was:.2f} in the beginning and is {now:.2f}: in many groups all score alike."
     elif alike:

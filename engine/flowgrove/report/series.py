@@ -16,7 +16,10 @@ from flowgrove.report.split_view import splits_of
 
 MOST_POINTS = 600  # a screen shows no more
 Column = list[float | None]
-_MEANS = ("ratio_mean", "clipped_low", "clipped_high", "approx_kl", "grad_norm", "rollout_forwards", "train_passes")
+_MEANS = (
+    "ratio_mean", "zero_std_ratio", "clipped_low", "clipped_high", "approx_kl", "grad_norm", "rollout_forwards",
+    "train_passes",
+)  # fmt: skip
 _LARGEST = ("ratio_max", "logp_drift", "peak_memory_bytes")
 _SUMS = ("skipped_updates", "dropped_prompts")
 

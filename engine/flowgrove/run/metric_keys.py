@@ -29,13 +29,22 @@ METRICS = (
     Metric(
         "reward",
         "Of every reward, mean and standard deviation (of the population) over all samples of the iteration, without "
-        "those of dropped_prompts, as {name: {mean, std}}: raw scores of pictures that were drawn with exploration "
-        "noise.",
+        "those of dropped_prompts, as {name: {mean, std, group_std}}: raw scores of pictures that were drawn with "
+        "exploration noise. group_std is the mean of the standard deviations among the samples of a prompt, which is "
+        "what advantages are made of.",
         "The mean rises over tens of iterations. It jumps with the prompts of an iteration and where the window moves, "
         "and need not lie near eval_reward, which has other prompts, no noise and often more steps.",
         "Flat: look at advantage_by_step and ratio_max, then raise update.lr or data.prompts_per_iteration. Falling: "
         "lower update.lr. A std that goes to 0: samples of a group no longer differ, raise rollout.noise_level or set "
         "update.kl_weight.",
+    ),
+    Metric(
+        "zero_std_ratio",
+        "The share of the prompts whose samples all score alike in every reward: they train nothing.",
+        "0 for rewards with many steps. With a reward of few steps, such as right or wrong, it falls while the model "
+        "learns its first prompts and rises when it has learnt most.",
+        "Above a half: most of the rollout is for nothing. Take prompts that the model draws right now and then, raise "
+        "rollout.group_size or rollout.noise_level, or take a reward with finer steps.",
     ),
     Metric(
         "dropped_prompts",

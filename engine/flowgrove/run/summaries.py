@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,17 @@ _OF_EDGES = (
 )  # fmt: skip
 
 
-def reward_summary(names: list[str], scores: Tensor) -> dict[str, dict[str, float]]:
-    """{name: {mean, std}} of scores [B, rewards] on the CPU."""
-    return {
-        name: {"mean": column.mean().item(), "std": column.std(correction=0).item()}
-        for name, column in zip(names, scores.T, strict=True)
+def reward_summary(names: list[str], scores: Tensor) -> dict[str, Any]:
+    """`reward`: {name: {mean, std, group_std}} of scores [prompts, group, rewards] on the CPU, and `zero_std_ratio`."""
+    reward = {
+        name: {
+            "mean": of_prompts.mean().item(),
+            "std": of_prompts.std(correction=0).item(),
+            "group_std": of_prompts.std(1, correction=0).mean().item(),
+        }
+        for name, of_prompts in zip(names, scores.unbind(-1), strict=True)
     }
+    return {"reward": reward, "zero_std_ratio": (scores.amax(1) == scores.amin(1)).all(1).double().mean().item()}
 
 
 def update_summary(stats: UpdateStats) -> dict[str, float | int | None]:
