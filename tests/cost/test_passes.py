@@ -32,6 +32,9 @@ CASES = {
     "guidance in some steps": (
         {"model": {**FP32, "guidance_scale": 3.0}, "rollout": {"guidance_range": [1, 3]}}, KEPT, 210
     ),
+    "half of guidance detached": (
+        {"model": {**FP32, "guidance_scale": 3.0}, "update": {"detach_unconditional": True}}, KEPT, 210
+    ),
     "a reference model": ({"update": {"kl_weight": 0.1}}, KEPT, 140),
     "a reference model of a tree": (
         {"rollout": TREE, "update": {"kl_weight": 0.1, "updates_per_iteration": 4}}, NO_ROOM, 175
@@ -93,10 +96,12 @@ def test_an_iteration_runs_the_passes_that_were_counted(case, monkeypatch):
     prompts = [len(TEXTS[number :: len(sizes)]) for number in range(len(sizes))]
     doubled = 2 if policy.doubles else 1
     full = runner.budget.rows // doubled
-    engine = Engine(tokens, doubled, 5000, beside=False, graphs=lambda: room.graphs(full))
+    trained = 1 if recipe.halves_apart else doubled
+    engine = Engine(tokens, doubled, 5000, beside=False, graphs=lambda: room.graphs(full), trained=trained)
     found = passes_of_iteration(recipe, setup.first_plan, prompts, sizes, engine)
     kinds = {"kept": "graph", "train": "graph", "reference": "reference", "cheap": "cheap"}
     counted, decodes, backwards = Counter(), Counter(), 0
+    assert {one.rows for each in found for one in each.of_transformer if one.kind == "backward"} <= {trained}
     for part in found:
         for (kind, states, rows), count in part.of_transformer.items():
             if kind == "backward":

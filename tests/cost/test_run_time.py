@@ -25,7 +25,9 @@ from flowgrove.setup import Setup
 from policy_cases import CPU, small_recipe
 
 GEOMETRY = Geometry((4, 8, 8), 32, 32, 8, None, 16, 9, 19)
-FLOPS = Flops(GEOMETRY, 1, forward=100, backward=200, recomputed=90, extrapolated=60, reference=95, decode=50, encode=7)
+FLOPS = Flops(
+    GEOMETRY, 1, 1, forward=100, backward=200, recomputed=90, extrapolated=60, reference=95, decode=50, encode=7
+)
 RECIPE = small_recipe(model={"adapter": "sd3", "path": "tiny", "dtype": "fp32"})
 IDENTITY = Identity.of(RECIPE)
 

@@ -142,7 +142,7 @@ def test_name_in_run_out_is_the_file_name_of_the_recipe(tmp_path):
         ("rollout.tail={compress: 0.2}", "rollout.tail.compress", 0.2),
         ("run.out=runs/a=b", "run.out", "runs/a=b"),
         ("model.path=/models/SD 3.5", "model.path", "/models/SD 3.5"),
-        ("reward=[{name: hpsv2}]", "reward", [{"name": "hpsv2", "weight": 1.0}]),
+        ("reward=[{name: hpsv2}]", "reward", [{"name": "hpsv2", "label": None, "weight": 1.0}]),
     ],
 )
 def test_overrides_are_yaml_values_at_dotted_keys(recipe_file, override, key, expected):

@@ -7,6 +7,7 @@ from itertools import compress
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrove.credit import assign_credit
 from flowgrove.models.experts import expert_of
@@ -113,7 +114,9 @@ def noise_of(recipe, plan, step, prompt, child, shape):
 )
 def test_packed_updates_equal_one_edge_at_a_time(case, guidance):
     recipe, policy = small_recipe(**CASES[case]), policy_of(guidance=guidance)
-    policy = replace(policy, trains_unconditional=not recipe.update.detach_unconditional)
+    policy = replace(
+        policy, trains_unconditional=not recipe.update.detach_unconditional, halves_apart=recipe.halves_apart
+    )
     if recipe.update.kl_weight:
         policy = policy_with_reference(recipe, guidance)
     forest, prompts, credit, rows = rolled_out(recipe, policy)
@@ -185,10 +188,11 @@ def test_packed_updates_with_source_pictures_equal_one_edge_at_a_time(folders, n
         assert packed_loss == pytest.approx(naive_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["halves together", "halves apart"])
 @pytest.mark.parametrize("guide", [None, QwenImage.guide], ids=["in the op", "as Qwen-Image does"])
-def test_a_detached_unconditional_half_has_no_gradient(guide, monkeypatch):
+def test_a_detached_unconditional_half_has_no_gradient(guide, apart, monkeypatch):
     """The gradient of the guided velocity is that with an unconditional half from a pass without one."""
-    policy, scale = replace(policy_of(guidance=2.5), trains_unconditional=False), 2.5
+    policy, scale = replace(policy_of(guidance=2.5), trains_unconditional=False, halves_apart=apart), 2.5
     prompts, first = encoded(policy), torch.zeros(1, dtype=torch.long)
     x, sigma = torch.randn(1, *policy.adapter.latent_shape, dtype=torch.float64), torch.tensor([0.7])
     if guide is not None:
@@ -200,7 +204,7 @@ def test_a_detached_unconditional_half_has_no_gradient(guide, monkeypatch):
     weights = list(policy.weights.trainable().values())
     ours = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights]
     policy.weights.drop_gradients()
-    both = replace(policy, trains_unconditional=True)
+    both = replace(policy, trains_unconditional=True, halves_apart=False)
     v = both.velocity(x, sigma, prompts.unguided(), first).v
     with torch.no_grad():
         uncond = policy.adapter.velocity(x, sigma, prompts.uncond, scale)
@@ -211,6 +215,27 @@ def test_a_detached_unconditional_half_has_no_gradient(guide, monkeypatch):
     for p, mine in zip(weights, ours, strict=True):
         assert torch.allclose(torch.zeros_like(p) if p.grad is None else p.grad, mine, atol=1e-10 * norm, rtol=0)
     policy.weights.drop_gradients()
+
+
+def test_halves_that_run_apart_have_one_backward():
+    def backward(**settings):
+        policy = replace(policy_of(guidance=2.5), trains_unconditional=False, **settings)
+        x, sigma = torch.randn(1, *policy.adapter.latent_shape, dtype=torch.float64), torch.tensor([0.7])
+        found = policy.velocity(x, sigma, encoded(policy), torch.zeros(1, dtype=torch.long))
+        with FlopCounterMode(display=False) as counter:
+            (found.v + 2.5 * (found.v - found.uncond)).sum().backward()
+        policy.weights.drop_gradients()
+        return counter.get_total_flops()
+
+    assert 2 * backward(halves_apart=True) == backward(halves_apart=False) > 0
+
+
+def test_halves_run_apart_where_one_has_no_gradient_and_nothing_counts_forwards():
+    detached = {"update": {"detach_unconditional": True}}
+    assert small_recipe(**detached).halves_apart
+    assert not small_recipe().halves_apart
+    assert not small_recipe(**detached, engine={"distributed": "fsdp2"}).halves_apart
+    assert not small_recipe(**detached, rollout={"cache": {"interval": 2}}).halves_apart
 
 
 @pytest.mark.parametrize("tokens", [40, 200, 4096])

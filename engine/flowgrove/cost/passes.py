@@ -58,7 +58,8 @@ class Engine:
     """How a rank's engine packs. `tokens`: of a pass; `doubled`: rows of a state with guidance; `pixels_per_decode`:
     that are decoded together; `beside`: whether samples are scored beside the rollout, so that it runs some prompts at
     a time; `whole_groups`: whether a reward needs all samples of a prompt at once; `graphs` makes what keeps graphs in
-    an iteration, None where none is kept; `divided`: whether ranks have divided the weights.
+    an iteration, None where none is kept; `divided`: whether ranks have divided the weights; `trained`: rows of a state
+    that a backward runs through, None: all.
     """
 
     tokens: int
@@ -68,6 +69,7 @@ class Engine:
     whole_groups: bool = False
     graphs: Callable[[], RetainedGraphs | None] = lambda: None
     divided: bool = False
+    trained: int | None = None
 
 
 def passes_of_iteration(
@@ -156,8 +158,12 @@ def _train(
     for some in _packed(len(new), row, engine):
         sizes.append(len(some))
         references.append(int(new[some].sum()))
-    found.add("train", sizes, engine.doubled)
-    found.add("backward", kept, engine.doubled)
+    if engine.trained in (None, engine.doubled):
+        found.add("train", sizes, engine.doubled)
+    else:
+        found.add("kept", sizes, engine.doubled)
+        found.add("backward", sizes, engine.trained)
+    found.add("backward", kept, engine.trained or engine.doubled)
     if recipe.update.kl_weight > 0:
         found.add("reference", [states for states in references if states], engine.doubled)
     noisy = recipe.model.dtype == "bf16" and share and not replays and recipe.update.step_weight != "guard"

@@ -174,6 +174,7 @@ class _Predictor:
         return Engine(
             tokens=self.tokens,
             doubled=model.doubled,
+            trained=model.together,
             pixels_per_decode=PIXELS_PER_DECODE[self.kind],
             beside=scored_beside(self.recipe, self.kind),
             whole_groups=any(map(is_groupwise, self.recipe.reward)),

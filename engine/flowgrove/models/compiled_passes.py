@@ -42,7 +42,7 @@ def _rows(policy: Policy, recipe: Recipe, most: int) -> list[int]:
     """With guidance a pass of one state has two rows, unless they run apart."""
     if not policy.doubles:
         return [1, 2][:most]
-    if policy.splits_lengths:
-        return [1, 2]
+    if policy.splits_lengths or policy.halves_apart:
+        return [1, 2][:most]
     unguided = recipe.rollout.guidance_range is not None or recipe.run.eval.guidance_scale is not None
     return [1, 2] if unguided else [2]

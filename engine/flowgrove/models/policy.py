@@ -63,6 +63,7 @@ class Policy:
     bytes_when_loaded: int = 0  # on the device, with the models of rewards, which are loaded before it
     tuned: bool = True  # False: the reference model
     trains_unconditional: bool = True  # False: a constant in the gradient
+    halves_apart: bool = False  # both halves of guidance in forwards of their own
     guidance_norm: float | None = None  # the most times the norm of v that a guided velocity may have
     precision: Precision | None = None  # of linear layers, where they are rounded
     low_guidance_scale: float | None = None  # of the low-noise expert; None: the same
@@ -107,8 +108,8 @@ class Policy:
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
         norm, scale_2 = model.cfg_normalization, model.guidance_scale_2
         return replace(
-            policy, trains_unconditional=trains, guidance_norm=norm, low_guidance_scale=scale_2,
-            splits_lengths=recipe.engine.split_lengths,
+            policy, trains_unconditional=trains, halves_apart=recipe.halves_apart, guidance_norm=norm,
+            low_guidance_scale=scale_2, splits_lengths=recipe.engine.split_lengths,
         )  # fmt: skip
 
     @classmethod
@@ -217,27 +218,29 @@ class Policy:
     def velocity(
         self, x: Tensor, sigma: Tensor, prompts: Prompts, prompt_of: Tensor, on_host: Ints | None = None
     ) -> Velocity:
-        """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows.
-        `on_host`: the same prompts there, by which texts are cut to the longest; None: they stay as they are. With
-        `splits_lengths` rows run apart from those of other lengths, and without `on_host` the host asks for them.
+        """One pass: x [B, ...] at σ [B], row b for prompt prompt_of[b]; with guidance, one forward of 2B rows, or with
+        `halves_apart` two of B. `on_host`: the same prompts there, by which texts are cut to the longest; None: they
+        stay as they are. With `splits_lengths` rows run apart from those of other lengths, and without `on_host` the
+        host asks for them.
         """
         longest = None if on_host is None else prompts.longest(on_host)
         with self._precision():
             cond = prompts.cond[prompt_of].trimmed(longest)
             away = prompts.uncond_rows(prompt_of)
-            if away is not None:
-                x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-                cond = Conditioning.cat([cond, away.trimmed(longest)])
-            if prompts.masked_lengths is None:
-                found = self.adapter.velocity(x, sigma, cond, self.guidance_scale)
-            else:
+            lengths: list[Ints] = []  # of the masked sequences of each half
+            if prompts.masked_lengths is not None:
                 rows = to_host(prompt_of).numpy() if on_host is None else on_host
-                lengths = prompts.masked_lengths[rows]
-                halves = np.split(lengths, len(x) // len(lengths), axis=1)
-                found = self._velocity_by_lengths(x, sigma, cond, np.concatenate(halves))
+                lengths = np.split(prompts.masked_lengths[rows], 1 if away is None else 2, axis=1)
             if away is None:
-                return Velocity(found)
-            v, uncond = found.chunk(2)
+                return Velocity(self._forward(x, sigma, cond, lengths))
+            away = away.trimmed(longest)
+            if self.halves_apart:
+                with torch.no_grad():
+                    uncond = self._forward(x, sigma, away, lengths[1:])
+                v = self._forward(x, sigma, cond, lengths[:1])
+            else:
+                twice = torch.cat([x, x]), torch.cat([sigma, sigma]), Conditioning.cat([cond, away])
+                v, uncond = self._forward(*twice, lengths).chunk(2)
         uncond = uncond if self.trains_unconditional else uncond.detach()
         wide, wide_uncond = v.to(self.state_dtype), uncond.to(self.state_dtype)
         guided = self.adapter.guide(wide, wide_uncond, self.guidance_scale)
@@ -245,6 +248,14 @@ class Policy:
             guided = wide_uncond + self.guidance_scale * (wide - wide_uncond) if guided is None else guided
             return Velocity(_limited(guided, wide, self.guidance_norm))
         return Velocity(v, uncond, self.guidance_scale) if guided is None else Velocity(guided)
+
+    def _forward(self, x: Tensor, sigma: Tensor, cond: Conditioning, lengths: list[Ints]) -> Tensor:
+        """The velocity of rows whose masked sequences have these `lengths` [rows, masks], part after part; without any
+        masks stay.
+        """
+        if not lengths:
+            return self.adapter.velocity(x, sigma, cond, self.guidance_scale)
+        return self._velocity_by_lengths(x, sigma, cond, np.concatenate(lengths))
 
     def _velocity_by_lengths(self, x: Tensor, sigma: Tensor, cond: Conditioning, lengths: Ints) -> Tensor:
         """The velocity of rows whose masked sequences have these `lengths` [B, masks]: a forward, without masks, of all

@@ -33,11 +33,13 @@ class Flops:
     guidance may need: `forward`, `backward`, `recomputed` (what gradient checkpointing runs again in the backward),
     `extrapolated` (forward of a step whose attention is extrapolated, rollout.cache) and `reference` (forward of the
     reference model). `decode`: a picture or video; `encode`: a prompt's text, None where the folder has no
-    configuration of the text encoders. `doubled`: rows of a state in passes with guidance, 1 or 2.
+    configuration of the text encoders. `doubled`: rows of a state in passes with guidance, 1 or 2; `trained`: those
+    that a backward runs through.
     """
 
     geometry: Geometry
     doubled: int
+    trained: int
     forward: int
     backward: int
     recomputed: int
@@ -96,6 +98,7 @@ def _at_size(model: UnloadedModel, encode: int | None) -> Flops:
     return Flops(
         geometry=model.geometry,
         doubled=model.doubled,
+        trained=model.together,
         forward=forward.get_total_flops(),
         backward=trained - forward.get_total_flops(),
         recomputed=executed - trained,

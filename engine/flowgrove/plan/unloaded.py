@@ -33,8 +33,8 @@ class UnloadedModel:
 
     `compute`: the dtype of passes; `master`: that of states and trained weights; `masters`: of bf16 passes, the trained
     weights by name; `vae_bytes`: of the VAE's weights; `doubled`: rows of a state in a pass, 2 where guidance takes an
-    unconditional velocity. Raises UserError without configuration files, and where the model does not run as they
-    describe it.
+    unconditional velocity; `together`: those in one forward, which a backward runs through. Raises UserError without
+    configuration files, and where the model does not run as they describe it.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -62,6 +62,7 @@ class UnloadedModel:
             self.vae_bytes = materialise(vae.requires_grad_(False), family.vae_dtype or self.compute, self.master)
             self.adapter = family(self.geometry, self.transformer, SimpleNamespace(vae=vae))
         self.doubled = 2 if self.adapter.needs_uncond(recipe.model.guidance_scale) else 1
+        self.together = 1 if recipe.halves_apart else self.doubled
 
     def sized(self, geometry: Geometry) -> Self:
         """This model at another size."""
@@ -76,8 +77,10 @@ class UnloadedModel:
         return other
 
     def velocity(self, states: int) -> Tensor:
-        """The velocity of a pass of so many states, each of the longest prompt; with guidance of both rows of each."""
-        return self.velocity_of_rows(states * self.doubled)
+        """The velocity of a pass of so many states, each of the longest prompt; with guidance of both rows of each, or
+        where they run apart of one.
+        """
+        return self.velocity_of_rows(states * self.together)
 
     def velocity_of_rows(self, rows: int) -> Tensor:
         """The velocity of a pass of so many rows."""

@@ -16,7 +16,7 @@ _STEP = re.compile(r"iteration (\d+)/rollout/step (\d+)/")
 
 class Cost(NamedTuple):
     """FLOPs of a token, of the forward, of that with extrapolated attention, of the reference model's and of the
-    backward; and of a picture that is decoded.
+    backward, as a mean over all rows of a pass; and of a picture that is decoded.
     """
 
     forward: float
@@ -35,8 +35,8 @@ class Cost(NamedTuple):
             return sum(count * getattr(each, name) for count, each in zip(counts, flops, strict=True)) / per
 
         return cls(
-            mean("forward", tokens), mean("extrapolated", tokens), mean("reference", tokens), mean("backward", tokens),
-            mean("decode", prompts),
+            mean("forward", tokens), mean("extrapolated", tokens), mean("reference", tokens),
+            mean("backward", tokens) * flops[0].trained / flops[0].doubled, mean("decode", prompts),
         )  # fmt: skip
 
 

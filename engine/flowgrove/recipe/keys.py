@@ -39,8 +39,8 @@ class Key(NamedTuple):
 
 @cache
 def recipe_keys() -> tuple[Key, ...]:
-    """All keys in the order of the schema, a section before its own."""
-    return tuple(_keys(schema.Recipe, ""))
+    """All keys in the order of the schema, a section before its own. What several keys hold is told at the first."""
+    return tuple(_keys(schema.Recipe, "", set()))
 
 
 def find_key(name: str) -> tuple[Key, list[Key]]:
@@ -63,17 +63,19 @@ def _hint(wanted: str, names: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"sections: {', '.join(n for n in names if '.' not in n)}"
 
 
-def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
+def _keys(section: type[BaseModel], prefix: str, told: set[type[BaseModel]]) -> Iterator[Key]:
     texts, types = _texts(section), get_type_hints(section, include_extras=True)
     for name, field in section.model_fields.items():
         below = _section_in(types[name])
+        below = None if below in told else below
         text, _, source = texts.get(name, "").partition("\nSource: ")  # a test holds that nothing is missing
         summary, _, details = text.partition("\n")
         summary, details, source = (" ".join(part.split()) for part in (summary, details, source))
         kind, default = _values(types[name]), _default(field)
         yield Key(f"{prefix}{name}", kind, default, summary, details, source, below is not None)
         if below is not None:
-            yield from _keys(below, f"{prefix}{name}.")
+            told.add(below)
+            yield from _keys(below, f"{prefix}{name}.", told)
 
 
 def _texts(section: type[BaseModel]) -> dict[str, str]:

@@ -85,10 +85,10 @@ def draw_time(found: "RunTime", console: Console) -> None:
     sizes = {size.geometry: size for size in found.flops}
     for geometry, size in sizes.items():
         row = ", both rows of guidance" if size.doubled > 1 else ""
-        recomputed = f", {size.doubled * size.recomputed / 1e12:.3g} again by checkpointing" if size.recomputed else ""
+        recomputed = f", {size.trained * size.recomputed / 1e12:.3g} again by checkpointing" if size.recomputed else ""
         console.print(
             f"  [dim]TFLOP of a state at {geometry.height}×{geometry.width}{row}: "
-            f"forward {size.doubled * size.forward / 1e12:.3g}, backward {size.doubled * size.backward / 1e12:.3g}"
+            f"forward {size.doubled * size.forward / 1e12:.3g}, backward {size.trained * size.backward / 1e12:.3g}"
             f"{recomputed}; decoding {size.decode / 1e12:.3g}[/]"
         )
 

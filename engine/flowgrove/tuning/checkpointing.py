@@ -66,8 +66,8 @@ def _need(setup: Setup, kind: Checkpointing, device_type: str, division: Divisio
     trained = setup.first_plan.trained_by_update
     states = [model.prompts * (states if recipe.engine.share else edges) for edges, states in trained]
     peak = min(model.at(tokens, reshard).peak for reshard in model.ways)
-    doubled = flops.doubled
-    return Need(kind, peak, model.graph, doubled * flops.forward, doubled * again, sum(states), states[0])
+    forward, again = flops.doubled * flops.forward, flops.trained * again
+    return Need(kind, peak, model.graph, forward, again, sum(states), states[0])
 
 
 def ways(

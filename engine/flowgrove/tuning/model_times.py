@@ -114,7 +114,7 @@ class _Measuring:
             for kind, seconds in (("forward", forward), ("kept", kept), ("backward", backward)):
                 found[kind][rows] = seconds
         self.passes.release()
-        of_a_state = {"backward": flops.doubled * (flops.backward + flops.recomputed)}
+        of_a_state = {"backward": flops.trained * (flops.backward + flops.recomputed)}
         forward_flops = flops.doubled * flops.forward
         return {
             kind: Curve(flops=of_a_state.get(kind, forward_flops), seconds=seconds)

@@ -83,6 +83,14 @@ class Recipe(Section):
         """Whether anything is compared with the model as it was before training, or drawn with it."""
         return self.update.kl_weight > 0 or self.run.eval.tuned_share < 1
 
+    @property
+    def halves_apart(self) -> bool:
+        """Whether both halves of guidance run in forwards of their own, since only the conditional one has a gradient.
+        Not where the forwards of a pass are counted: by ranks that have divided the weights, and by rollout.cache.
+        """
+        divided = self.engine.distributed == "fsdp2"
+        return self.update.detach_unconditional and not divided and self.rollout.cache is None
+
     def at_sizes(self) -> list["Recipe"]:
         """This recipe once for each of model.sizes, with that height and width; without sizes, itself."""
         sizes = self.model.sizes

@@ -110,7 +110,9 @@ class Update(Section):
     detach_unconditional: bool = False
     """Whether the unconditional half of guidance is a constant in the gradient.
     The guided velocity is the same, and only its conditional half trains, as in flow_grpo's loop for SD3. It is for
-    repeating such runs, on models whose guidance takes a second row.
+    repeating such runs, on models whose guidance takes a second row. The halves then run one after the other, and only
+    one has a backward and is held for it; with engine.distributed: fsdp2 and with rollout.cache they run together, and
+    the backward of the other is computed for nothing.
     Source: Flow-GRPO's released code (2505.05470).
     """
 
