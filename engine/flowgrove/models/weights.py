@@ -16,6 +16,7 @@ from flowgrove.models.float64 import keep_float64
 from flowgrove.models.frozen_base import compress
 from flowgrove.models.initial_lora import InitialLora
 from flowgrove.models.masters import Masters, Piece
+from flowgrove.models.narrowing import narrow_states
 from flowgrove.models.quantised import Precision, QuantisedCopy
 from flowgrove.models.trainable import choose_trainable
 from flowgrove.models.twins import Twin
@@ -59,6 +60,8 @@ class Weights:
             compress(transformer, recipe.model.base_precision, compute, device)
         if master == torch.float64:
             keep_float64(transformer)
+        if compute == torch.bfloat16:
+            narrow_states(transformer)
         self.reference_copy: Any = None  # frozen; LoRA needs none: without it the model is the reference
         if lora is None and recipe.uses_reference:
             self.reference_copy = self._frozen_copy(compute, divided=mesh is not None)

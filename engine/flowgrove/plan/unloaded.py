@@ -21,6 +21,7 @@ from flowgrove.models.families import check_split_lengths, configuration_folder,
 from flowgrove.models.frozen_base import compress_unloaded
 from flowgrove.models.geometry import Geometry
 from flowgrove.models.masters import Masters
+from flowgrove.models.narrowing import narrow_states
 from flowgrove.models.parts import is_of_a_library, model_from_config
 from flowgrove.models.policy import COMPUTE_DTYPES
 from flowgrove.models.trainable import choose_trainable
@@ -55,6 +56,8 @@ class UnloadedModel:
             choose_trainable(self.transformer, recipe.model.lora, family.lora_targets, 0)
             vae = model_from_config(self.folder, "vae")
         checkpoint_blocks(self.transformer, recipe.model.gradient_checkpointing)
+        if self.compute == torch.bfloat16:
+            narrow_states(self.transformer)
         self._mode = FakeTensorMode()
         with self.running():
             materialise(self.transformer, self.compute, self.master)

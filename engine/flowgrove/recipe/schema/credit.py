@@ -95,7 +95,7 @@ class Prune(Section):
 
     direction: Literal["later", "earlier"] = "later"
     """Whether the pruned window moves to later steps (less noise) or to earlier ones.
-    Source: BranchGRPO (2509.06040), depth pruning; earlier: ours.
+    Source: BranchGRPO (2509.06040), depth pruning; earlier: its released code.
     """
 
     keep: Count = 4
