@@ -79,6 +79,8 @@ DEFAULTS = {
         "lr_schedule": "constant",
         "warmup": 0,
         "weight_decay": 1.0e-4,
+        "betas": [0.9, 0.999],
+        "eps": 1.0e-8,
         "clip_range": 1.0e-4,
         "kl_weight": 0.0,
         "max_grad_norm": 1.0,

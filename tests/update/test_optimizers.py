@@ -25,6 +25,7 @@ needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao
 KINDS = ["adamw", pytest.param("adamw_8bit", marks=needs_torchao), "apex_fused_adam"]
 SHAPES = ((64, 256), (3, 5), (33, 129), (4096,), (1,))  # quantised: the first and the fourth
 
+OTHERS = {"betas": (0.8, 0.95), "eps": 0.1}
 FAKE_APEX = '''
 import torch
 
@@ -84,14 +85,15 @@ def install_apex(tmp_path, monkeypatch):
 def build(install_apex):
     """A function: (optimiser of that kind, its weights by name), with the stand-in for apex."""
 
-    def make(kind, lr=1e-2, decay=0.1):
+    def make(kind, lr=1e-2, decay=0.1, **more):
         install_apex({"optimizers/__init__.py": FAKE_APEX})
         generator = torch.Generator().manual_seed(1)
         weights = {
             f"block.{n}": torch.nn.Parameter(torch.randn(shape, generator=generator)) for n, shape in enumerate(SHAPES)
         }
         device = CUDA if kind == "apex_fused_adam" else CPU
-        return make_optimizer(Update(optimizer=kind, lr=lr, weight_decay=decay), weights.values(), device), weights
+        update = Update(optimizer=kind, lr=lr, weight_decay=decay, **more)
+        return make_optimizer(update, weights.values(), device), weights
 
     return make
 
@@ -125,25 +127,27 @@ def assert_equal(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_adamw_is_torchs_fused_one_bit_for_bit(build):
-    optimizer, weights = build("adamw")
+@pytest.mark.parametrize("settings", [{}, OTHERS], ids=["defaults", "others"])
+def test_adamw_is_torchs_fused_one_bit_for_bit(build, settings):
+    optimizer, weights = build("adamw", **settings)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in weights.values()]
-    plain = torch.optim.AdamW(copies, lr=1e-2, weight_decay=0.1, fused=True)
+    plain = torch.optim.AdamW(copies, lr=1e-2, weight_decay=0.1, fused=True, **settings)
     train(optimizer, weights, range(4))
     train(plain, dict(enumerate(copies)), range(4))
     assert all(torch.equal(p, q) for p, q in zip(weights.values(), copies, strict=True))
 
 
+@pytest.mark.parametrize("settings", [{}, OTHERS], ids=["defaults", "others"])
 @pytest.mark.parametrize(
     ("kind", "bound"), [pytest.param("adamw_8bit", 0.03, marks=needs_torchao), ("apex_fused_adam", 1e-4)]
 )
-def test_every_optimiser_follows_adamw(build, kind, bound):
+def test_every_optimiser_follows_adamw(build, kind, bound, settings):
     """Also through a learning rate that changes;
     with 8-bit moments within 3 % of the way that the weights have gone.
     """
-    exact, expected = build("adamw")
+    exact, expected = build("adamw", **settings)
     start = {name: p.detach().clone() for name, p in expected.items()}
-    optimizer, weights = build(kind)
+    optimizer, weights = build(kind, **settings)
     train(exact, expected, range(5))
     train(optimizer, weights, range(5))
     for name, p in weights.items():

@@ -140,6 +140,6 @@ def as_yaml(value: Any) -> str:
     """A default as a recipe would say it, on one line."""
     if isinstance(value, bool) or value is None:
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_yaml, value))}]"
     return repr(value).replace("e-0", "e-") if isinstance(value, float) else str(value)

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +30,38 @@ _BUILD_APEX = (
 )
 
 
+class Settings(TypedDict):
+    """What all of them take."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+
+
 def make_optimizer(update: Update, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
     """The optimiser of `update` over `parameters`, which lie on `device`.
     Raises UserError for a package or a device that is missing.
     """
     weights = list(parameters)
+    settings: Settings = {
+        "lr": update.lr, "weight_decay": update.weight_decay, "betas": update.betas, "eps": update.eps,
+    }  # fmt: skip
     if update.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=update.lr, weight_decay=update.weight_decay, fused=True)
+        return torch.optim.AdamW(weights, **settings, fused=True)
     if any(weight.dtype == torch.float64 for weight in weights):
         raise UserError(
             f"update.optimizer is {update.optimizer}, which computes in fp32: with model.dtype: "
             "fp64 write update.optimizer: adamw"
         )
     if update.optimizer == "adamw_8bit":
-        return AdamW8bit(weights, update.lr, update.weight_decay)
+        return AdamW8bit(weights, settings)
     if device.type != "cuda":
         raise UserError(
             "update.optimizer is apex_fused_adam, which runs on CUDA devices only, "
             f"not on {device.type}{_unrelated()}: write adamw"
         )
-    return ApexFusedAdam(weights, update.lr, update.weight_decay)
+    return ApexFusedAdam(weights, settings)
 
 
 class AdamW8bit(Optimizer):
@@ -61,17 +73,17 @@ class AdamW8bit(Optimizer):
     compiles its step once per shape; on the CPU it runs uncompiled.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(self, parameters: list[nn.Parameter], settings: Settings) -> None:
         try:
             torchao = import_module("torchao.optim")
         except ImportError:
             raise UserError(
                 "update.optimizer is adamw_8bit, which needs torchao: pip install torchao, or write adamw"
             ) from None
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(parameters, dict(settings))
         self.found_inf = torch.zeros((), device=parameters[0].device)
         # one optimiser per tensor, so that they can be stepped one at a time
-        self.parts = [torchao.AdamW8bit([p], lr=lr, weight_decay=weight_decay) for p in parameters]
+        self.parts = [torchao.AdamW8bit([p], **settings) for p in parameters]
         for part, p in zip(self.parts, parameters, strict=True):
             # made here, with the count on the device: torchao would count on the host, where a skipped step cannot be
             # seen
@@ -104,18 +116,18 @@ class ApexFusedAdam(Optimizer):
     and moments alone on the device.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(self, parameters: list[nn.Parameter], settings: Settings) -> None:
         try:
             if is_unrelated_apex():
                 raise ImportError
             fused = import_module("apex.optimizers").FusedAdam
-            self.inner = fused(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=True, capturable=True)
+            self.inner = fused(parameters, **settings, adam_w_mode=True, capturable=True)
         except (ImportError, RuntimeError):  # RuntimeError: apex without its CUDA extensions
             needs = f"NVIDIA's apex, built from its source with the extensions{_unrelated()}"
             raise UserError(
                 f"update.optimizer is apex_fused_adam, which needs {needs}: {_BUILD_APEX}, or write adamw"
             ) from None
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(parameters, dict(settings))
         self.found_inf = torch.zeros((), device=parameters[0].device)
         self.steps = torch.zeros((), device=parameters[0].device)  # one count for all
         for p in parameters:

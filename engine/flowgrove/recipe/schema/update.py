@@ -6,6 +6,8 @@ from pydantic import Field
 
 from flowgrove.recipe.schema.values import Count, Index, NotNegative, Positive, Section, Share
 
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
 
 class Update(Section):
     optimizer: Literal["adamw", "adamw_8bit", "apex_fused_adam"] = "adamw"
@@ -39,6 +41,18 @@ class Update(Section):
     """The decoupled weight decay: every update shrinks trained weights by the share lr · weight_decay.
     At these learning rates its effect is small; published runs keep 1e-4.
     Source: AdamW (1711.05101); MixGRPO (2507.21802), training settings.
+    """
+
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """The decays of AdamW's averages: of gradients, and of their squares.
+    0.95 or 0.99 for the second follows gradients whose size changes from iteration to iteration sooner.
+    Source: AdamW (1711.05101).
+    """
+
+    eps: Positive = 1.0e-8
+    """What is added to the root of the second average before AdamW divides by it.
+    Larger values, up to 1e-6, keep weights whose gradients are nearly 0 from steps as large as all others'.
+    Source: AdamW (1711.05101).
     """
 
     clip_range: Share | tuple[Share, Positive] = 1.0e-4
@@ -116,7 +130,7 @@ class Update(Section):
     Source: Flow-GRPO's released code (2505.05470).
     """
 
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Decay | None = None
     """The decay of an average of the trained weights, per update; null: none.
     Evaluation, sampling and export then use the average, training does not. It holds one more fp32 copy of the trained
     weights. 0.9 to 0.99 smooths a jumpy curve; 0.999 needs thousands of updates to follow.
