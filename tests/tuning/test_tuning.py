@@ -490,6 +490,7 @@ def test_flops_that_are_kept_are_those_of_the_setting_that_was_measured(monkeypa
     assert (setup.recipe.model.gradient_checkpointing, kinds) == ("none", ["full"])
 
 
+@pytest.mark.long
 def test_attention_of_steps_that_do_not_train_is_chosen_where_it_is_near_and_fast(folders, monkeypatch):
     monkeypatch.setattr(tune, "attention_names", lambda: ["sdpa", "_native_math"])
     times = {}
