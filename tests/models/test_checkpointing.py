@@ -13,18 +13,22 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrove.errors import UserError
-from flowgrove.models import compiling
+from flowgrove.models import checkpointing, compiling
 from flowgrove.models.checkpointing import checkpoint_blocks
 from flowgrove.models.policy import Policy
 from flowgrove.plan.allocations import graph_bytes
 from flowgrove.plan.flops import count_flops
+from flowgrove.plan.memory import MemoryModel
 from flowgrove.recipe.checks import check_meaning
 from flowgrove.recipe.loading import parse_recipe
-from policy_cases import CPU, encoded, small_recipe
+from flowgrove.tuning.graph_room import NO_ROOM, GraphRoom
+from planner_cases import user_error
+from policy_cases import CPU, encoded, plan_and_coefficients, small_recipe
 
 TINY = {"adapter": "sd3", "path": "tiny", "dtype": "fp64"}
 LORA = {"rank": 4, "alpha": 8}
 KINDS = ("none", "selective", "full")
+ALL = (*KINDS, "offload")
 
 
 def policy_of(kind, **model):
@@ -61,7 +65,7 @@ def in_backward(kind, **model):
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_the_gradient_is_the_same_in_float64(lora):
     gradients = []
-    for kind in KINDS:
+    for kind in ALL:
         policy = policy_of(kind, lora=lora)
         for number, weight in enumerate(policy.weights.trainable().values()):
             torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(number))
@@ -99,10 +103,84 @@ def test_it_holds_less_than_everything_and_more_than_the_inputs_of_blocks():
     assert full < selective < none
 
 
-def test_what_runs_again_is_counted():
-    none, selective, full = (
-        count_flops(small_recipe(model={**TINY, "gradient_checkpointing": kind, "lora": LORA}))[0] for kind in KINDS
+def test_inputs_of_blocks_go_to_the_host_and_what_all_blocks_share_stays(monkeypatch):
+    sent, inner = [], checkpointing._to_host
+
+    def noting(x):
+        kept = inner(x)
+        sent.append((kept is not x, x.requires_grad, tuple(x.shape)))
+        return kept
+
+    monkeypatch.setattr(checkpointing, "_to_host", noting)
+    policy = policy_of("offload", lora=LORA)
+    for parameter in policy.weights.trainable().values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    v = velocity(policy)
+    blocks = len(policy.transformer.transformer_blocks)
+    assert all(goes == differentiable for goes, differentiable, _ in sent)
+    # the first block's inputs come from frozen layers
+    assert Counter(goes for goes, *_ in sent)[True] == 2 * (blocks - 1)
+    count = len(sent)
+    v.square().sum().backward()
+    assert len(sent) == count, "the block that runs again keeps what it needs where it is"
+
+
+def test_a_prediction_counts_nothing_that_lies_in_host_memory():
+    full, offload = (
+        MemoryModel(recipe, plan_and_coefficients(recipe)[0], "cuda")
+        for recipe in (
+            small_recipe(model={**TINY, "lora": LORA, "gradient_checkpointing": kind}) for kind in ("full", "offload")
+        )
     )
+    assert offload.graph < 0.5 * full.graph
+    assert offload.at(400).peak <= full.at(400).peak
+
+
+def test_graphs_of_a_rollout_are_not_kept_in_host_memory():
+    model = {**TINY, "gradient_checkpointing": "offload"}
+    assert GraphRoom.asked(small_recipe(model=model), False, lambda: 100) is NO_ROOM
+    assert "reuse_rollout_graph" in user_error(
+        lambda: check_meaning(small_recipe(model=model, engine={"device": "cpu", "reuse_rollout_graph": True}))
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_on_a_gpu_inputs_in_host_memory_give_the_same_bits_without_a_wait():
+    found = {}
+    for kind in ("full", "offload"):
+        recipe = small_recipe(model={**TINY, "dtype": "bf16", "lora": LORA, "gradient_checkpointing": kind})
+        policy = Policy.load(recipe, torch.device("cuda"))
+        for number, weight in enumerate(policy.weights.trainable().values()):
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator("cuda").manual_seed(number))
+        policy.weights.refresh()
+        x = torch.randn(
+            2, *policy.adapter.latent_shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda"
+        )
+        sigma, prompt = torch.tensor([0.7, 0.3], device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
+        prompts, held = encoded(policy), []
+        try:
+            for mode in ("default", "error"):  # the first round loads kernels and pins memory
+                policy.weights.drop_gradients()
+                torch.cuda.set_sync_debug_mode(mode)
+                v = policy.velocity(x, sigma, prompts, prompt).v
+                held.append(torch.cuda.memory_allocated())
+                v.square().sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        gradients = [weight.grad.clone() for weight in policy.weights.trainable().values()]
+        found[kind] = v.detach().clone(), gradients, held[-1]
+    (v, gradients, held), (others, theirs, more) = found["offload"], found["full"]
+    assert torch.equal(v, others)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, theirs, strict=True))
+    assert held < more
+
+
+def test_what_runs_again_is_counted():
+    none, selective, full, offload = (
+        count_flops(small_recipe(model={**TINY, "gradient_checkpointing": kind, "lora": LORA}))[0] for kind in ALL
+    )
+    assert offload == full
     assert none.train == selective.train == full.train
     assert none.recomputed == 0 < selective.recomputed < 0.1 * full.recomputed
     assert full.recomputed > 0.8 * full.forward

@@ -91,7 +91,7 @@ def test_the_fewest_rows_that_are_as_fast_as_the_fastest(name):
 
 def test_no_room_for_a_row_is_one_line_that_says_what_to_do():
     measure, _ = on_device(lambda rows: 1.0, 0)
-    with pytest.raises(UserError, match=r"set model\.gradient_checkpointing: full") as caught:
+    with pytest.raises(UserError, match=r"set model\.gradient_checkpointing: offload") as caught:
         fastest_rows(measure, 64)
     assert "\n" not in str(caught.value)
 

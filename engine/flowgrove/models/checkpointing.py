@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flowgrove.models.compiling import compiled
@@ -14,7 +17,8 @@ _NARROW = 8  # times fewer numbers go into an element of a product than it has c
 
 def checkpoint_blocks(transformer: Any, kind: Checkpointing, compile_mode: bool | str = False) -> None:
     """Makes the blocks of a diffusers transformer keep what `kind` says: none, nothing that is computed again; full,
-    their inputs alone; selective, also what attention and matrix products give. auto, where it is not settled, is full.
+    their inputs alone; selective, also what attention and matrix products give; offload, their inputs in host memory.
+    auto, where it is not settled, is full.
 
     `compile_mode`: as engine.compile. A compiled block hides its operations from a checkpoint around it, so that a
     selective one is compiled with its block: torch then divides forward and backward as the checkpoint says.
@@ -24,8 +28,35 @@ def checkpoint_blocks(transformer: Any, kind: Checkpointing, compile_mode: bool 
     elif kind == "selective":
         selectively = compiled(_selectively, compile_mode) if compile_mode else _selectively
         transformer.enable_gradient_checkpointing(selectively)
+    elif kind == "offload":
+        transformer.enable_gradient_checkpointing(_offloading)
     else:
         transformer.enable_gradient_checkpointing()
+
+
+def _offloading(block: Any, *inputs: Any) -> Any:
+    # of what the block computes the checkpoint keeps nothing: these hooks see its inputs alone
+    with saved_tensors_hooks(_to_host, _to_device):
+        return checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+
+def _to_host(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+    """A state of the picture or the text, on its way to pinned memory; what all blocks share stays where it is. Copies
+    and passes take turns in one stream: none of them waits on the host, nor for another stream.
+    """
+    if not x.requires_grad:
+        return x
+    if isinstance(x, FakeTensor):  # a prediction: on no device
+        return x.device, torch.empty_like(x, device="meta")
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    return x.device, host.copy_(x.detach(), non_blocking=True)
+
+
+def _to_device(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    device, host = kept
+    return torch.empty_like(host, device=device) if host.is_meta else host.to(device, non_blocking=True)
 
 
 def _selectively(block: Any, *inputs: Any) -> Any:

@@ -41,7 +41,7 @@ class PassTooLargeError(UserError):
         self.tokens = tokens
         what = f"the GPU's memory is full on rank {rank} in a training pass"
         if tokens is None:
-            ways = "set engine.reshard_after_forward: true or model.gradient_checkpointing: full, or take more GPUs"
+            ways = "set engine.reshard_after_forward: true or model.gradient_checkpointing: offload, or take more GPUs"
             super().__init__(f"{what} of one row: {ways}")
         else:
             super().__init__(

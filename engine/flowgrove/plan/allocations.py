@@ -47,7 +47,7 @@ class _Alive(TorchDispatchMode):
                 self._count(leaf.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:  # where a prediction has what lies in host memory
                 storage = leaf.untyped_storage()
                 self._count(storage, storage.nbytes())
         return result

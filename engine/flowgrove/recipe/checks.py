@@ -46,12 +46,20 @@ def check_meaning(recipe: Recipe) -> None:
         _check_depths(recipe, prune)
     _check_sharding(recipe)
     _check_split_lengths(recipe)
-    if recipe.model.gradient_checkpointing not in ("auto", *checkpointing_with(recipe.engine)):
+    if recipe.model.gradient_checkpointing not in ("auto", "offload", *checkpointing_with(recipe.engine)):
         mode = "true" if recipe.engine.compile is True else recipe.engine.compile
         raise UserError(
             f"model.gradient_checkpointing: selective does not go with engine.compile: {mode} and "
             "engine.distributed: fsdp2, whose gathering no compiled checkpoint takes in: write full or none"
         )
+    _refuse_beside(
+        "model.gradient_checkpointing: offload", "full",
+        _Beside(
+            "engine.reuse_rollout_graph: true",
+            recipe.model.gradient_checkpointing == "offload" and recipe.engine.reuse_rollout_graph is True, "auto",
+            "host memory would hold the graphs of a whole rollout",
+        ),
+    )  # fmt: skip
     _refuse_beside(
         "model.dtype: fp64", "another dtype",
         _Beside(
@@ -72,7 +80,7 @@ def shards_of(engine: Engine, ranks: int) -> int:
 
 
 def checkpointing_with(engine: Engine) -> tuple[Checkpointing, ...]:
-    """The values of model.gradient_checkpointing that go with an engine, besides auto."""
+    """The values of model.gradient_checkpointing that go with an engine and are weighed, the slowest first."""
     hides = engine.compile and engine.distributed == "fsdp2"
     return ("full", "none") if hides else ("full", "selective", "none")
 

@@ -54,6 +54,8 @@ class GraphRoom(NamedTuple):
         engine, prune = recipe.engine, recipe.credit.prune
         if engine.reuse_rollout_graph is False or engine.exact_replay or not engine.share or divided:
             return NO_ROOM
+        if recipe.model.gradient_checkpointing == "offload":  # a graph is small, and what it needs of the host is not
+            return NO_ROOM
         if engine.reuse_rollout_graph is True:
             return cls(sys.maxsize, 0.0)
         if prune is not None and prune.kind != "depth":

@@ -55,7 +55,7 @@ def fastest_rows(measure: Callable[[int], float], most: int) -> int:
 def no_room() -> UserError:
     """What to say where not even a pass of one row fits."""
     return UserError(
-        "the GPU's memory does not hold a training pass of one row: set model.gradient_checkpointing: full, "
+        "the GPU's memory does not hold a training pass of one row: set model.gradient_checkpointing: offload, "
         "give a model.lora, or lower model.height and width"
     )
 

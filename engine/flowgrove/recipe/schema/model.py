@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from flowgrove.recipe.schema.values import NotNegative, Pixels, Positive, Section, Text
 
-Checkpointing = Literal["full", "selective", "none", "auto"]
+Checkpointing = Literal["full", "selective", "none", "offload", "auto"]
 Expert = Literal["high", "low"]  # of two transformers: that of states of high noise, and that of the others
 # the registry of model families: modules of models/, one a line
 AdapterName = Literal[
@@ -218,10 +218,12 @@ class Model(Section):
     full: all but the inputs of each block, which saves most of the memory of activations for one more forward per
     training pass. selective: all but these and what attention and large matrix products give, which leaves element by
     element work to compute again. none: nothing. auto: of these the one with which, with the rollout's graphs that then
-    fit, updates are predicted to be fastest. true is full, false is none. The gradient is the same. `flowgrove plan
-    --memory` predicts the peak and tells what auto weighs; `flowgrove tune --checkpointing` measures. selective does
-    not go with engine.compile and engine.distributed: fsdp2 together.
-    Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198).
+    fit, updates are predicted to be fastest. offload: as full, with the inputs of blocks in pinned host memory until
+    their backward; for videos and pictures whose passes fit in no other way. true is full, false is none. The gradient
+    is the same. `flowgrove plan --memory` predicts the peak and tells what auto weighs; `flowgrove tune
+    --checkpointing` measures. selective does not go with engine.compile and engine.distributed: fsdp2 together.
+    Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198); offload: Rajbhandari et al.
+    (1910.02054), P_a+cpu.
     """
 
     @field_validator("gradient_checkpointing", mode="before")
