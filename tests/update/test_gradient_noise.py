@@ -338,6 +338,14 @@ def test_sketches_are_linear_and_hang_on_names_and_seed_alone():
     assert torch.equal(sketch([]), torch.zeros(101, dtype=torch.float64))
 
 
+def test_a_rank_without_rows_of_a_weight_adds_nothing():
+    sketch = Sketch("s", CPU, torch.float64, buckets=101)
+    rows = ("a/0", torch.ones(3, 4, dtype=torch.float64))
+    none = ("b/16", torch.empty(0, 4, dtype=torch.float64))
+    assert torch.equal(sketch([none, rows]), sketch([rows]))
+    assert torch.equal(sketch([none]), torch.zeros(101, dtype=torch.float64))
+
+
 def sketched(sketch, policy):
     return sketch(policy.weights.own_gradients())
 
