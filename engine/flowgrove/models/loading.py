@@ -31,6 +31,7 @@ from flowgrove.models.geometry import part_config
 from flowgrove.models.parts import check_statistics, check_tokenizer, is_of_a_library, is_quantised, load_part
 from flowgrove.models.sources import check_sources
 from flowgrove.models.stored import all_bf16
+from flowgrove.models.trainable import OnlyDraws
 from flowgrove.process import is_first, rank_here, share_of, started_here
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.schema import Model, Recipe
@@ -40,12 +41,14 @@ def load_model(
     recipe: Recipe, device: torch.device, dtype: torch.dtype, texts: Iterable[str] | None, on_host: bool = False
 ) -> tuple[Adapter, Encoder]:
     """The adapter and what encodes its prompts; `texts` are those that will be asked for, None: none, and nothing will
-    be decoded. `on_host`: the transformer stays in host memory, as its files hold it. Raises UserError.
+    be decoded. `on_host`: the transformer stays in host memory, as its files hold it; so does one whose weights will
+    lie in bf16 alone. Raises UserError.
     """
     family = family_of(recipe.model.adapter)
     if texts is None:
         adapter = _load(recipe.model, device, dtype, (*family.TEXT, "vae"))
         return adapter, adapter.encode
+    on_host = on_host or _rounds(recipe, dtype)
     stored = _stored_encoder(recipe, device, dtype)
     if stored is None:
         adapter = _load(recipe.model, device, dtype, on_host=on_host)
@@ -58,6 +61,16 @@ def load_model(
     except TooManyPromptsError:
         encoder = OffloadedEncoder(stored.load, device)
     return _load(recipe.model, device, dtype, family.TEXT, on_host), encoder
+
+
+def _rounds(recipe: Recipe, dtype: torch.dtype) -> bool:
+    """Whether what the recipe trains is rounded on its way to the device, since nothing will train it. What lies
+    quantised in its folder is left to whoever reads it.
+    """
+    if not isinstance(recipe, OnlyDraws) or recipe.model.lora is not None or dtype != torch.bfloat16:
+        return False
+    folder = model_folder(recipe.model)
+    return not any(is_quantised(folder / name) for name in transformer_folders(folder))
 
 
 def check_prompts(recipe: Recipe, texts: Sequence[str]) -> None:

@@ -1,6 +1,8 @@
-"""Which weights of a transformer train: all of them, or LoRA layers beside them (Hu et al. 2106.09685)."""
+"""Which weights of a transformer train: all of them, or LoRA layers beside them (Hu et al. 2106.09685); or none any
+more.
+"""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig
@@ -8,7 +10,16 @@ from peft import LoraConfig
 from flowgrove.errors import UserError
 from flowgrove.models.experts import trained_parts
 from flowgrove.models.fused_lora import fuse_lora
-from flowgrove.recipe.schema import Lora
+from flowgrove.recipe.schema import Lora, Recipe
+
+
+class OnlyDraws(Recipe):
+    """A recipe of whose model nothing will train: weights that passes read in bf16 need no masters, and lie in bf16."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """What `recipe` says, of a model that only draws."""
+        return cls.model_construct(**dict(recipe))
 
 
 def choose_trainable(transformer: Any, lora: Lora | None, default_targets: tuple[str, ...], seed: int) -> None:

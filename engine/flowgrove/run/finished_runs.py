@@ -23,6 +23,7 @@ from flowgrove.models.lora_files import FORMATS, how_to_load, layers_of, write_l
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.models.stored import DTYPES, all_in, bf16_in
+from flowgrove.models.trainable import OnlyDraws
 from flowgrove.process import started
 from flowgrove.ranks import Ranks
 from flowgrove.recipe.loading import load_recipe
@@ -113,10 +114,10 @@ def open_model(
         "update": recipe.update.model_copy(update={"kl_weight": 0.0}),
         "rollout": recipe.rollout.model_copy(update={"precision": None, "attention": None}),
     }
-    untrained, ranks = recipe.model_copy(update=without), ranks or Ranks()
+    draws, ranks = OnlyDraws.of(recipe.model_copy(update=without)), ranks or Ranks()
     mine = (texts or ())[ranks.share(len(texts or ()))]
     ranks.together(lambda: check_prompts(recipe, mine))
-    policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks)
+    policy = Policy.load_together(draws, pick_device(recipe), texts, ranks)
     return Model(recipe, policy, checkpoint)
 
 
