@@ -518,8 +518,9 @@ def test_only_the_lines_that_are_named_tell_of_it(runs):
         (2, {"distributed": "fsdp2"}),
         (3, {"distributed": "fsdp2", "reshard_after_forward": False}),
         (4, {"distributed": "fsdp2", "shard_degree": 2}),
+        (5, {"distributed": "fsdp2"}),
     ],
-    ids=["ddp", "fsdp2", "fsdp2, a rank without prompts", "copies of a division"],
+    ids=["ddp", "fsdp2", "fsdp2, a rank without prompts", "copies of a division", "a rank without rows of a weight"],
 )
 def test_several_ranks_measure_what_one_does(ranks, engine, tmp_path):
     """Sketches of divided weights are others, whose error is that of a sketch; what is trained is the same."""

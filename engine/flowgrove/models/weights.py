@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +232,7 @@ class Weights:
             self._cheap.changed()
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """The masters take the values of `tensors`, one for each of their names and shapes. Where there are none, the
         values are rounded on the way, as `refresh` rounds them.
         """
