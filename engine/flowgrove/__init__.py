@@ -1,7 +1,8 @@
 """Flowgrove: online reinforcement learning of flow-matching models.
 
 Import it before torch: then it sets PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and GOMP_SPINCOUNT=10000 where
-the environment says nothing about torch's allocator and the waiting of its threads (`flowgrove.process` says why).
+the environment says nothing about torch's allocator and the waiting of its threads, and in runs of several machines
+TRITON_CACHE_DIR where it is not set (`flowgrove.process` says why).
 
 Imports run one way, from a line of this table to the lines below it or along one line, never in a circle:
 

@@ -1,6 +1,7 @@
 """A process: what it needs in its environment before torch is loaded, which reads it once; which it is of how many."""
 
 import os
+import stat
 import sys
 from collections.abc import Sequence
 
@@ -11,20 +12,42 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def settle() -> None:
-    """Sets what the user has not set, unless torch is loaded already.
+    """Sets what the user has not set, unless torch is loaded already, but for TRITON_CACHE_DIR, which is read late.
 
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: passes differ in size, and segments that cannot grow leave memory
     between them that no pass fits into. GOMP_SPINCOUNT=10000: by default a thread that has reached a barrier of GNU's
     OpenMP spins there for up to some milliseconds, also while the processor runs another program instead of the thread
     that it waits for. So short a spin costs nothing on a quiet machine, where sleeping at once would cost half again;
-    profiling/figures/busy_machine.csv has the measurements.
+    profiling/figures/busy_machine.csv has the measurements. TRITON_CACHE_DIR, where torchrun has started processes on
+    several machines: a folder of this machine, as the home folder may be one that they share, whose files change under
+    those that read them.
     """
+    if on_several_machines() and "TRITON_CACHE_DIR" not in os.environ:
+        folder = _folder_here()
+        if folder is not None:
+            os.environ["TRITON_CACHE_DIR"] = folder
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if not any(name in os.environ for name in _WAITING):
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def _folder_here() -> str | None:
+    """A folder of this user for what Triton compiles, in this machine's own one for temporary files; None: there is
+    none that only this user writes into.
+    """
+    import tempfile
+
+    folder = os.path.join(tempfile.gettempdir(), f"flowgrove_triton_{os.getuid()}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = os.lstat(folder)
+    except OSError:
+        return None
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if mine else None
 
 
 def started() -> int:
@@ -59,6 +82,11 @@ def is_first() -> bool:
 def started_here() -> int:
     """How many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def on_several_machines() -> bool:
+    """Whether some of them run on another machine than this one."""
+    return started() > started_here()
 
 
 def rank_here() -> int:

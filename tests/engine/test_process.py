@@ -1,6 +1,9 @@
-"""What importing flowgrove settles before torch is loaded: the allocator's segments and how threads wait."""
+"""What importing flowgrove settles before torch is loaded: the allocator's segments, how threads wait, and where
+Triton keeps what it compiles.
+"""
 
 import json
+import os
 
 import pytest
 
@@ -8,7 +11,8 @@ from subprocesses import python
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-NAMES = (*ALLOCATOR, *WAITING)
+TRITON = "TRITON_CACHE_DIR"
+NAMES = (*ALLOCATOR, *WAITING, TRITON)
 VALUES = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "GOMP_SPINCOUNT": "10000"}
 
 
@@ -38,3 +42,23 @@ def test_whoever_loads_torch_first_has_settled_it():
     found, has_torch = found_after("torch, flowgrove")
     assert found == dict.fromkeys(NAMES)
     assert has_torch
+
+
+MACHINES = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("imported", ["flowgrove", "torch, flowgrove"])
+def test_of_several_machines_each_keeps_kernels_in_a_folder_of_its_own(imported, tmp_path):
+    folder = tmp_path / f"flowgrove_triton_{os.getuid()}"
+    found, _ = found_after(imported, **MACHINES, TMPDIR=str(tmp_path))
+    assert found[TRITON] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert found_after(imported, **MACHINES, TRITON_CACHE_DIR="/mine")[0][TRITON] == "/mine"
+    assert found_after(imported, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")[0][TRITON] is None
+
+
+def test_a_folder_for_kernels_that_others_may_write_into_is_not_taken(tmp_path):
+    folder = tmp_path / f"flowgrove_triton_{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert found_after("flowgrove", **MACHINES, TMPDIR=str(tmp_path))[0][TRITON] is None

@@ -132,6 +132,17 @@ def test_what_is_compiled_is_kept_where_the_user_says_or_in_their_cache_folder(m
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (set_ or str(tmp_path / "flowgrove" / "compiled"))
 
 
+@pytest.mark.parametrize("machines", [1, 2])
+def test_several_machines_share_no_folder_of_what_is_compiled(monkeypatch, tmp_path, machines):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", str(2 * machines))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compile_blocks(nn.Module())
+    assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) == (machines == 1)
+    assert (tmp_path / "flowgrove").exists() == (machines == 1)
+
+
 def test_a_cache_folder_that_cannot_be_made_is_no_error(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").write_text("")

@@ -2,20 +2,26 @@
 and copies that follow wherever masters change.
 """
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import save_checkpoint
-from engine_cases import succeed, tiny_recipe
+from engine_cases import contents, succeed, tiny_recipe, write_lines
+from flowgrove.models.experts import Experts
+from flowgrove.models.folders import model_folder
 from flowgrove.models.masters import Masters
 from flowgrove.models.policy import Policy
+from flowgrove.models.weights import Weights
+from flowgrove.recipe.schema import Model
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.update.ema import Ema
 from flowgrove.update.updater import Updater
 from policy_cases import CPU, encoded, runner_of, small_recipe
+from tiny_families import MODELS
 
 FULL = {"adapter": "sd3", "path": "tiny", "dtype": "bf16", "gradient_checkpointing": False}
 KINDS = {"full": {}, "lora": {"lora": {"rank": 4, "alpha": 8}}, "checkpointed": {"gradient_checkpointing": True}}
@@ -159,3 +165,93 @@ def test_checkpoints_and_exports_hold_the_masters(tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in masters.values())
     assert all(torch.equal(exported[name], tensor) for name, tensor in masters.items())
     assert any(not torch.equal(tensor, tensor.to(torch.bfloat16).float()) for tensor in masters.values())
+
+
+# A model that only draws
+
+
+def written_in(dtype, source, folder):
+    """A pipeline whose transformers' files hold `dtype`."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("transformer*/*.safetensors"):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+def held_bytes(module):
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def velocities(policy):
+    """Of the model and of the reference model."""
+    x, sigma = torch.randn(3, *policy.adapter.latent_shape, generator=torch.Generator().manual_seed(0)), [0.9, 0.5, 0.2]
+    policy = policy.of_expert("low" if isinstance(policy.transformer, Experts) else None)
+    given = (x, torch.tensor(sigma), encoded(policy), torch.tensor([0, 1, 2]))
+    with torch.no_grad():
+        own = policy.velocity(*given).v
+        with policy.reference() as reference:  # a LoRA is off in it
+            return [own, reference.velocity(*given).v]
+
+
+ONLY_DRAWS = {
+    "full": ("sd3", {}),
+    "an expert": ("wan_a14b", {"trained_experts": "low"}),
+    "lora": ("sd3", {"lora": {"rank": 4, "alpha": 8}}),
+    "another family": ("flux", {}),
+}
+
+
+@pytest.mark.parametrize("files", [torch.float32, torch.bfloat16], ids=["fp32 files", "bf16 files"])
+@pytest.mark.parametrize("kind", ONLY_DRAWS)
+def test_a_model_that_only_draws_has_the_bits_of_masters_and_nothing_twice(kind, files, folders, tmp_path):
+    family, model = ONLY_DRAWS[kind]
+    source = model_folder(Model(adapter="sd3", path="tiny")) if family == "sd3" else folders[family]
+    model = {**MODELS.get(family, FULL), "path": str(written_in(files, source, tmp_path / "pipeline")), **model}
+    recipe = small_recipe(model={**model, "dtype": "bf16"}, run={"eval": {"tuned_share": 0.5}})
+    trains, draws = Policy.load(recipe, CPU), Policy.load(recipe, CPU, trains=False)
+    expected = dict(trains.transformer.named_parameters())
+    assert all(p.dtype == expected[name].dtype for name, p in draws.transformer.named_parameters())
+    assert held_bytes(draws.transformer) == held_bytes(trains.transformer)
+    assert not (draws.weights.trainable().keys() ^ trains.weights.trainable().keys())
+    mine = {p.data_ptr() for p in draws.transformer.parameters()}
+    assert all(p.data_ptr() in mine for p in draws.weights.trainable().values())
+    before = velocities(trains)
+    assert all(map(torch.equal, velocities(draws), before))
+    generator = torch.Generator().manual_seed(1)
+    trained = {
+        name: p + 0.1 * torch.randn(p.shape, generator=generator) for name, p in trains.weights.trainable().items()
+    }
+    for policy in (trains, draws):
+        policy.weights.load(trained)
+    after = velocities(trains)
+    assert all(map(torch.equal, velocities(draws), after))
+    assert not torch.equal(after[0], before[0])
+    assert torch.equal(after[1], before[1]), "the reference model"
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4, "alpha": 8}}], ids=["full", "lora"])
+def test_commands_that_draw_hold_no_masters_and_give_what_they_gave_with_them(model, tmp_path, monkeypatch):
+    run = {"iterations": 1, "eval_every": 1, "eval": {"tuned_share": 0.5}, "keep_best": True}
+    path = tiny_recipe(tmp_path, model={"dtype": "bf16", **model}, run=run, update={"lr": 1e-2, "ema_decay": 0.5})
+    succeed("train", path, "--out", tmp_path / "run")
+    prompts, found = write_lines(tmp_path / "prompts.txt", ["a red circle at the centre"]), []
+
+    class Never(Masters):
+        def __init__(self, *_):
+            pytest.fail("a model that only draws has masters")
+
+    for masters in (False, True):
+        with monkeypatch.context() as patched:
+            if masters:
+                patched.setattr("flowgrove.models.policy.Weights", lambda *given: Weights(*given[:-1]))
+            else:
+                patched.setattr("flowgrove.models.weights.Masters", Never)
+            for checkpoint in ((), ("--checkpoint", "best")):
+                out = tmp_path / f"{masters} {len(checkpoint)}"
+                succeed("sample", tmp_path / "run", "--prompts", prompts, "--out", out, "--compare", *checkpoint)
+                succeed("eval", tmp_path / "run", *checkpoint)
+                found.append((contents(out), (tmp_path / "run" / "eval.json").read_text()))
+    assert found[:2] == found[2:]
+    pictures = found[0][0]
+    assert len(pictures) == 5
+    assert pictures["0000_0.png"] != pictures["0000_0_base.png"]

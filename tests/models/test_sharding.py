@@ -2,16 +2,22 @@
 its machinery runs and nothing is sent. tests/engine/test_ranks.py has several.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from flowgrove.credit import assign_credit
 from flowgrove.errors import UserError
 from flowgrove.models.experts import expert_of
 from flowgrove.models.policy import Policy
+from flowgrove.passes.out_of_memory import PassTooLargeError
 from flowgrove.ranks import Ranks
-from policy_cases import CPU, encoded, small_recipe
+from flowgrove.rollout.loop import rollout
+from flowgrove.update.passes import Rolled
+from flowgrove.update.updater import Updater
+from policy_cases import CPU, TEXTS, encoded, plan_and_coefficients, runner_of, small_recipe
 from tiny_families import MODELS, sampled
 
 KINDS = {
@@ -149,6 +155,35 @@ def test_the_reference_model_stays_as_it_was(ranks):
     tuned, reference = velocities()
     assert torch.equal(reference, before[1])
     assert not torch.equal(tuned, reference)
+
+
+def test_what_is_halved_is_the_training_pass_that_did_not_fit(ranks, monkeypatch):
+    """The rollout's passes are larger: half of those would be the pass that failed."""
+    recipe = small_recipe(engine={"distributed": "fsdp2"}, update={"updates_per_iteration": 4})
+    policy = Policy.load(recipe, CPU, (), ranks)
+    updater, row = Updater(recipe, policy, runner_of(policy, recipe), ranks), policy.adapter.geometry.tokens
+    inner, rolled, trained = policy.adapter.velocity, [], []
+
+    def velocity(x, *rest):
+        (trained if torch.is_grad_enabled() else rolled).append(len(x))
+        if torch.is_grad_enabled() and len(x) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(x, *rest)
+
+    monkeypatch.setattr(policy.adapter, "velocity", velocity)
+    prompts, (plan, rows) = encoded(policy), plan_and_coefficients(recipe)
+    with policy.weights.gathered():
+        forest = rollout(plan, rows, policy, prompts, runner_of(policy), seed=1, iteration=0)
+    scores = np.random.default_rng(0).random((len(TEXTS), plan.leaves, 1))
+    parts = [Rolled(policy, forest, prompts, assign_credit(plan, recipe.credit, scores, [1.0]), rows)]
+    with pytest.raises(PassTooLargeError, match="in a training pass of up to 4096 tokens") as raised:
+        updater.run(parts)
+    (failed,) = trained
+    assert failed <= max(rolled) // 2
+    assert raised.value.tokens == failed * row // 2
+    runner_of(policy).budget.resize(raised.value.tokens)  # as the next start does
+    updater.run(parts)
+    assert max(trained[1:]) <= failed // 2
 
 
 def test_quantised_weights_are_not_divided(ranks, monkeypatch):

@@ -169,6 +169,35 @@ def test_a_signal_interrupts_what_may_be_thrown_away_and_waits_elsewhere(number,
         signal.signal(number, before)
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_of_several_processes_only_a_second_interrupt_ends_one_at_once(first, monkeypatch):
+    """torchrun may send a request twice, and a rank hears the second time as late as its kernels let it."""
+    monkeypatch.setattr(stopping, "_ONE_REQUEST", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before, left = {number: signal.getsignal(number) for number in stopping._SIGNALS}, []
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with Stopping(left.append) as stop:
+            stop.hold()
+            for number in (first, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+                signal.raise_signal(number)
+                time.sleep(0.01)
+            assert left == []
+            signal.raise_signal(signal.SIGINT)
+            if first != signal.SIGINT:
+                assert left == []
+                time.sleep(0.01)
+                signal.raise_signal(signal.SIGINT)
+            assert left == [128 + signal.SIGINT]
+            with pytest.raises(Stopped) as caught:
+                stop.let_go()
+            assert caught.value.exit_code == 128 + first
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -260,7 +289,8 @@ def test_a_run_stopped_while_it_evaluates_keeps_its_weights_and_not_their_averag
         trainer = Trainer(
             Setup(load_recipe(recipe, ("run.eval_every=1", "run.checkpoint_every=0"))), run, stopping=stop
         )
-        trainer.rewards = Interrupting(trainer.rewards, 1)  # of evaluations, the second
+        judges = trainer.rewards.of_evaluations
+        trainer.rewards.__dict__["of_evaluations"] = Interrupting(judges, 1)  # in the second of them
         with pytest.raises(Stopped):
             trainer.run()
     assert stop.saved == run / "checkpoints" / "step_000001"

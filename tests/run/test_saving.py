@@ -160,6 +160,49 @@ def test_a_mistake_on_one_rank_is_told_by_that_rank(tmp_path, monkeypatch):
     assert together(2, work) == [ElsewhereError, ZeroDivisionError]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("copies", [1, 2], ids=["divided", "whole"])
+def test_after_an_error_ranks_that_have_written_wait_for_the_first(tmp_path, monkeypatch, copies, fails):
+    """torchrun would end it soon after the first of them."""
+    opened, write, closed = threading.Event(), saving.write_manifest, []
+
+    def slow(*given):
+        assert opened.wait(DEADLINE)
+        return full() if fails else write(*given)
+
+    monkeypatch.setattr(saving, "write_manifest", slow)
+
+    def work(ranks):
+        writer = CheckpointWriter(tmp_path, 9, ranks)
+        begun(writer, Divided(ranks.rank, 2, copies=copies).of(1), 1)
+        if not ranks.first:
+            threading.Timer(0.3, lambda: (closed.append("opened"), opened.set())).start()
+        writer.close()
+        closed.append(ranks.rank)
+
+    together(2, work)
+    assert closed[0] == "opened"
+    assert bool(valid_checkpoints(tmp_path)) != fails
+
+
+def test_nobody_waits_long_for_a_first_rank_that_has_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "_LONGEST", 0.3)
+    opened, write = threading.Event(), saving.write_manifest
+    monkeypatch.setattr(saving, "write_manifest", lambda *given: opened.wait(DEADLINE) and write(*given))
+
+    def work(ranks):
+        writer = CheckpointWriter(tmp_path, 9, ranks)
+        begun(writer, Divided(ranks.rank, 2).of(1), 1)
+        since = time.monotonic()
+        writer.close()
+        return time.monotonic() - since
+
+    try:
+        assert max(together(2, work)) < 5
+    finally:
+        opened.set()
+
+
 def test_a_folder_that_was_taken_over_meanwhile_is_left_alone(tmp_path, gate):
     taken = []
 

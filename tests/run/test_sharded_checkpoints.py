@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from divided import SHAPES, Divided, save, together
 from flowgrove.errors import UserError
+from flowgrove.run import tensor_files
 from flowgrove.run.checkpoint import load_checkpoint
 from flowgrove.run.finding import newest_checkpoint, valid_checkpoints
 from flowgrove.run.manifest import DamagedError, verify
@@ -97,6 +98,29 @@ def test_a_rank_reads_only_its_rows(tmp_path, monkeypatch):
     assert torch.equal(found["a.weight"], whole["a.weight"][4:6])
     assert found["one.weight"].shape == (0, 2, 2)
     assert sum(tensor.numel() for tensor in made) == 2 * 3 + 2 * 5 + 5 + 6
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_are_read_some_at_a_time(tmp_path, monkeypatch, size):
+    folder = save(tmp_path, 1, size)
+    monkeypatch.setattr(tensor_files, "_AT_ONCE", 100)
+    files, reads = TensorFiles(folder, "weights"), []
+    expected, read = files.read(), TensorFiles.read
+
+    def counted(self, rows, only):
+        reads.append(list(only))
+        return read(self, rows, only)
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    rows = {"a.weight": slice(2, 5)}
+    found = files.in_parts(reversed(expected), rows)
+    assert list(found) == list(reversed(expected))
+    assert all(torch.equal(found[name], expected[name][rows.get(name, slice(None))]) for name in found)
+    assert [name for some in reads for name in some] == list(found)
+    assert len(reads) > 1
+    before, divided = len(reads), Divided(average=False)
+    load_checkpoint(folder, divided.policy, None)
+    assert len(reads) > before + 1, "so is what a checkpoint puts back"
 
 
 def test_evaluation_takes_the_averages(tmp_path):

@@ -25,7 +25,7 @@ from flowgrove.plan.identity import Identity
 from flowgrove.rates.kept import rates_of
 from flowgrove.recipe.loading import load_recipe
 from flowgrove.run.checkpoint import load_checkpoint
-from flowgrove.run.resume import stored_budget
+from flowgrove.run.resume import remember_budget, remembered_budget, stored_budget
 from flowgrove.setup import Setup
 from flowgrove.trainer import Trainer
 from flowgrove.tuning import checkpointing, model_times, token_budget, tune
@@ -236,6 +236,18 @@ def test_a_resumed_run_has_the_passes_of_its_first_part(tmp_path):
     trainer.runner.budget.resize(50)  # as halving leaves it
     trainer.run()
     assert stored_budget(run / "checkpoints" / "step_000003", own) == 50
+
+
+@pytest.mark.parametrize("tokens", [(300, 200), (200, 300)])
+def test_of_ranks_whose_memory_is_full_at_once_the_smaller_budget_stays(tmp_path, tokens):
+    assert remembered_budget(tmp_path) is None
+    for each in tokens:
+        remember_budget(tmp_path, each)
+    assert remembered_budget(tmp_path) == 200
+    (tmp_path / "token_budget.json").write_text('{"tokens": 100}')  # as earlier versions wrote it
+    assert remembered_budget(tmp_path) == 100
+    (tmp_path / "token_budget_50.json").write_text("{")
+    assert remembered_budget(tmp_path) == 100
 
 
 def test_a_checkpoint_from_before_budgets_were_stored_still_loads(tmp_path):
@@ -706,8 +718,11 @@ def test_passes_that_are_meetings_are_predicted(total, wanted, expected, monkeyp
     settle_meetings(setup, policy, runner, None, division)
     assert 16384 // 2 < runner.budget.tokens <= 16384
     assert found == [expected]
+    predicted = runner.budget.tokens
     settle_meetings(setup, policy, runner, 777, division)
     assert runner.budget.tokens == 777
+    settle_meetings(setup, policy, runner, 2 * predicted, division)
+    assert runner.budget.tokens == predicted, "a checkpoint of more ranks, which had more room"
 
 
 def test_attention_of_a_model_that_tells_of_no_processors_is_put_back(folders):

@@ -338,6 +338,14 @@ def test_sketches_are_linear_and_hang_on_names_and_seed_alone():
     assert torch.equal(sketch([]), torch.zeros(101, dtype=torch.float64))
 
 
+def test_a_rank_without_rows_of_a_weight_adds_nothing():
+    sketch = Sketch("s", CPU, torch.float64, buckets=101)
+    rows = ("a/0", torch.ones(3, 4, dtype=torch.float64))
+    none = ("b/16", torch.empty(0, 4, dtype=torch.float64))
+    assert torch.equal(sketch([none, rows]), sketch([rows]))
+    assert torch.equal(sketch([none]), torch.zeros(101, dtype=torch.float64))
+
+
 def sketched(sketch, policy):
     return sketch(policy.weights.own_gradients())
 
@@ -510,8 +518,9 @@ def test_only_the_lines_that_are_named_tell_of_it(runs):
         (2, {"distributed": "fsdp2"}),
         (3, {"distributed": "fsdp2", "reshard_after_forward": False}),
         (4, {"distributed": "fsdp2", "shard_degree": 2}),
+        (5, {"distributed": "fsdp2"}),
     ],
-    ids=["ddp", "fsdp2", "fsdp2, a rank without prompts", "copies of a division"],
+    ids=["ddp", "fsdp2", "fsdp2, a rank without prompts", "copies of a division", "a rank without rows of a weight"],
 )
 def test_several_ranks_measure_what_one_does(ranks, engine, tmp_path):
     """Sketches of divided weights are others, whose error is that of a sketch; what is trained is the same."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flowgrove.models.blocks import blocks_of
+from flowgrove.process import on_several_machines
 
 BACKEND = "inductor"
 # Graphs of one kind of block: with and without a gradient, of one row and more, with LoRA layers on and off, of a first
@@ -24,7 +25,7 @@ def compile_blocks(transformer: nn.Module, mode: bool | str = True) -> int:
     """Compiles every block of the transformer's lists of blocks; returns how many. They compile when they first run.
 
     `mode`: of torch.compile; True: its default. What inductor writes is kept in the user's cache folder between runs,
-    unless TORCHINDUCTOR_CACHE_DIR says where.
+    unless TORCHINDUCTOR_CACHE_DIR says where, or the run is one of several machines.
     """
     settle_compiler()
     blocks = blocks_of(transformer)
@@ -68,7 +69,11 @@ def eager_blocks(transformer: nn.Module) -> AbstractContextManager[object]:
 
 
 def _keep_what_is_compiled() -> None:
-    """A folder that cannot be made or written leaves torch its own, in the system's folder for temporary files."""
+    """A folder that cannot be made or written leaves torch its own, in the system's folder for temporary files; so do
+    several machines, which may share a home folder and see each other's files change while they read them.
+    """
+    if on_several_machines():
+        return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowgrove" / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)

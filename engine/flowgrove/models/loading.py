@@ -60,6 +60,16 @@ def load_model(
     return _load(recipe.model, device, dtype, family.TEXT, on_host), encoder
 
 
+def is_rounded_alone(recipe: Recipe, dtype: torch.dtype) -> bool:
+    """Whether what the recipe trains is rounded on its way to the device where nothing will train it. What lies
+    quantised in its folder is left to whoever reads it.
+    """
+    if recipe.model.lora is not None or dtype != torch.bfloat16:
+        return False
+    folder = model_folder(recipe.model)
+    return not any(is_quantised(folder / name) for name in transformer_folders(folder))
+
+
 def check_prompts(recipe: Recipe, texts: Sequence[str]) -> None:
     """Raises UserError for source pictures and videos that do not suit the model or cannot be read. Those of prompts
     whose embeddings are stored were read then.

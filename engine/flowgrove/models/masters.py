@@ -13,6 +13,11 @@ from torch import Tensor, nn
 ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules whose weights autocast rounds
 
 
+def is_rounded(transformer: nn.Module, name: str) -> bool:
+    """Whether autocast rounds the weight of this name."""
+    return isinstance(transformer.get_submodule(name.rpartition(".")[0]), ROUNDED)
+
+
 class Piece(NamedTuple):
     """Which part of a weight of `shape` this rank has: rows of its first dimension, `start` being the first of them."""
 
@@ -31,7 +36,7 @@ class Masters:
         self.of: dict[str, nn.Parameter] = {}
         self._copies: list[Tensor] = []
         for name, copy in list(transformer.named_parameters()):
-            if copy.requires_grad and isinstance(transformer.get_submodule(name.rpartition(".")[0]), ROUNDED):
+            if copy.requires_grad and is_rounded(transformer, name):
                 master = nn.Parameter(copy.data)
                 copy.data = copy.data.to(dtype)
                 copy.register_post_accumulate_grad_hook(_to_master(master))

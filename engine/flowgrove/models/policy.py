@@ -25,7 +25,7 @@ from flowgrove.models.conditioning import Conditioning, padded_length
 from flowgrove.models.embeddings import Encoder
 from flowgrove.models.families import read_geometry
 from flowgrove.models.folders import model_folder
-from flowgrove.models.loading import encode_together, load_model
+from flowgrove.models.loading import encode_together, is_rounded_alone, load_model
 from flowgrove.models.prompts import Prompts
 from flowgrove.models.quantised import Precision
 from flowgrove.models.weights import Weights
@@ -76,9 +76,10 @@ class Policy:
         device: torch.device,
         texts: Iterable[str] | None = (),
         ranks: Ranks | None = None,
+        trains: bool = True,
     ) -> "Policy":
         """The policy of a recipe. `texts`: prompts that will be asked for; None: only weights will. `ranks`: may
-        divide the transformer's weights.
+        divide the transformer's weights. `trains` False: it only draws, and has no masters.
 
         Raises UserError for a missing or unsuitable model folder.
         """
@@ -88,11 +89,13 @@ class Policy:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         divided = ranks is not None and ranks.mesh is not None
         on_host = divided or model.base_precision is not None
+        if not trains and texts is not None:
+            on_host = on_host or is_rounded_alone(recipe, compute)
         adapter, encoder = load_model(recipe, device, compute, texts, on_host)
         use_attention(adapter, recipe.engine.attention, model, device, recipe.engine.split_lengths)
         check_guidance_and_cache(recipe, adapter)
         passes = texts is not None
-        weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks)
+        weights = Weights(recipe, adapter.transformer, adapter.lora_targets, compute, passes, device, ranks, trains)
         if recipe.engine.compile:
             for one in (adapter.transformer, weights.reference_copy):
                 if one is not None:
@@ -104,20 +107,22 @@ class Policy:
         if rolled.cheapens and passes:
             weights.cheapen(rolled.precision, recipe.engine.compile, rolled.attention)
         loaded = allocated_memory(device)
-        negative, trains = adapter.default_negative(model), not recipe.update.detach_unconditional
+        negative, detached = adapter.default_negative(model), recipe.update.detach_unconditional
         policy = cls(adapter, encoder, weights, device, compute, model.guidance_scale, negative, loaded)
         norm, scale_2 = model.cfg_normalization, model.guidance_scale_2
         return replace(
-            policy, trains_unconditional=trains, halves_apart=recipe.halves_apart, guidance_norm=norm,
+            policy, trains_unconditional=not detached, halves_apart=recipe.halves_apart, guidance_norm=norm,
             low_guidance_scale=scale_2, splits_lengths=recipe.engine.split_lengths,
         )  # fmt: skip
 
     @classmethod
-    def load_together(cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks) -> "Policy":
+    def load_together(
+        cls, recipe: Recipe, device: torch.device, texts: Sequence[str] | None, ranks: Ranks, trains: bool = True
+    ) -> "Policy":
         """`load` on every rank, after they have divided the encoding of the texts. An error of one ends all."""
         ranks.together(lambda: check_family(recipe))
         encode_together(recipe, device, COMPUTE_DTYPES[recipe.model.dtype], texts or (), ranks)
-        return ranks.together(lambda: cls.load(recipe, device, texts, ranks))
+        return ranks.together(lambda: cls.load(recipe, device, texts, ranks, trains))
 
     @property
     def state_dtype(self) -> torch.dtype:

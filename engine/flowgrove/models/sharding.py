@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from flowgrove.models.blocks import blocks_of
 from flowgrove.models.experts import parts_of
-from flowgrove.models.masters import ROUNDED, Piece
+from flowgrove.models.masters import Piece, is_rounded
 
 
 class ShardedTransformer:
@@ -151,7 +151,7 @@ def _divides(transformer: nn.Module, name: str, as_computed: bool) -> bool:
     """Whether a weight is divided: one of a linear or convolution layer that passes read in the compute dtype, as they
     do where it trains or lies `as_computed`; LoRA layers are not.
     """
-    if not isinstance(transformer.get_submodule(name.rpartition(".")[0]), ROUNDED):
+    if not is_rounded(transformer, name):
         return False
     if transformer.get_parameter(name).requires_grad:
         return not hasattr(transformer, "peft_config")

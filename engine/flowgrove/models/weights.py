@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from flowgrove.models.experts import parts_of, trained_parts
 from flowgrove.models.float64 import keep_float64
 from flowgrove.models.frozen_base import compress
 from flowgrove.models.initial_lora import InitialLora
-from flowgrove.models.masters import Masters, Piece
+from flowgrove.models.masters import Masters, Piece, is_rounded
 from flowgrove.models.narrowing import narrow_states
 from flowgrove.models.quantised import Precision, QuantisedCopy
 from flowgrove.models.trainable import choose_trainable
@@ -34,9 +34,10 @@ class Weights:
     """A loaded transformer, made ready for training: whatever trains has fp32 masters (float64 for model.dtype fp64).
 
     With `compute` bf16 and `passes` the passes read bf16 copies of them; `passes` False: nothing will run, so that the
-    transformer's own parameters stay the masters. With `ranks` that have a mesh the large weights are divided among
-    them: the transformer comes in host memory and goes to `device`, as one does whose frozen weights are rounded
-    (model.base_precision). Raises UserError for LoRA targets that match no layer.
+    transformer's own parameters stay the masters. `trains` False: the policy only draws, and what would be the copies
+    of masters is all there is. With `ranks` that have a mesh the large weights are divided among them: the transformer
+    comes in host memory and goes to `device`, as one does whose frozen weights are rounded (model.base_precision), or
+    that only draws. Raises UserError for LoRA targets that match no layer.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Weights:
         passes: bool,
         device: torch.device,
         ranks: Ranks | None = None,
+        trains: bool = True,
     ) -> None:
         lora, master = recipe.model.lora, torch.float64 if compute == torch.float64 else torch.float32
         self.transformer, self._ranks = transformer, ranks or Ranks()
@@ -62,9 +64,13 @@ class Weights:
             keep_float64(transformer)
         if compute == torch.bfloat16:
             narrow_states(transformer)
+        copies = compute == torch.bfloat16 and passes and (mesh is None or lora is not None)
+        rounds = copies and mesh is None and not trains
+        if rounds and lora is None:
+            self._bring_rest(device)
         self.reference_copy: Any = None  # frozen; LoRA needs none: without it the model is the reference
         if lora is None and recipe.uses_reference:
-            self.reference_copy = self._frozen_copy(compute, divided=mesh is not None)
+            self.reference_copy = self._frozen_copy(compute, device, divided=mesh is not None)
         choose_trainable(transformer, lora, lora_targets, recipe.run.seed)
         checkpoint_blocks(transformer, recipe.model.gradient_checkpointing, recipe.engine.compile)
         # the transformer and the reference copy, where ranks divide them
@@ -74,11 +80,8 @@ class Weights:
         if mesh is not None:
             self._divide(mesh, device, compute, master)
         else:
-            for parameter in transformer.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(master)
-        copies = compute == torch.bfloat16 and passes and not (self.sharded and lora is None)
-        self._masters = Masters(transformer, compute) if copies else None
+            self._store(device, compute if rounds else master, master)
+        self._masters = Masters(transformer, compute) if copies and not rounds else None
         self._first = next(iter(self.trainable().values()))
         self._compute = compute
         self._cheap: Twin | None = None
@@ -95,6 +98,26 @@ class Weights:
         """Of the trained weights that are divided among ranks, this rank's parts; the others are whole on each."""
         return self.sharded[0].pieces if self.sharded else {}
 
+    def _bring_rest(self, device: torch.device) -> None:
+        """Of a transformer that may lie in host memory, as its files hold it, all but the weights that a checkpoint has
+        goes to `device`; buffers are in fp32, as where weights come in fp32.
+        """
+        trained = trained_parts(self.transformer).values()
+        for part in parts_of(self.transformer):
+            if all(part is not one for one in trained):
+                part.to(device)
+                continue
+            for buffer in part.buffers():
+                buffer.data = buffer.data.to(device, torch.float32 if buffer.is_floating_point() else buffer.dtype)
+
+    def _store(self, device: torch.device, rounded: torch.dtype, master: torch.dtype) -> None:
+        """What trains, or would, lies on `device`: in the dtype `rounded` what autocast rounds, else in `master`."""
+        for name, parameter in self.transformer.named_parameters():
+            if parameter.requires_grad:
+                dtype = rounded if is_rounded(self.transformer, name) else master
+                # without masters always a copy: a file's memory is never written into
+                parameter.data = parameter.data.to(device, dtype, copy=rounded != master)
+
     def _divide(self, mesh: "DeviceMesh", device: torch.device, compute: torch.dtype, master: torch.dtype) -> None:
         from flowgrove.models.sharding import ShardedTransformer
 
@@ -105,21 +128,24 @@ class Weights:
         if self.reference_copy is not None:
             self.sharded.append(ShardedTransformer(self.reference_copy, mesh, device, compute, lambda _: compute))
 
-    def _frozen_copy(self, compute: torch.dtype, divided: bool) -> Any:
-        """The transformer as it is now. One that will be divided takes no memory of its own before it is."""
-        if not divided:
-            trained = trained_parts(self.transformer).values()
-            still = {id(one): one for one in parts_of(self.transformer) if all(one is not part for part in trained)}
-            whole = copy.deepcopy(self.transformer, memo=still).requires_grad_(False)  # a frozen expert serves both
-            for parameter in whole.parameters():  # and no buffers, which autocast rounds in neither model
-                parameter.data = parameter.data.to(compute)
-            return whole
+    def _frozen_copy(self, compute: torch.dtype, device: torch.device, divided: bool) -> Any:
+        """The transformer as it is now. One that will be divided takes no memory of its own before it is; another one's
+        weights are on `device` in `compute`, and nowhere twice in the dtype that they came in.
+        """
         alike = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.transformer.parameters()}
-        return copy.deepcopy(self.transformer, memo=dict(alike))
+        if divided:
+            return copy.deepcopy(self.transformer, memo=dict(alike))
+        trained = trained_parts(self.transformer).values()
+        still = {id(one): one for one in parts_of(self.transformer) if all(one is not part for part in trained)}
+        whole = copy.deepcopy(self.transformer, memo=alike | still).requires_grad_(False)  # a frozen expert serves both
+        for part in trained_parts(whole).values():  # and no buffers, which autocast rounds in neither model
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(device, compute, copy=True)
+        return whole
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name → master weight, or this rank's rows of it (see `pieces`), in the transformer's order. An optimiser that
-        has changed them calls `refresh`.
+        """Name → master weight, or this rank's rows of it (see `pieces`), in the transformer's order; of a model that
+        only draws, the weight that passes read. An optimiser that has changed them calls `refresh`.
         """
         masters = {**(self._masters.of if self._masters is not None else {}), **self._divided}
         return {name: masters.get(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad}
@@ -210,8 +236,10 @@ class Weights:
             self._cheap.changed()
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """The masters take the values of `tensors`, one for each of their names and shapes."""
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The masters take the values of `tensors`, one for each of their names and shapes. Where there are none, the
+        values are rounded on the way, as `refresh` rounds them.
+        """
         for name, parameter in self.trainable().items():
             parameter.copy_(tensors[name])
         self.refresh()

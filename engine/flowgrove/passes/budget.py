@@ -60,9 +60,13 @@ class PassBudget:
 
     def halve(self) -> bool:
         """From here on passes hold half as much as the largest so far; False if none had more than one row."""
-        if not self._largest:
+        return self.halve_from(self._largest)
+
+    def halve_from(self, tokens: int) -> bool:
+        """From here on passes hold half as much as one of `tokens` that did not fit; False for 0."""
+        if not tokens:
             return False
-        self.tokens, self._largest = self._largest // 2, 0
+        self.tokens, self._largest = tokens // 2, 0
         told = "the GPU's memory is full: passes hold %d tokens %s (engine.token_budget)"
         _log.warning(told, self.tokens, self._lasting)
         return True

@@ -59,7 +59,8 @@ def _load(folder: Path, policy: Policy, updater: Updater | None) -> tuple[int, d
         _load_moments(folder, parameters, pieces, updater)
         if updater.ema is not None and averages is not None:
             updater.ema.load(averages.read(_rows(averages, parameters, pieces)))
-    policy.weights.load(weights.read(_rows(weights, parameters, pieces)))
+    # in parts: every rank would have a whole model in fp32 in host memory
+    policy.weights.load(weights.in_parts(parameters, _rows(weights, parameters, pieces)))
     return int(state["completed_iterations"]), state["line"]
 
 

@@ -113,10 +113,10 @@ def open_model(
         "update": recipe.update.model_copy(update={"kl_weight": 0.0}),
         "rollout": recipe.rollout.model_copy(update={"precision": None, "attention": None}),
     }
-    untrained, ranks = recipe.model_copy(update=without), ranks or Ranks()
+    draws, ranks = recipe.model_copy(update=without), ranks or Ranks()
     mine = (texts or ())[ranks.share(len(texts or ()))]
     ranks.together(lambda: check_prompts(recipe, mine))
-    policy = Policy.load_together(untrained, pick_device(recipe), texts, ranks)
+    policy = Policy.load_together(draws, pick_device(recipe), texts, ranks, trains=False)
     return Model(recipe, policy, checkpoint)
 
 

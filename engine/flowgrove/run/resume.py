@@ -17,7 +17,7 @@ from flowgrove.run.metrics import read_metrics
 from flowgrove.setup import Setup
 
 _log = logging.getLogger("flowgrove")
-_BUDGET = "token_budget.json"
+_BUDGETS = "token_budget*.json"
 _MOST_NAMED = 4  # keys that a message names
 
 
@@ -153,14 +153,20 @@ def stored_budget(checkpoint: Path | None, own: str) -> int | None:
 
 
 def remember_budget(out: Path, tokens: int) -> None:
-    """From here on passes of the run in `out` hold no more than `tokens`."""
-    write_text(out / _BUDGET, json.dumps({"tokens": tokens}) + "\n")
+    """From here on passes of the run in `out` hold no more than `tokens`. Two ranks whose memory is full at once write
+    two files, so that neither takes the other's place.
+    """
+    write_text(out / _BUDGETS.replace("*", f"_{tokens}"), json.dumps({"tokens": tokens}) + "\n")
 
 
 def remembered_budget(out: Path) -> int | None:
-    """What `remember_budget` wrote; None if it never did, or cannot be read."""
+    """The least that `remember_budget` wrote; None if it never did, or nothing of it can be read."""
+    return min(filter(None, map(_budget_in, out.glob(_BUDGETS))), default=None)
+
+
+def _budget_in(file: Path) -> int | None:
     try:
-        tokens = json.loads((out / _BUDGET).read_text(encoding="utf-8"))["tokens"]
+        tokens = json.loads(file.read_text(encoding="utf-8"))["tokens"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return tokens if isinstance(tokens, int) and tokens > 0 else None

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -72,6 +72,7 @@ class CheckpointWriter:
         self._copies = HostCopies()
         self._pending = False
         self._thread: Thread | None = None  # of a rank that writes
+        self._ended = ""  # the key of the note that the first rank leaves when it has done with what was begun
         self._error: Exception | None = None
 
     def begin(
@@ -109,7 +110,7 @@ class CheckpointWriter:
             partial = folder.with_name(ranks.chosen(None if made is None else made.name) or "")
             tensors = ranks.together(lambda: self._copied(policy, updater) if writes else {})
             job = _Job(folder, partial, state, tensors, pieces, writers)
-            self._pending = True
+            self._pending, self._ended = True, f"{partial.name}/ended"
             self._thread = None
             if writes:
                 self._thread = Thread(target=self._work, args=(job,), name="checkpoint", daemon=True)
@@ -127,12 +128,13 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Lets what was begun end, for a run that ends with an error of its own; of several ranks one may have gone
-        without a word, and then nobody waits for it for long.
+        without a word, and then nobody waits for it for long. A rank that has no more to write waits for the first one:
+        torchrun gives the others little time once a process has ended.
         """
         ranks = self._ranks
         longest = math.inf if ranks.size == 1 else _LONGEST if ranks.note(ENDED) is None else _LONGEST_IN_A_MEETING
         until = time.monotonic() + longest
-        while self._writes() and time.monotonic() < until:
+        while (self._writes() or self._first_writes()) and time.monotonic() < until:
             pass
 
     def _writes(self) -> bool:
@@ -140,6 +142,16 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join(_ASK_AGAIN)
         return self._thread is not None and self._thread.is_alive()
+
+    def _first_writes(self) -> bool:
+        """Whether the first rank is still at work on what was begun, after a while."""
+        if self._ranks.first or not self._pending:
+            return False
+        time.sleep(_ASK_AGAIN)
+        try:
+            return self._ranks.note(self._ended) is None
+        except RuntimeError:  # whoever kept the notes has gone
+            return False
 
     def _tell(self) -> None:
         error, self._error = self._error, None
@@ -199,6 +211,9 @@ class CheckpointWriter:
                 )
         finally:
             shutil.rmtree(job.partial, ignore_errors=True)
+            if self._ranks.size > 1:
+                with suppress(RuntimeError):  # whoever kept the notes may have gone
+                    self._ranks.leave_note(self._ended, "")
 
     def _write_tensors(self, job: _Job) -> Files:
         """Writes this rank's files, and returns what the manifest says of them once they are on disk."""

@@ -1,4 +1,4 @@
-"""Signals that end a run: it is saved first; a second one ends it at once.
+"""Signals that end a run: it is saved first; a second one ends it at once, of several processes only a second SIGINT.
 
 A signal interrupts what may be thrown away: loading, drawing, scoring. While weights change or files are written it
 waits for `check`.
@@ -76,15 +76,21 @@ class Stopping:
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
+        # torchrun passes signals on that a cluster has sent to its ranks too, and Python hears the second one only
+        # after the operation that it is in: nothing tells how soon after the first it came
+        ends_at_once = started() == 1 or number == signal.SIGINT
         if self.request is not None:
+            if not ends_at_once:
+                return
             if self._since is None:
                 self._since = now
             elif now - self._since > _ONE_REQUEST:
                 self._leave(128 + number)
             return
-        self.request, self._since = number, now
+        self.request, self._since = number, now if ends_at_once else None
         if not self.holding:
             raise Stopped(number)
         with suppress(OSError):  # printing is not safe in a handler, and the terminal may be gone
-            name = signal.Signals(number).name
-            os.write(2, f"{name}: ends after this update and a checkpoint; once more ends at once\n".encode())
+            told = f"{signal.Signals(number).name}: ends after this update and a checkpoint"
+            again = "; once more ends at once" if started() == 1 else ""
+            os.write(2, f"{told}{again}\n".encode())

@@ -6,7 +6,7 @@ HuggingFaceStorageReader reads the folder KIND on any number of ranks.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from flowgrove.models.masters import Piece
 from flowgrove.run.manifest import DamagedError, tensor_files, unreadable
+
+_AT_ONCE = 1 << 30  # bytes after which no more tensors are read together: files are opened anew for the next
 
 
 def write_tensors(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
@@ -84,12 +86,14 @@ class TensorFiles:
         """By name."""
         return {name: entry.properties.dtype for name, entry in self._entries()}
 
-    def read(self, rows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:
-        """All tensors in host memory: of those named in `rows` these rows of their first dimension, the others whole.
-        No more of the files is read than that.
+    def read(self, rows: Mapping[str, slice] | None = None, only: Container[str] | None = None) -> dict[str, Tensor]:
+        """All tensors, or `only` these, in host memory: of those named in `rows` these rows of their first dimension,
+        the others whole. No more of the files is read than that.
         """
         targets, items = {}, []
         for name, entry in self._entries():
+            if only is not None and name not in only:
+                continue
             start, sizes = [0] * len(entry.size), list(entry.size)
             if rows is not None and name in rows:
                 start[0], sizes[0] = rows[name].start, rows[name].stop - rows[name].start
@@ -104,6 +108,10 @@ class TensorFiles:
         with self._told():
             self._reader.read_data(LoadPlan(items), _Into(targets))
         return targets
+
+    def in_parts(self, order: Iterable[str], rows: Mapping[str, slice] | None = None) -> Mapping[str, Tensor]:
+        """The same for who asks for them in this order: some are read at a time, and not kept."""
+        return _InParts(self, order, rows)
 
     def _entries(self) -> Iterator[tuple[str, TensorStorageMetadata]]:
         for name, entry in self._metadata.state_dict_metadata.items():
@@ -127,6 +135,35 @@ def holds(folder: Path, kind: str) -> bool:
 
 def _is_of(name: str, kind: str) -> bool:
     return name == f"{kind}.safetensors" or name.startswith(f"{kind}/")
+
+
+class _InParts(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for, together with those that come after them in `order`."""
+
+    def __init__(self, files: TensorFiles, order: Iterable[str], rows: Mapping[str, slice] | None) -> None:
+        self._files, self._rows = files, rows
+        self._parts: dict[str, list[str]] = {}  # what is read with each
+        self._read: dict[str, Tensor] = {}
+        shapes, dtypes = files.shapes, files.dtypes
+        some, held = list[str](), 0
+        for name in order:
+            if held > _AT_ONCE:
+                some, held = [], 0
+            some.append(name)
+            held += math.prod(shapes[name]) * dtypes[name].itemsize
+            self._parts[name] = some
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            self._read = {}  # first, for its memory
+            self._read = self._files.read(self._rows, self._parts[name])
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 class _Files(FileSystem):

@@ -97,7 +97,9 @@ def settle_meetings(setup: Setup, policy: Policy, runner: PassRunner, stored: in
     if fit is None:
         raise no_room()
     policy.weights.reshard(fit.reshard)
-    runner.budget.resize(stored if stored is not None and engine.token_budget == "auto" else fit.tokens)
+    # a checkpoint may be one of more ranks, which had more room
+    at_most = stored if stored is not None and engine.token_budget == "auto" else fit.tokens
+    runner.budget.resize(min(at_most, fit.tokens))
 
 
 def measured_budget(setup: Setup, policy: Policy, runner: PassRunner, division: Division = ALONE) -> int:

@@ -48,6 +48,8 @@ class Sketch:
         found = self._signs.new_zeros(2 * self.buckets)  # a part may begin in any bucket: the second half is folded
         for name, gradient in gradients:
             flat = gradient.reshape(-1)
+            if not len(flat):  # `split` makes one part of no elements
+                continue
             for part, place in zip(flat.split(self._together), self._places_of(name, len(flat)), strict=True):
                 signed = part * self._signs[place.signs : place.signs + len(part)]
                 whole = len(part) // self.buckets * self.buckets

@@ -85,6 +85,9 @@ class Updater:
         self._divided = [master for name, master in masters.items() if name in pieces]
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
         self.ema = None if update.ema_decay is None else Ema(self.weights, update.ema_decay)
+        self._in_turn: int | None = (
+            None  # tokens of the last pass of a meeting; 0: it had one row; None: none has begun
+        )
 
     def run(self, parts: list[Rolled], whole: Whole | None = None) -> UpdateStats:
         """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then
@@ -126,6 +129,7 @@ class Updater:
         """Around passes of ranks that have divided the weights: each runs as many as the one with the most. None of
         them can be repeated by one rank alone, so that a memory that is full ends the run. Raises PassTooLargeError.
         """
+        self._in_turn = None
         with self.ranks.meeting():
             try:
                 yield
@@ -133,11 +137,14 @@ class Updater:
                 if not is_out_of_memory(error):
                     raise
                 budget = self.runner.budget
-                before, smaller = budget.tokens, budget.halve()
+                before = budget.tokens
+                # a rollout's passes may be larger than any that trains: half of those might be no less than this one
+                smaller = budget.halve() if self._in_turn is None else budget.halve_from(self._in_turn)
                 raise PassTooLargeError(self.ranks.rank, before, budget.tokens if smaller else None) from error
 
     def _idle(self, expert: Expert | None) -> None:
         """What `_backward` is to the other ranks."""
+        self._in_turn = 0
         with span("idle_pass", TRANSFORMER):
             if self.recipe.update.kl_weight > 0:
                 with self.policy.reference() as reference:
@@ -149,8 +156,11 @@ class Updater:
         self._passes_in_meetings(passes.batches[number], stats, on_policy=number == 0)
         if number == 0:
             for expert, own, most in self._meetings(passes.to_refresh()):
-                passes.refresh_old_logp(own)
+                for one in own:
+                    self._take_turn(*one)
+                    passes.refresh_old_logp([one])
                 for _ in range(most - len(own)):
+                    self._in_turn = 0
                     with span("idle_pass", TRANSFORMER):
                         self.policy.of_expert(expert).idle_pass(backward=False)
         passes.batches[number] = []
@@ -162,10 +172,16 @@ class Updater:
             for turn in range(most):
                 self.weights.reduce_copies(last=turn == most - 1)
                 if turn < len(own):
+                    self._take_turn(*own[turn])
                     self._pass(turn, *own[turn], stats, on_policy)
                 else:
                     self._idle(expert)
         self.weights.take_gradients()
+
+    def _take_turn(self, part: Rolled, batch: MicroBatch) -> None:
+        """Writes down how large the pass is that comes now."""
+        # as the budget counts it, padding included
+        self._in_turn = len(batch) * int(part.prompts.tokens[batch.prompts].max()) if len(batch) > 1 else 0
 
     def _meetings(self, batches: list[_Pass]) -> list[tuple[Expert | None, list[_Pass], int]]:
         """A rank's passes by the expert that they run, which all ranks gather together, each with the most that one
