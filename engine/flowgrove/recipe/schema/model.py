@@ -115,11 +115,11 @@ class Model(Section):
 
     base_precision: Literal["int8", "fp8", "nf4"] | None = None
     """The precision that the frozen weights under model.lora are stored in; null: that of model.dtype.
-    int8 halves the memory of bf16, nf4 takes little more than a quarter, so that a LoRA of FLUX.1 or Qwen-Image fits 24
-    GB (`flowgrove plan --memory`). The linear layers of the blocks are rounded once, as they load; passes still compute
-    in model.dtype, a little slower, and pictures are those of the rounded model. int8 is nearly exact; fp8 is coarser
-    and needs no more; nf4 changes pictures visibly. int8 and fp8 need torchao, nf4 bitsandbytes. The exported LoRA is
-    drawn best over the same precision. It goes with neither rollout.precision nor fsdp2.
+    int8 halves the memory of bf16, nf4 takes little more than a quarter, so that a LoRA of FLUX.1 fits 24 GB and one of
+    Qwen-Image 32 (`flowgrove plan --memory`). The linear layers of the blocks are rounded once, as they load; passes
+    still compute in model.dtype, a little slower, and pictures are those of the rounded model. int8 is nearly exact;
+    fp8 is coarser and needs no more; nf4 changes pictures visibly. int8 and fp8 need torchao, nf4 bitsandbytes. The
+    exported LoRA is drawn best over the same precision. It goes with neither rollout.precision nor fsdp2.
     Source: QLoRA (2305.14314); int8 and fp8: torchao.
     """
 
