@@ -26,6 +26,7 @@ class LossArguments(NamedTuple):
     x_next: Tensor  # [E, ...]
     x_coef: Tensor  # coefficients: [B]
     v_coef: Tensor
+    prev_coef: Tensor  # 0 in every row
     std: Tensor
     precision: Tensor
     log_norm: Tensor
@@ -91,6 +92,7 @@ def checked_arguments(
         x_next=x_next.detach(),
         x_coef=coef.x_coef,
         v_coef=coef.v_coef,
+        prev_coef=coef.prev_coef,
         std=coef.std,
         precision=coef.precision,
         log_norm=coef.log_norm,

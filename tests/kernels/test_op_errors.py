@@ -70,8 +70,34 @@ def test_multistep_rows_need_their_history(value):
     coef = stochastic_rows(4)
     coef.prev_coef[3] = value
     flow_step(B.x, B.v, coef, history=B.history)
-    with pytest.raises((ValueError, RuntimeError), match=r"\bhistory\b"):
-        flow_step(B.x, B.v, coef)
+    steps = B.x, B.v, B.x_next, coef
+    for call in (
+        lambda: flow_step(B.x, B.v, coef),
+        lambda: flow_logprob(*steps),
+        lambda: grpo_loss(*steps, *B.scores, clip_range=CLIP),
+        lambda: grpo_loss_and_grad(*steps, *B.scores, clip_range=CLIP),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=r"\bhistory\b"):
+            call()
+
+
+def test_a_nan_in_a_velocity_or_a_score_shows_in_the_loss():
+    for name, index in (("v", (2, 1, 3)), ("old_logp", 1), ("advantage", 3), ("weight", 0)):
+        value = getattr(B, name).clone()
+        value[index] = float("nan")
+        batch = replace(B, **{name: value})
+        for function in (grpo_loss, lambda *a, **k: grpo_loss_and_grad(*a, **k)[0]):
+            assert function(*batch.steps, *batch.scores, clip_range=CLIP).loss.isnan(), name
+
+
+def test_what_a_call_fails_with_is_one_line_without_a_path():
+    for call in (
+        lambda: CALLS["philox_normal"](key_with(node=torch.tensor([0, 1, 2, -1])), 0.0),
+        lambda: flow_step(B.x, B.v, B.multistep),
+        lambda: flow_logprob(*B.steps, child_offsets=torch.tensor([0, 2, 1, 3, 4])),
+    ):
+        with pytest.raises(RuntimeError, match=r"^(NoiseKey.node|these coefficients|child_offsets)[^\n]*\n?$"):
+            call()
 
 
 @pytest.mark.parametrize(
