@@ -130,13 +130,13 @@ def flow_logprob(
     v_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
 ) -> Tensor:
-    """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond.
+    """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond; x and x_next are constants.
 
     x: states, fp32 (or float64) [B, ...].
     v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; v_uncond goes with guidance_scale γ.
     x_next: [E, ...] in the dtype of x, children of a row contiguous: `fanout` each, or as many as `child_offsets`
         (int64 [B + 1], CSR) says.
-    coef: B one-step rows: one with prev_coef ≠ 0 fails, on the device.
+    coef: B one-step rows, which must not require grad; one with prev_coef ≠ 0 fails, on the device.
 
     Raises ValueError for other shapes, dtypes or devices.
     """

@@ -42,7 +42,8 @@ def flow_logprob(
     scores, precision, log_norm = LogProbability.empty(edges, cut, x), fp32(precision), fp32(log_norm)
     launch(
         logprob_kernel, batch * cut.number, cut.warps, x, rows, velocity, uncond, reached, fp32(x_coef), fp32(v_coef),
-        fp32(prev_coef), precision, log_norm, offsets, *scores, *(row_stride(t) for t in (rows, velocity, uncond, reached)),
+        fp32(prev_coef), precision, log_norm, offsets, *scores,
+        *(row_stride(t) for t in (rows, velocity, uncond, reached)),
         guidance_scale, fanout, edges, cut.number, elements,
         BLOCK=cut.size,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgrove_kernels.backends import implements
 from flowgrove_kernels.layout import fp32, optional_rows, rows_of
 from flowgrove_kernels.triton.combine import LogProbability, note_squares
-from flowgrove_kernels.triton.element import guided, place, require, step_mean, store
+from flowgrove_kernels.triton.element import guided, place, require_one_step, step_mean, store
 from flowgrove_kernels.triton.launch import blocks_of, launch, row_stride
 from flowgrove_kernels.triton.normal import edge_normals
 
