@@ -61,11 +61,17 @@ def check_tensor(value: Any, name: str) -> None:
     """A dense tensor without a tangent: the ops differentiate backwards only."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         wrong(name, value, "pass a dense torch tensor")
+    check_tangent(value, name)
+
+
+def check_tangent(value: Tensor, name: str) -> None:
+    """A tensor of no forward-mode derivative, which the ops would take for 0."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise ValueError(f"{name} has a tangent, but no op has a forward derivative: differentiate with .backward()")
 
 
 def check_constant(value: Tensor, name: str) -> None:
     """A tensor with respect to which nothing is differentiated."""
+    check_tangent(value, name)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but no op differentiates it: pass {name}.detach()")

@@ -19,6 +19,7 @@ from flowgrove_kernels.arguments import (
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.noise import SHARED_STEP, NoiseKey
 
+_COEFFICIENTS = tuple(f"coef.{field.name}" for field in fields(StepCoefficients))
 _VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,9 +67,8 @@ def check_coefficients(coef: StepCoefficients, x: Tensor) -> None:
         raise ValueError(
             f"coef has {rows} rows on {coef.x_coef.device}: pass {x.shape[0]} rows on {x.device} (one per row of x)"
         )
-    for field, value in zip(fields(coef), coef.tensors(), strict=True):
-        check_tensor(value, f"coef.{field.name}")
-        check_constant(value, f"coef.{field.name}")
+    for name, value in zip(_COEFFICIENTS, coef.tensors(), strict=True):
+        check_constant(value, name)
 
 
 def check_edges(x: Tensor, x_next: Tensor, fanout: int, child_offsets: Tensor | None) -> int:

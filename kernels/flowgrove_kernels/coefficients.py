@@ -38,8 +38,8 @@ class StepCoefficients:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value, first = f"StepCoefficients.{field.name}", getattr(self, field.name), self.x_coef
-            if not isinstance(value, Tensor):
-                wrong(name, value, "pass a tensor")
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
+                wrong(name, value, "pass a dense torch tensor")
             alike = value.shape == first.shape and value.dtype == first.dtype and value.device == first.device
             if value.ndim != 1 or not alike or value.dtype not in (torch.float32, torch.float64):
                 wrong(name, value, "pass fp32 [B] with the same B, dtype and device in all six fields")
