@@ -43,24 +43,25 @@ void flow_step(
       x);
 }
 
-// States of the ops that score given steps: no history.
+// States of the ops that score given steps: no history. The backward leaves out prev_coef, which the forward has found
+// to be 0.
 inline States scored_states(
-    const Tensor& x, const Tensor& v, const Tensor& x_coef, const Tensor& v_coef, const OptionalTensor& v_uncond,
-    double guidance_scale) {
+    const Tensor& x, const Tensor& v, const Tensor& x_coef, const Tensor& v_coef, const OptionalTensor& prev_coef,
+    const OptionalTensor& v_uncond, double guidance_scale) {
   const int64_t rows = x.size(0), elements = x.size(1);
   return {
       rows, elements, state_rows(x, rows, elements), rows_of(v, rows, elements), rows_of(v_uncond, rows, elements), {},
-      static_cast<float>(guidance_scale), values_of(x_coef, rows), values_of(v_coef, rows), nullptr};
+      static_cast<float>(guidance_scale), values_of(x_coef, rows), values_of(v_coef, rows), values_of(prev_coef, rows)};
 }
 
 template <void (*Run)(const FlowLogprob&, const Tensor&)>
 void flow_logprob(
     const Tensor& x, const Tensor& v, const Tensor& x_next, const Tensor& x_coef, const Tensor& v_coef,
-    const Tensor& precision, const Tensor& log_norm, const OptionalTensor& child_offsets,
+    const Tensor& prev_coef, const Tensor& precision, const Tensor& log_norm, const OptionalTensor& child_offsets,
     const OptionalTensor& v_uncond, int64_t fanout, double guidance_scale, const Tensor& logp) {
   const int64_t rows = x.size(0), elements = x.size(1), edges = x_next.size(0);
   Run(
-      {scored_states(x, v, x_coef, v_coef, v_uncond, guidance_scale), values_of(precision, rows),
+      {scored_states(x, v, x_coef, v_coef, prev_coef, v_uncond, guidance_scale), values_of(precision, rows),
        values_of(log_norm, rows), children_of(child_offsets, fanout, rows, edges), edges,
        state_rows(x_next, edges, elements), output_values(logp, edges)},
       x);
@@ -73,7 +74,7 @@ void flow_logprob_backward(
     int64_t fanout, double guidance_scale, const Tensor& grad_v, const OptionalTensor& grad_v_uncond) {
   const int64_t rows = x.size(0), elements = x.size(1), edges = x_next.size(0);
   Run(
-      {scored_states(x, v, x_coef, v_coef, v_uncond, guidance_scale), values_of(precision, rows),
+      {scored_states(x, v, x_coef, v_coef, std::nullopt, v_uncond, guidance_scale), values_of(precision, rows),
        children_of(child_offsets, fanout, rows, edges), edges, state_rows(x_next, edges, elements),
        values_of(grad, edges), output_rows(grad_v, rows, elements), output_rows(grad_v_uncond, rows, elements)},
       x);
@@ -82,7 +83,7 @@ void flow_logprob_backward(
 template <void (*Run)(const GRPOLoss&, const Tensor&)>
 void grpo_loss(
     const OptionalTensor& grad_loss, const Tensor& x, const Tensor& v, const Tensor& x_next, const Tensor& x_coef,
-    const Tensor& v_coef, const Tensor& std, const Tensor& precision, const Tensor& log_norm,
+    const Tensor& v_coef, const Tensor& prev_coef, const Tensor& std, const Tensor& precision, const Tensor& log_norm,
     const OptionalTensor& old_logp, const Tensor& advantage, const Tensor& weight, const OptionalTensor& child_offsets,
     const OptionalTensor& key, const OptionalTensor& noise, const OptionalTensor& v_ref, const OptionalTensor& v_uncond,
     bool guard, double clip_low, double clip_high, int64_t fanout, double sibling_correlation, double kl_weight,
@@ -90,8 +91,8 @@ void grpo_loss(
     const Tensor& kl, const OptionalTensor& grad_v, const OptionalTensor& grad_v_uncond) {
   const int64_t rows = x.size(0), elements = x.size(1), edges = x_next.size(0);
   Run(
-      {scored_states(x, v, x_coef, v_coef, v_uncond, guidance_scale), values_of(std, rows), values_of(precision, rows),
-       values_of(log_norm, rows), children_of(child_offsets, fanout, rows, edges), edges,
+      {scored_states(x, v, x_coef, v_coef, prev_coef, v_uncond, guidance_scale), values_of(std, rows),
+       values_of(precision, rows), values_of(log_norm, rows), children_of(child_offsets, fanout, rows, edges), edges,
        state_rows(x_next, edges, elements), rows_of(v_ref, rows, elements), values_of(old_logp, edges),
        values_of(advantage, edges), values_of(weight, edges),
        noise_of(noise, key, sibling_correlation, edges, elements), guard, static_cast<float>(1.0 - clip_low),

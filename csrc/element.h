@@ -228,7 +228,7 @@ FLOWGROVE_INLINE float log_probability(float log_norm, float precision, float me
 }
 
 struct Surrogate {
-  float value;     // max(−A·ρ, −A·clip(ρ))
+  float value;     // max(−A·ρ, −A·clip(ρ)), NaN if −A·ρ is
   float slope;     // ∂value/∂(log ρ): −A·ρ, or 0 where the clip removes the gradient
   int8_t clipped;  // −1 below, +1 above, whatever the sign of A
 };
@@ -238,7 +238,7 @@ FLOWGROVE_INLINE Surrogate surrogate(float ratio, float advantage, float floor, 
   const bool below = ratio < floor, above = ratio > ceiling;
   const float plain = mul(-advantage, ratio), clipped = mul(-advantage, below ? floor : above ? ceiling : ratio);
   const bool removed = (advantage > 0.0f && above) || (advantage < 0.0f && below);
-  return {plain > clipped ? plain : clipped, removed ? 0.0f : plain, static_cast<int8_t>(above - below)};
+  return {plain < clipped ? clipped : plain, removed ? 0.0f : plain, static_cast<int8_t>(above - below)};
 }
 
 // b²/(2s²), by which the mean of (v − v_ref)² is the KL divergence per element; 0 where a step has no noise.

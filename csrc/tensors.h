@@ -3,10 +3,11 @@
 #pragma once
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "arguments.h"
 
@@ -16,16 +17,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Fails with one line unless it is `right`. STD_TORCH_CHECK would begin it with the path of this file where it was
+// compiled.
+template <typename... Parts>
+void check(bool right, const Parts&... message) {
+  if (right) return;
+  std::ostringstream line;
+  (line << ... << message);
+  throw std::runtime_error(line.str());
+}
+
 inline Kind kind_of(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
+  check(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
       "flowgrove_native: pass fp32, bf16 or fp16");
   return type == ScalarType::Float ? Kind::fp32 : type == ScalarType::BFloat16 ? Kind::bf16 : Kind::fp16;
 }
 
 inline void check_rows(const Tensor& tensor, int64_t rows, int64_t elements) {
-  STD_TORCH_CHECK(
+  check(
       tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == elements &&
           (elements <= 1 || tensor.stride(1) == 1),
       "flowgrove_native: pass [", rows, ", ", elements, "] with elements side by side");
@@ -47,7 +58,7 @@ inline Rows rows_of(const OptionalTensor& tensor, int64_t rows, int64_t elements
 // A state: fp32.
 inline Rows state_rows(const Tensor& tensor, int64_t rows, int64_t elements) {
   const Rows found = rows_of(tensor, rows, elements);
-  STD_TORCH_CHECK(found.kind == Kind::fp32, "flowgrove_native: pass fp32 states");
+  check(found.kind == Kind::fp32, "flowgrove_native: pass fp32 states");
   return found;
 }
 
@@ -66,7 +77,7 @@ inline OutputRows output_rows(const OptionalTensor& tensor, int64_t rows, int64_
 }
 
 inline void check_values(const Tensor& tensor, int64_t count, ScalarType type) {
-  STD_TORCH_CHECK(
+  check(
       tensor.numel() == count && tensor.is_contiguous() && tensor.scalar_type() == type,
       "flowgrove_native: pass ", count, " contiguous values");
 }
@@ -93,7 +104,7 @@ inline int8_t* output_signs(const Tensor& tensor, int64_t count) {
 
 inline Children children_of(const OptionalTensor& offsets, int64_t fanout, int64_t rows, int64_t edges) {
   if (!offsets) {
-    STD_TORCH_CHECK(edges == rows * fanout, "flowgrove_native: pass rows·fanout edges");
+    check(edges == rows * fanout, "flowgrove_native: pass rows·fanout edges");
     return {nullptr, fanout};
   }
   check_values(*offsets, rows + 1, ScalarType::Long);
@@ -101,7 +112,7 @@ inline Children children_of(const OptionalTensor& offsets, int64_t fanout, int64
 }
 
 inline Key key_of(const Tensor& key, int64_t edges) {
-  STD_TORCH_CHECK(
+  check(
       key.dim() == 2 && key.size(0) == KEY_WORDS && key.size(1) == edges && key.scalar_type() == ScalarType::Long,
       "flowgrove_native: pass int64 [6, edges]");
   return {static_cast<const int64_t*>(key.const_data_ptr()), key.stride(0), key.stride(1)};

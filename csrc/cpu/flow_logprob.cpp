@@ -8,6 +8,7 @@ namespace flowgrove::cpu {
 static void flow_logprob(const FlowLogprob& op, const Tensor&) {
   const States& states = op.states;
   const int64_t chunks = chunks_of(states.elements);
+  check_history(states);
   check_children(op.children, states.rows, op.edges);
   for_each_row(states.rows, states.elements, [&](int64_t b, const auto& for_each_chunk) {
     const int64_t first = first_child(op.children, b), count = first_child(op.children, b + 1) - first;

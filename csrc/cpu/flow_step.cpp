@@ -49,11 +49,7 @@ static void flow_step(const FlowStep& op, const Tensor&) {
   const States& states = op.states;
   const int64_t chunks = chunks_of(states.elements);
   check_key(op.noise.key, states.rows * op.fanout, op.noise.root_rho > 0.0f);
-  const bool one_step = std::all_of(
-      states.prev_coef, states.prev_coef + states.rows, [](float c) { return c == 0.0f; });
-  STD_TORCH_CHECK(
-      one_step || states.history.data != nullptr,
-      "these coefficients need history=, the previous clean estimate: prev_coef is not 0");
+  check_history(states);
   const bool noisy = op.noise.given.data != nullptr || op.noise.key.data != nullptr;
   const auto step_chunk = noisy && states.history.data == nullptr ? draw_chunk : mean_chunk;
   for_each_row(states.rows, states.elements, [&](int64_t b, const auto& for_each_chunk) {

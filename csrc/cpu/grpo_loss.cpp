@@ -78,6 +78,7 @@ static void grpo_loss(const GRPOLoss& op, const Tensor&) {
   const States& states = op.states;
   const int64_t chunks = chunks_of(states.elements);
   check_key(op.noise.key, op.edges, op.noise.root_rho > 0.0f);
+  check_history(states);
   check_children(op.children, states.rows, op.edges);
   std::vector<float> losses(op.edges);
   for_each_row(states.rows, states.elements, [&](int64_t b, const auto& for_each_chunk) {

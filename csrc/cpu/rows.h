@@ -135,14 +135,22 @@ class NoiseReader {
 };
 
 // The checks that need values: on the CPU they cost nothing.
+inline void check_history(const States& states) {
+  const float* end = states.prev_coef + states.rows;
+  const bool one_step = std::all_of(states.prev_coef, end, [](float c) { return c == 0.0f; });
+  check(
+      one_step || states.history.data != nullptr,
+      "these coefficients need history=, the previous clean estimate: prev_coef is not 0");
+}
+
 inline void check_key(const Key& key, int64_t edges, bool correlated) {
   constexpr const char* NAMES[] = {"seed", "iteration", "step", "prompt", "node", "parent"};
   if (key.data == nullptr) return;
   for (int word = 0; word < KEY_WORDS; ++word) {
     for (int64_t e = 0; e < edges; ++e) {
       const int64_t value = key.data[word * key.word_stride + e * key.edge_stride];
-      STD_TORCH_CHECK((value >> 32) == 0, "NoiseKey.", NAMES[word], " holds ", value, ": write values in [0, 2**32)");
-      STD_TORCH_CHECK(
+      check((value >> 32) == 0, "NoiseKey.", NAMES[word], " holds ", value, ": write values in [0, 2**32)");
+      check(
           !correlated || word != STEP || value < SHARED_STEP - 1,
           "NoiseKey.step must be below 2**31 - 1 for correlated siblings");
       if (key.edge_stride == 0) break;
@@ -154,7 +162,7 @@ inline void check_children(const Children& children, int64_t rows, int64_t edges
   if (children.offsets == nullptr) return;
   bool ordered = children.offsets[0] == 0 && children.offsets[rows] == edges;
   for (int64_t b = 0; b < rows; ++b) ordered &= children.offsets[b] <= children.offsets[b + 1];
-  STD_TORCH_CHECK(ordered, "child_offsets must rise from 0 to the number of rows of x_next (", edges, ")");
+  check(ordered, "child_offsets must rise from 0 to the number of rows of x_next (", edges, ")");
 }
 
 }  // namespace flowgrove::cpu

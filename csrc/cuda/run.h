@@ -43,7 +43,7 @@ class OnDevice {
 
 // Kernels check the offsets of the rows they compute; without rows none runs, and only no edges are right.
 inline void check_edges(const States& states, int64_t edges) {
-  STD_TORCH_CHECK(
+  check(
       states.rows > 0 || edges == 0, "child_offsets must rise from 0 to the number of rows of x_next (", edges, ")");
 }
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from threading import Lock, get_ident
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from flowgrove_kernels import libraries
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _MODULES = {"cpu": "flowgrove_kernels.native", "triton": "flowgrove_kernels.triton", "cuda": "flowgrove_kernels.native"}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
-_forced: str | None = None  # process-wide: the backward of an op runs on another thread than its forward
+_blocks: tuple["_Block", ...] = ()  # entered and not left, in order, by all threads
+_one_at_a_time = Lock()
 
 
 def implements(op: str, *backends: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -52,17 +54,51 @@ def missing(backend: str) -> str | None:
     return None
 
 
+class _Block(NamedTuple):
+    """One `with use_backend(...)`."""
+
+    name: str
+    thread: int
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op inside the block, in all threads, on backend `name`; "auto" chooses by device.
-    Raises ValueError for a name that is not available.
+    """Runs every op inside the block on backend `name`; "auto" chooses by device.
+
+    The block counts for its thread, and for threads that are in no block of their own: the backward of an op may run
+    on another thread than its forward. torch.compile traces none: under fullgraph=True it fails, else what is around
+    it runs uncompiled. Raises ValueError for a name that is not available.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "use_backend")
+    block = _enter(name)
     try:
         yield
     finally:
-        _forced = before
+        _leave(block)
+
+
+@torch.compiler.disable(reason="use_backend chooses when an op runs: enter it outside of what is compiled")
+def _enter(name: str) -> _Block:
+    global _blocks
+    block = _Block(_checked(name, "use_backend"), get_ident())
+    with _one_at_a_time:
+        _blocks = (*_blocks, block)
+    return block
+
+
+@torch.compiler.disable
+def _leave(block: _Block) -> None:
+    global _blocks
+    with _one_at_a_time:
+        _blocks = tuple(other for other in _blocks if other is not block)
+
+
+def forced() -> str | None:
+    """The backend of the block that this thread entered last, or else of the one that any thread did."""
+    blocks = _blocks
+    if not blocks:
+        return None
+    here = get_ident()
+    return next((block for block in reversed(blocks) if block.thread == here), blocks[-1]).name
 
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
@@ -70,7 +106,7 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
 
     Raises ValueError if the backend that was asked for is not available or takes no tensors of that device.
     """
-    name = _checked(_forced or os.environ.get("FLOWGROVE_BACKEND") or "auto", "FLOWGROVE_BACKEND")
+    name = _checked(forced() or os.environ.get("FLOWGROVE_BACKEND") or "auto", "FLOWGROVE_BACKEND")
     if tensor.dtype == torch.float64:
         name = "reference"
     elif name == "auto":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowgrove_kernels.affine import column, guided, working_dtype
+from flowgrove_kernels.arguments import check_constant, check_tensor, number, wrong
 from flowgrove_kernels.backends import implementation, implements
 from flowgrove_kernels.checks import check_state, check_velocity
 
@@ -55,16 +56,17 @@ def clean_estimate(
     x: states, fp32 or float64 [B, ...].
     v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; with v_uncond and guidance_scale γ the
         velocity is v_uncond + γ·(v − v_uncond).
-    sigma: float or [B].
+    sigma: a number, or floating-point [B]; it must not require grad.
 
     Raises ValueError for other shapes.
     """
     check_state(x)
     scale = check_velocity(x, v, v_uncond, guidance_scale)
     if not isinstance(sigma, Tensor):
-        sigma = torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)
-    if sigma.shape not in ((), (x.shape[0],)) or sigma.device != x.device:
-        raise ValueError(
-            f"sigma is {list(sigma.shape)} on {sigma.device}: pass a float or a tensor [{x.shape[0]}] on {x.device}"
-        )
+        level = number(sigma, "sigma", "pass a number or a tensor [B]")
+        sigma = torch.full((x.shape[0],), level, dtype=x.dtype, device=x.device)
+    check_tensor(sigma, "sigma")
+    check_constant(sigma, "sigma")
+    if sigma.shape not in ((), (x.shape[0],)) or sigma.device != x.device or not sigma.is_floating_point():
+        wrong("sigma", sigma, f"pass a number, or a floating-point tensor [{x.shape[0]}] on {x.device}", place=True)
     return torch.ops.flowgrove.clean_estimate(x, v, sigma.expand(x.shape[0]), v_uncond, scale)

@@ -15,10 +15,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from flowgrove_kernels.arguments import is_integer, is_number, number, wrong
+
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepCoefficients:
     """One row per sample, six fp32 tensors [B] on one device: a, b, c, s, κ and log_norm of the step above.
 
@@ -35,12 +37,12 @@ class StepCoefficients:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value.ndim != 1 or value.shape != self.x_coef.shape or value.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"StepCoefficients.{field.name} is {value.dtype} {list(value.shape)}: "
-                    "pass fp32 [B] with the same B in all six fields"
-                )
+            name, value, first = f"StepCoefficients.{field.name}", getattr(self, field.name), self.x_coef
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
+                wrong(name, value, "pass a dense torch tensor")
+            alike = value.shape == first.shape and value.dtype == first.dtype and value.device == first.device
+            if value.ndim != 1 or not alike or value.dtype not in (torch.float32, torch.float64):
+                wrong(name, value, "pass fp32 [B] with the same B, dtype and device in all six fields")
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The six fields in order."""
@@ -54,9 +56,21 @@ class StepCoefficients:
         return self.x_coef.shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int] | int) -> "StepCoefficients":
-        """The chosen rows; an int gives one row (B = 1), so that the result is always a batch."""
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1) if rows != -1 else slice(-1, None)
+        """The chosen rows; one index gives one row (B = 1), so that the result is always a batch.
+
+        Raises IndexError for an int outside [−B, B), and ValueError for what chooses no rows.
+        """
+        if is_integer(rows):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"coef[{rows}]: there are {len(self)} rows")
+            first = int(rows) % len(self)
+            rows = slice(first, first + 1)
+        elif isinstance(rows, Tensor) and rows.ndim == 0 and rows.dtype != torch.bool:
+            rows = rows.reshape(1)
+        elif isinstance(rows, Sequence) and not isinstance(rows, str):
+            rows = list(rows)
+        elif not isinstance(rows, slice) and getattr(rows, "ndim", None) != 1:
+            wrong("the index of coef", rows, "pass an int, a slice, or a list or 1-D tensor of row numbers")
         return StepCoefficients(*(t[rows] for t in self.tensors()))
 
     @staticmethod
@@ -81,25 +95,22 @@ def step_coefficients(
     dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO, BranchGRPO), "wan_sde" (Flow-GRPO
         for Wan) or "cps".
     sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1].
-    noise_level: η.
+    noise_level: η >= 0, for "cps" at most 1.
     sigma_max: the second entry of the σ table; flow_sde needs it where σ = 1, wan_sde always.
 
     Returns rows [B] on the CPU: fp32, as the ops take them, or float64 for analysis (`dtype`).
-    Raises ValueError for an unknown name, σ' ≥ σ or a missing sigma_max.
+    Raises ValueError for an unknown name, σ' ≥ σ, a missing sigma_max, or rows that `dtype` cannot hold.
     """
-    here, there = _levels(sigma, "sigma"), _levels(sigma_next, "sigma_next")
-    here, there = torch.broadcast_tensors(here, there)
+    here, there = _levels(sigma=sigma, sigma_next=sigma_next)
     if not bool(((there >= 0) & (there < here) & (here <= 1)).all()):
         raise ValueError("step_coefficients needs 0 <= sigma_next < sigma <= 1 in every row")
-    if not (math.isfinite(noise_level) and noise_level >= 0):
-        raise ValueError(f"noise_level is {noise_level}: write a number >= 0")
-    if sigma_max is not None and not 0 < sigma_max <= 1:
-        raise ValueError(f"sigma_max is {sigma_max}: write the second entry of the sigma table, in (0, 1]")
-    try:
-        build = _DYNAMICS[dynamics]
-    except KeyError:
-        raise ValueError(f"unknown dynamics {dynamics!r}: write one of {', '.join(_DYNAMICS)}") from None
-    return _rows(build(here, there, float(noise_level), sigma_max), dtype)
+    if not isinstance(dynamics, str) or dynamics not in _DYNAMICS:
+        raise ValueError(f"unknown dynamics {dynamics!r}: write one of {', '.join(_DYNAMICS)}")
+    level = number(noise_level, "noise_level", "write a number >= 0", 0)
+    if sigma_max is not None and not (is_number(sigma_max, 0, 1) and sigma_max > 0):
+        wrong("sigma_max", sigma_max, "write the second entry of the sigma table, in (0, 1]")
+    made_of = f"{dynamics} with noise_level {level:g}"
+    return _rows(_DYNAMICS[dynamics](here, there, level, sigma_max), dtype, made_of)
 
 
 def dpmpp_2m_coefficients(
@@ -111,9 +122,7 @@ def dpmpp_2m_coefficients(
     where σ_prev = 1 or σ' = 0 the row is Euler's (c = 0). Raises ValueError otherwise.
     The first step of a tail, and a step after a stochastic one, are Euler: take `step_coefficients("ode", …)` there.
     """
-    before, here, there = torch.broadcast_tensors(
-        _levels(sigma_prev, "sigma_prev"), _levels(sigma, "sigma"), _levels(sigma_next, "sigma_next")
-    )
+    before, here, there = _levels(sigma_prev=sigma_prev, sigma=sigma, sigma_next=sigma_next)
     if not bool(((there >= 0) & (there < here) & (here < before) & (before <= 1)).all()):
         raise ValueError("dpmpp_2m_coefficients needs 0 <= sigma_next < sigma < sigma_prev <= 1 in every row")
     dt = there - here
@@ -124,18 +133,26 @@ def dpmpp_2m_coefficients(
     k = torch.where(first_order, 0.0, (lam_there - lam_here) / (2 * (lam_here - lam_before)))
     c = k * dt / here
     zero = torch.zeros_like(c)
-    return _rows((1 - c, dt + here * c, c, zero, zero, zero), dtype)
+    return _rows((1 - c, dt + here * c, c, zero, zero, zero), dtype, "dpmpp_2m")
 
 
-def _levels(value: float | Tensor, name: str) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.ndim > 1 or value.dtype != torch.float64 or value.device.type != "cpu":
-            raise ValueError(
-                f"{name} is {value.dtype} {list(value.shape)} on {value.device}: "
-                "pass a float or a float64 [B] tensor on the CPU"
-            )
-        return value.reshape(-1)
-    return torch.tensor([value], dtype=torch.float64)
+def _levels(**named: float | Tensor) -> tuple[Tensor, ...]:
+    """Noise levels, named as the caller knows them, as float64 [B] of one length."""
+    levels = [_level(name, value) for name, value in named.items()]
+    lengths = {len(level) for level in levels} - {1}
+    if len(lengths) > 1:
+        raise ValueError(f"{' and '.join(named)} have {sorted(lengths)} rows: pass the same number, or one")
+    return torch.broadcast_tensors(*levels)
+
+
+def _level(name: str, value: float | Tensor) -> Tensor:
+    wanted = "pass a float or a float64 [B] tensor on the CPU"
+    if not isinstance(value, Tensor):
+        return torch.tensor([number(value, name, wanted)], dtype=torch.float64, device="cpu")
+    where = value.layout, value.dtype, value.device.type
+    if value.ndim > 1 or where != (torch.strided, torch.float64, "cpu"):
+        wrong(name, value, wanted, place=True)
+    return value.reshape(-1)
 
 
 def _log_snr(sigma: Tensor) -> Tensor:
@@ -145,8 +162,14 @@ def _log_snr(sigma: Tensor) -> Tensor:
 _Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # float64 [B]: a, b, c, s, κ, log_norm
 
 
-def _rows(columns: _Columns, dtype: torch.dtype) -> StepCoefficients:
-    return StepCoefficients(*(column.to(dtype) for column in columns))
+def _rows(columns: _Columns, dtype: torch.dtype, made_of: str) -> StepCoefficients:
+    rows = StepCoefficients(*(column.to(dtype) for column in columns))
+    if not all(bool(column.isfinite().all()) for column in rows.tensors()):
+        raise ValueError(
+            f"{made_of} gives a row that {dtype} cannot hold: take sigmas further apart, or a noise_level "
+            "nearer 1 (0 for no noise)"
+        )
+    return rows
 
 
 def _ode(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float | None) -> _Columns:
@@ -170,6 +193,8 @@ def _flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: 
     if sigma_max is None and bool((sigma == 1).any()):
         raise ValueError("flow_sde at sigma = 1 needs sigma_max: pass the second entry of the sigma table")
     capped = sigma if sigma_max is None else sigma.clamp(max=sigma_max)
+    if bool((capped == 1).any()):
+        raise ValueError("flow_sde at sigma = 1 needs sigma_max < 1: pass the second entry of the sigma table")
     return _sde(noise_level * (sigma / (1 - capped)).sqrt(), sigma, sigma_next)
 
 
@@ -187,6 +212,8 @@ def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float
     """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q² + s² = σ'².
     Its logp is −mean (x' − μ)², not a density.
     """
+    if noise_level > 1:
+        raise ValueError(f"noise_level is {noise_level:g}: write a number in [0, 1] with cps")
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     q = sigma_next * math.cos(noise_level * math.pi / 2)
     zero = torch.zeros_like(sigma)

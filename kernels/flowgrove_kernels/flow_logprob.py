@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowgrove_kernels.affine import children_of, guided, log_probability, step_mean, working_dtype
 from flowgrove_kernels.backends import implementation, implements
-from flowgrove_kernels.checks import check_coefficients, check_edges, check_state, check_velocity
+from flowgrove_kernels.checks import check_coefficients, check_edges, check_state, check_velocity, require_no_history
 from flowgrove_kernels.coefficients import StepCoefficients
 
 
@@ -51,10 +51,11 @@ def split_guidance(grad: Tensor, v: Tensor, v_uncond: Tensor | None, guidance_sc
 
 @implements("flow_logprob", "reference")
 def _reference(
-    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor, log_norm: Tensor,
-    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, precision: Tensor,
+    log_norm: Tensor, child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
 ) -> Tensor:  # fmt: skip
     parent, _ = children_of(child_offsets, x.shape[0], fanout, x_next.shape[0], x.device)
+    require_no_history(prev_coef)
     residual = residual_of(x, v, x_next, x_coef, v_coef, v_uncond, guidance_scale, parent)
     return log_probability(residual, precision[parent], log_norm[parent])
 
@@ -73,15 +74,16 @@ def _reference_backward(
 
 @torch.library.custom_op("flowgrove::flow_logprob", mutates_args=())
 def _op(
-    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor, log_norm: Tensor,
-    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, precision: Tensor,
+    log_norm: Tensor, child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
 ) -> Tensor:  # fmt: skip
     run = implementation("flow_logprob", x)
-    return run(x, v, x_next, x_coef, v_coef, precision, log_norm, child_offsets, v_uncond, fanout, guidance_scale)
+    constants = (child_offsets, v_uncond, fanout, guidance_scale)
+    return run(x, v, x_next, x_coef, v_coef, prev_coef, precision, log_norm, *constants)
 
 
 @_op.register_fake
-def _(x, v, x_next, x_coef, v_coef, precision, log_norm, child_offsets, v_uncond, fanout, guidance_scale):
+def _(x, v, x_next, x_coef, v_coef, prev_coef, precision, log_norm, child_offsets, v_uncond, fanout, guidance_scale):
     return x.new_empty((x_next.shape[0],))
 
 
@@ -103,16 +105,14 @@ _INPUTS = tuple(signature(_reference).parameters)  # of flowgrove::flow_logprob,
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, v, x_next, x_coef, v_coef, precision, _, child_offsets, v_uncond, ctx.fanout, ctx.guidance_scale = inputs
+    x, v, x_next, x_coef, v_coef, _, precision, _, child_offsets, v_uncond, ctx.fanout, ctx.guidance_scale = inputs
     ctx.save_for_backward(x, v, x_next, x_coef, v_coef, precision, child_offsets, v_uncond)
 
 
 def _backward(ctx, grad: Tensor):
-    *_, v_uncond = ctx.saved_tensors
-    grad_v, grad_uncond = torch.ops.flowgrove.flow_logprob_backward(
-        grad, *ctx.saved_tensors, ctx.fanout, ctx.guidance_scale
-    )
-    gradients = {"v": grad_v, "v_uncond": None if v_uncond is None else grad_uncond}
+    saved = ctx.saved_tensors  # once: checkpointing computes them when they are read, and forgets them
+    grad_v, grad_uncond = torch.ops.flowgrove.flow_logprob_backward(grad, *saved, ctx.fanout, ctx.guidance_scale)
+    gradients = {"v": grad_v, "v_uncond": None if saved[-1] is None else grad_uncond}
     return tuple(gradients.get(name) for name in _INPUTS)
 
 
@@ -130,13 +130,13 @@ def flow_logprob(
     v_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
 ) -> Tensor:
-    """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond.
+    """logp [E] in the dtype of x, for E steps x → x_next. Differentiable in v and v_uncond; x and x_next are constants.
 
     x: states, fp32 (or float64) [B, ...].
     v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; v_uncond goes with guidance_scale γ.
     x_next: [E, ...] in the dtype of x, children of a row contiguous: `fanout` each, or as many as `child_offsets`
         (int64 [B + 1], CSR) says.
-    coef: B one-step rows.
+    coef: B one-step rows, which must not require grad; one with prev_coef ≠ 0 fails, on the device.
 
     Raises ValueError for other shapes, dtypes or devices.
     """
@@ -150,6 +150,7 @@ def flow_logprob(
         x_next.detach(),
         coef.x_coef,
         coef.v_coef,
+        coef.prev_coef,
         coef.precision,
         coef.log_norm,
         child_offsets,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowgrove_kernels.affine import column, guided, log_probability, step_mean, working_dtype
+from flowgrove_kernels.arguments import check_fanout
 from flowgrove_kernels.backends import implementation, implements
 from flowgrove_kernels.checks import (
     check_coefficients,
@@ -18,6 +19,7 @@ from flowgrove_kernels.checks import (
     check_state,
     check_velocity,
     detached,
+    packed_key,
     require_no_history,
 )
 from flowgrove_kernels.coefficients import StepCoefficients
@@ -110,13 +112,13 @@ def flow_step(
     v_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x_next [B·fanout, ...], logp [B·fanout]), both in the dtype of x; not differentiable.
+    """(x_next [B·fanout, ...], logp [B·fanout]), both in the dtype of x; not differentiable, whatever requires grad.
 
     Child c of row p is row p·fanout + c.
 
     x: states, fp32 (or float64) [B, ...].
     v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; v_uncond goes with guidance_scale γ.
-    coef: B rows.
+    coef: B rows, which must not require grad; without `history` one with prev_coef ≠ 0 fails, on the device.
     key, noise: `key` names the noise, which is drawn inside, or `noise` [B·fanout, ...] in the dtype of x is it; with
         neither, x_next = μ.
     history: the previous clean estimate p [B, ...], for multistep rows.
@@ -128,19 +130,17 @@ def flow_step(
     scale = check_velocity(x, v, v_uncond, guidance_scale)
     check_coefficients(coef, x)
     check_like(history, "history", x.shape, x)
-    if fanout < 1:
-        raise ValueError(f"fanout is {fanout}: write an integer >= 1")
+    check_fanout(fanout)
     edges = x.shape[0] * fanout
     if key is not None and noise is not None:
         raise ValueError("key and noise are two ways to say the same: pass one")
     check_like(noise, "noise", (edges, *x.shape[1:]), x)
     correlation = check_correlation(sibling_correlation, key)
-    packed = None if key is None else key.pack(edges, x.device)
     return torch.ops.flowgrove.flow_step(
         x.detach(),
         v.detach(),
         *coef.tensors(),
-        packed,
+        packed_key(key, edges, x.device),
         detached(noise),
         detached(history),
         detached(v_uncond),

@@ -29,7 +29,7 @@ from flowgrove_kernels.affine import (
     working_dtype,
 )
 from flowgrove_kernels.backends import implementation, implements
-from flowgrove_kernels.checks import detached
+from flowgrove_kernels.checks import detached, require_no_history
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.flow_logprob import residual_of, split_guidance, sum_children
 from flowgrove_kernels.loss_arguments import CONSTANTS, SCHEMA, TENSORS, LossArguments, checked_arguments
@@ -55,6 +55,7 @@ def _reference(grad_loss: Tensor | None, *arguments: Any) -> list[Tensor]:
     given = LossArguments(*arguments)
     x, v, v_uncond, guidance_scale = given.x, given.v, given.v_uncond, given.guidance_scale
     dtype = working_dtype(x)
+    require_no_history(given.prev_coef)
     parent, offsets = children_of(given.child_offsets, x.shape[0], given.fanout, given.x_next.shape[0], x.device)
     residual = residual_of(x, v, given.x_next, given.x_coef, given.v_coef, v_uncond, guidance_scale, parent)  # [E, D]
     elements = max(residual.shape[1], 1)
@@ -136,6 +137,7 @@ def _setup(ctx, inputs, output) -> None:
     given = LossArguments(*inputs)
     ctx.save_for_backward(*(getattr(given, name) for name in TENSORS))
     ctx.constants = {name: getattr(given, name) for name in CONSTANTS}
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the four outputs that nobody differentiates
 
 
@@ -172,13 +174,14 @@ def grpo_loss(
     v_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
 ) -> GRPOLoss:
-    """Σ_e w_e·L_e + β·Σ_e w_e·KL_e over E edges; only `loss` is differentiable, in v and v_uncond.
+    """Σ_e w_e·L_e + β·Σ_e w_e·KL_e over E edges; only `loss` is differentiable, in v and v_uncond;
+    states, scores, noise and v_ref are constants, whatever requires grad.
 
     x: states, fp32 (or float64) [B, ...].
     v, v_uncond: velocities, fp32, bf16, fp16 or float64, in the shape of x; v_uncond goes with guidance_scale γ.
     x_next: [E, ...] in the dtype of x, children of a state contiguous: `fanout` each, or as many as `child_offsets`
         (int64 [B + 1], CSR) says.
-    coef: B one-step rows.
+    coef: B one-step rows, which must not require grad; one with prev_coef ≠ 0 fails, on the device.
     old_logp, advantage, weight: fp32 (or the dtype of x) [E]; old_logp None: on-policy, ρ = 1 by stop-gradient.
     clip_range: ε or (ε_lo, ε_hi).
     ratio: "density", or "guard", which needs the noise of the steps: its `key` (and sibling_correlation) or `noise`.
@@ -191,7 +194,7 @@ def grpo_loss(
         sibling_correlation, v_ref, kl_weight, v_uncond, guidance_scale,
     )  # fmt: skip
     loss, *rest = torch.ops.flowgrove.grpo_loss(*arguments)
-    return GRPOLoss(loss, *(t.detach() for t in rest))
+    return GRPOLoss(loss, *rest)
 
 
 def grpo_loss_and_grad(
@@ -220,9 +223,10 @@ def grpo_loss_and_grad(
     The gradients have the shape and dtype of v. Arguments and errors are those of `grpo_loss`.
     """
     arguments = checked_arguments(
-        x, v.detach(), x_next, coef, old_logp, advantage, weight, clip_range, fanout, child_offsets, ratio, key, noise,
-        sibling_correlation, v_ref, kl_weight, detached(v_uncond), guidance_scale,
+        x, v, x_next, coef, old_logp, advantage, weight, clip_range, fanout, child_offsets, ratio, key, noise,
+        sibling_correlation, v_ref, kl_weight, v_uncond, guidance_scale,
     )  # fmt: skip
+    arguments = arguments._replace(v=arguments.v.detach(), v_uncond=detached(arguments.v_uncond))
     *outputs, grad_v, grad_uncond = torch.ops.flowgrove.grpo_loss_and_grad(
         torch.ones((), dtype=x.dtype, device=x.device), *arguments
     )

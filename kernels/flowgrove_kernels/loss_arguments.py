@@ -5,6 +5,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from flowgrove_kernels.arguments import LARGEST, check_tensor, number
 from flowgrove_kernels.checks import (
     check_coefficients,
     check_correlation,
@@ -12,7 +13,9 @@ from flowgrove_kernels.checks import (
     check_like,
     check_state,
     check_velocity,
+    clip_bounds,
     detached,
+    packed_key,
 )
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.noise import NoiseKey
@@ -26,6 +29,7 @@ class LossArguments(NamedTuple):
     x_next: Tensor  # [E, ...]
     x_coef: Tensor  # coefficients: [B]
     v_coef: Tensor
+    prev_coef: Tensor  # 0 in every row
     std: Tensor
     precision: Tensor
     log_norm: Tensor
@@ -67,14 +71,11 @@ def checked_arguments(
     scale = check_velocity(x, v, v_uncond, guidance_scale)
     check_coefficients(coef, x)
     edges = check_edges(x, x_next, fanout, child_offsets)
+    check_tensor(advantage, "advantage")
+    check_tensor(weight, "weight")
     for name, value in (("old_logp", old_logp), ("advantage", advantage), ("weight", weight)):
         check_like(value, name, (edges,), x, (torch.float32, x.dtype))
-    low, high = (clip_range, clip_range) if isinstance(clip_range, int | float) else clip_range
-    if not (0 <= low <= 1 and high >= 0):
-        raise ValueError(
-            f"clip_range is {clip_range}: write a number in [0, 1] "
-            "or a pair (low, high) with low in [0, 1] and high >= 0"
-        )
+    low, high = clip_bounds(clip_range)
     if ratio not in ("density", "guard"):
         raise ValueError(f"ratio is {ratio!r}: write 'density' or 'guard'")
     if (ratio == "guard") != (key is not None or noise is not None) or (key is not None and noise is not None):
@@ -82,15 +83,15 @@ def checked_arguments(
     check_like(noise, "noise", x_next.shape, x)
     correlation = check_correlation(sibling_correlation, key)
     check_like(v_ref, "v_ref", x.shape, x, (v.dtype, x.dtype, torch.float32))
-    if kl_weight < 0 or (kl_weight > 0 and v_ref is None):
-        raise ValueError(f"kl_weight is {kl_weight}: write a number >= 0, and pass v_ref= where it is positive")
-    packed = None if key is None else key.pack(edges, x.device)
+    most = 0 if v_ref is None else LARGEST
+    pull = number(kl_weight, "kl_weight", "write a number >= 0, and pass v_ref= where it is positive", 0, most)
     return LossArguments(
         x=x.detach(),
         v=v,
         x_next=x_next.detach(),
         x_coef=coef.x_coef,
         v_coef=coef.v_coef,
+        prev_coef=coef.prev_coef,
         std=coef.std,
         precision=coef.precision,
         log_norm=coef.log_norm,
@@ -98,15 +99,15 @@ def checked_arguments(
         advantage=advantage.detach(),
         weight=weight.detach(),
         child_offsets=child_offsets,
-        key=packed,
+        key=packed_key(key, edges, x.device),
         noise=detached(noise),
         v_ref=detached(v_ref),
         v_uncond=v_uncond,
         guard=ratio == "guard",
-        clip_low=float(low),
-        clip_high=float(high),
+        clip_low=low,
+        clip_high=high,
         fanout=fanout,
         sibling_correlation=correlation,
-        kl_weight=float(kl_weight),
+        kl_weight=pull,
         guidance_scale=scale,
     )

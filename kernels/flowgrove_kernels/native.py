@@ -55,14 +55,14 @@ def flow_step(
 
 @implements("flow_logprob", "cpu", "cuda")
 def flow_logprob(
-    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, precision: Tensor, log_norm: Tensor,
-    child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
+    x: Tensor, v: Tensor, x_next: Tensor, x_coef: Tensor, v_coef: Tensor, prev_coef: Tensor, precision: Tensor,
+    log_norm: Tensor, child_offsets: Tensor | None, v_uncond: Tensor | None, fanout: int, guidance_scale: float,
 ) -> Tensor:  # fmt: skip
     logp = x.new_empty(x_next.shape[0])
     _ops.flow_logprob(
-        rows_of(x), rows_of(fused_velocity(v)), rows_of(x_next), fp32(x_coef), fp32(v_coef), fp32(precision),
-        fp32(log_norm),
-        _contiguous(child_offsets), optional_rows(fused_velocity(v_uncond)), fanout, guidance_scale, logp,
+        rows_of(x), rows_of(fused_velocity(v)), rows_of(x_next), fp32(x_coef), fp32(v_coef), fp32(prev_coef),
+        fp32(precision), fp32(log_norm), _contiguous(child_offsets), optional_rows(fused_velocity(v_uncond)),
+        fanout, guidance_scale, logp,
     )  # fmt: skip
     return logp
 
@@ -96,6 +96,7 @@ def grpo_loss(grad_loss: Tensor | None, *arguments: Any) -> list[Tensor]:
         x_next=rows_of(given.x_next),
         x_coef=fp32(given.x_coef),
         v_coef=fp32(given.v_coef),
+        prev_coef=fp32(given.prev_coef),
         std=fp32(given.std),
         precision=fp32(given.precision),
         log_norm=fp32(given.log_norm),

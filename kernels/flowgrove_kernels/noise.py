@@ -10,10 +10,12 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box a
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowgrove_kernels.arguments import is_integer, wrong
 from flowgrove_kernels.backends import implementation, implements
 
 INITIAL_STEP = 2**32 - 1  # the step word of x_T
@@ -23,14 +25,24 @@ _WORD = 2**32 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_TWO_PI = torch.tensor(2 * math.pi, dtype=torch.float32).item()
+_TWO_PI = 6.2831854820251465  # fl32(2π)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """A packed key and the words that are its rows."""
+
+    tensor: Tensor  # int64 [6, rows]
+    words: list[int | Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
 class NoiseKey:
     """Names the noise of each row.
 
-    Fields are ints (the same for all rows) or int64 tensors [rows], every value in [0, 2³²).
+    Fields are ints (the same for all rows) or int64 tensors [rows], every value in [0, 2³²). An int out of range is a
+    ValueError where the key is used; the values of a tensor are checked where they lie, so that one out of range is a
+    RuntimeError on a CPU and on a GPU the end of the program's use of it.
 
     prompt: global index in the iteration; step: step of the schedule, `INITIAL_STEP` for x_T; node: index of the child
     in the full forest of its prompt, at the level after the step; parent: index of the child's parent in the level
@@ -43,7 +55,24 @@ class NoiseKey:
     prompt: int | Tensor
     node: int | Tensor
     parent: int | Tensor | None = None
-    _tensor: Tensor | None = field(default=None, repr=False, compare=False)  # what `packed` made
+    _tensor: Tensor | _Packed | None = field(default=None, repr=False)  # what `packed` made of the words
+
+    def __post_init__(self) -> None:
+        """`replace` hands the tensor on: it holds only for the words that it was made of."""
+        known, words = self._tensor, self.words()
+        if isinstance(known, Tensor):
+            known = _Packed(known, words)
+        elif known is not None and any(mine is not its for mine, its in zip(words, known.words, strict=True)):
+            known = None
+        object.__setattr__(self, "_tensor", known)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In a copy the words and the tensor would no longer share memory."""
+        return self.__dict__ | {"_tensor": None}
+
+    def words(self) -> list[int | Tensor | None]:
+        """The fields in the order of `WORD_NAMES`."""
+        return [getattr(self, name) for name in WORD_NAMES]
 
     def pack(self, rows: int, device: torch.device | str | None = None) -> Tensor:
         """int64 [6, rows] on `device`: seed, iteration, step, prompt, node, parent (0 if none).
@@ -53,23 +82,15 @@ class NoiseKey:
         Raises ValueError for an int out of range or a tensor of another length; the ops
         check the values of tensors where they lie.
         """
-        if (
-            self._tensor is not None
-            and self._tensor.shape[1] == rows
-            and (device is None or self._tensor.device == torch.device(device))
-        ):
-            return self._tensor
-        values = (
-            self.seed,
-            self.iteration,
-            self.step,
-            self.prompt,
-            self.node,
-            0 if self.parent is None else self.parent,
-        )
+        known = self._tensor.tensor if isinstance(self._tensor, _Packed) else None
+        if known is not None and known.shape[1] == rows and (device is None or known.device == torch.device(device)):
+            return known
+        values = [*self.words()[:-1], 0 if self.parent is None else self.parent]
         for name, value in zip(WORD_NAMES, values, strict=True):
-            _check_word(name, value, rows)
-        numbers = torch.tensor([0 if isinstance(value, Tensor) else value for value in values], dtype=torch.int64)
+            _check_word(name, value, rows, device)
+        numbers = torch.tensor(
+            [0 if isinstance(value, Tensor) else value for value in values], dtype=torch.int64, device="cpu"
+        )
         column = numbers.to(device, non_blocking=True).unsqueeze(1).expand(6, rows)
         if not any(isinstance(value, Tensor) for value in values):
             return column
@@ -89,14 +110,15 @@ class NoiseKey:
         return NoiseKey(seed, iteration, step, prompt, node, None if self.parent is None else parent, tensor)
 
 
-def _check_word(name: str, value: int | Tensor, rows: int) -> None:
+def _check_word(name: str, value: int | Tensor | None, rows: int, device: torch.device | str | None) -> None:
     if not isinstance(value, Tensor):
-        if not 0 <= value <= _WORD:
-            raise ValueError(f"NoiseKey.{name} is {value}: write an integer in [0, 2**32)")
-    elif value.dtype != torch.int64 or value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, rows)):
-        raise ValueError(
-            f"NoiseKey.{name} is {value.dtype} {list(value.shape)}: pass an int or an int64 tensor [{rows}]"
-        )
+        if not is_integer(value) or not 0 <= value <= _WORD:
+            wrong(f"NoiseKey.{name}", value, "write an integer in [0, 2**32)")
+        return
+    fits = value.ndim == 0 or (value.ndim == 1 and (value.shape[0] == rows or value.shape[0] == 1))
+    nowhere = value.device.type == "meta" and device is not None and torch.device(device).type != "meta"
+    if value.dtype != torch.int64 or not fits or nowhere:
+        wrong(f"NoiseKey.{name}", value, f"pass an int or an int64 tensor [{rows}] with values", place=True)
 
 
 def require_words(packed: Tensor, *, shared: bool = False) -> None:
@@ -190,13 +212,14 @@ def philox_normal(
 ) -> Tensor:
     """fp32 `shape` of standard normals; shape[0] is the number of rows, `key` names each (scalars or [rows]).
 
-    `device`: default the key's tensors' device, else the CPU. Raises ValueError for a key out
-    of range or with another number of rows.
+    `device`: default the key's tensors' device, else the CPU. Raises ValueError for another shape, or a key that does
+    not fit it.
     """
-    if len(shape) == 0:
-        raise ValueError("philox_normal needs a shape with at least one dimension: (rows, ...)")
+    if not isinstance(shape, tuple | list) or len(shape) == 0 or not all(is_integer(n) and n >= 0 for n in shape):
+        wrong("the shape of philox_normal", shape, "write (rows, ...), integers >= 0")
+    if not isinstance(key, NoiseKey):
+        wrong("key", key, "pass a NoiseKey")
     if device is None:
-        tensors = [v for v in (key.seed, key.iteration, key.step, key.prompt, key.node) if isinstance(v, Tensor)]
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = next((word.device for word in key.words() if isinstance(word, Tensor)), torch.device("cpu"))
     elements = math.prod(shape[1:])
     return torch.ops.flowgrove.philox_normal(key.pack(shape[0], device), elements).view(shape)

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Event
 
 import pytest
 import torch
@@ -82,6 +83,55 @@ def test_the_choice_holds_for_other_threads(calls):
     with use_backend("cpu"), ThreadPoolExecutor(1) as pool:
         pool.submit(clean_estimate, X, V, SIGMA).result()
     assert calls == ["cpu"]
+
+
+def test_blocks_of_two_threads_that_overlap_are_left_each_by_itself(calls):
+    entered, left = Event(), Event()
+
+    def other():
+        with use_backend("cpu"):
+            entered.set()
+            clean_estimate(X, V, SIGMA)
+            assert left.wait(10)
+            clean_estimate(X, V, SIGMA)
+
+    with ThreadPoolExecutor(1) as pool:
+        with use_backend("reference"):
+            running = pool.submit(other)
+            assert entered.wait(10)
+            clean_estimate(X, V, SIGMA)  # a thread's own block counts before one entered later by another
+        left.set()
+        running.result()
+    assert sorted(calls) == ["cpu", "cpu", "reference"]
+    assert backends.forced() is None
+
+
+def test_a_block_may_be_a_decorator_that_calls_itself(calls):
+    @use_backend("reference")
+    def run(times):
+        clean_estimate(X, V, SIGMA)
+        if times > 1:
+            run(times - 1)
+
+    run(2)
+    assert calls == ["reference", "reference"]
+    assert backends.forced() is None
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_block_inside_of_what_is_compiled_counts_or_is_an_error(calls):
+    def function(x):
+        with use_backend("reference"):
+            inside = clean_estimate(x, V, SIGMA)
+        return inside + 1
+
+    with use_backend("cpu"):
+        torch.compile(function, backend="eager")(X)
+        assert calls == ["reference"]
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="enter it outside of what is compiled"):
+            torch.compile(function, backend="eager", fullgraph=True)(X)
+    assert backends.forced() is None
 
 
 def test_float64_takes_the_reference_on_every_backend(calls):

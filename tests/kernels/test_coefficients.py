@@ -157,6 +157,53 @@ def test_rows_are_chosen_joined_and_moved():
     assert all(getattr(coef.to("meta"), name).device.type == "meta" for name in FIELDS)
 
 
+def test_rows_are_gone_through_one_by_one():
+    coef = stochastic_rows(3)
+    assert [values(one) for one in coef] == [values(coef, i) for i in range(3)]
+    for index in (numpy.int64(1), torch.tensor(1), -2, range(1, 2), numpy.array([1])):
+        assert_same_rows(coef[index], coef[1:2])
+    assert len(coef[[]]) == 0
+    for index in (3, -4, numpy.int64(3)):
+        with pytest.raises(IndexError, match="there are 3 rows"):
+            coef[index]
+    for index in (None, "a", 1.0, True, torch.tensor(True), torch.zeros(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"the index of coef is .*: pass an int, a slice"):
+            coef[index]
+
+
+def test_rows_are_equal_to_themselves_alone():
+    coef, same = stochastic_rows(3), stochastic_rows(3)
+    assert coef == coef  # noqa: PLR0124
+    assert coef != same
+    assert coef in {coef: 1}
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "levels", "options", "text"),
+    [
+        ("flow_sde", (1.0, 0.9), {"sigma_max": 1.0}, "sigma_max < 1: pass the second entry"),
+        ("flow_sde", (0.9, 0.8), {"noise_level": 1e30}, "noise_level 1e.30 gives a row that torch.float32 cannot hold"),
+        ("dance_sde", (0.9, 0.8), {"noise_level": 1e-30}, "nearer 1 .0 for no noise"),
+        ("cps", (0.9, 0.8), {"noise_level": 1.01}, r"noise_level is 1.01: write a number in \[0, 1\] with cps"),
+        ("flow_sde", (0.9, 0.8), {"noise_level": "1"}, "noise_level is '1': write a number >= 0"),
+        ("flow_sde", (0.9, 0.8), {"noise_level": math.nan}, "noise_level is nan"),
+        ("wan_sde", (0.9, 0.8), {"sigma_max": "a"}, "sigma_max is 'a'"),
+        ("ode", ([0.9], 0.8), {}, r"sigma is \[0.9\]: pass a float or a float64"),
+        ("ode", (0.9, numpy.array([0.8])), {}, "sigma_next is a ndarray: pass a float or"),
+        ("ode", (torch.tensor([0.9, 0.8], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)), {}, "2, 3. rows"),
+        (["ode"], (0.9, 0.8), {}, "unknown dynamics"),
+    ],
+)
+def test_rows_that_cannot_be_made_are_errors(dynamics, levels, options, text):
+    with pytest.raises(ValueError, match=text) as error:
+        step_coefficients(dynamics, *levels, **{"noise_level": 0.7} | options)
+    assert "\n" not in str(error.value)
+
+
+def test_cps_takes_noise_levels_up_to_one():
+    assert step_coefficients("cps", 0.9, 0.8, noise_level=1.0).std == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize(("before", "sigma", "there"), [(0.9, 0.8, 0.6), (0.5, 0.3, 0.25), (0.99, 0.98, 0.01)])
 def test_dpmpp_2m_rows_follow_the_midpoint_rule(before, sigma, there):
     lam_before, lam, lam_next = (math.log((1 - level) / level) for level in (before, sigma, there))

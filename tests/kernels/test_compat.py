@@ -327,6 +327,33 @@ def test_a_table_is_made_once_and_again_when_it_changes(monkeypatch):
     assert len(tables._made) == alive - 1
 
 
+@pytest.mark.parametrize("write", [lambda t: t.data, lambda t: t.numpy()], ids=["data", "numpy"])
+def test_a_table_on_the_host_is_made_again_however_it_was_written_to(write):
+    sigmas, (x, v) = SIGMAS.clone(), states()
+    flow_grpo_step(v, x, 0.7, sigmas, 3, x)
+    write(sigmas)[4] = 0.5
+    wanted = flow_grpo_step(v, x, 0.7, sigmas.clone(), 3, x)[2]
+    assert torch.equal(flow_grpo_step(v, x, 0.7, sigmas, 3, x)[2], wanted)
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+@pytest.mark.parametrize("index", [2, EACH], ids=["one", "each"])
+def test_whoever_writes_to_a_result_changes_no_later_step(sde_type, index):
+    x, v = states()
+    t = TIMESTEPS[index] if isinstance(index, Tensor) else TIMESTEPS[index : index + 1]
+
+    def steps():
+        scored = {"prev_sample": x, "sde_type": sde_type}
+        flow = sde_step_with_logprob(SCHEDULER, v, t, noise_level=0.7, return_sqrt_dt=True, **{"sample": x} | scored)
+        return *flow[1:], *flow_grpo_step(v, x, 0.7, SIGMAS, index, noise_level=0.7, **scored)[1:]
+
+    found = steps()
+    before = [value.clone() for value in found]
+    for value in found:
+        value.zero_()
+    assert all(torch.equal(left, right) for left, right in zip(steps(), before, strict=True))
+
+
 def test_a_table_first_used_in_inference_mode_serves_training():
     sigmas, (x, v) = SIGMAS.clone(), states()
     with torch.inference_mode():
@@ -413,8 +440,23 @@ KEY = NoiseKey(0, 0, 0, 0, 0)
     ("name", "changed", "text"),
     [
         ("flow_grpo", {"timestep": torch.tensor([1.0])}, "timestep 1 is not in scheduler.timesteps: call"),
-        ("flow_grpo", {"timestep": TIMESTEPS[:3]}, r"index is torch.int64 \[3\]: pass an int, or an int64"),
-        ("flow_grpo", {"timestep": TIMESTEPS.view(2, 3)}, r"timestep is \[2, 3\]: pass a number, or one for each"),
+        ("flow_grpo", {"timestep": TIMESTEPS[:3]}, "timestep lists 3: pass one, or one for each of the 5 samples"),
+        ("flow_grpo", {"timestep": TIMESTEPS.view(2, 3)}, r"timestep is .* \[2, 3\]: pass .* one for each"),
+        ("flow_grpo", {"timestep": None}, "timestep is None: pass an entry of scheduler.timesteps"),
+        ("flow_grpo", {"timestep": ["a"]}, r"timestep is \['a'\]: pass an entry of scheduler.timesteps"),
+        ("flow_grpo", {"timestep": TIMESTEPS[:3].tolist()}, "timestep lists 3: pass one, or one for each of the 5"),
+        ("flow_grpo", {"timestep": []}, "timestep lists 0: pass one, or one for each of the 5 samples"),
+        ("flow_grpo", {"generator": generator(), "prev_sample": torch.zeros(SHAPE)}, "generator and prev_sample both"),
+        ("flow_grpo", {"generator": 3}, "generator is 3: pass a torch.Generator"),
+        ("flow_grpo", {"model_output": None}, "model_output is None: pass a dense torch tensor"),
+        ("flow_grpo", {"sample": numpy.zeros(SHAPE)}, "sample is a ndarray: pass a dense torch tensor"),
+        ("flow_grpo", {"noise_level": "0.7"}, "noise_level is '0.7': write a number >= 0"),
+        ("flow_grpo", {"noise_level": 2.0, "sde_type": "cps"}, "noise_level is 2: write a number in"),
+        ("dance_grpo", {"eta": math.nan}, "eta is nan: write a number >= 0"),
+        ("dance_grpo", {"index": None}, r"index is None: pass an int, or an int64 tensor \[5\]"),
+        ("dance_grpo", {"index": 1.0}, r"index is 1.0: pass an int, or an int64 tensor \[5\]"),
+        ("dance_grpo", {"index": [0, 1]}, r"index is \[0, 1\]: pass an int, or an int64 tensor \[5\]"),
+        ("dance_grpo", {"generator": generator(), "prev_sample": torch.zeros(SHAPE)}, "generator and prev_sample both"),
         ("flow_grpo", {"sde_type": "ode"}, "unknown sde_type 'ode': write 'sde' or 'cps'"),
         ("flow_grpo", {"noise_level": -1.0}, "noise_level is -1.0: write a number >= 0"),
         ("flow_grpo", {"model_output": torch.zeros(4, 4, 6, 7)}, r"model_output is .*: pass .* on cpu, like sample"),

@@ -323,7 +323,7 @@ def test_launches(size):
 
 def op_arguments(batch):
     c, nothing = batch.coef, None
-    rows = (batch.x, batch.v, batch.x_next, c.x_coef, c.v_coef, c.std, c.precision, c.log_norm)
+    rows = (batch.x, batch.v, batch.x_next, c.x_coef, c.v_coef, c.prev_coef, c.std, c.precision, c.log_norm)
     return *rows, *batch.scores, nothing, nothing, nothing, nothing, nothing, False, *CLIP, batch.fanout, 0.0, 0.0, 1.0
 
 

@@ -1,6 +1,9 @@
 """MATH §2: noise is a function of (seed, iteration, step, prompt, node, element) and of nothing else."""
 
+import copy
 import math
+import pickle
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -188,3 +191,29 @@ def test_zero_rows_and_zero_elements():
     assert philox_normal((0, 5), NoiseKey(1, 2, 3, 4, 5)).shape == (0, 5)
     assert philox_normal((0, 5), NoiseKey(1, 2, 3, 4, torch.zeros(0, dtype=torch.int64))).shape == (0, 5)
     assert philox_normal((3, 0), NoiseKey(1, 2, 3, 4, 5)).shape == (3, 0)
+
+
+def test_a_packed_key_is_what_its_words_say():
+    """Also after `replace`, and in copies, where the words no longer lie in the packed tensor."""
+    key = tree_key(3, 2)
+    packed, later = key.packed(6), philox_normal((6, 5), replace(key, step=9))
+    assert torch.equal(philox_normal((6, 5), packed), philox_normal((6, 5), key))
+    assert torch.equal(philox_normal((6, 5), replace(packed, step=9)), later)
+    assert torch.equal(philox_normal((6, 5), replace(packed, step=torch.full((6,), 9))), later)
+    for copied in (pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed), packed):
+        assert torch.equal(philox_normal((6, 5), copied), philox_normal((6, 5), key))
+        copied.step.fill_(9)
+        assert torch.equal(philox_normal((6, 5), copied), later)
+
+
+def test_a_packed_key_is_not_packed_again():
+    tensor = tree_key(3, 2).pack(6)
+    packed = replace(NoiseKey(*tensor), _tensor=tensor)  # as a recording names its input
+    for known in (packed, replace(packed), packed.packed(6), replace(packed, seed=packed.seed)):
+        assert known.pack(6) is tensor
+
+
+def test_keys_are_equal_to_themselves_alone():
+    key = tree_key(3, 2)
+    assert key == key  # noqa: PLR0124
+    assert key != tree_key(3, 2)

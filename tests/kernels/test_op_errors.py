@@ -70,8 +70,41 @@ def test_multistep_rows_need_their_history(value):
     coef = stochastic_rows(4)
     coef.prev_coef[3] = value
     flow_step(B.x, B.v, coef, history=B.history)
-    with pytest.raises((ValueError, RuntimeError), match=r"\bhistory\b"):
-        flow_step(B.x, B.v, coef)
+    steps = B.x, B.v, B.x_next, coef
+    for call in (
+        lambda: flow_step(B.x, B.v, coef),
+        lambda: flow_logprob(*steps),
+        lambda: grpo_loss(*steps, *B.scores, clip_range=CLIP),
+        lambda: grpo_loss_and_grad(*steps, *B.scores, clip_range=CLIP),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=r"\bhistory\b"):
+            call()
+
+
+def loss_of(batch):
+    loss = grpo_loss(*batch.steps, *batch.scores, clip_range=CLIP).loss
+    again = grpo_loss_and_grad(*batch.steps, *batch.scores, clip_range=CLIP)[0].loss
+    assert torch.equal(loss.isnan(), again.isnan())
+    return loss
+
+
+def test_a_nan_in_a_velocity_or_a_score_shows_in_the_loss():
+    for name, index in (("v", (2, 1, 3)), ("old_logp", 1), ("advantage", 3), ("weight", 0)):
+        value = getattr(B, name).clone()
+        value[index] = float("nan")
+        assert loss_of(replace(B, **{name: value})).isnan(), name
+    overflowing = replace(B, old_logp=torch.full((4,), -1e9), advantage=torch.zeros(4))
+    assert loss_of(overflowing).isnan()  # 0·∞, which the clip would make 0
+
+
+def test_what_a_call_fails_with_is_one_line_without_a_path():
+    for call in (
+        lambda: CALLS["philox_normal"](key_with(node=torch.tensor([0, 1, 2, -1])), 0.0),
+        lambda: flow_step(B.x, B.v, B.multistep),
+        lambda: flow_logprob(*B.steps, child_offsets=torch.tensor([0, 2, 1, 3, 4])),
+    ):
+        with pytest.raises(RuntimeError, match=r"^(NoiseKey.node|these coefficients|child_offsets)[^\n]*\n?$"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrove_kernels import (
     NoiseKey,
+    StepCoefficients,
     clean_estimate,
     flow_logprob,
     flow_step,
@@ -170,6 +171,28 @@ def test_compiled_functions_equal_eager_ones(name, fresh_dynamo):
     assert len(results[0]) == len(results[1])
     for eager, ours in zip(*results, strict=True):
         assert (eager is None and ours is None) or torch.equal(eager, ours)
+
+
+class EveryOp(torch.nn.Module):
+    def forward(self, x, v, x_next, rows, key, scores):
+        coef = StepCoefficients(*rows)
+        guidance = {"v_uncond": v, "guidance_scale": 2.0}
+        step = flow_step(x, v, coef, key=NoiseKey(1, 2, 3, 4, key), **guidance)
+        loss = grpo_loss(x, v, x_next, coef, *scores, clip_range=0.1, v_ref=v, kl_weight=0.1)
+        return *step, flow_logprob(x, v, x_next, coef, **guidance), *loss, clean_estimate(x, v, coef.std, **guidance)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_ops_export_for_batches_of_any_size(strict, fresh_dynamo):
+    x, x_next = TWINS.x, TWINS.x_next[:3]
+    inputs = x, V.detach(), x_next, TWINS.coef.tensors(), torch.arange(3), tuple(t[:3] for t in SCORES)
+    batch = torch.export.Dim("batch", min=2)
+    shapes = torch.utils._pytree.tree_map(lambda _: {0: batch}, inputs)
+    exported = torch.export.export(EveryOp(), inputs, dynamic_shapes=shapes, strict=strict).module()
+    twice = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t]), inputs)
+    for given in (inputs, twice):
+        for ours, eager in zip(exported(*given), EveryOp()(*given), strict=True):
+            assert torch.equal(ours, eager)
 
 
 def test_the_recorder_sees_a_host_sync():

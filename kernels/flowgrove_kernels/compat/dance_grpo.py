@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowgrove_kernels.clean_estimate import clean_estimate
 from flowgrove_kernels.coefficients import StepCoefficients, step_coefficients
-from flowgrove_kernels.compat.steps import Generators, check, check_noise, computed, drawn, step, step_mean
+from flowgrove_kernels.compat.steps import Generators, check, check_level, check_noise, computed, drawn, step, step_mean
 from flowgrove_kernels.compat.tables import Rows, step_table
 from flowgrove_kernels.noise import NoiseKey
 
@@ -47,13 +47,13 @@ def flux_step(
     model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, or
     int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with the same noise.
     Without `prev_sample` a step is drawn: normals of the results' dtype from `generator` (torch's own if None, as
-    published), or those that `key` names; with it, that step is scored. Samples and means have the dtype that
-    model_output and latents promote to; log_prob is fp32 (float64 for float64) and computed from the sample as
-    returned. log_prob, pred_original_sample and the mean are differentiable in model_output. Raises ValueError for
-    other shapes, devices or steps.
+    published), or those that `key` names; with it, that step is scored and comes back as it is. Other samples and means
+    have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64) and computed from
+    the sample as returned. log_prob, pred_original_sample and the mean are differentiable in model_output. Raises
+    ValueError for other shapes, devices or steps, or both `generator` and `prev_sample`.
     """
     rows = sde_rows if sde_solver else ode_rows
-    given = (model_output, latents, eta, sigmas, index, prev_sample, grpo)
+    given = (model_output, latents, check_level(eta, "eta"), sigmas, index, prev_sample, grpo)
     return dance_step(*given, rows, noisy=True, generator=generator, key=key)
 
 

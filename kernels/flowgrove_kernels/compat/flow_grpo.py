@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from flowgrove_kernels.coefficients import StepCoefficients, step_coefficients
-from flowgrove_kernels.compat.steps import Generators, check, check_noise, column, computed, drawn, step, step_mean
+from flowgrove_kernels.compat.steps import (
+    Generators,
+    check,
+    check_level,
+    check_noise,
+    computed,
+    drawn,
+    handed_out,
+    step,
+    step_mean,
+)
 from flowgrove_kernels.compat.tables import Rows, Timestep, index_of, step_table
 from flowgrove_kernels.noise import NoiseKey
 
@@ -62,19 +72,20 @@ def sde_step_with_logprob(
     that `key` names. With it, that step is scored. log_prob (a mean over all but the batch) and prev_sample_mean are
     differentiable in model_output. std_dev_t: g for "sde" (the step's deviation is g√−dt), s for "cps". Where a step
     has no noise (noise_level 0) "sde" gives log_prob 0; the published function gives NaN. Raises ValueError for other
-    shapes or devices, a timestep not in the table, or an unknown sde_type.
+    shapes or devices, a timestep not in the table, an unknown sde_type, or both `generator` and `prev_sample`.
     """
     rows = rows_of_type(sde_type)
     check(model_output, sample, prev_sample, name="sample")
     check_noise(prev_sample, generator, key)
+    noise_level = check_level(noise_level, "noise_level")
     x = computed(sample, torch.float32)
     v = model_output.float() if model_output.dtype == torch.float64 else model_output
     table = step_table(self.sigmas, rows, noise_level, x.device)
-    coef, _, std, sqrt_dt = table.at(index_of(self.timesteps, timestep), x.shape[0])
+    coef, _, std, sqrt_dt = table.at(index_of(self.timesteps, timestep, x.shape[0]), x.shape[0])
     draws = prev_sample is None and key is None
     noise = drawn(x.shape, generator, x.device, torch.float32) if draws else None
     prev_sample = None if prev_sample is None else prev_sample.float()
     x_next, logp = step(x, v, coef, torch.float32, noise=noise, key=key, prev_sample=prev_sample)
     std_dev_t = std / sqrt_dt if sde_type == "sde" else std
-    results = (x_next, logp, step_mean(x, v, coef), column(std_dev_t, x))
-    return (*results, column(sqrt_dt, x)) if return_sqrt_dt else results
+    results = (x_next, logp, step_mean(x, v, coef), handed_out(std_dev_t, x))
+    return (*results, handed_out(sqrt_dt, x)) if return_sqrt_dt else results

@@ -11,7 +11,17 @@ from flowgrove_kernels.clean_estimate import clean_estimate
 from flowgrove_kernels.coefficients import StepCoefficients, step_coefficients
 from flowgrove_kernels.compat import dance_grpo
 from flowgrove_kernels.compat.flow_grpo import rows_of_type
-from flowgrove_kernels.compat.steps import Generators, check, check_noise, column, computed, drawn, step, step_mean
+from flowgrove_kernels.compat.steps import (
+    Generators,
+    check,
+    check_level,
+    check_noise,
+    computed,
+    drawn,
+    handed_out,
+    step,
+    step_mean,
+)
 from flowgrove_kernels.compat.tables import step_table
 from flowgrove_kernels.noise import NoiseKey
 
@@ -20,8 +30,8 @@ _CPS_NOISE_LEVEL = 0.8  # where noise_level is None; eta belongs to "sde"
 
 def _level(sde_type: str, eta: float, noise_level: float | None) -> float:
     if noise_level is not None:
-        return noise_level
-    return _CPS_NOISE_LEVEL if sde_type == "cps" else eta
+        return check_level(noise_level, "noise_level")
+    return _CPS_NOISE_LEVEL if sde_type == "cps" else check_level(eta, "eta")
 
 
 def _euler_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
@@ -76,18 +86,16 @@ def flow_grpo_step(
     model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, or
     int64 [B] with one for each sample; std: fp32 [] or [B, 1, ...] accordingly. Without `prev_sample` a step is
     drawn: normals of model_output's dtype from `generator` (torch's own if None), or those that `key` names; with it,
-    that step is scored. `determistic` (spelt as published) returns an Euler step whatever was drawn or given, and its
-    log_prob under the SDE; the noise is drawn all the same, so that later steps meet the same generator. noise_level:
-    None takes `eta` for "sde" and 0.8 for "cps". Samples and means have the dtype that model_output and latents
-    promote to; log_prob is fp32 (float64 for float64). log_prob, prev_sample_mean and pred_original_sample are
-    differentiable in model_output. Raises ValueError for other shapes, devices or steps, an unknown sde_type, or both
-    `generator` and `prev_sample`.
+    that step is scored and comes back as it is. `determistic` (spelt as published) returns an Euler step whatever was
+    drawn or given, and its log_prob under the SDE; the noise is drawn all the same, so that later steps meet the same
+    generator. noise_level: None takes `eta` for "sde" and 0.8 for "cps". Other samples and means have the dtype that
+    model_output and latents promote to; log_prob is fp32 (float64 for float64). log_prob, prev_sample_mean and
+    pred_original_sample are differentiable in model_output. Raises ValueError for other shapes, devices or steps, an
+    unknown sde_type, or both `generator` and `prev_sample`.
     """
     rows = rows_of_type(sde_type)
     check(model_output, latents, prev_sample, name="latents")
     check_noise(prev_sample, generator, key)
-    if generator is not None and prev_sample is not None:
-        raise ValueError("generator and prev_sample both say what the next sample is: pass one")
     level = _level(sde_type, eta, noise_level)
     result = torch.promote_types(latents.dtype, model_output.dtype)
     x = computed(latents, result)
@@ -99,5 +107,5 @@ def flow_grpo_step(
         prev_sample, noise, key = step_mean(x, model_output.detach(), euler), None, None
     x_next, logp = step(x, model_output, coef, result, noise=noise, key=key, prev_sample=prev_sample)
     original = clean_estimate(x, model_output, sigma).to(result)
-    std = column(std, x) if isinstance(index, Tensor) else std.reshape(())
+    std = handed_out(std, x) if isinstance(index, Tensor) else std.clone().reshape(())
     return x_next, original, logp, step_mean(x, model_output, coef).to(result), std

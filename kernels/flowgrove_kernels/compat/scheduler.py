@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowgrove_kernels.coefficients import StepCoefficients, step_coefficients
-from flowgrove_kernels.compat.steps import Generators, check, check_noise, computed, drawn, step
+from flowgrove_kernels.compat.steps import Generators, check, check_level, check_noise, computed, drawn, step
 from flowgrove_kernels.compat.tables import Rows, Timestep, index_of, step_table
 from flowgrove_kernels.noise import NoiseKey
 
@@ -106,12 +106,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         check_noise(prev_sample, generator, key)
         x = computed(sample, torch.float32)
         v = model_output.float() if model_output.dtype == torch.float64 else model_output
-        level = self.config.noise_level if noise_level is None else noise_level
+        level = check_level(self.config.noise_level if noise_level is None else noise_level, "noise_level")
         counting = prev_sample is None and not (isinstance(timestep, Tensor) and timestep.numel() > 1)
         if counting and self.step_index is None:
             begin = self.begin_index
-            self._step_index = int(index_of(self.timesteps, timestep)) if begin is None else begin
-        index = self.step_index if counting else index_of(self.timesteps, timestep)
+            self._step_index = int(index_of(self.timesteps, timestep, x.shape[0])) if begin is None else begin
+        index = self.step_index if counting else index_of(self.timesteps, timestep, x.shape[0])
         coef = step_table(self.sigmas, _rows_of(self.config.dynamics), level, x.device).at(index, x.shape[0]).coef
         draws = prev_sample is None and key is None and level > 0
         noise = drawn(x.shape, generator, x.device, torch.float32) if draws else None

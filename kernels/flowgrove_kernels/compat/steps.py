@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowgrove_kernels.arguments import check_tensor, number, wrong
 from flowgrove_kernels.clean_estimate import clean_estimate
 from flowgrove_kernels.coefficients import StepCoefficients
 from flowgrove_kernels.flow_logprob import flow_logprob
@@ -19,24 +20,35 @@ def check(model_output: Tensor, sample: Tensor, prev_sample: Tensor | None, *, n
 
     `name`: what the trainer calls `sample`.
     """
+    check_tensor(sample, name)
+    check_tensor(model_output, "model_output")
     if sample.ndim < 2 or not sample.is_floating_point():
-        found = f"{name} is {sample.dtype} {list(sample.shape)}"
-        raise ValueError(f"{found}: pass floating-point [B, ...] with at least two dimensions")
+        wrong(name, sample, "pass floating-point [B, ...] with at least two dimensions")
     for value, argument in ((model_output, "model_output"), (prev_sample, "prev_sample")):
         if value is None:
             continue
+        check_tensor(value, argument)
         if value.shape != sample.shape or value.device != sample.device or not value.is_floating_point():
-            wanted = f"floating-point {list(sample.shape)} on {sample.device}, like {name}"
-            raise ValueError(f"{argument} is {value.dtype} {list(value.shape)} on {value.device}: pass {wanted}")
+            wanted = f"pass floating-point {list(sample.shape)} on {sample.device}, like {name}"
+            wrong(argument, value, wanted, place=True)
     if sample.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad: pass {name}.detach(), only model_output is differentiated")
 
 
 def check_noise(prev_sample: Tensor | None, generator: Generators, key: NoiseKey | None) -> None:
-    """Raises ValueError where `key` meets another way to say what the next sample is."""
-    if key is not None and (prev_sample is not None or generator is not None):
-        other = "generator" if prev_sample is None else "prev_sample"
-        raise ValueError(f"key and {other} both say what the next sample is: pass one")
+    """Raises ValueError for two ways to say what the next sample is."""
+    ways = {"key": key, "generator": generator, "prev_sample": prev_sample}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} both say what the next sample is: pass one")
+    listed = generator if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in listed):
+        wrong("generator", generator, "pass a torch.Generator, or a list of them")
+
+
+def check_level(value: float, name: str) -> float:
+    """A noise level as a float; `name`: what the trainer calls it."""
+    return number(value, name, "write a number >= 0", 0)
 
 
 def computed(sample: Tensor, result: torch.dtype) -> Tensor:
@@ -94,6 +106,11 @@ def step_mean(x: Tensor, v: Tensor, coef: StepCoefficients) -> Tensor:
 
 def differentiated(v: Tensor) -> bool:
     return v.requires_grad and torch.is_grad_enabled()
+
+
+def handed_out(values: Tensor, like: Tensor) -> Tensor:
+    """`column` in memory of its own: whoever writes to it does not write to a table."""
+    return column(values, like).clone()
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

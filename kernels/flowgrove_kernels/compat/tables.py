@@ -1,8 +1,9 @@
 """Rows of coefficients for every step of a σ table, made once, and the rows of a batch without reading the device.
 
-A table is remembered for as long as the tensor that holds its σ lives and is not written to. Making it reads that
-tensor once; looking rows up by index or by timestep reads nothing back. torch.compile breaks its graph here: what is
-remembered is not traced.
+A table is remembered for as long as the tensor that holds its σ lives and keeps its values: those of a tensor on the
+CPU are compared; of one on a GPU, where that would wait for it, writes are counted, which misses those through
+`.data`. Making a table reads that tensor once; looking rows up by index or by timestep reads nothing back.
+torch.compile breaks its graph here: what is remembered is not traced.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flowgrove_kernels.arguments import is_integer, is_number, wrong
 from flowgrove_kernels.coefficients import StepCoefficients
 
 Timestep = float | Tensor | Sequence[float] | Sequence[Tensor]
@@ -24,7 +26,9 @@ _made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class BatchSteps(NamedTuple):
-    """What the steps of one batch need, on its device. n is 1 where all rows take the same step."""
+    """What the steps of one batch need, on its device: remembered, so nobody gets these tensors themselves. n is 1
+    where all rows take the same step.
+    """
 
     coef: StepCoefficients  # [B]
     sigma: Tensor  # fp32 [B]
@@ -47,8 +51,11 @@ class StepTable:
         """
         if isinstance(index, Tensor):
             return self._each(index, batch)
+        if not is_integer(index):
+            wrong("index", index, f"pass an int, or an int64 tensor [{batch}]")
         if not 0 <= index < self.columns.shape[1]:
             raise ValueError(f"step {index} is not in the sigma table: write an index in [0, {self.columns.shape[1]})")
+        index = int(index)
         if (index, batch) not in self._same:
             self._same[index, batch] = _batch(self.columns[:, index : index + 1], batch)
         return self._same[index, batch]
@@ -56,7 +63,7 @@ class StepTable:
     def _each(self, index: Tensor, batch: int) -> BatchSteps:
         steps = self.columns.shape[1]
         if index.dtype != torch.int64 or index.shape not in ((1,), (batch,)):
-            raise ValueError(f"index is {index.dtype} {list(index.shape)}: pass an int, or an int64 tensor [{batch}]")
+            wrong("index", index, f"pass an int, or an int64 tensor [{batch}]")
         if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < steps:
             raise ValueError(f"index holds steps that are not in the sigma table: write indices in [0, {steps})")
         return _batch(self.columns[:, index.to(self.columns.device, non_blocking=True)], batch)
@@ -74,8 +81,7 @@ def step_table(sigmas: Tensor, rows: Rows, noise_level: float, device: torch.dev
     """The table of `sigmas`, one-dimensional, falling, in [0, 1], on `device`. Raises ValueError for any other."""
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.shape[0] < 2 or not sigmas.is_floating_point():
         raise ValueError("sigmas is not a table: pass a 1-D float tensor, falling to 0, with one entry more than steps")
-    level = float(noise_level)
-    return _remembered(sigmas, (rows, level, device), lambda: _table(sigmas, rows, level, device))
+    return _remembered(sigmas, (rows, noise_level, device), lambda: _table(sigmas, rows, noise_level, device))
 
 
 @torch.inference_mode(False)
@@ -92,18 +98,15 @@ def _table(sigmas: Tensor, rows: Rows, noise_level: float, device: torch.device)
 
 
 @torch.compiler.disable
-def index_of(timesteps: Tensor, timestep: Timestep) -> int | Tensor:
+def index_of(timesteps: Tensor, timestep: Timestep, batch: int | None = None) -> int | Tensor:
     """Where `timestep` stands in `timesteps` [T]: an int for one on the host, else int64 [n] on its device.
 
-    Of several equal entries the second counts, as in diffusers. Raises ValueError for one that is not there; on a GPU
-    that fails on the device.
+    Of several equal entries the second counts, as in diffusers. Raises ValueError for one that is not there, which on
+    a GPU fails on the device, and unless there are one or `batch` of them.
     """
-    if not isinstance(timestep, Tensor):
-        values = timestep if isinstance(timestep, Sequence) else [timestep]
-        timestep = torch.stack([torch.as_tensor(t).reshape(()) for t in values]) if values else timesteps.new_empty(0)
-    if timestep.ndim > 1:
-        raise ValueError(f"timestep is {list(timestep.shape)}: pass a number, or one for each sample, [B]")
-    wanted = timestep.detach().reshape(-1)
+    wanted = _listed(timestep, timesteps).detach().reshape(-1)
+    if batch is not None and wanted.shape[0] not in (1, batch):
+        raise ValueError(f"timestep lists {wanted.shape[0]}: pass one, or one for each of the {batch} samples")
     if wanted.device.type != "cpu":
         where, found = _positions(timesteps.to(wanted.device, non_blocking=True), wanted)
         torch._assert_async(found.all(), "timestep is not one of scheduler.timesteps")
@@ -116,6 +119,17 @@ def index_of(timesteps: Tensor, timestep: Timestep) -> int | Tensor:
     return int(where) if where.numel() == 1 else where
 
 
+def _listed(timestep: Timestep, timesteps: Tensor) -> Tensor:
+    """Timesteps, said in any of the ways that trainers do, as a tensor of at most one dimension."""
+    values: list[Any] = list(timestep) if isinstance(timestep, list | tuple) else [timestep]
+    tensors = [torch.tensor(t, device="cpu") if is_number(t) else t for t in values]
+    if len(tensors) == 1 and isinstance(tensors[0], Tensor) and tensors[0].ndim < 2:
+        return tensors[0]
+    if not all(isinstance(t, Tensor) and t.numel() == 1 for t in tensors):
+        wrong("timestep", timestep, "pass an entry of scheduler.timesteps, or one for each sample, [B]")
+    return torch.stack([t.reshape(()) for t in tensors]) if tensors else timesteps.new_empty(0)
+
+
 def _positions(timesteps: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     equal = wanted.unsqueeze(1) == timesteps  # [n, T]
     count = equal.cumsum(1)
@@ -125,12 +139,14 @@ def _positions(timesteps: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 def _remembered(owner: Tensor, name: Hashable, make: Callable[[], Any]) -> Any:
     """What `make` returned for this tensor and name, as long as the tensor is unchanged."""
-    if owner.is_inference():  # writes to it are not counted
+    on_host = owner.device.type == "cpu"
+    if owner.is_inference() and not on_host:  # writes to it are not counted
         return make()
-    version, values = _made.get(owner, (None, None))
-    if version != owner._version:
-        version, values = owner._version, {}
-        _made[owner] = version, values
+    seen, values = _made.get(owner, (None, None))
+    same = seen is not None and (torch.equal(seen, owner) if on_host else seen == owner._version)
+    if not same:
+        seen, values = owner.detach().clone() if on_host else owner._version, {}
+        _made[owner] = seen, values
     if name not in values:
         values[name] = make()
     return values[name]

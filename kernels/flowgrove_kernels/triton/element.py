@@ -93,6 +93,13 @@ def step_mean(p_x, s_x, p_x_coef, p_v_coef, b_v, i_row, start, o_lane, m_lane):
     return tl.fma(tl.load(p_v_coef + i_row), b_v, tl.load(p_x_coef + i_row) * b_x)
 
 
+@inner
+def require_one_step(p_prev_coef, i_row, i_block, BLOCK: tl.constexpr):
+    """Rows that take no history have none to add. Called last: nothing waits for it."""
+    message: tl.constexpr = "these coefficients need history=, the previous clean estimate: prev_coef is not 0"
+    require((tl.load(p_prev_coef + i_row) == 0) | (i_block > 0), message, BLOCK)
+
+
 @triton.jit
 def _add(left, right):
     return left + right

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgrove_kernels.backends import implements
 from flowgrove_kernels.layout import fp32, optional_rows, rows_of
 from flowgrove_kernels.triton.combine import LogProbability, note_squares
-from flowgrove_kernels.triton.element import guided, place, require, step_mean, store
+from flowgrove_kernels.triton.element import guided, place, require_one_step, step_mean, store
 from flowgrove_kernels.triton.launch import blocks_of, launch, row_stride
 from flowgrove_kernels.triton.normal import edge_normals
 
@@ -26,10 +26,9 @@ def step_kernel(
     i_parent, i_block, start, o_lane, m_lane = place(blocks, D, BLOCK)
     b_v = guided(p_v, s_v, p_uncond, s_uncond, guidance, i_parent, start, o_lane, m_lane)
     b_mean = step_mean(p_x, s_x, p_x_coef, p_v_coef, b_v, i_parent, start, o_lane, m_lane)
-    prev_coef = tl.load(p_prev_coef + i_parent)
     if p_history is not None:
         b_history = tl.load(p_history + i_parent * s_history + start + o_lane, mask=m_lane, other=0.0)
-        b_mean = tl.fma(prev_coef, b_history, b_mean)
+        b_mean = tl.fma(tl.load(p_prev_coef + i_parent), b_history, b_mean)
     std, precision, log_norm = (
         tl.load(p_std + i_parent),
         tl.load(p_precision + i_parent),
@@ -47,9 +46,8 @@ def step_kernel(
         store(p_next + i_edge * D + start, o_lane, m_lane, b_next)
         b_residual = tl.where(m_lane, b_next - b_mean, 0.0)
         note_squares(p_logp, p_partial, p_parent, b_residual, precision, log_norm, i_edge, i_parent, i_block, blocks, D)
-    if p_history is None:  # checked last: nothing waits for it
-        message: tl.constexpr = "these coefficients need history=, the previous clean estimate: prev_coef is not 0"
-        require((prev_coef == 0) | (i_block > 0), message, BLOCK)
+    if p_history is None:
+        require_one_step(p_prev_coef, i_parent, i_block, BLOCK)
 
 
 @implements("flow_step", "triton")

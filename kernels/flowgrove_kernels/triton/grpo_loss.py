@@ -15,7 +15,7 @@ from flowgrove_kernels.backends import implements
 from flowgrove_kernels.layout import fp32, optional_rows, rows_of
 from flowgrove_kernels.loss_arguments import LossArguments
 from flowgrove_kernels.triton.combine import ROWS, edges_of, pairwise, row_totals
-from flowgrove_kernels.triton.element import children, fold, guided, log_probability, place, step_mean
+from flowgrove_kernels.triton.element import children, fold, guided, log_probability, place, require_one_step, step_mean
 from flowgrove_kernels.triton.gradient import pull_strength, velocity_gradient
 from flowgrove_kernels.triton.launch import blocks_of, launch, offsets_of, row_stride
 from flowgrove_kernels.triton.normal import edge_normals, key_words, require_words
@@ -23,7 +23,7 @@ from flowgrove_kernels.triton.normal import edge_normals, key_words, require_wor
 
 @triton.jit
 def sums_kernel(
-    p_x, p_v, p_uncond, p_next, p_ref, p_noise, p_key, p_x_coef, p_v_coef, p_std, p_offsets,
+    p_x, p_v, p_uncond, p_next, p_ref, p_noise, p_key, p_x_coef, p_v_coef, p_prev_coef, p_std, p_offsets,
     p_squares, p_products, p_drifts, p_parent,
     s_x, s_v, s_uncond, s_next, s_ref, s_noise, s_word, s_key, guidance, shared, own, fanout, edges, blocks, D,
     CORRELATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -55,6 +55,7 @@ def sums_kernel(
         elif p_key is not None:  # only the gradient needs the noise
             seed, iteration, step, prompt, node, parent = key_words(p_key, s_word, s_key, i_edge)
             require_words(seed, iteration, step, prompt, node, parent, i_block, CORRELATED, BLOCK)
+    require_one_step(p_prev_coef, i_parent, i_block, BLOCK)
 
 
 @triton.jit
@@ -129,8 +130,8 @@ def grpo_loss(grad_loss: Tensor | None, *arguments: Any) -> list[Tensor]:
     products = x.new_empty((edges, cut.number)) if given.guard and old_logp is not None else None
     drifts = None if v_ref is None else x.new_empty((batch, cut.number))
     launch(
-        sums_kernel, batch * cut.number, cut.warps, x, x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef, std,
-        offsets, squares, products, drifts, parent,
+        sums_kernel, batch * cut.number, cut.warps, x, x, v, v_uncond, x_next, v_ref, noise, key, x_coef, v_coef,
+        fp32(given.prev_coef), std, offsets, squares, products, drifts, parent,
         *(row_stride(t) for t in (x, v, v_uncond, x_next, v_ref, noise)), *((0, 0) if key is None else key.stride()),
         guidance_scale, math.sqrt(correlation), math.sqrt(1 - correlation), given.fanout, edges, cut.number, elements,
         CORRELATED=correlation > 0, BLOCK=cut.size,
