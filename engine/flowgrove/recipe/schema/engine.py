@@ -64,10 +64,10 @@ class Engine(Section):
     compile: bool | Literal["max-autotune-no-cudagraphs"] = False
     """Whether torch.compile compiles each transformer block, and how.
     true: a handful of graphs, for passes of any rows and lengths, before the first iteration: minutes that pay in long
-    runs, and less the next time, since compiled code stays in the user's cache folder (TORCHINDUCTOR_CACHE_DIR), or on several machines where torch
-    keeps it on each.
-    max-autotune-no-cudagraphs: it also times several kernels for each product, which takes longer. CUDA graphs are
-    engine.cuda_graphs, which goes with either. `flowgrove tune --compile` measures it.
+    runs, and less the next time, since compiled code stays in the user's cache folder (TORCHINDUCTOR_CACHE_DIR), or on
+    several machines where torch keeps it on each. max-autotune-no-cudagraphs: it also times several kernels for each
+    product, which takes longer. CUDA graphs are engine.cuda_graphs, which goes with either. `flowgrove tune --compile`
+    measures it.
     Source: PyTorch's regional compilation; the modes are torch.compile's.
     """
 
