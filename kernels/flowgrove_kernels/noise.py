@@ -109,6 +109,12 @@ class NoiseKey:
         seed, iteration, step, prompt, node, parent = tensor
         return NoiseKey(seed, iteration, step, prompt, node, None if self.parent is None else parent, tensor)
 
+    @classmethod
+    def of_packed(cls, tensor: Tensor) -> "NoiseKey":
+        """The key whose words are the rows of `tensor`, int64 [6, rows], in the order of `WORD_NAMES`."""
+        seed, iteration, step, prompt, node, parent = tensor
+        return cls(seed, iteration, step, prompt, node, parent, tensor)
+
 
 def _check_word(name: str, value: int | Tensor | None, rows: int, device: torch.device | str | None) -> None:
     if not isinstance(value, Tensor):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flowgrove.plan.coefficients import plan_coefficients
 from flowgrove.plan.planner import make_plan
 from flowgrove_kernels import StepCoefficients, dpmpp_2m_coefficients, step_coefficients
-from planner_cases import branch_tree, mix_window, recipe_with, recipes
+from planner_cases import branch_tree, mix_window, recipe_with, recipes, user_error
 
 FIELDS = ("x_coef", "v_coef", "prev_coef", "std", "precision", "log_norm")
 DYNAMICS = ("flow_sde", "dance_sde", "wan_sde", "cps")
@@ -140,3 +140,9 @@ def test_rows_are_a_batch_on_the_cpu():
     assert isinstance(rows, StepCoefficients)
     assert rows.x_coef.shape == (20,)
     assert rows.x_coef.device.type == "cpu"
+
+
+@pytest.mark.parametrize("level", [1e-30, 1e30])
+def test_a_noise_level_that_no_row_can_hold_is_an_error_that_names_the_key(level):
+    recipe = recipe_with(rollout={"noise_level": level})
+    assert "rollout.noise_level" in user_error(plan_coefficients, make_plan(recipe, 0))

@@ -1,5 +1,6 @@
 """The coefficients of a plan's steps, one row per step."""
 
+from flowgrove.errors import UserError
 from flowgrove.plan.planner import RolloutPlan, Step
 from flowgrove_kernels import StepCoefficients, step_coefficients
 from flowgrove_kernels.coefficients import MULTISTEP
@@ -7,9 +8,12 @@ from flowgrove_kernels.coefficients import MULTISTEP
 
 def plan_coefficients(plan: RolloutPlan) -> StepCoefficients:
     """fp32 rows on the CPU, row i for step i. Split steps may draw wider noise than their
-    density says (`split_noise_scale`).
+    density says (`split_noise_scale`). Raises UserError for a noise level that fp32 cannot hold the rows of.
     """
-    return StepCoefficients.cat([_row(plan, step) for step in plan.steps])
+    try:
+        return StepCoefficients.cat([_row(plan, step) for step in plan.steps])
+    except ValueError as error:
+        raise UserError(f"rollout.noise_level is {plan.noise_level:g}: {error}") from None
 
 
 def _row(plan: RolloutPlan, step: Step) -> StepCoefficients:

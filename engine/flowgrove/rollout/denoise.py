@@ -2,7 +2,7 @@
 All it takes are tensors on the device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -88,7 +88,7 @@ def _replay(
         row = torch.arange(rows, device=x.device)
         other_of = None if other is None else row if len(other) > 1 else torch.zeros_like(row)
         alone = Prompts([], mine, other, other_of, prompts.lengths[on_host], prompts.tokens[on_host])
-        noise = None if key is None else replace(NoiseKey(*key), _tensor=key)
+        noise = None if key is None else NoiseKey.of_packed(key)
         with untimed(), span("recording"):
             states = States(x, sigma, row, StepCoefficients(*rest[:6]), noise, history)
             done = _denoise(runner, policy, alone, states, kind, np.arange(rows), False)
