@@ -235,12 +235,13 @@ function trouble(ctx) {
 // All charts of some runs by section: id, heading, what it says, the metric whose healthy values stand below it, and
 // what draws it. One without traces is left out.
 page.charts = function (runs) {
-  const names = [...new Set(runs.flatMap(rewardNames))];
+  const trained = new Set(runs.flatMap((run) => run.rewards.map((each) => each.name)));
+  // the only one that trains is the chart of them all
+  const names = [...new Set(runs.flatMap(rewardNames))].filter((name) => trained.size > 1 || !trained.has(name));
   const weight = (name) => runs[0].rewards.find((one) => one.name === name);
-  const trains = (name) => runs.some((run) => run.rewards.some((one) => one.name === name));
-  const each = names.length > 1 ? names.map((name) => ({ id: `reward of ${name}`, title: name, metric: "eval_rewards", build: oneReward(name),
-    says: !trains(name) ? "Raw score that nothing trains on: held-out mean with its 95 % interval."
-      : `Raw score${runs.length > 1 ? "" : `, weight ${weight(name).weight}`}: mean of an iteration, band of one standard deviation; held-out mean with its 95 % interval.` })) : [];
+  const each = names.map((name) => ({ id: `reward of ${name}`, title: name, metric: "eval_rewards", build: oneReward(name),
+    says: !trained.has(name) ? "Raw score that nothing trains on: held-out mean with its 95 % interval."
+      : `Raw score${runs.length > 1 ? "" : `, weight ${weight(name).weight}`}: mean of an iteration, band of one standard deviation; held-out mean with its 95 % interval.` }));
   return {
     reward: [{ id: "reward", wide: true, metric: "eval_reward", title: "Reward on training and held-out prompts", build: reward,
       says: "Training pictures are drawn with exploration noise and other prompts each time; held-out pictures with the same prompts, seeds and sampler throughout." }, ...each],
