@@ -30,8 +30,9 @@ EVAL_ITERATION = 2**32 - 1  # the reserved iteration word of evaluation noise
 @dataclass(frozen=True)
 class Evaluated:
     """Pictures [prompts · samples, 3, h, w] on the CPU, as small as a grid shows them, their prompts, and scores
-    float64 [prompts · samples, rewards]; NaN in all of a prompt's that could not be scored. `distance`: what
-    `rollout_distance` finds, where a run has a rollout.precision or rollout.attention.
+    float64 [prompts · samples, rewards], first those that train. NaN are all of a prompt's that one of these could not
+    score, and of another reward's those of a prompt that it could not. `distance`: what `rollout_distance` finds, where
+    a run has a rollout.precision or rollout.attention.
     """
 
     pictures: Tensor
@@ -40,22 +41,30 @@ class Evaluated:
     distance: float | None = None
 
     def weighted(self, weights: list[float]) -> float | None:
-        """Mean over the pictures that were scored of the weighted sum of rewards; None if there are none."""
-        scored = self.scores[self.scores.isfinite().all(1)]
-        return float((scored @ torch.tensor(weights, dtype=torch.float64)).mean()) if len(scored) else None
+        """Mean over the pictures that were scored of the sum of the rewards that train, whose `weights` these are; None
+        if there are none.
+        """
+        scored = self._sums(weights)
+        return float(scored.mean()) if len(scored) else None
+
+    def _sums(self, weights: list[float]) -> Tensor:
+        scores = self.scores[:, : len(weights)]
+        return scores[scores.isfinite().all(1)] @ torch.tensor(weights, dtype=torch.float64)
 
     def estimates(self, names: list[str], weights: list[float], samples: int) -> dict[str, dict[str, float]]:
-        """{reward: {mean, confidence}} and "weighted_sum", of `samples` pictures a prompt: means over the prompts that
-        were scored, and half of their 95 % confidence intervals, in which a prompt counts once, since its pictures are
-        not independent. 0 with a single prompt, which tells nothing of the spread; empty if no prompt was scored.
+        """{reward: {mean, confidence}} and "weighted_sum" of those that train, whose `weights` these are, of `samples`
+        pictures a prompt: means over the prompts that were scored, and half of their 95 % confidence intervals, in
+        which a prompt counts once, since its pictures are not independent. 0 with a single prompt, which tells nothing
+        of the spread. A reward that scored no prompt is left out; empty if it is one that trains.
         """
-        found = self.scores[self.scores.isfinite().all(1)]
-        if not len(found):
+        columns = {name: scores[scores.isfinite()] for name, scores in zip(names, self.scores.T, strict=True)}
+        columns[WEIGHTED_SUM] = self._sums(weights)
+        if not len(columns[WEIGHTED_SUM]):
             return {}
-        columns = dict(zip(names, found.T, strict=True))
-        columns[WEIGHTED_SUM] = found @ torch.tensor(weights, dtype=torch.float64)
         estimates = {}
         for name, scores in columns.items():
+            if not len(scores):
+                continue
             per_prompt = scores.view(-1, samples).mean(1)
             spread = per_prompt.std().item() if len(per_prompt) > 1 else 0.0
             estimates[name] = {"mean": per_prompt.mean().item(), "confidence": 1.96 * spread / len(per_prompt) ** 0.5}
@@ -141,8 +150,10 @@ def evaluate(
         with policy.weights.gathered(reference=setup.recipe.run.eval.tuned_share < 1):
             ranks.together(draw_and_score)
         found = ranks.gather_all(scores)
-        of_prompts = found.view(-1, samples * found.shape[1])
-        of_prompts[~of_prompts.isfinite().all(1)] = torch.nan
+        of_prompts, trained = found.view(-1, samples, found.shape[1]), len(rewards.weights)
+        columns = (slice(0, trained), *(slice(column, column + 1) for column in range(trained, found.shape[1])))
+        for some in columns:
+            of_prompts[~of_prompts[..., some].isfinite().flatten(1).all(1), :, some] = torch.nan
         return Evaluated(ranks.gather_all(small), repeated, found)
 
 

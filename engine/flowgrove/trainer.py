@@ -62,7 +62,7 @@ def checked_rewards(setup: Setup) -> Rewards:
     recipe = setup.recipe
     rewards = Rewards(recipe, pick_device(recipe))
     rewards.check(setup.prompts)
-    if setup.eval_prompts:
+    if setup.eval_prompts and recipe.run.eval_every:
         rewards.of_evaluations.check(setup.eval_prompts)
     if not any(step.stochastic for step in setup.first_plan.steps):
         raise UserError(
@@ -380,7 +380,7 @@ class Trainer:
         return {
             "eval_reward": evaluated.weighted(weights),
             "eval_reward_confidence": found[WEIGHTED_SUM]["confidence"] if found else None,
-            "eval_rewards": {name: found[name] for name in names if found},
+            "eval_rewards": {name: found[name] for name in names if name in found},
             **({} if evaluated.distance is None else {"rollout_distance": evaluated.distance}),
         }
 

@@ -161,7 +161,7 @@ def kept_graph(memory: Rows) -> Iterator[tuple[str, ...]]:
 
 @numbers("recipes/flux.yaml", MEMORY)
 def flux(memory: Rows) -> Iterator[tuple[str, ...]]:
-    peaks = [int(peak_gib(memory, Planned(name))) for name in shipped() if name.endswith("_flux")]
+    peaks = [int(peak_gib(memory, Planned(name))) for name in shipped() if name.endswith("_flux") and _extends(name)]
     yield f"{_PEAK}: {{}} GiB", f"{max(peaks)}"
     yield "as the papers trained (lora: null): {} GiB", peak_gib(memory, WHOLE_FLUX)
 
@@ -170,6 +170,10 @@ def flux(memory: Rows) -> Iterator[tuple[str, ...]]:
 def sd35m(memory: Rows) -> Iterator[tuple[str, ...]]:
     peaks = [int(peak_gib(memory, Planned(name))) for name in shipped() if name.endswith("_sd35m")]
     yield f"{_PEAK}: {{}} to {{}} GiB", f"{min(peaks)}", f"{max(peaks)}"
+
+
+def _extends(name: str) -> bool:
+    return "extends: " in (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _own_peak(name: str) -> None:

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrove.cost.passes import Engine, passes_of_evaluation, passes_of_iteration
+from flowgrove.cost.passes import ROLLOUT, Engine, passes_of_evaluation, passes_of_iteration
+from flowgrove.cost.speeds import flops_of
 from flowgrove.evaluation import sample
 from flowgrove.iteration import Stages
 from flowgrove.models.policy import Policy
 from flowgrove.models.runner import PassRunner
 from flowgrove.passes.budget import PassBudget
+from flowgrove.plan.flops import count_flops
 from flowgrove.rewards import scoring
 from flowgrove.rewards.registry import Rewards
 from flowgrove.setup import Setup
@@ -99,7 +101,7 @@ def test_an_iteration_runs_the_passes_that_were_counted(case, monkeypatch):
     trained = 1 if recipe.halves_apart else doubled
     engine = Engine(tokens, doubled, 5000, beside=False, graphs=lambda: room.graphs(full), trained=trained)
     found = passes_of_iteration(recipe, setup.first_plan, prompts, sizes, engine)
-    kinds = {"kept": "graph", "train": "graph", "reference": "reference", "cheap": "cheap"}
+    kinds = {"kept": "graph", "train": "graph", "half": "graph", "reference": "reference", "cheap": "cheap"}
     counted, decodes, backwards = Counter(), Counter(), 0
     assert {one.rows for each in found for one in each.of_transformer if one.kind == "backward"} <= {trained}
     for part in found:
@@ -113,6 +115,25 @@ def test_an_iteration_runs_the_passes_that_were_counted(case, monkeypatch):
     assert decodes == runner.decodes
     assert (backwards > 0) == (room is not NO_ROOM)
     assert sum(part.samples for part in found) == len(TEXTS) * setup.first_plan.leaves
+
+
+def test_a_detached_half_takes_from_the_update_and_not_from_the_rollout():
+    """2 of a forward and 1 of a backward, where a whole training pass has 2 of each."""
+    found = []
+    for detached in (False, True):
+        recipe = small_recipe(model={**FP32, "guidance_scale": 3.0}, update={"detach_unconditional": detached})
+        setup = Setup(recipe)
+        (flops,) = count_flops(recipe)
+        engine = Engine(4096, 2, 5000, beside=False, trained=flops.trained)
+        (passes,) = passes_of_iteration(recipe, setup.first_plan, [3], [flops.geometry], engine)
+        stages = Counter()
+        for one, count in passes.of_transformer.items():
+            stages[one.kind in ROLLOUT] += count * flops_of(one, flops)
+        found.append(stages)
+    whole, half = found
+    assert half[True] == whole[True]
+    states = whole[False] // (2 * flops.executed)
+    assert whole[False] - half[False] == states * (flops.backward + flops.recomputed)
 
 
 @pytest.mark.parametrize("guidance", [None, 4.0])

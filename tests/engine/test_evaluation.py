@@ -7,6 +7,9 @@ import torch
 
 from engine_cases import metrics_of, succeed, tiny_recipe
 from flowgrove.evaluation import Evaluated
+from flowgrove.rewards import registry
+from flowgrove.rewards.faults import RewardError
+from flowgrove.rewards.shapes import ShapesReward
 
 NAN = float("nan")
 
@@ -36,6 +39,31 @@ def test_prompts_without_a_score_are_left_out():
 def test_of_one_prompt_the_spread_is_not_known_and_of_none_nothing():
     assert evaluated([[1.0], [2.0]]).estimates(["one"], [1.0], 2)["one"] == {"mean": 1.5, "confidence": 0}
     assert evaluated([[NAN], [NAN]]).estimates(["one"], [1.0], 2) == {}
+
+
+def test_a_reward_that_only_evaluations_give_and_that_fails_costs_itself_alone():
+    """Two pictures of each of two prompts; the second reward scored the first prompt alone."""
+    whole = evaluated([[1.0, 5], [3, 7], [2, NAN], [4, NAN]])
+    assert whole.weighted([2.0]) == 5
+    found = whole.estimates(["one", "judge"], [2.0], 2)
+    assert (found["one"]["mean"], found["judge"]["mean"], found["weighted_sum"]["mean"]) == (2.5, 6, 5)
+    none = evaluated([[1.0, NAN], [3, NAN]])
+    assert list(none.estimates(["one", "judge"], [2.0], 2)) == ["one", "weighted_sum"]
+
+
+def test_a_judge_that_cannot_be_reached_leaves_the_held_out_reward(tmp_path, monkeypatch, caplog):
+    class Down(ShapesReward):
+        def __call__(self, pictures, prompts):
+            raise RewardError("reward judge: nobody answers", unreachable=True)
+
+    monkeypatch.setitem(registry._REWARDS, "down", Down)
+    rewards = [{"name": "down", "label": "judge"}]
+    recipe = tiny_recipe(tmp_path, run={"iterations": 1, "eval": {"rewards": rewards}})
+    succeed("train", recipe, "--out", tmp_path / "run")
+    line = metrics_of(tmp_path / "run")[-1]
+    assert list(line["eval_rewards"]) == ["shapes"]
+    assert line["eval_reward"] == pytest.approx(line["eval_rewards"]["shapes"]["mean"])
+    assert any("nobody answers" in message for message in caplog.messages)
 
 
 def test_rewards_that_only_evaluations_give_are_told_and_decide_nothing(tmp_path):

@@ -103,7 +103,7 @@ def test_it_holds_less_than_everything_and_more_than_the_inputs_of_blocks():
     assert full < selective < none
 
 
-def test_inputs_of_blocks_go_to_the_host_and_what_all_blocks_share_stays(monkeypatch):
+def test_inputs_of_blocks_that_have_a_gradient_go_to_the_host_and_others_stay(monkeypatch):
     sent, inner = [], checkpointing._to_host
 
     def noting(x):
@@ -134,6 +134,11 @@ def test_a_prediction_counts_nothing_that_lies_in_host_memory():
     )
     assert offload.graph < 0.5 * full.graph
     assert offload.at(400).peak <= full.at(400).peak
+    size, rows = offload.geometry, offload.at(400).rows
+    width, blocks = offload.transformer.inner_dim, len(offload.transformer.transformer_blocks)
+    states = (rows * tokens * width * 8 for tokens in (size.picture_tokens, size.tokens - size.picture_tokens))
+    held = (blocks - 1) * sum(1 << (count - 1).bit_length() for count in states)
+    assert (full.at(400).host, offload.at(400).host) == (0, held)
 
 
 def test_graphs_of_a_rollout_are_not_kept_in_host_memory():

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowgrove.recipe.deciding import deciding
 from flowgrove.recipe.loading import load_recipe
+from flowgrove.recipe.schema import Reward
 from flowgrove.report.content import run_content
 from flowgrove.report.grids import load_grid
 from flowgrove.report.page import report_page, write_report
@@ -90,6 +92,14 @@ def test_unshared_passes_are_those_of_the_plan_of_each_iteration(tmp_path, chang
     }
     saved = next(value for name, value, _ in content["facts"] if name == "Fewer rows than unshared")
     assert saved.startswith(f"{sum(2 * each.unshared_rollout_forwards for each in counts) / (9 * 20):.1f}×")
+
+
+def test_a_label_that_came_later_finds_what_lines_told_under_the_name(tmp_path):
+    recipe, content = run_of(tmp_path, [LINE], reward=[{"name": "shapes", "label": "places"}])
+    assert content["iterations"] == 1
+    assert content["rewards"] == [{"name": "places", "weight": 1.0, "mean": [0.5], "std": [0.1]}]
+    unlabelled = recipe.model_copy(update={"reward": [Reward(name="shapes")]})
+    assert Setup(recipe)._hash(deciding(recipe, True)) == Setup(recipe)._hash(deciding(unlabelled, True))
 
 
 def test_a_run_of_one_expert_whose_model_has_gone_is_not_compared_with_the_unshared_loop(tmp_path):

@@ -170,7 +170,9 @@ def test_a_reward_that_only_evaluations_give_has_a_curve_of_held_out_means_alone
     recipe = synthetic_run(tmp_path / "run", lines, run={"iterations": 2, "eval": {"rewards": judge}})
     draw(page, run_content(recipe, tmp_path / "run"))
     curves = "element => element._fullData.filter(each => each.hoverinfo !== 'skip').map(each => [...each.y])"
-    assert [plot(page, f"reward of {name}").count() for name in ("shapes", "judge")] == [0, 1], "the one that trains is the sum"
+    assert [plot(page, f"reward of {name}").count() for name in ("shapes", "judge")] == [0, 1], (
+        "the one that trains is the sum"
+    )
     assert plot(page, "reward of judge").evaluate(curves) == [[0.75, 0.75]]
     assert "nothing trains on" in page.locator('[data-key="reward of judge"]').text_content()
     draw_own(page)

@@ -89,7 +89,7 @@ def test_rewards_of_evaluations_are_beside_those_that_train_and_weigh_nothing():
     rewards = registry.Rewards(recipe)
     both, some = rewards.of_evaluations, pictures(2, 6, 10)
     assert (list(rewards.scorers), list(both.scorers)) == (["brightness"], ["brightness", "twice", "jpeg_size"])
-    assert both.weights == [0.5, 0.0, 0.0]
+    assert both.weights == rewards.weights == [0.5]
     assert both.scorers["brightness"] is rewards.scorers["brightness"]
     assert both.of_evaluations is both is rewards.of_evaluations
     torch.testing.assert_close(both(some, SENTENCES)[:, 1], 2 * rewards(some, SENTENCES)[:, 0])

@@ -53,7 +53,7 @@ def register(function: Callable[..., None], group: typer.Typer) -> None:
                 _fail(tell(error), 1)
             _fail(
                 "the GPU's memory is full: lower engine.token_budget or set model.gradient_checkpointing: "
-                "full (a run goes on with either), "
+                "full or offload (a run goes on with any of them), "
                 "or begin anew with fewer data.prompts_per_iteration"
             )
         except KeyboardInterrupt as interruption:

@@ -20,10 +20,10 @@ from flowgrove.rewards.scoring import rolled_together, samples_at_once
 from flowgrove.rollout.forest import edges_in_update
 from flowgrove.rollout.retained_graphs import RetainedGraphs, states_in_update
 
-# Kinds of passes. forward: without gradient; cheap: that in rollout.precision and with rollout.attention; extrapolated:
-# one with attention from the steps before; kept: one whose graph stays for the first update; backward: of such a graph;
-# train: forward and backward; reference: a forward of the reference model; renewed: a forward that takes the old
-# policy's log-probability anew.
+# Kinds of passes. forward: without gradient; cheap: that in rollout.precision and with rollout.attention;
+# extrapolated: one with attention from the steps before; kept: one whose graph stays for the first update; backward:
+# of such a graph; train: forward and backward; half: a forward of both halves of guidance and a backward of one;
+# reference: a forward of the reference model; renewed: a forward that takes the old policy's log-probability anew.
 Bools = NDArray[np.bool_]
 ROLLOUT = ("forward", "cheap", "extrapolated", "kept")
 
@@ -161,8 +161,7 @@ def _train(
     if engine.trained in (None, engine.doubled):
         found.add("train", sizes, engine.doubled)
     else:
-        found.add("kept", sizes, engine.doubled)
-        found.add("backward", sizes, engine.trained)
+        found.add("half", sizes, engine.doubled)
     found.add("backward", kept, engine.trained or engine.doubled)
     if recipe.update.kl_weight > 0:
         found.add("reference", [states for states in references if states], engine.doubled)

@@ -60,7 +60,14 @@ def flops_of(one: Pass, flops: Flops) -> int:
         "backward": flops.backward + flops.recomputed,
         "train": flops.executed,
     }
+    if one.kind == "half":
+        return sum(flops_of(part, flops) for part in _halves(one))
     return one.states * one.rows * of_a_row.get(one.kind, flops.forward)
+
+
+def _halves(one: Pass) -> tuple[Pass, Pass]:
+    """A training pass whose backward runs through one of a state's two rows."""
+    return Pass("kept", one.states, one.rows), Pass("backward", one.states, 1)
 
 
 def seconds_at(curve: Passes, flops: float) -> float:
@@ -142,8 +149,8 @@ class Measured:
         forward, kept, backward = (self._curves[kind] for kind in ("forward", "kept", "backward"))
         if forward is None or backward is None:
             raise ValueError("nothing was measured")  # which the constructor has told
-        if one.kind == "train":
-            parts = (Pass(kind, one.states, one.rows) for kind in ("kept", "backward"))
+        if one.kind in ("train", "half"):
+            parts = _halves(one) if one.kind == "half" else (one._replace(kind="kept"), one._replace(kind="backward"))
             return sum(self.passes(part, flops) for part in parts)
         if one.kind == "cheap" and self._cheap is not None:
             there, work = self._cheap.times.passes, flops_of(one, flops)

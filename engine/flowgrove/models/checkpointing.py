@@ -41,8 +41,8 @@ def _offloading(block: Any, *inputs: Any) -> Any:
 
 
 def _to_host(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    """A state of the picture or the text, on its way to pinned memory; what all blocks share stays where it is. Copies
-    and passes take turns in one stream: none of them waits on the host, nor for another stream.
+    """An input that has a gradient, on its way to pinned memory; others stay where they are, as all blocks share them.
+    Copies and passes take turns in one stream: none of them waits on the host, nor for another stream.
     """
     if not x.requires_grad:
         return x

@@ -2,8 +2,9 @@
 
 On a GPU autocast computes norms in fp32. What an adaptive norm gives then goes on in fp32 into the linear layers of
 attention and feed-forward, each of which casts all of it, and attention gives back the dtype of its queries, which a
-norm has made. Whoever reads these numbers is a linear layer, so that the forward has the same bits; in the backward
-the gradients of those layers add up in the dtype of autocast.
+norm has made. Whoever reads these numbers is a linear layer, so that the forward has the same bits, but of layers in 8
+bits, which round what they get themselves; in the backward the gradients of those layers add up in the dtype of
+autocast.
 """
 
 from typing import Any

@@ -20,6 +20,15 @@ def peak_bytes(run: Callable[[], object], like_cuda: bool = False) -> int:
     return alive.most
 
 
+def host_bytes(run: Callable[[], object]) -> int:
+    """Most bytes alive at once while `run` runs, of what a prediction has in pinned host memory (on the device `meta`);
+    torch takes the next power of two for each piece.
+    """
+    with _Alive(on_host=True) as alive:
+        run()
+    return alive.most
+
+
 def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> int:
     """What a row more holds as long as the differentiable velocity of a pass lives;
     `velocity` takes the pass's rows.
@@ -34,10 +43,13 @@ def graph_bytes(velocity: Callable[[int], object], like_cuda: bool = False) -> i
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the storages of all results that come from nowhere: what was there before is written to or viewed."""
+    """Adds up the storages of all results that come from nowhere: what was there before is written to or viewed. Those
+    of the device, or `on_host` of pinned host memory.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: bool = False) -> None:
         super().__init__()
+        self.on_host = on_host
         self.bytes = self.most = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -47,9 +59,10 @@ class _Alive(TorchDispatchMode):
                 self._count(leaf.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:  # where a prediction has what lies in host memory
+            if isinstance(leaf, Tensor) and leaf.is_meta == self.on_host:
                 storage = leaf.untyped_storage()
-                self._count(storage, storage.nbytes())
+                size = storage.nbytes()
+                self._count(storage, 1 << (size - 1).bit_length() if self.on_host and size else size)
         return result
 
     def _count(self, storage: Any, size: int) -> None:

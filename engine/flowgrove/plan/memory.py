@@ -14,7 +14,7 @@ from flowgrove.models.experts import parts_of, trained_parts
 from flowgrove.models.quantised import Precision, copy_bytes, quantisable, unloaded_copy
 from flowgrove.models.runner import cached_layers, tokens_per_pass
 from flowgrove.passes.packing import pack
-from flowgrove.plan.allocations import graph_bytes, peak_bytes
+from flowgrove.plan.allocations import graph_bytes, host_bytes, peak_bytes
 from flowgrove.plan.division import ALONE, Division
 from flowgrove.plan.planner import RolloutPlan
 from flowgrove.plan.reference_velocities import keeps_reference_velocities
@@ -39,13 +39,15 @@ LOADED = (
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `resident`: what stays all the time; `stages`: what each stage needs beside it; `graph`: what a state of
-    the rollout holds until the first update if its graph is retained; `rows`: rows of the largest training pass.
+    the rollout holds until the first update if its graph is retained; `rows`: rows of the largest training pass;
+    `host`: pinned host memory that a training pass takes (model.gradient_checkpointing: offload).
     """
 
     resident: dict[str, int]
     stages: dict[str, int]
     graph: int
     rows: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -101,7 +103,8 @@ class MemoryModel(UnloadedModel):
         if self.copies and self.recipe.run.eval.tuned_share < 1 and self.gathered:
             rollout = max(counted[name] for name in counted if name.startswith("rollout"))
             counted["evaluation"] = rollout - cached + self.gathered
-        return Memory(self.resident(tokens, reshard), counted, self.graph, trained * self.doubled)
+        host = self._once("host", trained, self._offloaded)
+        return Memory(self.resident(tokens, reshard), counted, self.graph, trained * self.doubled, host)
 
     def fitting(self, total: int, foreign: int = 0) -> "Fit | None":
         """The largest passes whose predicted peak fits into nine tenths of `total` bytes, beside `foreign` ones, and
@@ -311,6 +314,11 @@ class MemoryModel(UnloadedModel):
         finally:
             for weight in trained:
                 weight.grad = None
+
+    def _offloaded(self, states: int) -> int:
+        if self.recipe.model.gradient_checkpointing != "offload":
+            return 0
+        return host_bytes(lambda: self.velocity(states))
 
     def _decoding(self, pictures: int) -> int:
         """Bytes of decoding, of what is scored together, and of what scoring it takes beside it."""

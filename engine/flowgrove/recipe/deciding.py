@@ -46,7 +46,7 @@ def deciding(recipe: Recipe, exclude_defaults: bool) -> dict[str, Any]:
         for key in keys:
             content.get(section, {}).pop(key, None)
     for reward in content["reward"]:
-        for key in _REWARD_OPERATION:
+        for key in ("label", *_REWARD_OPERATION):
             reward.pop(key, None)
     content["run"] = {"seed": recipe.run.seed}
     if recipe.update.lr_schedule == "cosine":

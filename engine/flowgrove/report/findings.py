@@ -11,7 +11,7 @@ from statistics import fmean, median, pvariance
 from flowgrove.recipe.schema import Recipe
 from flowgrove.report.finding import Finding
 from flowgrove.report.gradient_findings import little_noise, mostly_noise, silent_steps, two_nodes
-from flowgrove.report.lines import Line, evaluated_lines, total_reward
+from flowgrove.report.lines import Line, evaluated_lines, told_of, total_reward
 
 FEWEST = 10  # lines before anything is judged
 
@@ -73,9 +73,9 @@ def others_fall(recipe: Recipe, lines: list[Line]) -> Finding | None:
     fallen = []
     for reward in recipe.run.eval.rewards:
         told = [
-            (done, line["eval_rewards"][reward.title])
+            (done, found)
             for done, line in held_out
-            if reward.title in (line.get("eval_rewards") or {})
+            if (found := told_of(reward, line.get("eval_rewards") or {})) is not None
         ]
         if len(told) < 3 or held_out[-1][1]["eval_reward"] <= held_out[0][1]["eval_reward"]:
             continue
@@ -137,12 +137,12 @@ def without_spread(recipe: Recipe, lines: list[Line]) -> Finding | None:
     idle = sum(line["train_passes"] == 0 for line in late)
     strengths = [_strength(line) for line in lines]
     was, now = _early(strengths) or 0, _late(strengths) or 0
-    spreads = [[line["reward"][reward.title]["std"] for line in lines] for reward in recipe.reward]
+    spreads = [[told_of(reward, line["reward"])["std"] for line in lines] for reward in recipe.reward]
     alike = all((_late(spread) or 0) < 0.1 * (_early(spread) or 0) for spread in spreads)
     if 2 * idle > len(late):
         seen = f"{idle} of the latest {len(late)} iterations trained nothing, as no group had a difference in reward."
     elif (same := _late(line.get("zero_std_ratio") for line in lines)) is not None and 2 * same > 1:
-        seen = f"Of the latest iterations' prompts {same:.0%} have samples that all score alike: they train nothing."
+        seen = f"Of the latest iterations' prompts {same:.0%} have samples that all score alike, and so no advantage."
     elif now < 0.4 * was:
         seen = f"The mean |advantage| was {was:.2f} in the beginning and is {now:.2f}: in many groups all score alike."
     elif alike:
@@ -221,7 +221,7 @@ def saturated(recipe: Recipe, lines: list[Line]) -> Finding | None:
         return None
     rise = fmean(rewards[-quarter:]) - fmean(rewards[:quarter])
     gain = fmean(rewards[-quarter:]) - fmean(rewards[-2 * quarter : -quarter])
-    spreads = [[line["reward"][reward.title]["std"] for line in lines] for reward in recipe.reward]
+    spreads = [[told_of(reward, line["reward"])["std"] for line in lines] for reward in recipe.reward]
     left = [(_late(spread) or 0) / first for spread in spreads if (first := _early(spread))]
     if not _rises(rewards) or gain > rise / 20 or not left or max(left) >= 0.4:
         return None

@@ -82,7 +82,9 @@ def save_grid(path: Path, evaluated: Evaluated, samples: int, weights: list[floa
     """Writes the first prompts of an evaluation, spread over the list, as a PNG, and returns them."""
     count = len(evaluated.prompts) // samples
     chosen = np.unique(np.linspace(0, count - 1, min(_MOST_PROMPTS, count)).round().astype(int))
-    scores = (evaluated.scores.numpy() @ np.array(weights)).reshape(-1, samples)[chosen, :_MOST_SAMPLES]
+    scores = (evaluated.scores[:, : len(weights)].numpy() @ np.array(weights)).reshape(-1, samples)[
+        chosen, :_MOST_SAMPLES
+    ]
     rows, columns = scores.shape
     tiles = to_bytes(
         evaluated.pictures[[index * samples + column for index in chosen for column in range(columns)]]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.schema import Recipe, Reward
 from flowgrove.run.metrics import read_metrics
 
 Line = dict[str, Any]
@@ -16,7 +16,12 @@ def whole_lines(recipe: Recipe, folder: Path) -> list[Line]:
 
 def total_reward(recipe: Recipe, line: Line) -> float:
     """The weighted sum of an iteration's mean rewards."""
-    return sum(reward.weight * line["reward"][reward.title]["mean"] for reward in recipe.reward)
+    return sum(reward.weight * told_of(reward, line["reward"])["mean"] for reward in recipe.reward)
+
+
+def told_of(reward: Reward, told: dict[str, Any]) -> Any:
+    """What a line tells of a reward: under its label or, where it had none then, its name; None: nothing."""
+    return told.get(reward.title, told.get(reward.name))
 
 
 def evaluated_lines(lines: list[Line], planned: int | None = None) -> list[tuple[int, Line]]:
@@ -42,7 +47,7 @@ def _is_whole(line: Line, recipe: Recipe) -> bool:
     numbers = [line.get(key) for key in ("rollout_forwards", "train_passes", "peak_memory_bytes")]
     numbers += [*seconds.values(), *steps.values()]
     for reward in recipe.reward:
-        told = rewards.get(reward.title)
+        told = told_of(reward, rewards)
         if not isinstance(told, dict):
             return False
         numbers += [told.get("mean"), told.get("std")]

@@ -169,6 +169,8 @@ def draw_memory(predictions: "list[Prediction]", device_type: str, division: Div
     if device_type == "cuda":
         cards = "".join(f"{_card(memory.peak):>14}" for memory in memories)
         console.print(f"  {'smallest usual GPU that holds it':<37}{cards}")
+    if any(memory.host for memory in memories):
+        row("host memory of blocks' inputs", [memory.host for memory in memories])
     row("a state whose graph is kept", [memory.graph for memory in memories])
     if division.ranks > 1:
         console.print("\npredicted bytes that it sends")

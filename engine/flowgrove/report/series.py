@@ -8,10 +8,10 @@ from typing import Any
 from flowgrove.errors import UserError
 from flowgrove.plan.planner import make_plan
 from flowgrove.plan.sigmas import SigmaTable, recipe_sigmas, shifted_sigmas
-from flowgrove.recipe.schema import Recipe
+from flowgrove.recipe.schema import Recipe, Reward
 from flowgrove.recipe.windows import pruned_depths, window_steps
 from flowgrove.report.gradient import gradient_content
-from flowgrove.report.lines import Line, evaluated_lines, total_reward
+from flowgrove.report.lines import Line, evaluated_lines, told_of, total_reward
 from flowgrove.report.split_view import splits_of
 
 MOST_POINTS = 600  # a screen shows no more
@@ -71,7 +71,7 @@ def curves(recipe: Recipe, lines: list[Line]) -> dict[str, Any]:
             "seconds": [rounded(seconds) for seconds in before[: len(lines) : buckets.each]],
         },
         "series": series,
-        "rewards": [_of_reward(reward.title, reward.weight, column) for reward in recipe.reward],
+        "rewards": [_of_reward(reward, column) for reward in recipe.reward],
         "eval_rewards": [reward.title for reward in recipe.run.eval.rewards],
         "stages": {stage: column(of("seconds", stage)) for stage in stages},
         "advantage": {
@@ -141,9 +141,9 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _of_reward(name: str, weight: float, column: Callable[..., Column]) -> dict[str, Any]:
-    parts = {key: column(lambda line, key=key: line["reward"][name][key]) for key in ("mean", "std")}
-    return {"name": name, "weight": weight, **parts}
+def _of_reward(reward: Reward, column: Callable[..., Column]) -> dict[str, Any]:
+    parts = {key: column(lambda line, key=key: told_of(reward, line["reward"])[key]) for key in ("mean", "std")}
+    return {"name": reward.title, "weight": reward.weight, **parts}
 
 
 def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[str, Any]:
@@ -154,10 +154,10 @@ def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[st
     chosen = [found[place] for place in spread(len(found), MOST_POINTS)]
     seconds = {line["iteration"]: before[place] for place, line in enumerate(lines)}
 
-    def part(line: Line, name: str, key: str) -> float | None:
+    def part(line: Line, reward: Reward, key: str) -> float | None:
         told = line.get("eval_rewards")
-        reward = told.get(name) if isinstance(told, dict) else None
-        return _number(reward.get(key)) if isinstance(reward, dict) else None
+        found = told_of(reward, told) if isinstance(told, dict) else None
+        return _number(found.get(key)) if isinstance(found, dict) else None
 
     return {
         "iteration": [done for done, _ in chosen],
@@ -166,7 +166,7 @@ def _held_out(recipe: Recipe, lines: list[Line], before: list[float]) -> dict[st
         "confidence": [_number(line.get("eval_reward_confidence")) for _, line in chosen],
         "distance": [_number(line.get("rollout_distance")) for _, line in chosen],
         "rewards": [
-            {key: [part(line, reward.title, key) for _, line in chosen] for key in ("mean", "confidence")}
+            {key: [part(line, reward, key) for _, line in chosen] for key in ("mean", "confidence")}
             for reward in (*recipe.reward, *recipe.run.eval.rewards)
         ],
     }

@@ -124,14 +124,13 @@ class Rewards:
 
     @cached_property
     def of_evaluations(self) -> "Rewards":
-        """These and those that only evaluations give, which weigh nothing and whose models are read when first asked
+        """These and those that only evaluations give, which have no weights and whose models are read when first asked
         for.
         """
         if not self._evaluating:
             return self
         rewards = copy(self)
         rewards.scorers = self.scorers | self._built(self._evaluating)
-        rewards.weights = [*self.weights, *(0.0 for _ in self._evaluating)]
         rewards._evaluating = []
         return rewards
 

@@ -40,7 +40,8 @@ METRICS = (
     ),
     Metric(
         "zero_std_ratio",
-        "The share of the prompts whose samples all score alike in every reward: they train nothing.",
+        "The share of the prompts whose samples all score alike in every reward: they have no advantage, and without "
+        "update.kl_weight train nothing.",
         "0 for rewards with many steps. With a reward of few steps, such as right or wrong, it falls while the model "
         "learns its first prompts and rises when it has learnt most.",
         "Above a half: most of the rollout is for nothing. Take prompts that the model draws right now and then, raise "
@@ -331,7 +332,7 @@ METRICS = (
         "resident set of the process. It never falls.",
         "Level after the first iterations and the first evaluation, at or below nine tenths of the GPU's memory.",
         "Still growing after that: a reward of yours keeps what it computes. Too close to the limit: lower "
-        "engine.token_budget, set engine.reuse_rollout_graph: false, model.gradient_checkpointing: full or "
+        "engine.token_budget, set engine.reuse_rollout_graph: false, model.gradient_checkpointing: full or offload, or "
         "model.vae_tiling: true.",
     ),
 )

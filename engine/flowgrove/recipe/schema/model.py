@@ -219,9 +219,10 @@ class Model(Section):
     training pass. selective: all but these and what attention and large matrix products give, which leaves element by
     element work to compute again. none: nothing. auto: of these the one with which, with the rollout's graphs that then
     fit, updates are predicted to be fastest. offload: as full, with the inputs of blocks in pinned host memory until
-    their backward; for videos and pictures whose passes fit in no other way. true is full, false is none. The gradient
-    is the same. `flowgrove plan --memory` predicts the peak and tells what auto weighs; `flowgrove tune
-    --checkpointing` measures. selective does not go with engine.compile and engine.distributed: fsdp2 together.
+    their backward, of which each rank takes its own; for videos and pictures whose passes fit in no other way. true is
+    full, false is none. The gradient is the same. `flowgrove plan --memory` predicts the peak and tells what auto
+    weighs; `flowgrove tune --checkpointing` measures. selective does not go with engine.compile and engine.distributed:
+    fsdp2 together.
     Source: Chen et al. (1604.06174); selective: Korthikanti et al. (2205.05198); offload: Rajbhandari et al.
     (1910.02054), P_a+cpu.
     """

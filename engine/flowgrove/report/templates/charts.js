@@ -268,7 +268,7 @@ page.charts = function (runs) {
       { id: "passes", metric: "rollout_forwards", title: "Rows through the transformer", says: runs.length > 1 ? "Rollout forwards and train passes of an iteration." : "Solid: this run. Dashed: the same algorithm in a loop that shares nothing.", build: passes },
       { id: "memory", metric: "peak_memory_bytes", title: "Peak memory", says: "The most that the run has held so far, in GiB.",
         build: several([["peak_memory_bytes", "peak memory", 2 ** -30]], { says: "%{y:.2f} GiB" }, { yaxis: { rangemode: "tozero" } }) },
-      { id: "alike", metric: "zero_std_ratio", title: "Prompts whose samples score alike", says: "Share of an iteration's prompts that train nothing, as no reward tells their samples apart.", build: alike },
+      { id: "alike", metric: "zero_std_ratio", title: "Prompts whose samples score alike", says: "Share of an iteration's prompts without an advantage, as no reward tells their samples apart.", build: alike },
       { id: "trouble", metric: "skipped_updates", title: "Skipped updates and dropped prompts", says: "Iterations that lost something.", build: trouble },
     ],
   };
