@@ -87,10 +87,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def release_memory(device: torch.device) -> None:
-    """Frees what only cycles hold, and on a GPU what the allocator keeps for later."""
+    """Frees what only cycles hold, and on a GPU what its allocator and that of pinned host memory keep for later."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.10 has none
+            torch.accelerator.empty_host_cache()
 
 
 def total_memory(device: torch.device) -> int:

@@ -170,7 +170,9 @@ class Stages:
         forwards = plan.counts.rollout_forwards if self.recipe.engine.share else plan.counts.unshared_rollout_forwards
         return {
             "iteration": iteration,
-            **reward_summary(list(self.rewards.scorers), scores.unflatten(0, (-1, plan.leaves))[scored]),
+            **reward_summary(
+                list(self.rewards.scorers), self.rewards.weights, scores.unflatten(0, (-1, plan.leaves))[scored]
+            ),
             "dropped_prompts": int((~scored).sum()),
             **update_summary(stats),
             "advantage_by_step": advantage_by_step(credit),

@@ -40,8 +40,8 @@ METRICS = (
     ),
     Metric(
         "zero_std_ratio",
-        "The share of the prompts whose samples all score alike in every reward: they have no advantage, and without "
-        "update.kl_weight train nothing.",
+        "The share of the prompts whose samples all score alike in every reward that has a weight: they have no "
+        "advantage, and without update.kl_weight train nothing.",
         "0 for rewards with many steps. With a reward of few steps, such as right or wrong, it falls while the model "
         "learns its first prompts and rises when it has learnt most.",
         "Above a half: most of the rollout is for nothing. Take prompts that the model draws right now and then, raise "

@@ -17,8 +17,10 @@ _OF_EDGES = (
 )  # fmt: skip
 
 
-def reward_summary(names: list[str], scores: Tensor) -> dict[str, Any]:
-    """`reward`: {name: {mean, std, group_std}} of scores [prompts, group, rewards] on the CPU, and `zero_std_ratio`."""
+def reward_summary(names: list[str], weights: list[float], scores: Tensor) -> dict[str, Any]:
+    """`reward`: {name: {mean, std, group_std}} of scores [prompts, group, rewards] on the CPU, and `zero_std_ratio` of
+    those that weigh something.
+    """
     reward = {
         name: {
             "mean": of_prompts.mean().item(),
@@ -27,7 +29,8 @@ def reward_summary(names: list[str], scores: Tensor) -> dict[str, Any]:
         }
         for name, of_prompts in zip(names, scores.unbind(-1), strict=True)
     }
-    return {"reward": reward, "zero_std_ratio": (scores.amax(1) == scores.amin(1)).all(1).double().mean().item()}
+    alike = (scores.amax(1) == scores.amin(1)) | (torch.tensor(weights) == 0)
+    return {"reward": reward, "zero_std_ratio": alike.all(1).double().mean().item()}
 
 
 def update_summary(stats: UpdateStats) -> dict[str, float | int | None]:
