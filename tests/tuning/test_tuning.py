@@ -490,6 +490,23 @@ def test_what_is_computed_again_is_chosen_by_its_passes_and_by_memory(compiled, 
     assert "# model.gradient_checkpointing: none: does not fit into the memory" in text
 
 
+def test_a_recipe_whose_passes_fit_only_with_offload_keeps_it(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, model={"gradient_checkpointing": "offload"}, engine={"device": "cpu"})
+    used = []
+
+    def seconds(self, run, rows, repeats=1):
+        if used[-1] != "offload":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr(Passes, "seconds_per_row", seconds)
+    monkeypatch.setattr(tune, "checkpoint_blocks", lambda _, kind, mode: used.append(kind))
+    monkeypatch.setattr(tune, "keep_times", lambda *_: None)
+    overrides = ("engine.token_budget=35", "engine.attention=sdpa")
+    found = load_recipe(tune.tune_recipe(recipe, overrides, None, False, print, with_checkpointing=True))
+    assert found.model.gradient_checkpointing == used[-1] == "offload"
+
+
 def test_flops_that_are_kept_are_those_of_the_setting_that_was_measured(monkeypatch):
     setup, kinds = Setup(small_recipe()), []
     monkeypatch.setattr(

@@ -224,8 +224,8 @@ class _Tuner:
     def checkpointing(self) -> Choice:
         """What training passes compute again, of what fits beside all that an iteration keeps."""
         kinds = self._compiled_kinds() if self.measures_compile else checkpointing_with(self.recipe.engine)
-        own = self.recipe.model.gradient_checkpointing
-        kinds = kinds if own in ("auto", *kinds) else (own, *kinds)
+        if self.recipe.model.gradient_checkpointing == "offload":  # where nothing else may fit
+            kinds = ("offload", *kinds)
         candidates = [Candidate(kind, kind, self._timed(self.rows, checkpointing=kind)) for kind in kinds]
         choice = choose("gradient_checkpointing", candidates, self.work, section="model")
         self._recomputed = cast(Checkpointing, choice.value)
