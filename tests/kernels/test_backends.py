@@ -9,6 +9,7 @@ import torch
 
 from flowgrove_kernels import available_backends, backends, clean_estimate, libraries, use_backend
 from kernel_cases import randn
+from subprocesses import python
 
 X, V, SIGMA = randn(3, 5, seed=1), randn(3, 5, seed=2), torch.tensor([0.9, 0.7, 0.3])
 
@@ -132,6 +133,10 @@ def test_a_block_inside_of_what_is_compiled_counts_or_is_an_error(calls):
         with pytest.raises(torch._dynamo.exc.Unsupported, match="enter it outside of what is compiled"):
             torch.compile(function, backend="eager", fullgraph=True)(X)
     assert backends.forced() is None
+
+
+def test_importing_leaves_the_compiler_of_torch_alone():
+    python("-c", "import sys, flowgrove_kernels; assert 'torch._dynamo' not in sys.modules")
 
 
 def test_float64_takes_the_reference_on_every_backend(calls):
