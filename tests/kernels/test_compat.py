@@ -216,6 +216,17 @@ def test_steps_of_each_sample_are_those_taken_alone(trainer):
 
 
 @every_trainer
+def test_a_step_may_be_a_tensor_of_no_dimension(trainer):
+    """The published training loops take it from a permutation: `perms[i][j]`."""
+    x, v = states()
+    wanted, found = (trainer.step(v, x, i, generator=generator()) for i in (2, torch.tensor(2)))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    std = [flow_grpo_step(v, x, 0.7, SIGMAS, i, x)[4] for i in (2, torch.tensor(2))]
+    assert std[0].shape == std[1].shape == ()
+    assert torch.equal(*std)
+
+
+@every_trainer
 def test_without_a_generator_torchs_own_is_drawn_from(trainer):
     x, v = states()
     torch.manual_seed(11)

@@ -44,8 +44,8 @@ def flux_step(
 ) -> tuple[Tensor, ...]:
     """(prev_sample [B, ...], pred_original_sample [B, ...], log_prob [B]) if `grpo`, else (mean, pred_original_sample).
 
-    model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, or
-    int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with the same noise.
+    model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, an
+    int or int64 [], or int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with the same noise.
     Without `prev_sample` a step is drawn: normals of the results' dtype from `generator` (torch's own if None, as
     published), or those that `key` names; with it, that step is scored and comes back as it is. Other samples and means
     have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64) and computed from

@@ -45,7 +45,7 @@ class StepTable:
 
     @torch.compiler.disable
     def at(self, index: int | Tensor, batch: int) -> BatchSteps:
-        """The step `index` of every row; an int64 tensor [batch] on the table's device (or [1]) names one for each.
+        """The step `index` of every row; an int64 tensor [batch] (or [1], or []) names one for each.
 
         Raises ValueError for an index outside the table or of another shape.
         """
@@ -62,11 +62,11 @@ class StepTable:
 
     def _each(self, index: Tensor, batch: int) -> BatchSteps:
         steps = self.columns.shape[1]
-        if index.dtype != torch.int64 or index.shape not in ((1,), (batch,)):
+        if index.dtype != torch.int64 or index.shape not in ((), (1,), (batch,)):
             wrong("index", index, f"pass an int, or an int64 tensor [{batch}]")
         if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < steps:
             raise ValueError(f"index holds steps that are not in the sigma table: write indices in [0, {steps})")
-        return _batch(self.columns[:, index.to(self.columns.device, non_blocking=True)], batch)
+        return _batch(self.columns[:, index.reshape(-1).to(self.columns.device, non_blocking=True)], batch)
 
 
 @torch.inference_mode(False)  # a table outlives the mode in which it is first used, and backward passes read it
