@@ -463,6 +463,8 @@ KEY = NoiseKey(0, 0, 0, 0, 0)
         ("flow_grpo", {"sample": numpy.zeros(SHAPE)}, "sample is a ndarray: pass a dense torch tensor"),
         ("flow_grpo", {"noise_level": "0.7"}, "noise_level is '0.7': write a number >= 0"),
         ("flow_grpo", {"noise_level": 2.0, "sde_type": "cps"}, "noise_level is 2: write a number in"),
+        ("flow_grpo", {"noise_level": 1e-30}, "noise_level 1e-30 gives a row that torch.float32 cannot hold"),
+        ("dance_grpo", {"eta": 1e-25}, "noise_level 1e-25 gives a row that torch.float32 cannot hold"),
         ("dance_grpo", {"eta": math.nan}, "eta is nan: write a number >= 0"),
         ("dance_grpo", {"index": None}, r"index is None: pass an int, or an int64 tensor \[5\]"),
         ("dance_grpo", {"index": 1.0}, r"index is 1.0: pass an int, or an int64 tensor \[5\]"),

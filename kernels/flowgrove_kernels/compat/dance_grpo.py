@@ -19,13 +19,13 @@ from flowgrove_kernels.noise import NoiseKey
 
 
 def sde_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
-    rows = step_coefficients("dance_sde", sigma, sigma_next, noise_level=noise_level, dtype=torch.float64)
+    rows = step_coefficients("dance_sde", sigma, sigma_next, noise_level=noise_level)
     return replace(rows, log_norm=torch.zeros_like(rows.log_norm))
 
 
 def ode_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
     """The mean of an Euler step, the deviation of the SDE's."""
-    mean = step_coefficients("ode", sigma, sigma_next, dtype=torch.float64)
+    mean = step_coefficients("ode", sigma, sigma_next)
     return replace(sde_rows(sigma, sigma_next, noise_level, second), x_coef=mean.x_coef, v_coef=mean.v_coef)
 
 

@@ -35,7 +35,7 @@ def _level(sde_type: str, eta: float, noise_level: float | None) -> float:
 
 
 def _euler_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
-    return step_coefficients("ode", sigma, sigma_next, dtype=torch.float64)
+    return step_coefficients("ode", sigma, sigma_next)
 
 
 def dance_grpo_step(

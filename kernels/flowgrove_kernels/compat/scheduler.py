@@ -33,9 +33,8 @@ def _rows_of(dynamics: str) -> Rows:
     def rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
         cap = None if dynamics == "flow_sde" and float(sigma[0]) < 1 else second
         if noise_level == 0:
-            return step_coefficients("ode", sigma, sigma_next, dtype=torch.float64)
-        level, double = noise_level, torch.float64
-        return step_coefficients(dynamics, sigma, sigma_next, noise_level=level, sigma_max=cap, dtype=double)
+            return step_coefficients("ode", sigma, sigma_next)
+        return step_coefficients(dynamics, sigma, sigma_next, noise_level=noise_level, sigma_max=cap)
 
     return rows
 

@@ -18,7 +18,7 @@ from flowgrove_kernels.arguments import is_integer, is_number, wrong
 from flowgrove_kernels.coefficients import StepCoefficients
 
 Timestep = float | Tensor | Sequence[float] | Sequence[Tensor]
-# (σ, σ', noise level, second entry of the table), the first two float64 [T] → float64 rows [T]
+# (σ, σ', noise level, second entry of the table), the first two float64 [T] → fp32 rows [T]
 Rows = Callable[[Tensor, Tensor, float, float], StepCoefficients]
 _NEARLY_ONE = 1e-6  # a shifted table misses σ = 1 by fp32 rounding
 _SMALLEST = torch.finfo(torch.float64).tiny
