@@ -272,6 +272,15 @@ def test_mix_grpos_deterministic_steps():
     torch.testing.assert_close(scored.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_deterministic_step_in_half_precision_scores_the_sample_that_it_returns():
+    x, v = states(torch.bfloat16)
+    euler = flow_grpo_step(v.float(), x.float(), 0.7, SIGMAS, 2, None, determistic=True)[0]
+    sample, _, logp, *_ = flow_grpo_step(v, x, 0.7, SIGMAS, 2, None, determistic=True)
+    assert sample.dtype == torch.bfloat16
+    assert torch.equal(sample, euler.bfloat16())
+    assert torch.equal(logp, flow_grpo_step(v, x, 0.7, SIGMAS, 2, sample)[2])
+
+
 def test_defaults_are_the_published_ones():
     x, v = states()
     draw = generator

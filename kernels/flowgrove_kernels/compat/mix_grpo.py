@@ -104,7 +104,7 @@ def flow_grpo_step(
     noise = drawn(x.shape, generator, x.device, model_output.dtype) if draws else None
     if determistic:
         euler = step_table(sigmas, _euler_rows, 0.0, x.device).at(index, x.shape[0]).coef
-        prev_sample, noise, key = step_mean(x, model_output.detach(), euler), None, None
+        prev_sample, noise, key = step_mean(x, model_output.detach(), euler).to(result), None, None
     x_next, logp = step(x, model_output, coef, result, noise=noise, key=key, prev_sample=prev_sample)
     original = clean_estimate(x, model_output, sigma).to(result)
     std = handed_out(std, x) if isinstance(index, Tensor) and index.ndim else std.clone().reshape(())
