@@ -95,7 +95,7 @@ def step_coefficients(
     dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO, BranchGRPO), "wan_sde" (Flow-GRPO
         for Wan) or "cps".
     sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1].
-    noise_level: η >= 0, for "cps" at most 1.
+    noise_level: η >= 0; "ode" and "wan_sde" take none. With "cps" all noise is new at 1, less of it beyond.
     sigma_max: the second entry of the σ table; flow_sde needs it where σ = 1, wan_sde always.
 
     Returns rows [B] on the CPU: fp32, as the ops take them, or float64 for analysis (`dtype`).
@@ -209,13 +209,11 @@ def _wan_sde(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: f
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float | None) -> _Columns:
-    """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q² + s² = σ'².
+    """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q = √(σ'² − s²), also for η > 1.
     Its logp is −mean (x' − μ)², not a density.
     """
-    if noise_level > 1:
-        raise ValueError(f"noise_level is {noise_level:g}: write a number in [0, 1] with cps")
     std = sigma_next * math.sin(noise_level * math.pi / 2)
-    q = sigma_next * math.cos(noise_level * math.pi / 2)
+    q = sigma_next * abs(math.cos(noise_level * math.pi / 2))
     zero = torch.zeros_like(sigma)
     precision = torch.where(std == 0, 0.0, 1.0)
     return (1 - sigma_next) + q, q * (1 - sigma) - (1 - sigma_next) * sigma, zero, std, precision, zero

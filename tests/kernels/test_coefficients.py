@@ -184,7 +184,6 @@ def test_rows_are_equal_to_themselves_alone():
         ("flow_sde", (1.0, 0.9), {"sigma_max": 1.0}, "sigma_max < 1: pass the second entry"),
         ("flow_sde", (0.9, 0.8), {"noise_level": 1e30}, "noise_level 1e.30 gives a row that torch.float32 cannot hold"),
         ("dance_sde", (0.9, 0.8), {"noise_level": 1e-30}, "nearer 1 .0 for no noise"),
-        ("cps", (0.9, 0.8), {"noise_level": 1.01}, r"noise_level is 1.01: write a number in \[0, 1\] with cps"),
         ("flow_sde", (0.9, 0.8), {"noise_level": "1"}, "noise_level is '1': write a number >= 0"),
         ("flow_sde", (0.9, 0.8), {"noise_level": math.nan}, "noise_level is nan"),
         ("wan_sde", (0.9, 0.8), {"sigma_max": "a"}, "sigma_max is 'a'"),
@@ -200,8 +199,14 @@ def test_rows_that_cannot_be_made_are_errors(dynamics, levels, options, text):
     assert "\n" not in str(error.value)
 
 
-def test_cps_takes_noise_levels_up_to_one():
-    assert step_coefficients("cps", 0.9, 0.8, noise_level=1.0).std == pytest.approx(0.8)
+@pytest.mark.parametrize("level", [0.5, 1.0, 1.4])
+def test_cps_keeps_the_noise_of_the_next_level(level):
+    """a = (1−σ') + q with q ≥ 0 and q² + s² = σ'²."""
+    rows = step_coefficients("cps", 0.9, 0.8, noise_level=level, dtype=torch.float64)
+    q = rows.x_coef.item() - 0.2
+    assert q >= 0
+    assert q**2 + rows.std.item() ** 2 == pytest.approx(0.8**2)
+    assert rows.v_coef.item() == pytest.approx(0.1 * q - 0.2 * 0.9)
 
 
 @pytest.mark.parametrize(("before", "sigma", "there"), [(0.9, 0.8, 0.6), (0.5, 0.3, 0.25), (0.99, 0.98, 0.01)])

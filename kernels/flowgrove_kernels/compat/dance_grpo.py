@@ -45,12 +45,12 @@ def flux_step(
     """(prev_sample [B, ...], pred_original_sample [B, ...], log_prob [B]) if `grpo`, else (mean, pred_original_sample).
 
     model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, an
-    int or int64 [], or int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with the same noise.
-    Without `prev_sample` a step is drawn: normals of the results' dtype from `generator` (torch's own if None, as
-    published), or those that `key` names; with it, that step is scored and comes back as it is. Other samples and means
-    have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64) and computed from
-    the sample as returned. log_prob, pred_original_sample and the mean are differentiable in model_output. Raises
-    ValueError for other shapes, devices or steps, or both `generator` and `prev_sample`.
+    int or int64 [], or int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with
+    the same noise. Without `prev_sample` a step is drawn: normals of the results' dtype from `generator` (torch's own
+    if None, as published), or those that `key` names; with it, that step is scored and comes back as it is. Other
+    samples and means have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64)
+    and computed from the sample as returned. log_prob, pred_original_sample and the mean are differentiable in
+    model_output. Raises ValueError for other shapes, devices or steps, or both `generator` and `prev_sample`.
     """
     rows = sde_rows if sde_solver else ode_rows
     given = (model_output, latents, check_level(eta, "eta"), sigmas, index, prev_sample, grpo)

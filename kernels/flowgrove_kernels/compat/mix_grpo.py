@@ -85,13 +85,13 @@ def flow_grpo_step(
 
     model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, an
     int or int64 [], or int64 [B] with one for each sample; std: fp32 [] or [B, 1, ...] accordingly. Without
-    `prev_sample` a step is drawn: normals of model_output's dtype from `generator` (torch's own if None), or those that `key` names; with it,
-    that step is scored and comes back as it is. `determistic` (spelt as published) returns an Euler step whatever was
-    drawn or given, and its log_prob under the SDE; the noise is drawn all the same, so that later steps meet the same
-    generator. noise_level: None takes `eta` for "sde" and 0.8 for "cps". Other samples and means have the dtype that
-    model_output and latents promote to; log_prob is fp32 (float64 for float64). log_prob, prev_sample_mean and
-    pred_original_sample are differentiable in model_output. Raises ValueError for other shapes, devices or steps, an
-    unknown sde_type, or both `generator` and `prev_sample`.
+    `prev_sample` a step is drawn: normals of model_output's dtype from `generator` (torch's own if None), or those that
+    `key` names; with it, that step is scored and comes back as it is. `determistic` (spelt as published) returns an
+    Euler step whatever was drawn or given, and its log_prob under the SDE; the noise is drawn all the same, so that
+    later steps meet the same generator. noise_level: None takes `eta` for "sde" and 0.8 for "cps". Other samples and
+    means have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64). log_prob,
+    prev_sample_mean and pred_original_sample are differentiable in model_output. Raises ValueError for other shapes,
+    devices or steps, an unknown sde_type, or both `generator` and `prev_sample`.
     """
     rows = rows_of_type(sde_type)
     check(model_output, latents, prev_sample, name="latents")

@@ -121,6 +121,8 @@ def index_of(timesteps: Tensor, timestep: Timestep, batch: int | None = None) ->
 
 def _listed(timestep: Timestep, timesteps: Tensor) -> Tensor:
     """Timesteps, said in any of the ways that trainers do, as a tensor of at most one dimension."""
+    if hasattr(timestep, "tolist") and not isinstance(timestep, Tensor):  # NumPy's
+        timestep = timestep.tolist()
     values: list[Any] = list(timestep) if isinstance(timestep, list | tuple) else [timestep]
     tensors = [torch.tensor(t, device="cpu") if is_number(t) else t for t in values]
     if len(tensors) == 1 and isinstance(tensors[0], Tensor) and tensors[0].ndim < 2:
