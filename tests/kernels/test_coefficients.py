@@ -171,6 +171,25 @@ def test_rows_are_gone_through_one_by_one():
             coef[index]
 
 
+def test_rows_of_a_solver_that_cannot_be_held_are_not_blamed_on_noise():
+    levels = (1e-5, math.nextafter(1e-5, 0), 1e-6)  # of one log-SNR
+    with pytest.raises(ValueError, match="dpmpp_2m gives a row .* take sigmas further apart$"):
+        dpmpp_2m_coefficients(*levels)
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ((1.0, 2.0), "is .1.0, 2.0.: pass StepCoefficients"),
+        (stochastic_rows(2).to("meta"), "is torch.float32 .2. on meta: pass torch.float32 on cpu, like the first"),
+        (step_coefficients("ode", 0.9, 0.8, dtype=torch.float64), "is torch.float64 .1. on cpu: pass torch.float32"),
+    ],
+)
+def test_joined_rows_are_of_one_kind(part, text):
+    with pytest.raises(ValueError, match=f"part 1 of StepCoefficients.cat {text}"):
+        StepCoefficients.cat([stochastic_rows(3), part])
+
+
 def test_rows_are_equal_to_themselves_alone():
     coef, same = stochastic_rows(3), stochastic_rows(3)
     assert coef == coef  # noqa: PLR0124
@@ -191,6 +210,7 @@ def test_rows_are_equal_to_themselves_alone():
         ("ode", (0.9, numpy.array([0.8])), {}, "sigma_next is a ndarray: pass a float or"),
         ("ode", (torch.tensor([0.9, 0.8], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)), {}, "2, 3. rows"),
         (["ode"], (0.9, 0.8), {}, "unknown dynamics"),
+        ("wan_sde", (0.9, 0.8), {"sigma_max": 1e-30}, "wan_sde with sigma_max 1e-30 .* apart, or a sigma_max nearer 1"),
     ],
 )
 def test_rows_that_cannot_be_made_are_errors(dynamics, levels, options, text):

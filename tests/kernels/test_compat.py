@@ -524,6 +524,7 @@ KEY = NoiseKey(0, 0, 0, 0, 0)
         ("dance_grpo", {"sigmas": SIGMAS.tolist()}, "sigmas is not a table: pass a 1-D float tensor"),
         ("dance_grpo", {"sigmas": SIGMAS.flip(0)}, r"sigmas does not fall within \[1, 0\]: pass the table"),
         ("mix_grpo flow", {"generator": generator(), "prev_sample": torch.zeros(SHAPE)}, "and prev_sample both say"),
+        ("mix_grpo flow", {"sde_type": ["sde"]}, "unknown sde_type .'sde'.: write 'sde' or 'cps'"),
         ("mix_grpo flow", {"sde_type": "dpm"}, "unknown sde_type 'dpm'"),
         ("mix_grpo dance", {"sde_type": "dpm"}, "unknown sde_type 'dpm'"),
     ],

@@ -45,7 +45,7 @@ _ROWS: dict[str, Rows] = {"sde": sde_rows, "cps": cps_rows}
 
 def rows_of_type(sde_type: str) -> Rows:
     """The rows of Flow-GRPO's and MixGRPO's `sde_type`. Raises ValueError for another."""
-    if sde_type not in _ROWS:
+    if not isinstance(sde_type, str) or sde_type not in _ROWS:
         raise ValueError(f"unknown sde_type {sde_type!r}: write 'sde' or 'cps'")
     return _ROWS[sde_type]
 

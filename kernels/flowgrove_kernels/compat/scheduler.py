@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowgrove_kernels.coefficients import StepCoefficients, step_coefficients
 from flowgrove_kernels.compat.steps import Generators, check, check_level, check_noise, computed, drawn, step
-from flowgrove_kernels.compat.tables import Rows, Timestep, index_of, step_table
+from flowgrove_kernels.compat.tables import Rows, Timestep, index_of, listed, step_table
 from flowgrove_kernels.noise import NoiseKey
 
 try:
@@ -106,7 +106,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         x = computed(sample, torch.float32)
         v = model_output.float() if model_output.dtype == torch.float64 else model_output
         level = check_level(self.config.noise_level if noise_level is None else noise_level, "noise_level")
-        counting = prev_sample is None and not (isinstance(timestep, Tensor) and timestep.numel() > 1)
+        counting = prev_sample is None and listed(timestep, self.timesteps).numel() == 1
         if counting and self.step_index is None:
             begin = self.begin_index
             self._step_index = int(index_of(self.timesteps, timestep, x.shape[0])) if begin is None else begin

@@ -104,7 +104,7 @@ def index_of(timesteps: Tensor, timestep: Timestep, batch: int | None = None) ->
     Of several equal entries the second counts, as in diffusers. Raises ValueError for one that is not there, which on
     a GPU fails on the device, and unless there are one or `batch` of them.
     """
-    wanted = _listed(timestep, timesteps).detach().reshape(-1)
+    wanted = listed(timestep, timesteps).detach().reshape(-1)
     if batch is not None and wanted.shape[0] not in (1, batch):
         raise ValueError(f"timestep lists {wanted.shape[0]}: pass one, or one for each of the {batch} samples")
     if wanted.device.type != "cpu":
@@ -119,7 +119,7 @@ def index_of(timesteps: Tensor, timestep: Timestep, batch: int | None = None) ->
     return int(where) if where.numel() == 1 else where
 
 
-def _listed(timestep: Timestep, timesteps: Tensor) -> Tensor:
+def listed(timestep: Timestep, timesteps: Tensor) -> Tensor:
     """Timesteps, said in any of the ways that trainers do, as a tensor of at most one dimension."""
     if hasattr(timestep, "tolist") and not isinstance(timestep, Tensor):  # NumPy's
         timestep = timestep.tolist()
