@@ -1,6 +1,7 @@
 """Rows of step coefficients against the table of MATH §1, written out here with plain floats."""
 
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -8,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
 from flowgrove_kernels import StepCoefficients, clean_estimate, dpmpp_2m_coefficients, flow_step, step_coefficients
 from kernel_cases import SIGMA_MAX, randn, stochastic_rows
+from planner_cases import branch_tree, recipe_with, user_error
 
 FIELDS = ("x_coef", "v_coef", "prev_coef", "std", "precision", "log_norm")
 DYNAMICS = ("ode", "flow_sde", "dance_sde", "wan_sde", "cps")
@@ -173,8 +177,18 @@ def test_rows_are_gone_through_one_by_one():
 
 def test_rows_of_a_solver_that_cannot_be_held_are_not_blamed_on_noise():
     levels = (1e-5, math.nextafter(1e-5, 0), 1e-6)  # of one log-SNR
-    with pytest.raises(ValueError, match="dpmpp_2m gives a row .* take sigmas further apart$"):
+    with pytest.raises(ValueError, match=r"dpmpp_2m gives a row .* take sigmas further apart$"):
         dpmpp_2m_coefficients(*levels)
+
+
+@pytest.mark.parametrize(("dynamics", "index"), [("flow_sde", 19), ("wan_sde", 0)])
+def test_a_plan_blames_the_noise_level_for_no_row_that_it_is_not_in(dynamics, index):
+    plan = make_plan(recipe_with(branch_tree(dynamics=dynamics)), 0)
+    steps = list(plan.steps)
+    assert [steps[i].stochastic for i in (0, 19)] == [True, False]
+    steps[index] = replace(steps[index], sigma_next=steps[index].sigma)
+    text = user_error(plan_coefficients, replace(plan, steps=tuple(steps)))
+    assert text.startswith(f"step {index} of the rollout: step_coefficients needs")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,7 @@ def test_rows_of_a_solver_that_cannot_be_held_are_not_blamed_on_noise():
     ],
 )
 def test_joined_rows_are_of_one_kind(part, text):
-    with pytest.raises(ValueError, match=f"part 1 of StepCoefficients.cat {text}"):
+    with pytest.raises(ValueError, match=rf"part 1 of StepCoefficients\.cat {text}"):
         StepCoefficients.cat([stochastic_rows(3), part])
 
 
@@ -210,7 +224,12 @@ def test_rows_are_equal_to_themselves_alone():
         ("ode", (0.9, numpy.array([0.8])), {}, "sigma_next is a ndarray: pass a float or"),
         ("ode", (torch.tensor([0.9, 0.8], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)), {}, "2, 3. rows"),
         (["ode"], (0.9, 0.8), {}, "unknown dynamics"),
-        ("wan_sde", (0.9, 0.8), {"sigma_max": 1e-30}, "wan_sde with sigma_max 1e-30 .* apart, or a sigma_max nearer 1"),
+        (
+            "wan_sde",
+            (0.9, 0.8),
+            {"sigma_max": 1e-30},
+            "wan_sde with sigma_max 1e.30 gives .* apart, or a sigma_max nearer 1",
+        ),
     ],
 )
 def test_rows_that_cannot_be_made_are_errors(dynamics, levels, options, text):
