@@ -151,7 +151,7 @@ def dance_grpo_loop(flux_step, velocity, z, steps):
             all_latents.append(z)
             all_log_probs.append(log_prob)
     advantages, losses = advantages_of(pred_original), []
-    for i in torch.randperm(steps - 1, generator=torch.Generator().manual_seed(0)).tolist():
+    for i in torch.randperm(steps - 1, generator=torch.Generator().manual_seed(0)):
         pred = velocity(all_latents[i] + 0.05, 1000 * sigmas[i])
         taken = all_latents[i + 1]
         _, _, log_prob = flux_step(pred, all_latents[i], 0.3, sigmas, i, prev_sample=taken, grpo=True, sde_solver=True)

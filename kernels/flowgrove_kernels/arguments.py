@@ -52,9 +52,9 @@ def is_integer(value: Any) -> TypeGuard[int]:
 
 
 def check_fanout(fanout: int) -> None:
-    """Every state has the same number of children, one at least."""
-    if not is_integer(fanout) or fanout < 1:
-        wrong("fanout", fanout, "write an integer >= 1")
+    """Every state has the same number of children, one at least, and no more than an index of int32 can count."""
+    if not is_integer(fanout) or fanout < 1 or fanout >= 2**31:
+        wrong("fanout", fanout, "write an integer in [1, 2**31)")
 
 
 def check_tensor(value: Any, name: str) -> None:

@@ -76,20 +76,26 @@ def use_backend(name: str) -> Iterator[None]:
         _leave(block)
 
 
-@torch.compiler.disable(reason="use_backend chooses when an op runs: enter it outside of what is compiled")
 def _enter(name: str) -> _Block:
     global _blocks
+    _not_compiled()
     block = _Block(_checked(name, "use_backend"), get_ident())
     with _one_at_a_time:
         _blocks = (*_blocks, block)
     return block
 
 
-@torch.compiler.disable
 def _leave(block: _Block) -> None:
     global _blocks
+    _not_compiled()
     with _one_at_a_time:
         _blocks = tuple(other for other in _blocks if other is not block)
+
+
+def _not_compiled() -> None:
+    """Breaks the graph that torch.compile traces; its decorator for that, `disable`, takes a second to import."""
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg="use_backend chooses when an op runs: enter it outside of what is compiled")
 
 
 def forced() -> str | None:

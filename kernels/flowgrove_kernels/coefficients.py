@@ -75,9 +75,16 @@ class StepCoefficients:
 
     @staticmethod
     def cat(parts: Sequence["StepCoefficients"]) -> "StepCoefficients":
-        """All rows of `parts`, in order. Raises ValueError for an empty sequence."""
+        """All rows of `parts`, in order. Raises ValueError unless there are some, of one dtype on one device."""
         if not parts:
             raise ValueError("StepCoefficients.cat got an empty sequence: pass at least one")
+        for i, part in enumerate(parts):
+            if not isinstance(part, StepCoefficients):
+                wrong(f"part {i} of StepCoefficients.cat", part, "pass StepCoefficients")
+            rows, first = part.std, parts[0].std
+            if rows.dtype != first.dtype or rows.device != first.device:
+                wanted = f"pass {first.dtype} on {first.device}, like the first"
+                wrong(f"part {i} of StepCoefficients.cat", rows, wanted, place=True)
         return StepCoefficients(*(torch.cat(columns) for columns in zip(*(p.tensors() for p in parts), strict=True)))
 
 
@@ -95,7 +102,7 @@ def step_coefficients(
     dynamics: "ode" (Euler), "flow_sde" (Flow-GRPO, MixGRPO), "dance_sde" (DanceGRPO, BranchGRPO), "wan_sde" (Flow-GRPO
         for Wan) or "cps".
     sigma, sigma_next: floats, or 1-D float64 tensors [B] in [0, 1].
-    noise_level: η >= 0, for "cps" at most 1.
+    noise_level: η >= 0; "ode" and "wan_sde" take none. With "cps" all noise is new at 1, less of it beyond.
     sigma_max: the second entry of the σ table; flow_sde needs it where σ = 1, wan_sde always.
 
     Returns rows [B] on the CPU: fp32, as the ops take them, or float64 for analysis (`dtype`).
@@ -109,8 +116,12 @@ def step_coefficients(
     level = number(noise_level, "noise_level", "write a number >= 0", 0)
     if sigma_max is not None and not (is_number(sigma_max, 0, 1) and sigma_max > 0):
         wrong("sigma_max", sigma_max, "write the second entry of the sigma table, in (0, 1]")
-    made_of = f"{dynamics} with noise_level {level:g}"
-    return _rows(_DYNAMICS[dynamics](here, there, level, sigma_max), dtype, made_of)
+    columns = _DYNAMICS[dynamics](here, there, level, sigma_max)
+    if dynamics == "wan_sde":
+        return _rows(columns, dtype, f"wan_sde with sigma_max {sigma_max:g}", ", or a sigma_max nearer 1")
+    return _rows(
+        columns, dtype, f"{dynamics} with noise_level {level:g}", ", or a noise_level nearer 1 (0 for no noise)"
+    )
 
 
 def dpmpp_2m_coefficients(
@@ -162,13 +173,10 @@ def _log_snr(sigma: Tensor) -> Tensor:
 _Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # float64 [B]: a, b, c, s, κ, log_norm
 
 
-def _rows(columns: _Columns, dtype: torch.dtype, made_of: str) -> StepCoefficients:
+def _rows(columns: _Columns, dtype: torch.dtype, made_of: str, instead: str = "") -> StepCoefficients:
     rows = StepCoefficients(*(column.to(dtype) for column in columns))
     if not all(bool(column.isfinite().all()) for column in rows.tensors()):
-        raise ValueError(
-            f"{made_of} gives a row that {dtype} cannot hold: take sigmas further apart, or a noise_level "
-            "nearer 1 (0 for no noise)"
-        )
+        raise ValueError(f"{made_of} gives a row that {dtype} cannot hold: take sigmas further apart{instead}")
     return rows
 
 
@@ -209,13 +217,11 @@ def _wan_sde(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: f
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float | None) -> _Columns:
-    """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q² + s² = σ'².
+    """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q = √(σ'² − s²), also for η > 1.
     Its logp is −mean (x' − μ)², not a density.
     """
-    if noise_level > 1:
-        raise ValueError(f"noise_level is {noise_level:g}: write a number in [0, 1] with cps")
     std = sigma_next * math.sin(noise_level * math.pi / 2)
-    q = sigma_next * math.cos(noise_level * math.pi / 2)
+    q = sigma_next * abs(math.cos(noise_level * math.pi / 2))
     zero = torch.zeros_like(sigma)
     precision = torch.where(std == 0, 0.0, 1.0)
     return (1 - sigma_next) + q, q * (1 - sigma) - (1 - sigma_next) * sigma, zero, std, precision, zero

@@ -2,12 +2,14 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 NAMES = ("cpu", "cuda")  # backends that are compiled; "cuda" adds kernels to the ops that "cpu" defines
 _HERE = Path(__file__).parent
-_INSTALL = "a C++ compiler and ninja, then: pip install --no-build-isolation -e ."
+_COMPILE = "pip install --no-build-isolation -e ."
+_INSTALL = f"a C++ compiler and ninja, then: {_COMPILE}"
 
 
 def missing(name: str) -> str | None:
@@ -35,4 +37,21 @@ def _load(name: str) -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} does not load, compile it again ({str(error).splitlines()[0]})"
+    if not _fits():
+        return f"{found[0].name} does not fit this version of flowgrove_kernels: compile it again ({_COMPILE})"
     return None
+
+
+def _fits() -> bool:
+    """Whether the ops that were loaded take what this version calls them with; the loss, which takes most, tells."""
+    from flowgrove_kernels.loss_arguments import SCHEMA  # which imports this module
+
+    wanted = f"(Tensor? grad_loss, {SCHEMA.replace('SymInt', 'int')}, Tensor(a!) loss, "
+    try:
+        return wanted in str(_loss().default._schema)
+    except AttributeError:  # there is no such op
+        return False
+
+
+def _loss() -> Any:
+    return torch.ops.flowgrove_native.grpo_loss

@@ -111,7 +111,12 @@ class NoiseKey:
 
     @classmethod
     def of_packed(cls, tensor: Tensor) -> "NoiseKey":
-        """The key whose words are the rows of `tensor`, int64 [6, rows], in the order of `WORD_NAMES`."""
+        """The key whose words are the rows of `tensor`, int64 [6, rows], in the order of `WORD_NAMES`.
+
+        Changing the tensor in place changes the noise. Raises ValueError for another tensor.
+        """
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.ndim != 2 or tensor.shape[0] != 6:
+            wrong("the packed key", tensor, "pass int64 [6, rows]")
         seed, iteration, step, prompt, node, parent = tensor
         return cls(seed, iteration, step, prompt, node, parent, tensor)
 

@@ -3,12 +3,15 @@
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flowgrove_kernels import available_backends, backends, clean_estimate, libraries, use_backend
+from flowgrove_kernels.loss_arguments import SCHEMA
 from kernel_cases import randn
+from subprocesses import python
 
 X, V, SIGMA = randn(3, 5, seed=1), randn(3, 5, seed=2), torch.tensor([0.9, 0.7, 0.3])
 
@@ -132,6 +135,22 @@ def test_a_block_inside_of_what_is_compiled_counts_or_is_an_error(calls):
         with pytest.raises(torch._dynamo.exc.Unsupported, match="enter it outside of what is compiled"):
             torch.compile(function, backend="eager", fullgraph=True)(X)
     assert backends.forced() is None
+
+
+@pytest.mark.parametrize(("left_out", "fits"), [("", True), ("Tensor? old_logp, ", False), (None, False)])
+def test_a_library_of_another_version_is_missing(monkeypatch, tmp_path, left_out, fits):
+    schema = f"grpo_loss(Tensor? grad_loss, {SCHEMA.replace('SymInt', 'int')}, Tensor(a!) loss, Tensor(b!) logp)"
+    op = None if left_out is None else SimpleNamespace(_schema=schema.replace(left_out, ""))
+    (tmp_path / "_cpu.so").touch()
+    monkeypatch.setattr(libraries, "_HERE", tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(libraries, "_loss", lambda: op and SimpleNamespace(default=op))
+    reason = "_cpu.so does not fit this version of flowgrove_kernels: compile it again (pip install"
+    assert str(libraries._load.__wrapped__("cpu")).startswith("None" if fits else reason)
+
+
+def test_importing_leaves_the_compiler_of_torch_alone():
+    python("-c", "import sys, flowgrove_kernels; assert 'torch._dynamo' not in sys.modules")
 
 
 def test_float64_takes_the_reference_on_every_backend(calls):

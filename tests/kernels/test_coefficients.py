@@ -1,6 +1,7 @@
 """Rows of step coefficients against the table of MATH §1, written out here with plain floats."""
 
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -8,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowgrove.plan.coefficients import plan_coefficients
+from flowgrove.plan.planner import make_plan
 from flowgrove_kernels import StepCoefficients, clean_estimate, dpmpp_2m_coefficients, flow_step, step_coefficients
 from kernel_cases import SIGMA_MAX, randn, stochastic_rows
+from planner_cases import branch_tree, recipe_with, user_error
 
 FIELDS = ("x_coef", "v_coef", "prev_coef", "std", "precision", "log_norm")
 DYNAMICS = ("ode", "flow_sde", "dance_sde", "wan_sde", "cps")
@@ -171,6 +175,35 @@ def test_rows_are_gone_through_one_by_one():
             coef[index]
 
 
+def test_rows_of_a_solver_that_cannot_be_held_are_not_blamed_on_noise():
+    levels = (1e-5, math.nextafter(1e-5, 0), 1e-6)  # of one log-SNR
+    with pytest.raises(ValueError, match=r"dpmpp_2m gives a row .* take sigmas further apart$"):
+        dpmpp_2m_coefficients(*levels)
+
+
+@pytest.mark.parametrize(("dynamics", "index"), [("flow_sde", 19), ("wan_sde", 0)])
+def test_a_plan_blames_the_noise_level_for_no_row_that_it_is_not_in(dynamics, index):
+    plan = make_plan(recipe_with(branch_tree(dynamics=dynamics)), 0)
+    steps = list(plan.steps)
+    assert [steps[i].stochastic for i in (0, 19)] == [True, False]
+    steps[index] = replace(steps[index], sigma_next=steps[index].sigma)
+    text = user_error(plan_coefficients, replace(plan, steps=tuple(steps)))
+    assert text.startswith(f"step {index} of the rollout: step_coefficients needs")
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ((1.0, 2.0), "is .1.0, 2.0.: pass StepCoefficients"),
+        (stochastic_rows(2).to("meta"), "is torch.float32 .2. on meta: pass torch.float32 on cpu, like the first"),
+        (step_coefficients("ode", 0.9, 0.8, dtype=torch.float64), "is torch.float64 .1. on cpu: pass torch.float32"),
+    ],
+)
+def test_joined_rows_are_of_one_kind(part, text):
+    with pytest.raises(ValueError, match=rf"part 1 of StepCoefficients\.cat {text}"):
+        StepCoefficients.cat([stochastic_rows(3), part])
+
+
 def test_rows_are_equal_to_themselves_alone():
     coef, same = stochastic_rows(3), stochastic_rows(3)
     assert coef == coef  # noqa: PLR0124
@@ -184,7 +217,6 @@ def test_rows_are_equal_to_themselves_alone():
         ("flow_sde", (1.0, 0.9), {"sigma_max": 1.0}, "sigma_max < 1: pass the second entry"),
         ("flow_sde", (0.9, 0.8), {"noise_level": 1e30}, "noise_level 1e.30 gives a row that torch.float32 cannot hold"),
         ("dance_sde", (0.9, 0.8), {"noise_level": 1e-30}, "nearer 1 .0 for no noise"),
-        ("cps", (0.9, 0.8), {"noise_level": 1.01}, r"noise_level is 1.01: write a number in \[0, 1\] with cps"),
         ("flow_sde", (0.9, 0.8), {"noise_level": "1"}, "noise_level is '1': write a number >= 0"),
         ("flow_sde", (0.9, 0.8), {"noise_level": math.nan}, "noise_level is nan"),
         ("wan_sde", (0.9, 0.8), {"sigma_max": "a"}, "sigma_max is 'a'"),
@@ -192,6 +224,12 @@ def test_rows_are_equal_to_themselves_alone():
         ("ode", (0.9, numpy.array([0.8])), {}, "sigma_next is a ndarray: pass a float or"),
         ("ode", (torch.tensor([0.9, 0.8], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)), {}, "2, 3. rows"),
         (["ode"], (0.9, 0.8), {}, "unknown dynamics"),
+        (
+            "wan_sde",
+            (0.9, 0.8),
+            {"sigma_max": 1e-30},
+            "wan_sde with sigma_max 1e.30 gives .* apart, or a sigma_max nearer 1",
+        ),
     ],
 )
 def test_rows_that_cannot_be_made_are_errors(dynamics, levels, options, text):
@@ -200,8 +238,14 @@ def test_rows_that_cannot_be_made_are_errors(dynamics, levels, options, text):
     assert "\n" not in str(error.value)
 
 
-def test_cps_takes_noise_levels_up_to_one():
-    assert step_coefficients("cps", 0.9, 0.8, noise_level=1.0).std == pytest.approx(0.8)
+@pytest.mark.parametrize("level", [0.5, 1.0, 1.4])
+def test_cps_keeps_the_noise_of_the_next_level(level):
+    """a = (1−σ') + q with q ≥ 0 and q² + s² = σ'²."""
+    rows = step_coefficients("cps", 0.9, 0.8, noise_level=level, dtype=torch.float64)
+    q = rows.x_coef.item() - 0.2
+    assert q >= 0
+    assert q**2 + rows.std.item() ** 2 == pytest.approx(0.8**2)
+    assert rows.v_coef.item() == pytest.approx(0.1 * q - 0.2 * 0.9)
 
 
 @pytest.mark.parametrize(("before", "sigma", "there"), [(0.9, 0.8, 0.6), (0.5, 0.3, 0.25), (0.99, 0.98, 0.01)])

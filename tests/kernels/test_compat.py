@@ -216,6 +216,17 @@ def test_steps_of_each_sample_are_those_taken_alone(trainer):
 
 
 @every_trainer
+def test_a_step_may_be_a_tensor_of_no_dimension(trainer):
+    """The published training loops take it from a permutation: `perms[i][j]`."""
+    x, v = states()
+    wanted, found = (trainer.step(v, x, i, generator=generator()) for i in (2, torch.tensor(2)))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    std = [flow_grpo_step(v, x, 0.7, SIGMAS, i, x)[4] for i in (2, torch.tensor(2))]
+    assert std[0].shape == std[1].shape == ()
+    assert torch.equal(*std)
+
+
+@every_trainer
 def test_without_a_generator_torchs_own_is_drawn_from(trainer):
     x, v = states()
     torch.manual_seed(11)
@@ -261,6 +272,15 @@ def test_mix_grpos_deterministic_steps():
     torch.testing.assert_close(scored.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_deterministic_step_in_half_precision_scores_the_sample_that_it_returns():
+    x, v = states(torch.bfloat16)
+    euler = flow_grpo_step(v.float(), x.float(), 0.7, SIGMAS, 2, None, determistic=True)[0]
+    sample, _, logp, *_ = flow_grpo_step(v, x, 0.7, SIGMAS, 2, None, determistic=True)
+    assert sample.dtype == torch.bfloat16
+    assert torch.equal(sample, euler.bfloat16())
+    assert torch.equal(logp, flow_grpo_step(v, x, 0.7, SIGMAS, 2, sample)[2])
+
+
 def test_defaults_are_the_published_ones():
     x, v = states()
     draw = generator
@@ -291,12 +311,38 @@ def test_steps_without_noise():
     assert last.requires_grad
 
 
+def test_cps_takes_noise_levels_beyond_one():
+    x, v = states()
+    out = Trainer("flow_grpo", "cps", 1.3).step(v, x, EACH, generator=generator())
+    mean, std = mean_and_std("cps", x, v, EACH, 1.3)
+    torch.testing.assert_close(out["mean"].double(), mean, rtol=0, atol=2e-6)
+    noise = torch.randn(SHAPE, generator=generator())
+    torch.testing.assert_close(out["prev_sample"].double(), mean + std * noise, rtol=0, atol=2e-6)
+
+
 def test_a_timestep_may_be_said_in_several_ways():
     x, v = states()
     wanted = sde_step_with_logprob(SCHEDULER, v, TIMESTEPS[2].expand(5), x, prev_sample=x)[1]
     entry = TIMESTEPS[2]
-    for t in (entry, entry.view(1), entry.double(), entry.item(), [entry], [entry.item()] * 5, (entry,)):
+    for t in (
+        entry,
+        entry.view(1),
+        entry.double(),
+        entry.item(),
+        [entry],
+        [entry.item()] * 5,
+        (entry,),
+        entry.numpy(),
+        entry.expand(5).numpy(),
+    ):
         assert torch.equal(sde_step_with_logprob(SCHEDULER, v, t, x, prev_sample=x)[1], wanted)
+
+
+def test_a_noise_level_may_be_a_tensor_on_the_host():
+    x, _ = states()
+    for name, argument in (("flow_grpo", "noise_level"), ("dance_grpo", "eta"), ("mix_grpo flow", "noise_level")):
+        wanted, found = (call(name, prev_sample=x, **{argument: level}) for level in (0.5, torch.tensor(0.5)))
+        assert all(torch.equal(left, right) for left, right in zip(wanted, found, strict=True))
 
 
 def test_of_equal_timesteps_the_second_counts_as_in_diffusers():
@@ -451,7 +497,12 @@ KEY = NoiseKey(0, 0, 0, 0, 0)
         ("flow_grpo", {"model_output": None}, "model_output is None: pass a dense torch tensor"),
         ("flow_grpo", {"sample": numpy.zeros(SHAPE)}, "sample is a ndarray: pass a dense torch tensor"),
         ("flow_grpo", {"noise_level": "0.7"}, "noise_level is '0.7': write a number >= 0"),
-        ("flow_grpo", {"noise_level": 2.0, "sde_type": "cps"}, "noise_level is 2: write a number in"),
+        ("flow_grpo", {"noise_level": 1e-30}, "noise_level 1e-30 gives a row that torch.float32 cannot hold"),
+        ("dance_grpo", {"eta": 1e-25}, "noise_level 1e-25 gives a row that torch.float32 cannot hold"),
+        ("flow_grpo", {"noise_level": torch.tensor(True)}, "noise_level is True: write a number >= 0"),
+        ("flow_grpo", {"noise_level": torch.ones(1)}, r"noise_level is torch.float32 \[1\]: write a number >= 0"),
+        ("flow_grpo", {"noise_level": torch.tensor(0.7, device="meta")}, "noise_level is torch.float32 .*: write a"),
+        ("flow_grpo", {"timestep": numpy.full((2, 3), 600.0)}, "timestep is .*: pass .* one for each"),
         ("dance_grpo", {"eta": math.nan}, "eta is nan: write a number >= 0"),
         ("dance_grpo", {"index": None}, r"index is None: pass an int, or an int64 tensor \[5\]"),
         ("dance_grpo", {"index": 1.0}, r"index is 1.0: pass an int, or an int64 tensor \[5\]"),
@@ -473,6 +524,7 @@ KEY = NoiseKey(0, 0, 0, 0, 0)
         ("dance_grpo", {"sigmas": SIGMAS.tolist()}, "sigmas is not a table: pass a 1-D float tensor"),
         ("dance_grpo", {"sigmas": SIGMAS.flip(0)}, r"sigmas does not fall within \[1, 0\]: pass the table"),
         ("mix_grpo flow", {"generator": generator(), "prev_sample": torch.zeros(SHAPE)}, "and prev_sample both say"),
+        ("mix_grpo flow", {"sde_type": ["sde"]}, "unknown sde_type .'sde'.: write 'sde' or 'cps'"),
         ("mix_grpo flow", {"sde_type": "dpm"}, "unknown sde_type 'dpm'"),
         ("mix_grpo dance", {"sde_type": "dpm"}, "unknown sde_type 'dpm'"),
     ],

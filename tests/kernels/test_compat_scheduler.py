@@ -97,6 +97,10 @@ def test_scoring_and_timesteps_of_each_sample_leave_the_count_alone():
     assert torch.equal(again[1], first[1])
     mixed = sde.step(v, sde.timesteps[[4, 0, 2]], x, key=NoiseKey(0, 0, 0, 0, torch.arange(3)))
     assert sde.step_index == 1
+    key, mixed_steps = NoiseKey(0, 0, 0, 0, torch.arange(3)), sde.timesteps[[4, 0, 2]]
+    for timesteps in (list(mixed_steps), mixed_steps.tolist(), mixed_steps.numpy()):
+        assert torch.equal(sde.step(v, timesteps, x, key=key).prev_sample, mixed.prev_sample)
+    assert sde.step_index == 1
     theirs = sde_step_with_logprob(sde, v, sde.timesteps[[4, 0, 2]], x, prev_sample=mixed.prev_sample)
     assert torch.equal(theirs[1], mixed.log_prob)
     sde.set_begin_index(2)

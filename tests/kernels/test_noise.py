@@ -208,9 +208,23 @@ def test_a_packed_key_is_what_its_words_say():
 
 def test_a_packed_key_is_not_packed_again():
     tensor = tree_key(3, 2).pack(6)
-    packed = replace(NoiseKey(*tensor), _tensor=tensor)  # as a recording names its input
+    packed = NoiseKey.of_packed(tensor)
     for known in (packed, replace(packed), packed.packed(6), replace(packed, seed=packed.seed)):
         assert known.pack(6) is tensor
+
+
+def test_a_key_of_a_packed_tensor_follows_it():
+    tensor = tree_key(3, 2).pack(6)
+    key, later = NoiseKey.of_packed(tensor), philox_normal((6, 5), replace(tree_key(3, 2), step=9))
+    assert torch.equal(philox_normal((6, 5), key), philox_normal((6, 5), tree_key(3, 2)))
+    tensor[2] = 9
+    assert torch.equal(philox_normal((6, 5), key), later)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(6, 2), torch.zeros(5, 2, dtype=torch.int64), torch.arange(6), None])
+def test_a_packed_key_is_int64_of_six_rows(tensor):
+    with pytest.raises(ValueError, match=r"the packed key is .*: pass int64 \[6, rows\]"):
+        NoiseKey.of_packed(tensor)
 
 
 def test_keys_are_equal_to_themselves_alone():

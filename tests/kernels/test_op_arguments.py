@@ -53,6 +53,7 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("fanout", 10**30),
         ("fanout", 2.0), ("fanout", True), ("fanout", None), ("kl_weight", nan), ("kl_weight", "1"), ("kl_weight", -1),
         ("guidance_scale", nan), ("guidance_scale", ONE), ("guidance_scale", math.inf), ("sibling_correlation", nan),
         ("sibling_correlation", ONE), ("coef", (1.0, 2.0)), ("coef", None), ("v", None), ("x", B.x.numpy()),

@@ -8,12 +8,18 @@ from flowgrove_kernels.coefficients import MULTISTEP
 
 def plan_coefficients(plan: RolloutPlan) -> StepCoefficients:
     """fp32 rows on the CPU, row i for step i. Split steps may draw wider noise than their
-    density says (`split_noise_scale`). Raises UserError for a noise level that fp32 cannot hold the rows of.
+    density says (`split_noise_scale`). Raises UserError for a step whose row fp32 cannot hold.
     """
+    return StepCoefficients.cat([_checked_row(plan, step) for step in plan.steps])
+
+
+def _checked_row(plan: RolloutPlan, step: Step) -> StepCoefficients:
     try:
-        return StepCoefficients.cat([_row(plan, step) for step in plan.steps])
+        return _row(plan, step)
     except ValueError as error:
-        raise UserError(f"rollout.noise_level is {plan.noise_level:g}: {error}") from None
+        noisy = step.stochastic and step.coefficients != "wan_sde"  # which takes no noise level
+        said = f"rollout.noise_level is {plan.noise_level:g}" if noisy else f"step {step.index} of the rollout"
+        raise UserError(f"{said}: {error}") from None
 
 
 def _row(plan: RolloutPlan, step: Step) -> StepCoefficients:

@@ -19,13 +19,13 @@ from flowgrove_kernels.noise import NoiseKey
 
 
 def sde_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
-    rows = step_coefficients("dance_sde", sigma, sigma_next, noise_level=noise_level, dtype=torch.float64)
+    rows = step_coefficients("dance_sde", sigma, sigma_next, noise_level=noise_level)
     return replace(rows, log_norm=torch.zeros_like(rows.log_norm))
 
 
 def ode_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
     """The mean of an Euler step, the deviation of the SDE's."""
-    mean = step_coefficients("ode", sigma, sigma_next, dtype=torch.float64)
+    mean = step_coefficients("ode", sigma, sigma_next)
     return replace(sde_rows(sigma, sigma_next, noise_level, second), x_coef=mean.x_coef, v_coef=mean.v_coef)
 
 
@@ -44,13 +44,13 @@ def flux_step(
 ) -> tuple[Tensor, ...]:
     """(prev_sample [B, ...], pred_original_sample [B, ...], log_prob [B]) if `grpo`, else (mean, pred_original_sample).
 
-    model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, or
-    int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with the same noise.
-    Without `prev_sample` a step is drawn: normals of the results' dtype from `generator` (torch's own if None, as
-    published), or those that `key` names; with it, that step is scored and comes back as it is. Other samples and means
-    have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64) and computed from
-    the sample as returned. log_prob, pred_original_sample and the mean are differentiable in model_output. Raises
-    ValueError for other shapes, devices or steps, or both `generator` and `prev_sample`.
+    model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, an
+    int or int64 [], or int64 [B] with one for each sample. sde_solver: the SDE's mean, else that of an Euler step, with
+    the same noise. Without `prev_sample` a step is drawn: normals of the results' dtype from `generator` (torch's own
+    if None, as published), or those that `key` names; with it, that step is scored and comes back as it is. Other
+    samples and means have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64)
+    and computed from the sample as returned. log_prob, pred_original_sample and the mean are differentiable in
+    model_output. Raises ValueError for other shapes, devices or steps, or both `generator` and `prev_sample`.
     """
     rows = sde_rows if sde_solver else ode_rows
     given = (model_output, latents, check_level(eta, "eta"), sigmas, index, prev_sample, grpo)

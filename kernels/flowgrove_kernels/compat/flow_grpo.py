@@ -31,12 +31,12 @@ from flowgrove_kernels.noise import NoiseKey
 
 def sde_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
     cap = second if float(sigma[0]) == 1 else None
-    return step_coefficients("flow_sde", sigma, sigma_next, noise_level=noise_level, sigma_max=cap, dtype=torch.float64)
+    return step_coefficients("flow_sde", sigma, sigma_next, noise_level=noise_level, sigma_max=cap)
 
 
 def cps_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
     """κ = 1 in every row, also in those that draw no noise."""
-    rows = step_coefficients("cps", sigma, sigma_next, noise_level=noise_level, dtype=torch.float64)
+    rows = step_coefficients("cps", sigma, sigma_next, noise_level=noise_level)
     return replace(rows, precision=torch.ones_like(rows.precision))
 
 
@@ -45,7 +45,7 @@ _ROWS: dict[str, Rows] = {"sde": sde_rows, "cps": cps_rows}
 
 def rows_of_type(sde_type: str) -> Rows:
     """The rows of Flow-GRPO's and MixGRPO's `sde_type`. Raises ValueError for another."""
-    if sde_type not in _ROWS:
+    if not isinstance(sde_type, str) or sde_type not in _ROWS:
         raise ValueError(f"unknown sde_type {sde_type!r}: write 'sde' or 'cps'")
     return _ROWS[sde_type]
 

@@ -35,7 +35,7 @@ def _level(sde_type: str, eta: float, noise_level: float | None) -> float:
 
 
 def _euler_rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
-    return step_coefficients("ode", sigma, sigma_next, dtype=torch.float64)
+    return step_coefficients("ode", sigma, sigma_next)
 
 
 def dance_grpo_step(
@@ -83,15 +83,15 @@ def flow_grpo_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(prev_sample [B, ...], pred_original_sample [B, ...], log_prob [B], prev_sample_mean [B, ...], std of the step).
 
-    model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, or
-    int64 [B] with one for each sample; std: fp32 [] or [B, 1, ...] accordingly. Without `prev_sample` a step is
-    drawn: normals of model_output's dtype from `generator` (torch's own if None), or those that `key` names; with it,
-    that step is scored and comes back as it is. `determistic` (spelt as published) returns an Euler step whatever was
-    drawn or given, and its log_prob under the SDE; the noise is drawn all the same, so that later steps meet the same
-    generator. noise_level: None takes `eta` for "sde" and 0.8 for "cps". Other samples and means have the dtype that
-    model_output and latents promote to; log_prob is fp32 (float64 for float64). log_prob, prev_sample_mean and
-    pred_original_sample are differentiable in model_output. Raises ValueError for other shapes, devices or steps, an
-    unknown sde_type, or both `generator` and `prev_sample`.
+    model_output, latents, prev_sample: [B, ...], any floating-point dtype. sigmas: float [T + 1]; index: the step, an
+    int or int64 [], or int64 [B] with one for each sample; std: fp32 [] or [B, 1, ...] accordingly. Without
+    `prev_sample` a step is drawn: normals of model_output's dtype from `generator` (torch's own if None), or those that
+    `key` names; with it, that step is scored and comes back as it is. `determistic` (spelt as published) returns an
+    Euler step whatever was drawn or given, and its log_prob under the SDE; the noise is drawn all the same, so that
+    later steps meet the same generator. noise_level: None takes `eta` for "sde" and 0.8 for "cps". Other samples and
+    means have the dtype that model_output and latents promote to; log_prob is fp32 (float64 for float64). log_prob,
+    prev_sample_mean and pred_original_sample are differentiable in model_output. Raises ValueError for other shapes,
+    devices or steps, an unknown sde_type, or both `generator` and `prev_sample`.
     """
     rows = rows_of_type(sde_type)
     check(model_output, latents, prev_sample, name="latents")
@@ -104,8 +104,8 @@ def flow_grpo_step(
     noise = drawn(x.shape, generator, x.device, model_output.dtype) if draws else None
     if determistic:
         euler = step_table(sigmas, _euler_rows, 0.0, x.device).at(index, x.shape[0]).coef
-        prev_sample, noise, key = step_mean(x, model_output.detach(), euler), None, None
+        prev_sample, noise, key = step_mean(x, model_output.detach(), euler).to(result), None, None
     x_next, logp = step(x, model_output, coef, result, noise=noise, key=key, prev_sample=prev_sample)
     original = clean_estimate(x, model_output, sigma).to(result)
-    std = handed_out(std, x) if isinstance(index, Tensor) else std.clone().reshape(())
+    std = handed_out(std, x) if isinstance(index, Tensor) and index.ndim else std.clone().reshape(())
     return x_next, original, logp, step_mean(x, model_output, coef).to(result), std

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowgrove_kernels.coefficients import StepCoefficients, step_coefficients
 from flowgrove_kernels.compat.steps import Generators, check, check_level, check_noise, computed, drawn, step
-from flowgrove_kernels.compat.tables import Rows, Timestep, index_of, step_table
+from flowgrove_kernels.compat.tables import Rows, Timestep, index_of, listed, step_table
 from flowgrove_kernels.noise import NoiseKey
 
 try:
@@ -33,9 +33,8 @@ def _rows_of(dynamics: str) -> Rows:
     def rows(sigma: Tensor, sigma_next: Tensor, noise_level: float, second: float) -> StepCoefficients:
         cap = None if dynamics == "flow_sde" and float(sigma[0]) < 1 else second
         if noise_level == 0:
-            return step_coefficients("ode", sigma, sigma_next, dtype=torch.float64)
-        level, double = noise_level, torch.float64
-        return step_coefficients(dynamics, sigma, sigma_next, noise_level=level, sigma_max=cap, dtype=double)
+            return step_coefficients("ode", sigma, sigma_next)
+        return step_coefficients(dynamics, sigma, sigma_next, noise_level=noise_level, sigma_max=cap)
 
     return rows
 
@@ -107,7 +106,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         x = computed(sample, torch.float32)
         v = model_output.float() if model_output.dtype == torch.float64 else model_output
         level = check_level(self.config.noise_level if noise_level is None else noise_level, "noise_level")
-        counting = prev_sample is None and not (isinstance(timestep, Tensor) and timestep.numel() > 1)
+        counting = prev_sample is None and listed(timestep, self.timesteps).numel() == 1
         if counting and self.step_index is None:
             begin = self.begin_index
             self._step_index = int(index_of(self.timesteps, timestep, x.shape[0])) if begin is None else begin

@@ -47,7 +47,9 @@ def check_noise(prev_sample: Tensor | None, generator: Generators, key: NoiseKey
 
 
 def check_level(value: float, name: str) -> float:
-    """A noise level as a float; `name`: what the trainer calls it."""
+    """A noise level as a float, also of a tensor [] on the CPU; `name`: what the trainer calls it."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu":
+        value = value.item()
     return number(value, name, "write a number >= 0", 0)
 
 

@@ -18,7 +18,7 @@ from flowgrove_kernels.arguments import is_integer, is_number, wrong
 from flowgrove_kernels.coefficients import StepCoefficients
 
 Timestep = float | Tensor | Sequence[float] | Sequence[Tensor]
-# (σ, σ', noise level, second entry of the table), the first two float64 [T] → float64 rows [T]
+# (σ, σ', noise level, second entry of the table), the first two float64 [T] → fp32 rows [T]
 Rows = Callable[[Tensor, Tensor, float, float], StepCoefficients]
 _NEARLY_ONE = 1e-6  # a shifted table misses σ = 1 by fp32 rounding
 _SMALLEST = torch.finfo(torch.float64).tiny
@@ -45,7 +45,7 @@ class StepTable:
 
     @torch.compiler.disable
     def at(self, index: int | Tensor, batch: int) -> BatchSteps:
-        """The step `index` of every row; an int64 tensor [batch] on the table's device (or [1]) names one for each.
+        """The step `index` of every row; an int64 tensor [batch] (or [1], or []) names one for each.
 
         Raises ValueError for an index outside the table or of another shape.
         """
@@ -62,11 +62,11 @@ class StepTable:
 
     def _each(self, index: Tensor, batch: int) -> BatchSteps:
         steps = self.columns.shape[1]
-        if index.dtype != torch.int64 or index.shape not in ((1,), (batch,)):
+        if index.dtype != torch.int64 or index.shape not in ((), (1,), (batch,)):
             wrong("index", index, f"pass an int, or an int64 tensor [{batch}]")
         if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < steps:
             raise ValueError(f"index holds steps that are not in the sigma table: write indices in [0, {steps})")
-        return _batch(self.columns[:, index.to(self.columns.device, non_blocking=True)], batch)
+        return _batch(self.columns[:, index.reshape(-1).to(self.columns.device, non_blocking=True)], batch)
 
 
 @torch.inference_mode(False)  # a table outlives the mode in which it is first used, and backward passes read it
@@ -104,7 +104,7 @@ def index_of(timesteps: Tensor, timestep: Timestep, batch: int | None = None) ->
     Of several equal entries the second counts, as in diffusers. Raises ValueError for one that is not there, which on
     a GPU fails on the device, and unless there are one or `batch` of them.
     """
-    wanted = _listed(timestep, timesteps).detach().reshape(-1)
+    wanted = listed(timestep, timesteps).detach().reshape(-1)
     if batch is not None and wanted.shape[0] not in (1, batch):
         raise ValueError(f"timestep lists {wanted.shape[0]}: pass one, or one for each of the {batch} samples")
     if wanted.device.type != "cpu":
@@ -119,8 +119,10 @@ def index_of(timesteps: Tensor, timestep: Timestep, batch: int | None = None) ->
     return int(where) if where.numel() == 1 else where
 
 
-def _listed(timestep: Timestep, timesteps: Tensor) -> Tensor:
+def listed(timestep: Timestep, timesteps: Tensor) -> Tensor:
     """Timesteps, said in any of the ways that trainers do, as a tensor of at most one dimension."""
+    if hasattr(timestep, "tolist") and not isinstance(timestep, Tensor):  # NumPy's
+        timestep = timestep.tolist()
     values: list[Any] = list(timestep) if isinstance(timestep, list | tuple) else [timestep]
     tensors = [torch.tensor(t, device="cpu") if is_number(t) else t for t in values]
     if len(tensors) == 1 and isinstance(tensors[0], Tensor) and tensors[0].ndim < 2:
