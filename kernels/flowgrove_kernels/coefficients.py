@@ -220,6 +220,8 @@ def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: float
     """Coefficients-preserving: x' = (1−σ')·x̂0 + q·x̂1 + s·z with q = √(σ'² − s²), also for η > 1.
     Its logp is −mean (x' − μ)², not a density.
     """
+    if noise_level > 2:
+        raise ValueError(f"cps has a noise_level of at most 2, not {noise_level:g}: write at most 1 to lose no noise")
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     q = sigma_next * abs(math.cos(noise_level * math.pi / 2))
     zero = torch.zeros_like(sigma)

@@ -1,7 +1,6 @@
 """Rows of step coefficients against the table of MATH §1, written out here with plain floats."""
 
 import math
-from dataclasses import replace
 
 import numpy
 import pytest
@@ -9,11 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrove.plan.coefficients import plan_coefficients
-from flowgrove.plan.planner import make_plan
 from flowgrove_kernels import StepCoefficients, clean_estimate, dpmpp_2m_coefficients, flow_step, step_coefficients
 from kernel_cases import SIGMA_MAX, randn, stochastic_rows
-from planner_cases import branch_tree, recipe_with, user_error
 
 FIELDS = ("x_coef", "v_coef", "prev_coef", "std", "precision", "log_norm")
 DYNAMICS = ("ode", "flow_sde", "dance_sde", "wan_sde", "cps")
@@ -181,16 +177,6 @@ def test_rows_of_a_solver_that_cannot_be_held_are_not_blamed_on_noise():
         dpmpp_2m_coefficients(*levels)
 
 
-@pytest.mark.parametrize(("dynamics", "index"), [("flow_sde", 19), ("wan_sde", 0)])
-def test_a_plan_blames_the_noise_level_for_no_row_that_it_is_not_in(dynamics, index):
-    plan = make_plan(recipe_with(branch_tree(dynamics=dynamics)), 0)
-    steps = list(plan.steps)
-    assert [steps[i].stochastic for i in (0, 19)] == [True, False]
-    steps[index] = replace(steps[index], sigma_next=steps[index].sigma)
-    text = user_error(plan_coefficients, replace(plan, steps=tuple(steps)))
-    assert text.startswith(f"step {index} of the rollout: step_coefficients needs")
-
-
 @pytest.mark.parametrize(
     ("part", "text"),
     [
@@ -287,3 +273,8 @@ def test_dpmpp_2m_is_euler_from_sigma_one_and_into_zero(before, sigma, there):
 def test_dpmpp_2m_levels_must_fall(levels):
     with pytest.raises(ValueError, match="sigma"):
         dpmpp_2m_coefficients(*levels)
+
+
+def test_cps_loses_no_noise_to_a_level_beyond_two():
+    with pytest.raises(ValueError, match="cps has a noise_level of at most 2"):
+        step_coefficients("cps", 0.9, 0.8, noise_level=2.5)

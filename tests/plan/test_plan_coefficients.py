@@ -1,6 +1,7 @@
 """Rows of a plan against MATH §1."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,3 +147,13 @@ def test_rows_are_a_batch_on_the_cpu():
 def test_a_noise_level_that_no_row_can_hold_is_an_error_that_names_the_key(level):
     recipe = recipe_with(rollout={"noise_level": level})
     assert "rollout.noise_level" in user_error(plan_coefficients, make_plan(recipe, 0))
+
+
+@pytest.mark.parametrize(("dynamics", "index"), [("flow_sde", 19), ("wan_sde", 0)])
+def test_a_plan_blames_the_noise_level_for_no_row_that_it_is_not_in(dynamics, index):
+    plan = make_plan(recipe_with(branch_tree(dynamics=dynamics)), 0)
+    steps = list(plan.steps)
+    assert [steps[i].stochastic for i in (0, 19)] == [True, False]
+    steps[index] = replace(steps[index], sigma_next=steps[index].sigma)
+    text = user_error(plan_coefficients, replace(plan, steps=tuple(steps)))
+    assert text.startswith(f"step {index} of the rollout: step_coefficients needs")
