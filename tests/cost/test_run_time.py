@@ -307,6 +307,7 @@ def test_steps_in_8_bits_are_charged_as_they_were_measured(tmp_path):
 # The command
 
 
+@pytest.mark.long
 def test_plan_tells_seconds_at_published_rates(tmp_path):
     recipe = tiny_recipe(tmp_path)
     told = succeed("plan", recipe, "--time", "--device", "H100", "--utilisation", "0.5")

@@ -62,6 +62,7 @@ def test_files_import_at_their_top_only_what_is_everywhere(root):
     assert found == set()
 
 
+@pytest.mark.long
 def test_the_gpu_tests_are_collected_without_what_a_gpu_machine_lacks():
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     done = python("-c", COLLECT, *map(str, marked), cwd=ROOT, check=False)

@@ -84,6 +84,7 @@ def test_blocks_that_are_first_counted_are_compiled_afterwards(folders, graphs):
     assert len(graphs) == BLOCKS["sd3"]
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_lengths_that_are_equal_once_may_part_later(folders, graphs):
     """Rows as many as tokens; torch would take both for the same number."""
