@@ -85,9 +85,8 @@ class Updater:
         self._divided = [master for name, master in masters.items() if name in pieces]
         self.optimizer = make_optimizer(update, self.parameters, policy.device)
         self.ema = None if update.ema_decay is None else Ema(self.weights, update.ema_decay)
-        self._in_turn: int | None = (
-            None  # tokens of the last pass of a meeting; 0: it had one row; None: none has begun
-        )
+        # tokens of the last pass of a meeting; 0: it had one row; None: none has begun
+        self._in_turn: int | None = None
 
     def run(self, parts: list[Rolled], whole: Whole | None = None) -> UpdateStats:
         """All updates of the iteration. Where the device's memory is too small, the rollout's graphs are given up, then
