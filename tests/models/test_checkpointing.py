@@ -181,6 +181,7 @@ def test_on_a_gpu_inputs_in_host_memory_give_the_same_bits_without_a_wait():
     assert held < more
 
 
+@pytest.mark.long
 def test_what_runs_again_is_counted():
     none, selective, full, offload = (
         count_flops(small_recipe(model={**TINY, "gradient_checkpointing": kind, "lora": LORA}))[0] for kind in ALL

@@ -288,6 +288,7 @@ def _sizes(seen):
     return [type("Size", (), {"selected": 1})] * seen.recipe.update.updates_per_iteration
 
 
+@pytest.mark.long
 def test_a_large_group_has_some_pictures_a_huge_one_no_forest_and_large_pictures_are_small(monkeypatch):
     recipe = small_recipe(rollout={"group_size": 100, "shared_initial_noise": False})
     policy = policy_of("fp64")

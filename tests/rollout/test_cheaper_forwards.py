@@ -197,6 +197,7 @@ def predicted_cache(device, model, **keys):
     return cached[stage] - plain[stage]
 
 
+@pytest.mark.long
 def test_the_cache_of_prompts_that_roll_out_together_is_predicted_of_each_expert(flux, folders):
     """On a GPU scoring runs beside a rollout of some prompts: half a pass of 400 tokens at the root's one row."""
     model = {**MODELS["flux"], "path": str(flux), "dtype": "fp32", "lora": {"rank": 2, "alpha": 4}}

@@ -118,9 +118,8 @@ def check_that_nothing_waits(recipe, policy, prompts, recorder):
     assert forest.leaves.device == DEVICE
 
 
-@pytest.mark.parametrize(
-    "lora", [pytest.param(None, marks=pytest.mark.long), {"rank": 2, "alpha": 2}], ids=["full", "lora"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2}], ids=["full", "lora"])
 def test_a_measurement_of_the_gradients_noise_never_waits_for_the_device(folders, lora):
     recipe, policy, prompts, updater = on_the_device(folders, "sd3", lora)
     prompts, groups = prompts[:2], Groups.among(np.ones(2, dtype=bool))

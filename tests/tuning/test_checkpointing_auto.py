@@ -121,6 +121,7 @@ def test_a_run_trains_as_with_the_value_that_was_taken(tmp_path):
     assert lines["auto"] == lines["none"]
 
 
+@pytest.mark.long
 def test_the_plan_tells_what_was_weighed(tmp_path):
     told = succeed("plan", tiny_recipe(tmp_path, model={"gradient_checkpointing": "auto"}), "--memory").stdout
     assert "auto weighs" in told
