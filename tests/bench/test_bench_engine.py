@@ -205,6 +205,7 @@ def test_pictures_of_one_file_size_have_different_scores():
     assert bench_rewards(recipe, CPU)(pictures, texts).diff(dim=0).min() > 1e-5  # more than what counts as alike
 
 
+@pytest.mark.long
 def test_flux_with_random_weights_is_a_pipeline_that_trains(tmp_path):
     """Its architecture at a size for a CPU."""
     changes = {

@@ -114,6 +114,7 @@ def test_a_metrics_line_that_does_not_fit_is_cut_off_again(tmp_path, monkeypatch
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [0, 1]
 
 
+@pytest.mark.long
 def test_interrupting_a_run_exits_with_130_and_keeps_the_last_checkpoint(tmp_path):
     recipe = tiny_recipe(
         tmp_path, run={"iterations": 10_000, "checkpoint_every": 1, "eval_every": 0, "keep_last": 2, "log": ["jsonl"]}

@@ -75,6 +75,7 @@ def test_nsys_captures_one_iteration_and_asks_for_what_the_report_reads(nsight, 
     assert done.stderr.splitlines()[-1].startswith(f"{tmp_path}/out/iteration_1.sqlite cannot be read")
 
 
+@pytest.mark.long
 def test_ncu_measures_the_op_inside_its_range(nsight, tmp_path):
     done, (measure, show) = nsight("ncu.sh", "flow_step", "3x1031", DTYPE="fp32", BACKEND="reference")
     assert done.returncode == 0, done.stderr

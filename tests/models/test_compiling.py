@@ -71,6 +71,7 @@ def test_modes_with_cuda_graphs_of_their_own_are_refused(mode):
         small_recipe(engine={"device": "cpu", "compile": mode})
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_blocks_that_are_first_counted_are_compiled_afterwards(folders, graphs):
     """A block that torch.compile met under a dispatch mode would stay eager for good."""

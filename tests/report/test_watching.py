@@ -219,6 +219,7 @@ def visit():
     assert [text for text in said if "ERR_CONNECTION_REFUSED" not in text] == []
 
 
+@pytest.mark.long
 def test_the_page_updates_by_itself_and_keeps_what_was_chosen(run, visit):
     folder, _ = run
     with serving([folder], 0) as server:

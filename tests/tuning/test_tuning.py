@@ -550,6 +550,7 @@ def test_attention_of_steps_that_do_not_train_stays_where_the_recipe_has_one(mon
     assert tuner.rollout_attention() == ("attention", "sdpa", ["not measured: the recipe has one"], "rollout")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fits", [True, False])
 def test_forwards_in_8_bits_are_kept_beside_full_ones(fits, monkeypatch):
     pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
