@@ -411,7 +411,7 @@ class Trainer:
 
     def _write_grid(self, place: Path, completed: int, evaluated: Evaluated) -> None:
         """A sample grid, in the folder and for the trackers."""
-        grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.of_evaluations.weights)
+        grid = save_grid(place, evaluated, self.recipe.run.eval.samples, self.rewards.weights)
         if self.trackers is not None:
             self.trackers.pictures(completed, grid)
 

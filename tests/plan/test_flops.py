@@ -89,7 +89,7 @@ def test_a_training_pass_is_what_runs(name, checkpointing, lora, folders):
         v = velocity(policy, prompts).v
         v.backward(torch.ones_like(v))
 
-    assert found.executed == pytest.approx(counted(train).get_total_flops(), rel=0.01)
+    assert found.train + found.recomputed == pytest.approx(counted(train).get_total_flops(), rel=0.01)
     blocks = of_blocks(policy, counted(lambda: velocity(policy, prompts)))
     if checkpointing:
         assert 0.95 * blocks < found.recomputed <= blocks

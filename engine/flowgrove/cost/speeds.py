@@ -52,22 +52,24 @@ class Speeds(Protocol):
         ...
 
 
+_PARTS = ("train", "half")  # kinds that are a forward and a backward
+
+
 def flops_of(one: Pass, flops: Flops) -> int:
     """FLOPs of a pass as it runs."""
     of_a_row = {
         "extrapolated": flops.extrapolated,
         "reference": flops.reference,
         "backward": flops.backward + flops.recomputed,
-        "train": flops.executed,
     }
-    if one.kind == "half":
-        return sum(flops_of(part, flops) for part in _halves(one))
+    if one.kind in _PARTS:
+        return sum(flops_of(part, flops) for part in _parts(one))
     return one.states * one.rows * of_a_row.get(one.kind, flops.forward)
 
 
-def _halves(one: Pass) -> tuple[Pass, Pass]:
-    """A training pass whose backward runs through one of a state's two rows."""
-    return Pass("kept", one.states, one.rows), Pass("backward", one.states, 1)
+def _parts(one: Pass) -> tuple[Pass, Pass]:
+    """A training pass as forward and backward, which runs through all of a state's rows or, of a half, through one."""
+    return one._replace(kind="kept"), Pass("backward", one.states, 1 if one.kind == "half" else one.rows)
 
 
 def seconds_at(curve: Passes, flops: float) -> float:
@@ -149,9 +151,8 @@ class Measured:
         forward, kept, backward = (self._curves[kind] for kind in ("forward", "kept", "backward"))
         if forward is None or backward is None:
             raise ValueError("nothing was measured")  # which the constructor has told
-        if one.kind in ("train", "half"):
-            parts = _halves(one) if one.kind == "half" else (one._replace(kind="kept"), one._replace(kind="backward"))
-            return sum(self.passes(part, flops) for part in parts)
+        if one.kind in _PARTS:
+            return sum(self.passes(part, flops) for part in _parts(one))
         if one.kind == "cheap" and self._cheap is not None:
             there, work = self._cheap.times.passes, flops_of(one, flops)
             share = seconds_at(there[self._cheap_name], work) / seconds_at(there["forward"], work)

@@ -53,11 +53,6 @@ class Flops:
         """A row's training pass as the model needs it: forward and backward."""
         return self.forward + self.backward
 
-    @property
-    def executed(self) -> int:
-        """A row's training pass as it runs, with what is computed again."""
-        return self.train + self.recomputed
-
 
 def count_flops(recipe: Recipe, model: UnloadedModel | None = None) -> list[Flops]:
     """The FLOPs of a recipe's passes at each of its sizes. `model`: the recipe's, where it is there already.

@@ -1,7 +1,7 @@
 """Flow-GRPO's step (arXiv 2505.05470, github.com/yifan123/flow_grpo).
 
     sde   μ = x·(1 + g²dt/2σ) + v·dt·(1 + g²(1−σ)/2σ),   s = g√−dt,   g = η·√(σ/(1−σ)), σ_max for σ = 1
-    cps   μ = (1−σ')·x̂0 + σ'cos(ηπ/2)·x̂1,   s = σ'sin(ηπ/2),   "log-probability" −mean (x' − μ)²
+    cps   μ = (1−σ')·x̂0 + σ'|cos(ηπ/2)|·x̂1,   s = σ'sin(ηπ/2),   "log-probability" −mean (x' − μ)²
 
 σ_max is the table's second entry. "cps" preserves coefficients (arXiv 2509.05952); what it calls a log-probability is
 no density.
